@@ -1,0 +1,1 @@
+"""Documents and problems, from MBPP, HumanEval, the standard library or tables."""

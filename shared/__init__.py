@@ -1,0 +1,1 @@
+"""What both stages share: cache format, model code, tokenizer and evaluation."""

@@ -1,0 +1,1 @@
+"""The logit cache: format, writer, reader; needs numpy and h5py alone."""

@@ -1,0 +1,99 @@
+"""Configuration as data: frozen dataclasses hold the defaults, TOML and `key=value` override them."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shared.errors import ConfigError
+
+C = TypeVar("C")
+
+
+def load_config(cls: type[C], *layers: Mapping[str, Any]) -> C:
+    """Build a config from its defaults and override layers; a later layer wins.
+
+    Args:
+        cls: a frozen dataclass whose fields all have defaults.
+        layers: mappings from field name to value, such as `read_toml(path)`.
+
+    Raises:
+        ConfigError: a key that is no field (the nearest one is named), or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key not in hints:
+                near = difflib.get_close_matches(key, hints, n=1)
+                raise ConfigError(
+                    f"unknown configuration key {key!r}",
+                    where=cls.__name__,
+                    fix=f"did you mean {near[0]!r}?" if near else f"one of {', '.join(sorted(hints))}",
+                )
+            values[key] = _convert(value, hints[key], f"{cls.__name__}.{key}")
+    return cls(**values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read one TOML file of overrides.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("cannot read the configuration file", where=path, got=error.strerror) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("the configuration file is not valid TOML", where=path, got=error) from error
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Parse `--set key=value` pairs; values are TOML, and anything that is no TOML value is a string."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError("cannot read an assignment", where="--set", expected="key=value", got=repr(assignment))
+        try:
+            value = tomllib.loads(f"value = {text.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        values[key.strip()] = value
+    return values
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved config as plain JSON data."""
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config).items()}
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Return `value` as `hint` says; int widens to float, list to tuple, nothing else is coerced."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(
+            "a value that is not allowed", where=where, expected=" | ".join(map(str, arguments)), got=repr(value)
+        )
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(item, arguments[0], where) for item in value)
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    expected = getattr(hint, "__name__", str(hint))
+    raise ConfigError(
+        "a value of the wrong type", where=where, expected=expected, got=f"{value!r} ({type(value).__name__})"
+    )

@@ -1,0 +1,68 @@
+"""Domain errors: what went wrong, where, what was expected, what was found, how to fix it.
+
+Every error a user can cause derives from `DistillError`; the command line prints it as one line and exits with 1.
+"""
+
+
+class DistillError(Exception):
+    """An error with a readable one-line message.
+
+    Args:
+        what: what went wrong, as a sentence without a full stop.
+        where: file, shard, row, option or document it happened at.
+        expected: the value or state that would have been right.
+        got: the value or state that was found.
+        fix: what the user can do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        got: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.where, self.expected, self.got, self.fix = what, where, expected, got, fix
+        labelled = [("where", where), ("expected", expected), ("got", got), ("fix", fix)]
+        parts = [what] + [f"{label}: {value}" for label, value in labelled if value is not None]
+        super().__init__("; ".join(" ".join(str(part).split()) for part in parts))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle by fields (worker processes send errors back), since `args` holds the joined message."""
+        return (_rebuild, (type(self), self.what, self.where, self.expected, self.got, self.fix))
+
+
+def _rebuild(
+    cls: type[DistillError], what: str, where: object, expected: object, got: object, fix: str | None
+) -> DistillError:
+    return cls(what, where=where, expected=expected, got=got, fix=fix)
+
+
+class ConfigError(DistillError, ValueError):
+    """An option, configuration key or input row that cannot be used."""
+
+
+class CacheFormatError(DistillError, ValueError):
+    """Bytes that are not a cache of a known format version, or labels that may not be written."""
+
+
+class CacheCorruptError(DistillError, OSError):
+    """A cache whose bytes differ from what its manifest says."""
+
+
+class CacheMismatchError(DistillError, ValueError):
+    """A cache and something used with it (tokenizer, vocabulary, options) that do not belong together."""
+
+
+class ResumeError(DistillError, RuntimeError):
+    """Work that cannot be continued under the options given."""
+
+
+class NonFiniteLossError(DistillError, RuntimeError):
+    """A loss that is NaN or infinite."""
+
+
+class SandboxError(DistillError, RuntimeError):
+    """Generated programs cannot be run as safely as asked for."""

@@ -1,0 +1,1 @@
+"""Evaluation: generation, pass@k, fidelity, latency and the report."""
