@@ -1,0 +1,66 @@
+"""What the pipeline reads: documents to distil on, problems to evaluate on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from shared.runtime import sha256_json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """Text with a prompt part and a completion part (or a chat); line ends are LF.
+
+    Args:
+        id: unique within its set.
+        source: where it comes from, such as `mbpp`.
+        prompt: what is given; never ends in white space.
+        completion: what is to be learnt; its text follows the prompt directly and ends in one newline.
+        messages: a chat (`role`, `content`) in place of prompt and completion.
+    """
+
+    id: str
+    source: str
+    prompt: str = ""
+    completion: str = ""
+    messages: tuple[Mapping[str, str], ...] | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text alone: neither id nor source is part of it."""
+        messages = None if self.messages is None else [dict(message) for message in self.messages]
+        return sha256_json({"prompt": self.prompt, "completion": self.completion, "messages": messages})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One executable benchmark problem; `test` defines `check(candidate)`, called with `entry_point`."""
+
+    task_id: str
+    prompt: str
+    test: str
+    entry_point: str
+    canonical_solution: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentSet:
+    """The documents of one split, in order, with what is known of their origin.
+
+    Args:
+        name: the data set's name; a local file's name without its folder.
+        split: the split they were taken from.
+        revision: the Hub commit, or the Python version for `stdlib`; None for local files.
+        licence: SPDX identifier; None where unknown.
+    """
+
+    name: str
+    split: str
+    revision: str | None
+    licence: str | None
+    documents: tuple[Document, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over every document's id and digest, in order."""
+        return sha256_json([[document.id, document.digest] for document in self.documents])

@@ -1,0 +1,142 @@
+"""Rows from JSONL and parquet files, read strictly: a row is right or is refused by file, line and field."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row; `where` names its file and line. The accessors refuse whatever is not of their type."""
+
+    where: str
+    fields: dict[str, Any]
+
+    def text(self, field: str, *, blank: bool = True) -> str:
+        """A string that UTF-8 can hold; with `blank=False` it must have something but white space in it."""
+        value = _checked_text(self._get(field), f"{self.where}, field {field!r}")
+        if not blank and not value.strip():
+            raise self.error(field, expected="some text", got=repr(value))
+        return value
+
+    def texts(self, field: str) -> list[str]:
+        """A list of strings."""
+        value = self._get(field)
+        if not isinstance(value, list):
+            raise self.error(field, expected="a list of strings", got=_describe(value))
+        return [_checked_text(item, f"{self.where}, field '{field}[{i}]'") for i, item in enumerate(value)]
+
+    def integer(self, field: str) -> int:
+        """An integer (booleans and floats are none)."""
+        value = self._get(field)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.error(field, expected="an integer", got=_describe(value))
+        return value
+
+    def error(self, field: str, *, expected: object, got: object) -> ConfigError:
+        """The error that names this row and one of its fields."""
+        return ConfigError("a malformed row", where=f"{self.where}, field {field!r}", expected=expected, got=got)
+
+    def _get(self, field: str) -> Any:
+        if field not in self.fields:
+            raise self.error(
+                field, expected="the field in every row", got=f"fields {', '.join(map(repr, self.fields))}"
+            )
+        return self.fields[field]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Read a `.jsonl` or `.parquet` file row by row.
+
+    Raises:
+        ConfigError: the file cannot be read, or a row is malformed.
+    """
+    try:
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path)
+        else:
+            with path.open("rb") as file:
+                yield from parse_jsonl(file, path.name)
+    except OSError as error:
+        raise ConfigError("cannot read a data file", where=path, got=error.strerror or error) from error
+
+
+def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[Row]:
+    """Parse the lines of a JSONL file: UTF-8, one object a line, ended by LF or CRLF; blank lines are skipped.
+
+    A byte order mark at the start is dropped. Lines are cut at LF bytes only: U+2028 and U+0085 are text.
+    """
+    for number, line in enumerate(lines, start=1):
+        where = f"{name}, line {number}"
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip(b" \t\r\n"):
+            continue
+        try:
+            value = json.loads(line.decode("utf-8"), object_pairs_hook=lambda pairs: _object(pairs, where))  # noqa: B023
+        except ConfigError:
+            raise
+        except UnicodeDecodeError as error:
+            raise ConfigError("a line is not UTF-8", where=where, got=error) from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("a line is not JSON", where=where, expected="one JSON object", got=error) from error
+        if not isinstance(value, dict):
+            raise ConfigError("a malformed row", where=where, expected="one JSON object", got=_describe(value))
+        yield Row(where, value)
+
+
+def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise ConfigError("a malformed row", where=f"{where}, field {key!r}", expected="each field once", got="two")
+        if not _is_finite(value):
+            raise ConfigError(
+                "a malformed row", where=f"{where}, field {key!r}", expected="finite numbers", got="NaN or Infinity"
+            )
+        fields[key] = value
+    return fields
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) != len(names):
+                raise ConfigError("a column occurs twice", where=path.name, got=", ".join(names))
+            number = 0
+            for batch in file.iter_batches():
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path.name}, row {number}", fields)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ConfigError("cannot read a parquet file", where=path, got=error) from error
+
+
+def _checked_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError("a malformed row", where=where, expected="a string", got=_describe(value))
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        got = f"a lone surrogate at character {error.start}"
+        raise ConfigError("a malformed row", where=where, expected="text that UTF-8 can hold", got=got) from error
+    return value
+
+
+def _describe(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} {value!r:.60}"

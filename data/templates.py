@@ -1,0 +1,41 @@
+"""How rows and problems become text.
+
+Prompts never end in white space: BPE merges a newline with the indentation that follows, so the white space belongs
+to the completion, in training as in generation.
+"""
+
+from data.records import Document, Problem
+from data.tabular import Row
+
+
+def normalise(text: str) -> str:
+    """Line ends as LF, from CRLF and bare CR; everything else, tabs too, stays."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def end_line(text: str) -> str:
+    """The text with exactly one final newline."""
+    return text.rstrip("\n") + "\n"
+
+
+def prompt_document(id: str, source: str, prompt: str, completion: str) -> Document:
+    """A document from two texts; white space at the prompt's end moves to the completion."""
+    prompt, completion = normalise(prompt), normalise(completion)
+    border = len(prompt.rstrip())
+    return Document(id=id, source=source, prompt=prompt[:border], completion=end_line(prompt[border:] + completion))
+
+
+def mbpp_document(row: Row) -> Document:
+    """A row of MBPP, full (`text`) or sanitized (`prompt`) columns: description and tests as docstring, then the code.
+
+    The form is that of Austin et al. 2021 (arXiv:2108.07732), as the BigCode evaluation harness renders it.
+    """
+    description = row.text("text" if "text" in row.fields else "prompt", blank=False)
+    tests = "\n".join(row.texts("test_list"))
+    code = row.text("code", blank=False)
+    return prompt_document(f"mbpp/{row.integer('task_id')}", "mbpp", f'"""\n{description}\n{tests}\n"""', f"\n{code}")
+
+
+def humaneval_prompt(problem: Problem) -> str:
+    """What a model is given: the problem's prompt without the white space at its end."""
+    return normalise(problem.prompt).rstrip()
