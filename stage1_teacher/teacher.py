@@ -1,0 +1,160 @@
+"""The frozen teacher: found and digested without torch, then loaded and placed."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ConfigError, DistillError
+from shared.runtime import read_json, sha256_file, sha256_json
+
+# Top-level files only: safetensors, configuration, tokenizer, model card. Never code, never pickles.
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherFiles:
+    """A teacher on disk and what identifies it.
+
+    Attributes:
+        path: directory that transformers loads.
+        name: Hub id, or the directory's name.
+        commit: 40-digit Hub commit; None for a directory.
+        licence: as the model card says; None where unknown.
+        weights_digest: SHA-256 over the safetensors files' SHA-256.
+        config_digest: SHA-256 of `config.json`.
+        tokenizer_files_digest: SHA-256 over the tokenizer files' SHA-256; tells an edit without loading anything.
+    """
+
+    path: Path
+    name: str
+    commit: str | None
+    licence: str | None
+    weights_digest: str
+    config_digest: str
+    tokenizer_files_digest: str
+
+
+def locate_teacher(teacher: str, revision: str | None = None) -> TeacherFiles:
+    """Find a teacher's files (downloading those of a Hub id) and digest them; loads no torch.
+
+    Args:
+        teacher: a directory or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        ConfigError: there is no such directory or model, or it has no safetensors weights.
+    """
+    path, commit = Path(teacher), None
+    if not path.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", teacher) or path.exists():
+            raise ConfigError(
+                "no such teacher", where=teacher, expected="a model directory or a Hub id such as owner/name"
+            )
+        path, commit = _download(teacher, revision)
+    elif revision is not None:
+        raise ConfigError("a directory has no revision", where=teacher, got=revision, fix="leave --revision out")
+    config = path / "config.json"
+    weights = _digest_files(path, _weight_files(path))
+    return TeacherFiles(
+        path=path,
+        name=teacher if commit else path.resolve().name,
+        commit=commit,
+        licence=_licence(path),
+        weights_digest=sha256_json(weights),
+        config_digest=sha256_file(config),
+        tokenizer_files_digest=sha256_json(
+            _digest_files(path, [p for pattern in ("*token*", "vocab*", "merges*") for p in path.glob(pattern)])
+        ),
+    )
+
+
+def _download(teacher: str, revision: str | None) -> tuple[Path, str]:
+    """A local snapshot of a Hub model and its commit; without network, the snapshot fetched before."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = snapshot_download(teacher, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
+    except (OSError, ValueError) as error:  # the Hub's errors derive from these
+        got = f"{type(error).__name__}: {error}"
+        raise ConfigError("cannot fetch the teacher from the Hub", where=teacher, got=got) from error
+    return Path(snapshot), Path(snapshot).name  # …/snapshots/<commit>, whatever the revision was called
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    missing = [name for name in ["config.json", *sorted(names)] if not (path / name).is_file()]
+    if missing:
+        raise ConfigError(
+            "the teacher lacks a file",
+            where=path,
+            expected=missing[0],
+            fix="save it with save_pretrained (safetensors)",
+        )
+    return [path / name for name in names]
+
+
+def _digest_files(path: Path, files: list[Path]) -> dict[str, str]:
+    return {str(file.relative_to(path)): sha256_file(file) for file in files if file.is_file()}
+
+
+def _licence(path: Path) -> str | None:
+    from huggingface_hub import ModelCard
+
+    card = path / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card).data.license
+    except ValueError:  # front matter that is not YAML
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """A loaded teacher: evaluation mode, no gradients."""
+
+    model: Any
+    num_parameters: int
+    devices: list[str]
+
+
+def head_and_positions(path: Path) -> tuple[int, int | None]:
+    """Rows of the LM head and the model's own limit of positions (None where its configuration names none)."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise DistillError("cannot read the teacher's configuration", where=path, got=error) from error
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return config.vocab_size, limit
+
+
+def load_teacher(path: Path, *, dtype: str, device_map: str) -> Teacher:
+    """Load a teacher from a directory: safetensors only, no code of its own, frozen.
+
+    Args:
+        path: directory with `config.json` and safetensors weights.
+        dtype: `bfloat16`, `float16` or `float32`.
+        device_map: as transformers reads it; `auto` means the CPU where there is no accelerator.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=getattr(torch, dtype),
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise DistillError("cannot load the teacher", where=path, got=f"{type(error).__name__}: {error}") from error
+    model.eval().requires_grad_(False)
+    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {"": model.device}).values()})
+    return Teacher(model=model, num_parameters=model.num_parameters(), devices=devices)
