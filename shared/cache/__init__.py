@@ -1,1 +1,1 @@
-"""The logit cache: format, writer, reader; needs numpy and h5py alone."""
+"""The logit cache: format, writer, reader; needs numpy and h5py alone. `FORMAT.md` is the normative text."""

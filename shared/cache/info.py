@@ -1,0 +1,107 @@
+"""What a cache holds, for people and for scripts; also of one that is still being built."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shared.cache.claim import is_dead
+from shared.cache.layout import BUILD, CLAIM, FORMAT, TEACHER_EVAL, TOKENIZER
+from shared.cache.manifest import read_manifest
+from shared.cache.writer import walk
+from shared.errors import CacheFormatError
+
+
+def cache_info(path: Path | str) -> dict[str, Any]:
+    """Summarise a cache as JSON values; `finished` tells whether the figures are there.
+
+    Raises:
+        CacheFormatError: the folder holds no cache.
+        CacheCorruptError: the manifest does not match its digest.
+    """
+    directory = Path(path)
+    try:
+        manifest = read_manifest(directory)
+    except CacheFormatError:
+        options = _build_options(directory)
+        if options is None:
+            raise
+        names = {entry.name for entry in directory.iterdir()}
+        claim = directory / CLAIM
+        return {
+            "finished": False,
+            "shards_done": _pairs(names),
+            "num_shards": options.get("num_shards"),
+            "in_progress": claim.exists() and not is_dead(claim),
+            "build": options,
+        }
+    statistics = manifest["statistics"]
+    kl, mass = statistics["codec_kl_nats"], statistics["captured_mass"]
+    sizes = {name: file.stat().st_size for name, file in walk(directory)}
+    label_bytes = sum(size for name, size in sizes.items() if name.split("/")[0] not in (TOKENIZER, TEACHER_EVAL))
+    keys = ("codec", "filter", "temperatures", "top_k", "tokenizer_size", "head_width")
+    counts = ("num_shards", "num_documents", "num_tokens", "num_entries")
+    return {
+        "finished": True,
+        "label_identity": manifest["label_identity"],
+        **{key: manifest[key] for key in (*counts, *keys)},
+        "total_bytes": sum(sizes.values()),
+        "bytes_per_token": label_bytes / manifest["num_tokens"],
+        "captured_mass_mean": {T: figures["mean"] for T, figures in mass.items()},
+        "encoding_kl_mean_nats": {T: figures["mean"] for T, figures in kl.items()},
+        "encoding_kl_max_nats": {T: figures["max"] for T, figures in kl.items()},
+        "teacher": manifest["identity"].get("teacher"),
+        "tokenizer": manifest["identity"].get("tokenizer"),
+        "labels": manifest["identity"].get("labels"),
+        "sources": manifest["sources"],
+        "statistics": statistics,
+    }
+
+
+def summary(path: Path | str) -> str:
+    """The same as text for a terminal."""
+    info = cache_info(path)
+    if not info["finished"]:
+        of = "" if info["num_shards"] is None else f" of {info['num_shards']}"
+        state = "being built" if info["in_progress"] else "unfinished; run the same build again to continue"
+        return f"{path}: {state}, {info['shards_done']}{of} shards done"
+    statistics = info["statistics"]
+    lines = [
+        f"{path}",
+        f"  labels     {info['label_identity']}",
+        f"  documents  {info['num_documents']:,} in {info['num_shards']:,} shards",
+        f"  tokens     {info['num_tokens']:,}, {statistics['targets']:,} of them targets",
+        f"  entries    {info['num_entries']:,} (top-k {info['top_k']}), vocabulary {info['tokenizer_size']:,}",
+        f"  size       {info['total_bytes']:,} bytes, {info['bytes_per_token']:.1f} per token for the labels",
+        f"  codec      {info['codec']}, {info['filter']}",
+        f"  teacher    NLL {_figure(statistics['teacher_nll_nats'])} nats/target, "
+        f"entropy {_figure(statistics['entropy_nats'])} nats, next token in row {_figure(statistics['gold_in_topk'])}",
+        "  T          captured mass mean / p1 / p10      encoding KL mean / max (nats)",
+    ]
+    for T, mass in statistics["captured_mass"].items():
+        kl = statistics["codec_kl_nats"][T]
+        head = " / ".join(_figure(mass[key]) for key in ("mean", "p1", "p10"))
+        lines.append(f"  {T:<10} {head:<34} {_figure(kl['mean'], '.1e')} / {_figure(kl['max'], '.1e')}")
+    for part in ("teacher", "tokenizer", "labels"):
+        lines.append(f"  {part:<10} " + ", ".join(f"{key} {value}" for key, value in (info[part] or {}).items()))
+    for source in info["sources"]:
+        lines.append("  source     " + ", ".join(f"{key} {value}" for key, value in source.items()))
+    return "\n".join(lines)
+
+
+def _figure(value: float | None, form: str = ".4f") -> str:
+    return "none" if value is None else format(value, form)
+
+
+def _pairs(names: set[str]) -> int:
+    return sum(1 for name in names if name.endswith(".h5") and f"{name[:-3]}.json" in names)
+
+
+def _build_options(directory: Path) -> dict[str, Any] | None:
+    try:
+        build = json.loads((directory / BUILD).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(build, dict) or build.get("format") != FORMAT or not isinstance(build.get("options"), dict):
+        return None
+    options: dict[str, Any] = build["options"]
+    return options

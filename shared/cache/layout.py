@@ -1,0 +1,85 @@
+"""What a shard holds: names, constants, and the arrays a shard is written from."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+FORMAT = "codedistill-cache"
+VERSION = 1
+CODECS = ("f16", "q")
+FILTERS = ("gzip",)
+TEMPERATURES_DEFAULT = (0.5, 1.0, 1.5, 2.0)
+MAX_TOP_K = 65_535
+MAX_MARGIN = 1_500.0
+
+BUILD, CLAIM = "build.json", "claim.json"
+MANIFEST, MANIFEST_SHA256, MANIFEST_PENDING = "manifest.json", "manifest.sha256", "manifest.json.new"
+TOKENIZER, TEACHER_EVAL = "tokenizer", "teacher_eval"
+SHARD_PATTERN = re.compile(r"shard-(\d{5,})\.(h5|json)")
+TEMPORARY_PATTERN = re.compile(r"\..+\.tmp-\d+")
+
+
+def shard_name(shard: int) -> str:
+    """The shard's file name without its extension."""
+    return f"shard-{shard:05d}"
+
+
+def temperature_key(temperature: float) -> str:
+    """A temperature as a key of the JSON files: `0.5`, `1`, `1.5`, `2`."""
+    return f"{temperature:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardArrays:
+    """A shard before encoding: D documents, S tokens, E entries, T grid temperatures.
+
+    Row t is the teacher's distribution for token t+1; each document's last row is empty (k = 0) and no other is. A
+    row's entries descend by logit, ties by ascending id; entries with a logit of −inf are left out.
+
+    Args:
+        tokens: i64 `[S]`, token ids.
+        loss_mask: u8 `[S]`, 1 where the next token is a training target.
+        doc_indptr: i64 `[D+1]`, first token of each document.
+        doc_meta: one JSON object per document; `id` names it in errors, `target_bytes` is summed into the statistics.
+        k: i64 `[S]`, entries of each row.
+        topk_ids: i64 `[E]`, the rows' token ids, one row after the other.
+        topk_margins: f32 `[E]`, z_1 − z_i in logits: 0 first, then ascending within the row.
+        tail_log: f64 `[S, T]`, log Σ_{j∉K} exp((z_j − z_1)/T) in nats, −inf where nothing is left.
+        gold_logprob: f32 `[S]`, log-probability of the next token at T = 1 in nats, NaN in a document's last row.
+        gold_in_topk: bool `[S]`, whether the next token is among the row's entries.
+        entropy_nats: f32 `[S]`, entropy of the full distribution at T = 1; a document's last row is not read.
+    """
+
+    tokens: Array
+    loss_mask: Array
+    doc_indptr: Array
+    doc_meta: list[dict[str, Any]]
+    k: Array
+    topk_ids: Array
+    topk_margins: Array
+    tail_log: Array
+    gold_logprob: Array
+    gold_in_topk: Array
+    entropy_nats: Array
+
+    def row_indptr(self) -> Array:
+        """First entry of each row: i64 `[S+1]`."""
+        return indptr(self.k)
+
+    def where(self, row: int) -> str:
+        """Name a row by its document and position, for messages."""
+        document = int(np.searchsorted(self.doc_indptr, row, side="right")) - 1
+        name = self.doc_meta[document].get("id", document)
+        return f"document {name!r}, position {row - int(self.doc_indptr[document])}"
+
+
+def indptr(lengths: Array) -> Array:
+    """Offsets of consecutive pieces from their lengths: i64 `[n+1]`, first 0."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets

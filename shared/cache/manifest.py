@@ -1,0 +1,126 @@
+"""The manifest and its digest: read as a pair, replaced as a pair.
+
+Two files cannot be renamed at once, so a replacement goes: the new manifest in full as `manifest.json.new`, then
+`manifest.sha256`, then the rename of `manifest.json.new` to `manifest.json`. The manifest is whichever of the two files
+matches `manifest.sha256`. Killed before the digest's rename, the old manifest holds; killed after it, the new one; a
+command that writes to the cache then completes the rename.
+"""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shared.cache.layout import FORMAT, MANIFEST, MANIFEST_PENDING, MANIFEST_SHA256, SHARD_PATTERN, VERSION
+from shared.errors import CacheCorruptError, CacheFormatError
+from shared.runtime import fsync_directory, to_json, write_bytes
+
+REQUIRED = {
+    "label_identity": str,
+    "identity": dict,
+    "sources": list,
+    "codec": str,
+    "filter": str,
+    "temperatures": list,
+    "top_k": int,
+    "tokenizer_size": int,
+    "head_width": int,
+    "num_shards": int,
+    "num_documents": int,
+    "num_tokens": int,
+    "num_entries": int,
+    "statistics": dict,
+    "files": dict,
+}
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read the manifest that `manifest.sha256` vouches for; writes nothing.
+
+    Raises:
+        CacheFormatError: no cache, an unfinished one, an unknown version, or a mandatory field is missing.
+        CacheCorruptError: manifest and digest do not match.
+    """
+    data = _current(directory)[1]
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise CacheFormatError("the manifest is not JSON", where=directory / MANIFEST, got=error) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CacheFormatError("this is no logit cache", where=directory / MANIFEST, expected=FORMAT)
+    if manifest.get("version") != VERSION:
+        raise CacheFormatError(
+            "unknown version of the cache format",
+            where=directory,
+            expected=VERSION,
+            got=manifest.get("version"),
+            fix="read it with a newer codedistill",
+        )
+    for key, kind in REQUIRED.items():
+        if not isinstance(manifest.get(key), kind):
+            raise CacheFormatError("the manifest lacks a field", where=directory, expected=f"{key} ({kind.__name__})")
+    for name, entry in manifest["files"].items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not isinstance(entry, dict) or {"bytes", "sha256"} - set(entry):
+            raise CacheFormatError("the manifest lists a file wrongly", where=directory, got=name)
+    return manifest
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Replace manifest and digest so that a kill at any point leaves the old or the new one readable."""
+    data = to_json(manifest).encode()
+    write_bytes(directory / MANIFEST_PENDING, data)
+    write_bytes(directory / MANIFEST_SHA256, hashlib.sha256(data).hexdigest().encode())
+    _complete(directory)
+
+
+def complete_replacement(directory: Path) -> None:
+    """Finish or undo a replacement of the manifest that was killed half-way."""
+    if not (directory / MANIFEST_PENDING).exists():
+        return
+    with contextlib.suppress(CacheFormatError, CacheCorruptError):
+        if _current(directory)[0] == MANIFEST_PENDING:
+            _complete(directory)
+    (directory / MANIFEST_PENDING).unlink(missing_ok=True)
+
+
+def _complete(directory: Path) -> None:
+    (directory / MANIFEST_PENDING).replace(directory / MANIFEST)
+    fsync_directory(directory)
+
+
+def _current(directory: Path) -> tuple[str, bytes]:
+    """Name and bytes of the manifest that matches the digest; looks twice, for a writer may be at it."""
+    for _ in range(2):
+        files = {name: _read(directory / name) for name in (MANIFEST_SHA256, MANIFEST, MANIFEST_PENDING)}
+        expected = files.pop(MANIFEST_SHA256)
+        for name, data in files.items():
+            if data is not None and hashlib.sha256(data).hexdigest().encode() == expected:
+                return name, data
+    found = files[MANIFEST]
+    if found is None:
+        if not directory.is_dir():
+            raise CacheFormatError("there is no cache here", where=directory, got="no such folder")
+        shards = len({m[1] for entry in directory.iterdir() if (m := SHARD_PATTERN.fullmatch(entry.name))})
+        raise CacheFormatError(
+            "the cache is unfinished or this is none",
+            where=directory,
+            expected=MANIFEST,
+            got=f"{shards} shards and no manifest",
+            fix="run the same `codedistill teacher build` again; it keeps what is done",
+        )
+    raise CacheCorruptError(
+        "the manifest does not match its digest",
+        where=directory / MANIFEST,
+        expected=(expected or b"no manifest.sha256").decode(errors="replace"),
+        got=hashlib.sha256(found).hexdigest(),
+        fix="copy the cache again, or run the same `codedistill teacher build` again",
+    )
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None

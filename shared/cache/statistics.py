@@ -1,0 +1,118 @@
+"""A shard's statistics, the measured error of its encoding among them, and their sum over a cache."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from shared.cache.codec import decode_tail, last_of_rows
+from shared.cache.layout import Array, ShardArrays, temperature_key
+
+MASS_BINS = 200
+QUANTILES = {"p1": 0.01, "p10": 0.10}
+
+
+def measure(
+    a: ShardArrays, decoded: Array, tail: Array, *, temperatures: Sequence[float], scale: int
+) -> dict[str, Any]:
+    """Compute a shard's statistics in float64 over all its rows.
+
+    Args:
+        a: the exact arrays.
+        decoded: f32 `[E]`, the margins a reader decodes; tail: i16 `[S, T]`, the stored tails; scale: their steps.
+
+    Returns:
+        JSON values; means over no rows are null.
+    """
+    rows = a.k > 0
+    targets = rows & (a.loss_mask == 1)
+    gold = a.gold_logprob.astype(np.float64)
+    mass: dict[str, Any] = {}
+    kl: dict[str, Any] = {}
+    for column, T in enumerate(temperatures):
+        head_mass, row_kl = _partition(a, decoded, tail[:, column], a.tail_log[rows, column], T, scale)
+        counts = np.bincount(np.minimum((head_mass * MASS_BINS).astype(np.int64), MASS_BINS - 1), minlength=MASS_BINS)
+        mass[temperature_key(T)] = {"mean": _mean(head_mass), **_quantiles(counts), "histogram": counts.tolist()}
+        kl[temperature_key(T)] = {"mean": _mean(row_kl), "max": float(row_kl.max()) if len(row_kl) else None}
+    return {
+        "documents": len(a.doc_meta),
+        "tokens": len(a.tokens),
+        "rows": int(rows.sum()),
+        "targets": int(targets.sum()),
+        "entries": len(a.topk_ids),
+        "target_bytes": sum(int(meta.get("target_bytes", 0)) for meta in a.doc_meta),
+        "captured_mass": mass,
+        "entropy_nats": _mean(a.entropy_nats[rows].astype(np.float64)),
+        "gold_in_topk": _mean(a.gold_in_topk[rows].astype(np.float64)),
+        "teacher_nll_nats": _mean(-gold[targets]),
+        "teacher_nll_all_nats": _mean(-gold[rows]),
+        "codec_kl_nats": kl,
+    }
+
+
+def _partition(
+    a: ShardArrays, decoded: Array, tail: Array, tail_log: Array, T: float, scale: int
+) -> tuple[Array, Array]:
+    """Head mass and KL(exact‖decoded) of the K+1 partition at T, one of each per non-empty row."""
+    rows = a.k > 0
+    if not rows.any():
+        return np.zeros(0), np.zeros(0)
+    starts = a.row_indptr()[:-1][rows]
+    exact_logits = a.topk_margins.astype(np.float64) / -T
+    errors = decoded.astype(np.float64) / -T - exact_logits
+    tail_decoded = decode_tail(tail, last_of_rows(decoded, a.k), T, scale)[rows]
+    weights = np.exp(exact_logits)
+    head = np.add.reduceat(weights, starts)
+    log_total = np.logaddexp(np.log(head), tail_log)
+    head_decoded = np.add.reduceat(np.exp(exact_logits + errors), starts)
+    log_total_decoded = np.logaddexp(np.log(head_decoded), tail_decoded)
+    tail_weights = np.exp(tail_log)
+    tail_error = np.where(tail_weights > 0, tail_decoded - tail_log, 0.0)
+    mean_error = (np.add.reduceat(weights * errors, starts) + tail_weights * tail_error) * np.exp(-log_total)
+    return head * np.exp(-log_total), np.maximum(log_total_decoded - log_total - mean_error, 0.0)
+
+
+def combine(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The statistics of a whole cache from those of its shards: sums, weighted means, largest errors."""
+    total: dict[str, Any] = {
+        key: sum(shard[key] for shard in shards)
+        for key in ("documents", "tokens", "rows", "targets", "entries", "target_bytes")
+    }
+    mass, kl = {}, {}
+    for key in shards[0]["captured_mass"]:
+        parts = [{**shard, **shard["captured_mass"][key]} for shard in shards]
+        counts = np.sum([part["histogram"] for part in parts], axis=0)
+        mass[key] = {"mean": _weighted(parts, "mean", "rows"), **_quantiles(counts)}
+        errors = [{**shard, **shard["codec_kl_nats"][key]} for shard in shards]
+        largest = max((part["max"] for part in errors if part["max"] is not None), default=None)
+        kl[key] = {"mean": _weighted(errors, "mean", "rows"), "max": largest}
+    return total | {
+        "captured_mass": mass,
+        "entropy_nats": _weighted(shards, "entropy_nats", "rows"),
+        "gold_in_topk": _weighted(shards, "gold_in_topk", "rows"),
+        "teacher_nll_nats": _weighted(shards, "teacher_nll_nats", "targets"),
+        "teacher_nll_all_nats": _weighted(shards, "teacher_nll_all_nats", "rows"),
+        "codec_kl_nats": kl,
+    }
+
+
+def _quantiles(counts: Array) -> dict[str, float | None]:
+    """Quantiles as the lower edge of their bin of 1/200, so that shards and their sum state them alike."""
+    below = np.cumsum(counts)
+    if below[-1] == 0:
+        return dict.fromkeys(QUANTILES)
+    return {key: int(np.searchsorted(below, q * below[-1], side="right")) / MASS_BINS for key, q in QUANTILES.items()}
+
+
+def _mean(values: Array) -> float | None:
+    mean = float(values.mean()) if len(values) else math.nan
+    return mean if math.isfinite(mean) else None
+
+
+def _weighted(parts: Sequence[dict[str, Any]], key: str, weight: str) -> float | None:
+    """Mean weighted by row counts; null where no part has rows, or one of them has rows and no finite mean."""
+    counted = [part for part in parts if part[weight]]
+    if not counted or any(part[key] is None for part in counted):
+        return None
+    return float(math.fsum(part[key] * part[weight] for part in counted) / sum(part[weight] for part in counted))

@@ -1,0 +1,414 @@
+"""Writing a cache: shards one by one into a claimed directory, the manifest last."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from shared.cache import codec as codecs
+from shared.cache import hdf5
+from shared.cache.checks import check_arrays, check_options
+from shared.cache.claim import Claim, is_dead
+from shared.cache.identity import label_identity
+from shared.cache.layout import (
+    BUILD,
+    CLAIM,
+    FORMAT,
+    MANIFEST,
+    MANIFEST_PENDING,
+    MANIFEST_SHA256,
+    SHARD_PATTERN,
+    TEACHER_EVAL,
+    TEMPORARY_PATTERN,
+    TOKENIZER,
+    VERSION,
+    Array,
+    ShardArrays,
+    indptr,
+    shard_name,
+)
+from shared.cache.manifest import complete_replacement, read_manifest, write_manifest
+from shared.cache.statistics import combine, measure
+from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, ResumeError
+from shared.runtime import fsync_directory, sha256_file, write_bytes, write_json
+
+FOLDERS = (TOKENIZER, TEACHER_EVAL)
+OWN_FILES = (BUILD, CLAIM, MANIFEST, MANIFEST_SHA256, MANIFEST_PENDING)
+UNLISTED = (CLAIM, MANIFEST, MANIFEST_SHA256, MANIFEST_PENDING)
+
+
+def encode_shard(
+    arrays: ShardArrays,
+    *,
+    codec: str,
+    temperatures: Sequence[float],
+    head_width: int,
+    tokenizer_size: int,
+    top_k: int,
+    compression: str = "gzip",
+) -> tuple[bytes, dict[str, Any]]:
+    """Encode a shard as the bytes of an HDF5 file; equal input gives equal bytes.
+
+    Args:
+        arrays: the exact rows.
+        codec: `q` or `f16`.
+        temperatures: the grid that `arrays.tail_log` was summed at; contains 1.
+        head_width: rows of the teacher's LM head; tokenizer_size: the vocabulary that rows are normalised over.
+        top_k: the requested number of entries per row.
+        compression: `gzip`.
+
+    Returns:
+        The bytes and the shard's statistics (FORMAT.md, "Statistics").
+
+    Raises:
+        CacheFormatError: what CACHE.md refuses at write time, with document and position.
+    """
+    sizes = {"top_k": top_k, "head_width": head_width}
+    check_options(
+        codec=codec, temperatures=temperatures, tokenizer_size=tokenizer_size, compression=compression, **sizes
+    )
+    check_arrays(arrays, temperatures=temperatures, V=tokenizer_size, **sizes)
+    scale = codecs.tail_scale(top_k)
+    values, decoded = codecs.encode_margins(arrays.topk_margins, arrays.k, codec)
+    last = codecs.last_of_rows(decoded, arrays.k)
+    tail = codecs.encode_tail(arrays.tail_log, last, arrays.k, temperatures, scale, tokenizer_size)
+    id_table, ranks = _rank_ids(arrays.topk_ids)
+    blobs = [json.dumps(meta, separators=(",", ":"), allow_nan=False).encode() for meta in arrays.doc_meta]
+    datasets = {
+        "tokens": arrays.tokens.astype(np.uint16 if tokenizer_size <= 1 << 16 else np.uint32),
+        "loss_mask": arrays.loss_mask.astype(np.uint8),
+        "doc_indptr": arrays.doc_indptr.astype(np.int64),
+        "doc_meta": np.frombuffer(b"".join(blobs), np.uint8),
+        "doc_meta_indptr": indptr(np.array([len(blob) for blob in blobs])),
+        "k": arrays.k.astype(np.uint8 if top_k <= 255 else np.uint16),
+        "id_table": id_table,
+        "topk_ids": ranks,
+        **values,
+        "tail": tail,
+    }
+    attributes = {
+        "format": FORMAT,
+        "version": VERSION,
+        "codec": codec,
+        "temperatures": np.asarray(temperatures, np.float64),
+        "tail_scale": scale,
+        "top_k": top_k,
+        "head_width": head_width,
+        "tokenizer_size": tokenizer_size,
+    }
+    statistics = measure(arrays, decoded, tail, temperatures=temperatures, scale=scale)
+    return hdf5.to_bytes(datasets, attributes), statistics
+
+
+def _rank_ids(ids: Array) -> tuple[Array, Array]:
+    """The shard's ids by falling frequency (ties by ascending id), and each entry's rank in that table."""
+    counts = np.bincount(ids, minlength=1)
+    table = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    ranks = np.zeros(len(counts), np.uint16 if len(table) <= 1 << 16 else np.uint32)
+    ranks[table] = np.arange(len(table))
+    return table.astype(np.uint32), ranks[ids]
+
+
+class CacheWriter:
+    """A cache directory under construction, claimed by this process until `finish` or `close`.
+
+    Shards that are whole stay when a killed build is run again; whatever else it left is cleared. If the cache is
+    finished already and `build` is equal, `finished` is true and nothing is written.
+
+    Args:
+        path: the cache's directory; made where it is missing.
+        build: every option that decides the cache's bytes, as JSON values: at least `codec`, `temperatures`, `top_k`,
+            `head_width`, `tokenizer_size`; `filter` (`gzip`) and `num_shards` (shown by `cache info`) where known.
+
+    Raises:
+        ResumeError: an existing build has other options, the folder holds something else, or another process builds.
+        CacheFormatError: options that no shard can be written with.
+    """
+
+    def __init__(self, path: Path | str, build: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.build: dict[str, Any] = json.loads(json.dumps({"filter": "gzip"} | dict(build), allow_nan=False))
+        self._options = _shard_options(self.build)
+        self._claim: Claim | None = None
+        self._check_folder()
+        self.finished = _is_finished(self.path)
+        if self.finished and not _has_leftovers(self.path):
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(self.path)
+        try:
+            self._check_folder()
+            remove_leftovers(self.path)
+            self.finished = _is_finished(self.path)
+            if self.finished:
+                self.close()
+                return
+            for name in (MANIFEST, MANIFEST_SHA256):
+                (self.path / name).unlink(missing_ok=True)
+            if not (self.path / BUILD).exists():
+                write_json(self.path / BUILD, {"format": FORMAT, "version": VERSION, "options": self.build})
+        except BaseException:
+            self.close()
+            raise
+
+    def has_shard(self, shard: int) -> bool:
+        """Whether a shard's pair of files is there and its SHA-256 is right."""
+        return _read_record(self.path, shard) is not None
+
+    def write_shard(self, shard: int, arrays: ShardArrays, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """Encode a shard and write its pair of files durably, the JSON last.
+
+        Args:
+            shard: its number from 0.
+            arrays: its rows.
+            extra: further keys for its JSON (token budget, versions); no times, so that bytes are reproducible.
+
+        Returns:
+            The shard's JSON.
+        """
+        claim = self._claimed()
+        try:
+            data, statistics = encode_shard(arrays, **self._options)
+        except CacheFormatError as error:
+            where = f"{shard_name(shard)}, {error.where}" if error.where else shard_name(shard)
+            raise CacheFormatError(error.what, where=where, expected=error.expected, got=error.got) from error
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "shard": shard,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "statistics": statistics,
+            **extra,
+        }
+        claim.check()
+        write_bytes(self.path / f"{shard_name(shard)}.h5", data)
+        write_json(self.path / f"{shard_name(shard)}.json", record)
+        return record
+
+    def finish(self, identity: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> None:
+        """Write the manifest over every file in the directory and give the claim back.
+
+        Args:
+            identity: who made the labels; see `identity.label_identity`.
+            sources: the data sets, each with name, split, revision, licence, digest, num_documents.
+
+        Raises:
+            CacheFormatError: no shard, a shard that is missing or damaged, or an identity without its digests.
+        """
+        claim = self._claimed()
+        found = sorted({int(m[1]) for entry in self.path.iterdir() if (m := SHARD_PATTERN.fullmatch(entry.name))})
+        num_shards = self.build.get("num_shards", len(found))
+        if found != list(range(num_shards)) or not found:
+            raise CacheFormatError("shards are missing", where=self.path, expected=max(num_shards, 1), got=len(found))
+        files = list_files(self.path)
+        records = []
+        for shard in found:
+            record = _read_record(self.path, shard, files.get(f"{shard_name(shard)}.h5", {}).get("sha256"))
+            if record is None:
+                raise CacheFormatError("a shard is incomplete", where=self.path / shard_name(shard))
+            records.append(record["statistics"])
+        statistics = combine(records)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "label_identity": label_identity(identity),
+            "identity": dict(identity),
+            "sources": [dict(source) for source in sources],
+            **{key: self.build[key] for key in ("codec", "filter", "temperatures", "top_k")},
+            **{key: self.build[key] for key in ("tokenizer_size", "head_width")},
+            "num_shards": num_shards,
+            "num_documents": statistics["documents"],
+            "num_tokens": statistics["tokens"],
+            "num_entries": statistics["entries"],
+            "statistics": statistics,
+            "files": files,
+        }
+        claim.check()
+        write_manifest(self.path, manifest)
+        self.finished = True
+        self.close()
+
+    def close(self) -> None:
+        """Give the claim back; what is written stays."""
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _claimed(self) -> Claim:
+        if self._claim is None:
+            raise ResumeError("this cache is finished or its writer closed", where=self.path)
+        return self._claim
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that is no cache, or one that was begun with other options."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ResumeError("the cache's path is not a folder", where=self.path, fix="name another --out")
+        for entry in self.path.iterdir():
+            if not _is_ours(entry):
+                raise ResumeError(
+                    "the folder holds something that is no cache",
+                    where=self.path,
+                    got=entry.name,
+                    fix="name another --out",
+                )
+        try:
+            old = json.loads((self.path / BUILD).read_bytes())
+        except FileNotFoundError:
+            started = [entry.name for entry in self.path.iterdir() if SHARD_PATTERN.fullmatch(entry.name)]
+            if started:
+                raise ResumeError(
+                    "the folder holds shards and no build.json", where=self.path, got=started[0]
+                ) from None
+            return
+        except ValueError as error:
+            raise ResumeError("build.json cannot be read", where=self.path / BUILD, got=error) from error
+        if not isinstance(old, dict) or old.get("format") != FORMAT or not isinstance(old.get("options"), dict):
+            raise ResumeError("build.json is not that of a cache", where=self.path / BUILD, fix="name another --out")
+        if old.get("version") != VERSION:
+            raise ResumeError(
+                "the build has another version", where=self.path, expected=VERSION, got=old.get("version")
+            )
+        for key, before, now in _differences(old["options"], self.build):
+            raise ResumeError(
+                f"the cache was begun with another {key}",
+                where=self.path,
+                expected=before,
+                got=now,
+                fix="use the old option, or name another --out",
+            )
+
+
+def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
+    """Add files such as `teacher_eval/fidelity.json` to a finished cache, or replace them; the manifest comes last.
+
+    Killed at any point the cache stays readable: files that change leave the manifest first, and each replacement of
+    the manifest is recoverable. Running the command again completes it.
+
+    Args:
+        path: a finished cache.
+        files: contents by name, relative, below `teacher_eval/` or `tokenizer/`.
+
+    Raises:
+        ConfigError: a name outside these folders.
+        ResumeError: another process is changing the cache.
+    """
+    directory = Path(path)
+    for name in files:
+        parts = PurePosixPath(name).parts
+        if len(parts) < 2 or parts[0] not in FOLDERS or ".." in parts:
+            raise ConfigError(
+                "a file cannot be added to a cache", got=name, expected=" or ".join(f"{f}/…" for f in FOLDERS)
+            )
+    read_manifest(directory)
+    claim = Claim(directory)
+    try:
+        remove_leftovers(directory)
+        manifest = read_manifest(directory)
+        new = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+        listed = manifest["files"]
+        kept = {name: entry for name, entry in listed.items() if new.get(name, entry) == entry}
+        if kept != listed:
+            write_manifest(directory, manifest | {"files": kept})
+        for name, data in files.items():
+            target = directory / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(target, data)
+            fsync_directory(directory)
+        claim.check()
+        write_manifest(directory, manifest | {"files": dict(sorted((kept | new).items()))})
+    finally:
+        claim.release()
+
+
+def list_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file that a manifest lists, by relative name."""
+    return {
+        name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        for name, file in walk(directory)
+        if name not in UNLISTED
+    }
+
+
+def walk(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Every file in a cache with its relative name, sorted by name."""
+    files = ((file.relative_to(directory).as_posix(), file) for file in directory.rglob("*") if not file.is_dir())
+    return iter(sorted(files))
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Clear what a killed process left: temporary files, and a manifest's replacement that it did not complete."""
+    for _, file in walk(directory):
+        if TEMPORARY_PATTERN.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+    complete_replacement(directory)
+
+
+def _has_leftovers(directory: Path) -> bool:
+    claimed = (directory / CLAIM).exists() and is_dead(directory / CLAIM)
+    pending = (directory / MANIFEST_PENDING).exists()
+    return claimed or pending or any(TEMPORARY_PATTERN.fullmatch(file.name) for _, file in walk(directory))
+
+
+def _is_ours(entry: Path) -> bool:
+    if entry.is_dir():
+        return entry.name in FOLDERS
+    name = entry.name
+    return name in OWN_FILES or bool(SHARD_PATTERN.fullmatch(name) or TEMPORARY_PATTERN.fullmatch(name))
+
+
+def _is_finished(directory: Path) -> bool:
+    """Whether a valid manifest is there and every file that it lists, in the right size."""
+    try:
+        files = read_manifest(directory)["files"]
+    except (CacheFormatError, CacheCorruptError):
+        return False
+    present = {name: file.stat().st_size for name, file in walk(directory)}
+    return all(present.get(name) == entry["bytes"] for name, entry in files.items())
+
+
+def _read_record(directory: Path, shard: int, sha256: str | None = None) -> dict[str, Any] | None:
+    """A shard's JSON if it describes the shard's file; `sha256` is that file's, if known already."""
+    data = directory / f"{shard_name(shard)}.h5"
+    try:
+        record = json.loads(data.with_suffix(".json").read_bytes())
+        if record["version"] != VERSION or record["shard"] != shard or record["bytes"] != data.stat().st_size:
+            return None
+        matches = record["sha256"] == (sha256 or sha256_file(data)) and isinstance(record["statistics"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if matches else None
+
+
+def _shard_options(build: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("codec", "temperatures", "top_k", "head_width", "tokenizer_size")
+    missing = [name for name in names if name not in build]
+    if missing:
+        raise CacheFormatError("the build lacks an option", expected=missing[0])
+    options = {name: build[name] for name in names} | {"compression": build["filter"]}
+    check_options(**options)
+    return options
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Keys whose values differ, dotted for nested objects, with both values."""
+    for key in sorted(set(old) | set(new)):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _differences(before, now, f"{prefix}{key}.")
+        elif before != now or (key in old) != (key in new):
+            yield f"{prefix}{key}", before, now
