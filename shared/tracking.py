@@ -1,0 +1,123 @@
+"""Weights & Biases, as an aid that can always be away.
+
+Whatever is wrong (no wandb, no key, a bad key, no network, a dead server), the job goes on, one line says so, nothing
+prompts, and at most `INIT_SECONDS + FINISH_SECONDS` and wandb's own start-up are lost. What is recorded offline is
+uploaded later with `wandb sync`.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.runtime import log, rank
+
+INIT_SECONDS = 8.0
+FINISH_SECONDS = 4.0
+
+
+class Run:
+    """A W&B run, or nothing where there is none; no method raises.
+
+    Attributes:
+        id: W&B's id of the run, to be passed to `start` when the job is resumed; None where there is no run.
+        active: whether anything is recorded. `wandb.run` is then set and the Trainer's own callback may be used.
+    """
+
+    def __init__(self, run: Any = None) -> None:
+        self._run = run
+        self.id: str | None = run.id if run is not None else None
+        self.active = run is not None
+        self._complained = False
+
+    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Record metrics at a step."""
+        self._attempt(lambda: self._run.log(dict(metrics), step=step))
+
+    def summary(self, metrics: Mapping[str, Any]) -> None:
+        """Record final figures."""
+        self._attempt(lambda: self._run.summary.update(dict(metrics)))
+
+    def finish(self, exit_code: int) -> None:
+        """End the run; a code other than 0 marks it failed."""
+        self._attempt(lambda: self._run.finish(exit_code=exit_code))
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        if not self.active:
+            return
+        try:
+            call()
+        except Exception as error:
+            if not self._complained:
+                log(f"wandb: something was not recorded ({type(error).__name__}); the job goes on")
+            self._complained = True
+
+
+@contextlib.contextmanager
+def start(
+    job_type: str,
+    *,
+    name: str | None,
+    config: Mapping[str, Any],
+    directory: Path,
+    group: str | None = None,
+    run_id: str | None = None,
+) -> Iterator[Run]:
+    """Track one job; the run ends with the block, marked failed where the block raises.
+
+    Mode: disabled or offline where `WANDB_MODE` says so; else online, and offline where there is no key or the server
+    does not answer.
+
+    Args:
+        job_type: the stage, such as `train`.
+        name: the run's name; None lets W&B choose one.
+        config: the resolved configuration.
+        directory: holds wandb's own files, in a folder `wandb`.
+        group: groups the runs of a sweep.
+        run_id: the id of an earlier run of the same job, which is continued.
+    """
+    run = Run(_open(job_type=job_type, name=name, config=config, directory=directory, group=group, id=run_id))
+    exit_code = 1
+    try:
+        yield run
+        exit_code = 0
+    finally:
+        run.finish(exit_code)
+
+
+def _open(*, directory: Path, config: Mapping[str, Any], **options: Any) -> Any:
+    """Return an open wandb run, or None; the messages name error types alone, since texts could quote the key."""
+    wanted = os.environ.get("WANDB_MODE", "").lower()
+    if rank() != 0 or wanted == "disabled":
+        return None
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's own telemetry waits 30 s for a silent server
+    try:
+        from wandb import Settings, init, setup, teardown  # a stray folder `wandb` imports too, without these names
+    except Exception as error:
+        log(f"wandb: cannot be imported ({type(error).__name__}); nothing is tracked")
+        return None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
+        options |= {"dir": str(directory), "config": dict(config), "settings": settings, "resume": "allow"}
+        setup(settings)  # silent from here on; wandb never prompts while it is silent
+        reason = "WANDB_MODE asks for it"
+        if wanted not in ("offline", "dryrun"):
+            try:
+                run = init(mode="online", **options)
+                log(f"wandb: tracking at {run.url}")
+                return run
+            except Exception as error:
+                reason = f"the server could not be used ({type(error).__name__})"
+                if type(error).__name__ == "UsageError":
+                    reason = "no key was found"
+                with contextlib.suppress(SystemExit):
+                    teardown()  # what is left of the attempt would own the run's id
+                setup(settings)
+        run = init(mode="offline", **options)
+        log(f"wandb: recording offline in {directory / 'wandb'}, since {reason}; upload with `wandb sync`")
+        return run
+    except Exception as error:
+        log(f"wandb: cannot record ({type(error).__name__}); nothing is tracked")
+        return None
