@@ -114,7 +114,7 @@ def _convert(gguf: Path, made: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), **source, quantization_config=dequantise, dtype=torch.bfloat16
     )
-    end_of_text, end_of_turn = tokenizer.convert_tokens_to_ids([_END_OF_TEXT, _END_OF_TURN])
+    end_of_text, end_of_turn = (tokenizer.convert_tokens_to_ids(token) for token in (_END_OF_TEXT, _END_OF_TURN))
     model.config.bos_token_id = model.config.eos_token_id = end_of_text
     model.generation_config.bos_token_id = end_of_text
     model.generation_config.eos_token_id = [end_of_text, end_of_turn]

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, T positions, N real tokens (flattened), D hidden size
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ class LogitSource:
     a linear map (scaling, soft caps, offloading), its own logits are taken instead; `notice` then says why.
     """
 
-    def __init__(self, model: nn.Module, chunk_rows: int) -> None:
+    def __init__(self, model: Any, chunk_rows: int) -> None:
         self.model, self.chunk_rows = model, chunk_rows
         self.notice = _why_not_fused(model)
         self.head_width: int = model.get_output_embeddings().weight.shape[0] if self.notice is None else 0
@@ -170,7 +171,7 @@ class LogitSource:
 
 
 @torch.inference_mode()
-def _why_not_fused(model: nn.Module) -> str | None:
+def _why_not_fused(model: Any) -> str | None:
     """Run the model once on a few ids and look at its head's input and output; None where the head is a plain map.
 
     The head's output is replaced by a ramp over ±64, so that a soft cap shows that a small random logit would not.

@@ -1,0 +1,272 @@
+"""`teacher build` through the command line, with tiny random teachers."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from shared.cache.reader import Cache
+from shared.cache.verify import verify_cache
+from shared.errors import CacheFormatError, ConfigError, DistillError, ResumeError
+from stage1_teacher.cli import teacher as command
+
+VOCABULARY, WIDTH = 300, 304
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    backend.train_from_iterator(
+        ["def add(a, b):\n    return a + b\n" * 20, "for name in names:\n    print(name)\n"], trainer
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=special[0], eos_token=special[0])
+    return made
+
+
+def save_teacher(path, tokenizer, *, width=WIDTH, change=None):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=width,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+        if change is not None:
+            change(model)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, tokenizer):
+    return save_teacher(tmp_path_factory.mktemp("teacher"), tokenizer, width=len(tokenizer))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    texts = [{"prompt": f"# task {i}", "completion": f"\nx = {i}\n" + "y = x\n" * (i % 5)} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def build(teacher, rows, out, *options):
+    arguments = ["build", "--teacher", str(teacher), "--dataset", str(rows), "--out", str(out)]
+    options = ("--dtype", "float32", "--shard-tokens", "300", *options)
+    result = CliRunner().invoke(command, [*arguments, *options])
+    if result.exception is not None:
+        raise result.exception
+    return Cache(out), result
+
+
+def shards(out):
+    return {path.name: path.read_bytes() for path in sorted(out.glob("shard-*"))}
+
+
+def test_labels_equal_the_teachers_own_logits(teacher, tokenizer, rows, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    cache, result = build(teacher, rows, tmp_path / "cache", "--top-k", "20")
+    assert verify_cache(cache.path) == []
+    assert cache.num_documents == 20
+    assert cache.num_shards > 2
+    assert "captured mass" in result.output
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    nll, target_nll = [], []
+    for document in range(20):
+        ids = torch.from_numpy(cache.tokens(document))
+        assert ids[0] == ids[-1] == 0
+        logp = model(input_ids=ids[None]).logits[0].double().log_softmax(-1).detach().numpy()[:-1]
+        targets = cache.targets(document, 1.0)
+        assert targets.k.tolist() == [20] * len(logp) + [0]
+        want = np.sort(logp, axis=1)[:, ::-1]
+        np.testing.assert_array_equal(targets.ids[:-1], np.argsort(-logp, axis=1, kind="stable")[:, :20])
+        # The codec's own steps: margins of 11 bits, tails of 1/16 nat, both against the row's first entry.
+        head, tail = targets.logp[:-1], targets.log_tail[:-1]
+        np.testing.assert_allclose(head[:, :1] - head, want[:, :1] - want[:, :20], rtol=2**-11, atol=1e-5)
+        want_tail = np.log(np.exp(want[:, 20:]).sum(1)) - want[:, 0]
+        np.testing.assert_allclose(tail - head[:, 0], want_tail, rtol=0, atol=1 / 32 + 1e-4)
+        prompt = 1 + len(tokenizer.encode(f"# task {document}"))
+        mask = np.arange(len(ids)) >= prompt - 1
+        mask[-1] = False
+        np.testing.assert_array_equal(cache.loss_mask(document), mask)
+        nll.append(-logp[np.arange(len(logp)), ids[1:].numpy()])
+        target_nll.append(nll[-1][mask[:-1]])
+    assert cache.statistics["teacher_nll_all_nats"] == pytest.approx(np.mean(np.concatenate(nll)), rel=1e-5)
+    assert cache.statistics["teacher_nll_nats"] == pytest.approx(np.mean(np.concatenate(target_nll)), rel=1e-5)
+
+
+def test_a_second_call_finds_it_done_without_torch(teacher, rows, tmp_path):
+    out = tmp_path / "cache"
+    build(teacher, rows, out, "--limit-docs", "5")
+    arguments = ["build", "--teacher", str(teacher), "--dataset", str(rows), "--out", str(out)]
+    arguments += ["--dtype", "float32", "--shard-tokens", "300", "--limit-docs", "5"]
+    code = f"import sys; from stage1_teacher.cli import teacher; teacher.main({arguments!r}, standalone_mode=False); "
+    code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "up to date" in result.stderr
+    assert result.stdout.splitlines()[-1] == "False False"
+
+
+def test_resumes_to_the_same_bytes(teacher, rows, tmp_path, monkeypatch):
+    whole, _ = build(teacher, rows, tmp_path / "whole")
+    from stage1_teacher import build as module
+
+    label_shard, done = module.label_shard, []
+
+    def stop_at_the_third(*arguments):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return label_shard(*arguments)
+
+    monkeypatch.setattr(module, "label_shard", stop_at_the_third)
+    with pytest.raises(SystemExit):  # click turns the interrupt into an abort
+        build(teacher, rows, tmp_path / "resumed")
+    assert len(shards(tmp_path / "resumed")) == 4
+    done.clear()
+    monkeypatch.setattr(module, "label_shard", label_shard)
+    resumed, _ = build(teacher, rows, tmp_path / "resumed")
+    assert shards(tmp_path / "resumed") == shards(tmp_path / "whole")
+    assert resumed.label_identity == whole.label_identity
+    assert (tmp_path / "resumed/manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
+
+
+def test_a_resume_of_something_else_is_refused(teacher, rows, tmp_path, tokenizer):
+    out = tmp_path / "cache"
+    build(teacher, rows, out)
+    before = shards(out)
+    with pytest.raises(ResumeError, match="top_k"):
+        build(teacher, rows, out, "--top-k", "5")
+    other = save_teacher(
+        tmp_path / "other", tokenizer, width=len(tokenizer), change=lambda model: model.lm_head.weight.mul_(2)
+    )
+    with pytest.raises(ResumeError, match="teacher"):
+        build(other, rows, out)
+    rows.write_text(rows.read_text().replace("task 3", "task three"))
+    with pytest.raises(ResumeError, match="sources"):
+        build(teacher, rows, out)
+    assert shards(out) == before
+
+
+def test_a_moved_teacher_and_a_touched_file_change_nothing(teacher, rows, tmp_path, tokenizer):
+    first, _ = build(teacher, rows, tmp_path / "cache")
+    moved = save_teacher(tmp_path / "moved", tokenizer, width=len(tokenizer))
+    rows.touch()
+    again, _ = build(moved, rows, tmp_path / "cache")
+    assert again.manifest == first.manifest
+
+
+def test_long_documents_are_split_at_the_models_positions(teacher, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "# p", "completion": "\n" + "a b c d e f g h\n" * 12}) + "\n")
+    cache, result = build(teacher, path, tmp_path / "cache")
+    assert "1 documents too long and split: 1" in result.stderr
+    assert max(cache.doc_lengths) == 64
+    parts = [cache.meta(document) for document in range(cache.num_documents)]
+    assert [part["part"] for part in parts] == list(range(parts[0]["parts"]))
+    with pytest.raises(ConfigError, match="beyond the teacher's positions"):
+        build(teacher, path, tmp_path / "more", "--max-length", "65")
+
+
+def test_nan_logits_are_refused_by_document_and_position(rows, tmp_path, tokenizer):
+    def poison(model):
+        model.model.embed_tokens.weight[tokenizer.encode("7")[0]] = float("nan")
+
+    teacher = save_teacher(tmp_path / "nan", tokenizer, width=len(tokenizer), change=poison)
+    with pytest.raises(CacheFormatError, match=r"document '8', position \d+"):  # the first to hold a 7
+        build(teacher, rows, tmp_path / "cache")
+
+
+def test_mass_beyond_the_tokenizer_is_refused(rows, tmp_path, tokenizer):
+    # A norm weight of 0 makes every logit 0: the mass beyond the tokenizer is the share of ids there.
+    teacher = save_teacher(tmp_path / "flat", tokenizer, change=lambda model: model.model.norm.weight.zero_())
+    with pytest.raises(CacheFormatError, match=f"got: {(WIDTH - len(tokenizer)) / WIDTH:.2e}"):
+        build(teacher, rows, tmp_path / "cache")
+
+
+def test_a_padded_head_is_masked_and_its_mass_recorded(rows, tmp_path, tokenizer):
+    size = len(tokenizer)
+
+    def push_down(model):
+        """One feature stays positive through all layers, and only the ids beyond the tokenizer weigh it, down."""
+        model.model.embed_tokens.weight[:, -1] = 1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[-1] = 0
+            layer.mlp.down_proj.weight[-1] = 0
+        model.lm_head.weight[:size, -1] = 0
+        model.lm_head.weight[size:] = 0
+        model.lm_head.weight[size:, -1] = -3
+
+    teacher = save_teacher(tmp_path / "padded", tokenizer, change=push_down)
+    cache, _ = build(teacher, rows, tmp_path / "cache", "--top-k", str(WIDTH))
+    assert (cache.tokenizer_size, cache.head_width) == (size, WIDTH)
+    targets = cache.targets(0, 1.0)
+    assert set(targets.k[:-1]) == {size}
+    assert targets.ids.max() == size - 1
+    assert np.isneginf(targets.log_tail).all()
+    masses = [json.loads(path.read_text())["excess_mass"] for path in cache.path.glob("shard-*.json")]
+    assert all(0 < mass < 1e-4 for mass in masses)
+
+
+def test_unusable_requests_are_named(teacher, rows, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="no such teacher"):
+        build(tmp_path / "nowhere", rows, tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"lacks a file.*config\.json"):
+        build(tmp_path / "empty", rows, tmp_path / "cache")
+    with pytest.raises(ConfigError, match="top_k"):
+        build(teacher, rows, tmp_path / "cache", "--top-k", "0")
+    with pytest.raises(ConfigError, match="on_long"):
+        build(teacher, rows, tmp_path / "cache", "--on-long", "cut")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="one process"):
+        build(teacher, rows, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_teacher_without_its_tokenizer_is_refused(teacher, rows, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((teacher / name).read_bytes())
+    with pytest.raises(DistillError, match="tokenizer"):
+        build(bare, rows, tmp_path / "cache")
+
+
+def test_both_codecs_and_a_profile(teacher, rows, tmp_path):
+    profile = tmp_path / "profile.toml"
+    profile.write_text('codec = "q"\ntop_k = 7\ntemperatures = [1.0]\n')
+    cache, _ = build(teacher, rows, tmp_path / "cache", "--config", str(profile), "--top-k", "9")
+    assert (cache.manifest["codec"], cache.manifest["top_k"], cache.temperatures) == ("q", 9, (1.0,))
