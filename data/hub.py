@@ -30,5 +30,7 @@ def read_hub(hub_id: str, split: str) -> tuple[str, str | None, Iterator[Row]]:
             fix="check the name and the network, or give a local FILE.jsonl or FILE.parquet",
         ) from error
     licence = info.card_data.get("license") if info.card_data else None
+    if isinstance(licence, list):
+        licence = " AND ".join(licence)
     assert info.sha is not None
     return info.sha, licence, (Row(f"{hub_id}, row {i}", row) for i, row in enumerate(rows, start=1))

@@ -35,7 +35,7 @@ def load_documents(dataset: str, split: str, *, limit_docs: int | None = None) -
     elif dataset.endswith((".jsonl", ".parquet")):
         path = Path(dataset)
         name, licence, documents = _from_rows(read_rows(path), split, path.name, splits_named=False)
-    elif dataset == "mbpp" or re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
+    elif dataset == "mbpp" or (re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and not Path(dataset).exists()):
         from data.hub import read_hub
 
         hub_id = mbpp.HUB_ID if dataset == "mbpp" else dataset

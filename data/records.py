@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 from shared.runtime import sha256_json
 
@@ -43,7 +42,7 @@ class Problem:
     canonical_solution: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentSet:
     """The documents of one split, in order, with what is known of their origin.
 
@@ -60,7 +59,7 @@ class DocumentSet:
     licence: str | None
     documents: tuple[Document, ...]
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 over every document's id and digest, in order."""
         return sha256_json([[document.id, document.digest] for document in self.documents])

@@ -49,7 +49,8 @@ def read_split(split: str, root: Path | None = None) -> list[Document]:
 
 def split_of(id: str) -> str:
     """The split of a document or module, from the name of its top-level module alone."""
-    bucket = _hash(id.partition(":")[0].partition(".")[0]) % 20
+    module = id.partition(":")[0].partition(".")[0]
+    bucket = _hash(f"stdlib/{module}") % 20
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 

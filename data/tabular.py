@@ -1,5 +1,6 @@
 """Rows from JSONL and parquet files, read strictly: a row is right or is refused by file, line and field."""
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -78,7 +79,7 @@ def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[Row]:
         if not line.strip(b" \t\r\n"):
             continue
         try:
-            value = json.loads(line.decode("utf-8"), object_pairs_hook=lambda pairs: _object(pairs, where))  # noqa: B023
+            value = json.loads(line.decode("utf-8"), object_pairs_hook=functools.partial(_object, where=where))
         except ConfigError:
             raise
         except UnicodeDecodeError as error:

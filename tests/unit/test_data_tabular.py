@@ -1,0 +1,129 @@
+"""JSONL and parquet traps: each reads right or is refused by file, line and field."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data.tabular import read_rows
+from shared.errors import ConfigError
+
+
+def fields(path):
+    return [row.fields for row in read_rows(path)]
+
+
+def write(tmp_path, data: bytes):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b'{"a": 1}\n{"a": 2}\n', [1, 2]),
+        (b'{"a": 1}\n{"a": 2}', [1, 2]),
+        (b'\xef\xbb\xbf{"a": 1}\n', [1]),
+        (b'{"a": 1}\r\n\r\n{"a": 2}\r\n', [1, 2]),
+        (b'\n  \n{"a": 1}\n\t\n\n{"a": 2}\n\n', [1, 2]),
+        ('{"a": "x\u2028y\u2029z\u0085w\u000c"}\n'.replace("\f", "\\f").encode(), ["x\u2028y\u2029z\u0085w\f"]),
+        (b'{"a": "nul \\u0000 end"}\n', ["nul \0 end"]),
+        (b'{"a": "\\ud83d\\ude00"}\n', ["\U0001f600"]),
+        (b'{"a": null}\n', [None]),
+        (b"", []),
+        (b'{"a": "' + b"x" * 5_000_000 + b'"}\n', ["x" * 5_000_000]),
+    ],
+)
+def test_reads(tmp_path, data, expected):
+    assert [row["a"] for row in fields(write(tmp_path, data))] == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (b'{"a": 1', ["line 3", "not JSON"]),
+        (b'{"a": 1}{"a": 2}', ["line 3", "Extra data"]),
+        (b'{"a": 1}\r{"a": 2}', ["line 3", "Extra data"]),
+        (b"[1]", ["line 3", "one JSON object", "list [1]"]),
+        (b"null", ["line 3", "got: null"]),
+        (b'{"a": "\xff"}', ["line 3", "not UTF-8"]),
+        ('{"a": "é"}'.encode("latin-1"), ["line 3", "not UTF-8"]),
+        (b'{"a": 1, "a": 2}', ["line 3", "field 'a'", "each field once"]),
+        (b'{"b": {"a": 1, "a": 1}}', ["line 3", "field 'a'", "each field once"]),
+        (b'{"a": NaN}', ["line 3", "field 'a'", "NaN"]),
+        (b'{"a": [1, [-Infinity]]}', ["line 3", "field 'a'", "Infinity"]),
+        (b'{"a": 1e999}', ["line 3", "field 'a'", "Infinity"]),
+        (b'\xef\xbb\xbf{"a": 1}', ["line 3", "BOM"]),
+        (b"[" * 200_000, ["line 3", "not JSON"]),
+        (b"9" * 5_000, ["line 3", "not JSON"]),
+    ],
+)
+def test_refuses_a_line_by_file_line_and_field(tmp_path, line, parts):
+    path = write(tmp_path, b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
+    with pytest.raises(ConfigError) as caught:
+        fields(path)
+    for part in ["rows.jsonl", *parts]:
+        assert part in str(caught.value)
+
+
+def test_utf16_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="line 1; got: 'utf-8' codec"):
+        fields(write(tmp_path, '{"a": 1}\n'.encode("utf-16")))
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet"])
+def test_an_absent_file_is_named(tmp_path, name):
+    with pytest.raises(ConfigError, match=name):
+        fields(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("value", "accessor", "message"),
+    [
+        (None, "text", "field 'a'; expected: a string; got: null"),
+        (3, "text", "field 'a'; expected: a string; got: int 3"),
+        ("x\ud800y", "text", "field 'a'; expected: text that UTF-8 can hold; got: a lone surrogate at character 1"),
+        (["x", 2], "texts", r"field 'a\[1\]'; expected: a string; got: int 2"),
+        (["\udfff"], "texts", r"field 'a\[0\]'; .*surrogate"),
+        ("x", "texts", "field 'a'; expected: a list of strings; got: str 'x'"),
+        (None, "texts", "field 'a'; expected: a list of strings; got: null"),
+        ("7", "integer", "field 'a'; expected: an integer; got: str '7'"),
+        (True, "integer", "field 'a'; expected: an integer; got: bool True"),
+        (7.0, "integer", "field 'a'; expected: an integer; got: float 7.0"),
+    ],
+)
+def test_accessors_refuse_other_types(tmp_path, value, accessor, message):
+    (row,) = read_rows(write(tmp_path, json.dumps({"a": value}).encode()))
+    with pytest.raises(ConfigError, match=f"rows.jsonl, line 1, {message}"):
+        getattr(row, accessor)("a")
+
+
+def test_a_missing_field_is_named(tmp_path):
+    (row,) = read_rows(write(tmp_path, b'{"b": 1}'))
+    with pytest.raises(ConfigError, match=r"line 1, field 'a'; .* got: fields 'b'"):
+        row.text("a")
+
+
+def test_parquet_reads_like_jsonl(tmp_path):
+    rows = [{"a": "x\r\n\u2028\0", "b": 1, "c": ["p", None]}, {"a": None, "b": 2, "c": []}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=1)
+    read = list(read_rows(tmp_path / "rows.parquet"))
+    assert [row.fields for row in read] == rows
+    with pytest.raises(ConfigError, match=r"rows.parquet, row 2, field 'a'; expected: a string; got: null"):
+        read[1].text("a")
+
+
+def test_parquet_faults(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(ConfigError, match="cannot read a parquet file"):
+        fields(path)
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), path)
+    with pytest.raises(ConfigError, match="column occurs twice"):
+        fields(path)
+    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    pq.write_table(pa.Table.from_arrays([bad], names=["a"]), path)
+    with pytest.raises(ConfigError, match="cannot read a parquet file"):
+        fields(path)
