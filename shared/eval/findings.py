@@ -93,9 +93,14 @@ def caveats(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
             "The held-out text was kept from the students. Whether the teacher saw it in its own training is not "
             "known; if it did, its figures are flattered."
         )
-    if any("latency" in m["machines"] for m in models.values()):
+    machines = [m["machines"]["latency"] for m in models.values() if m["machines"].get("latency")]
+    places = dict.fromkeys(
+        ", ".join([m["processor"], f"{m['cores']} cores", *(m["accelerators"] or ["no accelerator"])]) for m in machines
+    )
+    if places:
         sentences.append(
-            "Times hold for the machine named below. Between models timed on different machines no ratio is given."
+            f"Times hold for the machine they were taken on ({'; '.join(places)}). Between models timed on different "
+            "machines no ratio is given."
         )
     return sentences
 

@@ -73,6 +73,7 @@ def test_the_caveats_say_what_is_unfavourable(full):
     assert "distilled student 0/164 (95% interval 0.0% to 2.3%)" in text
     assert "A score of 0 cannot rank two students" in text
     assert "partition K=64" in text
+    assert "taken on (Example CPU @ 2.40GHz, 2 cores, no accelerator)" in text
     assert "The teacher is small (134.5 M parameters)" in text
 
 
