@@ -165,7 +165,7 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     cells = []
     for model in models.values():
         interval = model["humaneval"]["ci95"]
-        note = f"95% CI {interval[0]:.1%}–{interval[1]:.1%}" if interval else ""
+        note = f"95% CI {interval[0]:.1%}–{interval[1]:.1%}" if humaneval(model) and interval else ""
         cells.append(
             {"value": humaneval(model), "note": note, "reason": model["reasons"].get("humaneval.pass_at_1", "")}
         )

@@ -89,7 +89,9 @@ def mass_plot(caches: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Plot |
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
         for colour, (name, masses) in zip(_cycle(1, len(caches)), caches.items(), strict=True):
-            points = sorted((float(temperature), mass) for temperature, mass in masses.items())
+            points = sorted(
+                (float(temperature), mass) for temperature, mass in masses.items() if mass["mean"] is not None
+            )
             x = [temperature for temperature, _ in points]
             axes.plot(x, [m["mean"] for _, m in points], color=colour, marker="o", markersize=3.5, label=name)
             axes.plot(x, [m["p10"] for _, m in points], color=colour, linestyle=":", label=f"{name}, 10th percentile")

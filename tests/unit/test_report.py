@@ -185,6 +185,15 @@ def test_a_results_own_reason_is_kept(tmp_path):
     assert teacher["reasons"]["top1_agreement"] == "fidelity.json has no top1_agreement"
 
 
+def test_an_incomplete_humaneval_has_no_score(tmp_path):
+    write(tmp_path / "eval" / "teacher" / "humaneval" / "result.json", {
+        "pass_at_1": None, "ci95": [None, None], "num_problems": 164, "reasons": {"pass_at_1": "3 programs could not be run"},
+    })  # fmt: skip
+    teacher = build_report(tmp_path / "eval", {}, [], tmp_path / "report")["models"]["teacher"]
+    assert teacher["reasons"]["humaneval.pass_at_1"] == "3 programs could not be run"
+    assert "| HumanEval solved (greedy pass@1) ↑ | – |" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_different_held_out_caches_are_said(tmp_path):
     write_fidelity(tmp_path, "student_kd")
     path = write_fidelity(tmp_path, "student_ce")
