@@ -1,4 +1,4 @@
-"""Rows like a real teacher's for the cache's tests, from dense logits that an exact float64 reference can be made of."""
+"""Rows for the cache's tests, from dense logits that an exact float64 reference can be made of."""
 
 import numpy as np
 

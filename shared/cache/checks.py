@@ -55,8 +55,10 @@ def check_arrays(a: ShardArrays, *, temperatures: Sequence[float], top_k: int, h
     first[a.row_indptr()[:-1][~last]] = True
     ids, margins = a.topk_ids, a.topk_margins
     _refuse(a, rows[(ids < 0) | (ids >= num_ids)], "an entry's id is out of range", f"0 to {num_ids - 1}")
-    keys = np.sort(rows * np.int64(V) + ids)
-    _refuse(a, keys[1:][keys[1:] == keys[:-1]] // V, "an id is twice in a row", "distinct ids")
+    padded = np.broadcast_to(V + np.arange(a.k.max(), dtype=np.int32), (len(a.k), a.k.max())).copy()
+    padded[np.arange(a.k.max()) < a.k[:, None]] = ids
+    padded.sort(axis=1)
+    _refuse(a, (padded[:, 1:] == padded[:, :-1]).any(axis=1), "an id is twice in a row", "distinct ids")
     _refuse(a, rows[~np.isfinite(margins)], "a logit is not finite", "finite logits; entries of −inf are left out")
     _refuse(a, rows[first & (margins != 0)], "a row's first margin is not 0", "z_1 − z_1 = 0")
     falls = np.diff(margins, prepend=np.float32(0)) < 0

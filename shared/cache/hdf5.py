@@ -41,7 +41,7 @@ def from_bytes(image: bytes, where: object) -> tuple[dict[str, Array], dict[str,
         with h5py.File(h5py.h5f.open_file_image(image)) as file:
             arrays = {name: file[name][()] for name in file}
             attributes = {key: _plain(value) for key, value in file.attrs.items()}
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise CacheCorruptError("a shard cannot be read", where=where, got=error, fix="cache verify") from error
     return arrays, attributes
 

@@ -270,5 +270,9 @@ def decode_shard(image: bytes, where: object) -> Shard:
 def _pad(values: Array, k: Array, width: int, dtype: Any, fill: float) -> Array:
     """Rows of lengths k, one after the other, as `[n, width]`."""
     padded = np.full((len(k), width), fill, dtype)
-    padded[np.arange(width) < k[:, None]] = values
+    full = k == width
+    if np.count_nonzero(full) * width == len(values):  # all rows are full or empty, as with a fixed k: a plain copy
+        padded[full] = values.reshape(-1, width)
+    else:
+        padded[np.arange(width) < k[:, None]] = values
     return padded

@@ -60,15 +60,16 @@ def _partition(
         return np.zeros(0), np.zeros(0)
     starts = a.row_indptr()[:-1][rows]
     exact_logits = a.topk_margins.astype(np.float64) / -T
-    errors = decoded.astype(np.float64) / -T - exact_logits
+    decoded_logits = decoded.astype(np.float64) / -T
+    errors = decoded_logits - exact_logits
     tail_decoded = decode_tail(tail, last_of_rows(decoded, a.k), T, scale)[rows]
     weights = np.exp(exact_logits)
     head = np.add.reduceat(weights, starts)
     log_total = np.logaddexp(np.log(head), tail_log)
-    head_decoded = np.add.reduceat(np.exp(exact_logits + errors), starts)
+    head_decoded = np.add.reduceat(np.exp(decoded_logits), starts)
     log_total_decoded = np.logaddexp(np.log(head_decoded), tail_decoded)
     tail_weights = np.exp(tail_log)
-    tail_error = np.where(tail_weights > 0, tail_decoded - tail_log, 0.0)
+    tail_error = np.subtract(tail_decoded, tail_log, out=np.zeros(len(head)), where=tail_weights > 0)
     mean_error = (np.add.reduceat(weights * errors, starts) + tail_weights * tail_error) * np.exp(-log_total)
     return head * np.exp(-log_total), np.maximum(log_total_decoded - log_total - mean_error, 0.0)
 

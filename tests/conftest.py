@@ -1,0 +1,1 @@
+"""Tests share the helpers that lie in this folder."""
