@@ -187,7 +187,8 @@ def test_a_results_own_reason_is_kept(tmp_path):
 
 def test_an_incomplete_humaneval_has_no_score(tmp_path):
     write(tmp_path / "eval" / "teacher" / "humaneval" / "result.json", {
-        "pass_at_1": None, "ci95": [None, None], "num_problems": 164, "reasons": {"pass_at_1": "3 programs could not be run"},
+        "pass_at_1": None, "ci95": [None, None], "num_problems": 164,
+        "reasons": {"pass_at_1": "3 programs could not be run"},
     })  # fmt: skip
     teacher = build_report(tmp_path / "eval", {}, [], tmp_path / "report")["models"]["teacher"]
     assert teacher["reasons"]["humaneval.pass_at_1"] == "3 programs could not be run"
