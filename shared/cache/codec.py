@@ -83,7 +83,8 @@ def decode_margins(arrays: Mapping[str, Array], k: Array, codec: str) -> Array:
     if len(starts):
         # Each row's first difference takes back the row before, so that one running sum decodes all rows.
         differences[starts[1:]] = -np.add.reduceat(differences, starts)[:-1]
-    margins: Array = arrays["codebook"][np.cumsum(differences, dtype=np.int32)]
+    codes = np.cumsum(differences, out=differences)
+    margins: Array = arrays["codebook"][codes]
     return margins
 
 

@@ -1,5 +1,6 @@
 """Writing a cache: shards one by one into a claimed directory, the manifest last."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from shared.cache.layout import (
 )
 from shared.cache.manifest import complete_replacement, read_manifest, write_manifest
 from shared.cache.statistics import combine, measure
-from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, ResumeError
+from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, DistillError, ResumeError
 from shared.runtime import fsync_directory, sha256_file, write_bytes, write_json
 
 FOLDERS = (TOKENIZER, TEACHER_EVAL)
@@ -138,19 +139,11 @@ class CacheWriter:
         self.finished = _is_finished(self.path)
         if self.finished and not _has_leftovers(self.path):
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._claim = Claim(self.path)
         try:
-            self._check_folder()
-            remove_leftovers(self.path)
-            self.finished = _is_finished(self.path)
-            if self.finished:
-                self.close()
-                return
-            for name in (MANIFEST, MANIFEST_SHA256):
-                (self.path / name).unlink(missing_ok=True)
-            if not (self.path / BUILD).exists():
-                write_json(self.path / BUILD, {"format": FORMAT, "version": VERSION, "options": self.build})
+            with _plain_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._claim = Claim(self.path)
+                self._begin()
         except BaseException:
             self.close()
             raise
@@ -186,8 +179,9 @@ class CacheWriter:
             **extra,
         }
         claim.check()
-        write_bytes(self.path / f"{shard_name(shard)}.h5", data)
-        write_json(self.path / f"{shard_name(shard)}.json", record)
+        with _plain_errors(self.path):
+            write_bytes(self.path / f"{shard_name(shard)}.h5", data)
+            write_json(self.path / f"{shard_name(shard)}.json", record)
         return record
 
     def finish(self, identity: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> None:
@@ -201,6 +195,7 @@ class CacheWriter:
             CacheFormatError: no shard, a shard that is missing or damaged, or an identity without its digests.
         """
         claim = self._claimed()
+        self._check_folder()
         found = sorted({int(m[1]) for entry in self.path.iterdir() if (m := SHARD_PATTERN.fullmatch(entry.name))})
         num_shards = self.build.get("num_shards", len(found))
         if found != list(range(num_shards)) or not found:
@@ -229,7 +224,8 @@ class CacheWriter:
             "files": files,
         }
         claim.check()
-        write_manifest(self.path, manifest)
+        with _plain_errors(self.path):
+            write_manifest(self.path, manifest)
         self.finished = True
         self.close()
 
@@ -246,6 +242,19 @@ class CacheWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _begin(self) -> None:
+        """Look again, now that the folder is ours; clear what a killed process left; write `build.json`."""
+        self._check_folder()
+        remove_leftovers(self.path)
+        self.finished = _is_finished(self.path)
+        if self.finished:
+            self.close()
+            return
+        for name in (MANIFEST, MANIFEST_SHA256):
+            (self.path / name).unlink(missing_ok=True)
+        if not (self.path / BUILD).exists():
+            write_json(self.path / BUILD, {"format": FORMAT, "version": VERSION, "options": self.build})
 
     def _claimed(self) -> Claim:
         if self._claim is None:
@@ -315,24 +324,45 @@ def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
                 "a file cannot be added to a cache", got=name, expected=" or ".join(f"{f}/…" for f in FOLDERS)
             )
     read_manifest(directory)
-    claim = Claim(directory)
+    with _plain_errors(directory):
+        claim = Claim(directory)
+        try:
+            _replace_files(directory, files, claim)
+        finally:
+            claim.release()
+
+
+def _replace_files(directory: Path, files: Mapping[str, bytes], claim: Claim) -> None:
+    remove_leftovers(directory)
+    manifest = read_manifest(directory)
+    new = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    listed = manifest["files"]
+    kept = {name: entry for name, entry in listed.items() if new.get(name, entry) == entry}
+    if kept != listed:
+        write_manifest(directory, manifest | {"files": kept})
+    for name, data in files.items():
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(target, data)
+        fsync_directory(directory)
+    claim.check()
+    write_manifest(directory, manifest | {"files": dict(sorted((kept | new).items()))})
+
+
+@contextlib.contextmanager
+def _plain_errors(directory: Path) -> Iterator[None]:
+    """Turn the system's refusals (full disk, no rights) into one readable line."""
     try:
-        remove_leftovers(directory)
-        manifest = read_manifest(directory)
-        new = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-        listed = manifest["files"]
-        kept = {name: entry for name, entry in listed.items() if new.get(name, entry) == entry}
-        if kept != listed:
-            write_manifest(directory, manifest | {"files": kept})
-        for name, data in files.items():
-            target = directory / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(target, data)
-            fsync_directory(directory)
-        claim.check()
-        write_manifest(directory, manifest | {"files": dict(sorted((kept | new).items()))})
-    finally:
-        claim.release()
+        yield
+    except DistillError:
+        raise
+    except OSError as error:
+        raise ResumeError(
+            "the cache cannot be written",
+            where=error.filename or directory,
+            got=error.strerror or error,
+            fix="make room or give rights, then run the same command again; finished shards are kept",
+        ) from error
 
 
 def list_files(directory: Path) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ def margin_error(margins):
 
 def supremum_nats(K, T, scale):
     """λ of the docstring, by bisection over a fine grid of margins."""
-    margins = np.linspace(0, 60, 600_001)
+    margins = np.linspace(0, 60, 60_001)
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -326,6 +327,36 @@ def test_refused_labels_name_their_shard(tmp_path):
         ),
     ):
         writer.write_shard(3, small_shard(0), {})
+
+
+def test_a_full_disk_is_an_ordinary_error(tmp_path):
+    """A file-size limit stands for the full disk: both fail in write(2). What is there stays, and the build goes on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with CacheWriter(tmp_path / "c", build_options()) as writer:
+        writer.write_shard(0, small_shard(0), {"token_budget": 64})
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+            with pytest.raises(ResumeError, match=r"cannot be written;.*File too large"):
+                writer.write_shard(1, small_shard(1), {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert sorted(contents(tmp_path / "c")) == ["build.json", "claim.json", "shard-00000.h5", "shard-00000.json"]
+    build(tmp_path / "c")
+    assert verify_cache(tmp_path / "c") == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResumeError, match=r"cannot be written;.*Not a directory"):
+        CacheWriter(tmp_path / "file" / "c", build_options())
+
+
+def test_something_foreign_that_appears_during_a_build_is_not_listed(tmp_path):
+    with CacheWriter(tmp_path / "c", build_options(num_shards=1)) as writer:
+        writer.write_shard(0, small_shard(0), {})
+        (tmp_path / "c" / "notes.txt").write_text("")
+        with pytest.raises(ResumeError, match=r"no cache;.*got: notes\.txt"):
+            writer.finish(IDENTITY, SOURCES)
 
 
 # --- the claim -------------------------------------------------------------------------------------------------------
