@@ -30,7 +30,7 @@ class Encoded:
     lossless: bool
 
 
-def load_tokenizer(path_or_id: str | Path, revision: str | None = None) -> Tokenizer:
+def load_tokenizer(path_or_id: str | Path, revision: str = "main") -> Tokenizer:
     """Load a tokenizer from a directory or the Hub; code that comes with it is never run.
 
     `tokenizer.json` is read as it is. `AutoTokenizer` rebuilds some classes (`GPT2Tokenizer`, which StarCoder2 names)
@@ -132,7 +132,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int,
 def _plain(backend: Any) -> Iterator[Any]:
     """The backend with nothing cut, padded or read as special, and with exact offsets.
 
-    A byte-level post-processor trims white space off the offsets, which hides a token that straddles the border.
+    A byte-level post-processor trims spaces off the offsets, which hides a token that straddles the border.
     """
     processor, special = backend.post_processor, backend.encode_special_tokens
     backend.no_truncation()

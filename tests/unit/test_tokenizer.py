@@ -21,18 +21,18 @@ from shared.tokenizer import (
 CORPUS = ["def f(x):\n    return x\n", "def g(y):\n    return y + 12\n", "class A:\n    x = 34\n"] * 3
 
 
-def train(regex=True, vocab_size=320, **special):
-    """A byte-level BPE with digits split; without `regex`, merges cross every border but digits."""
+def train(**special):
+    """A byte-level BPE with digits split."""
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=320,
         special_tokens=["<|bos|>", "<|eos|>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -96,14 +96,18 @@ def test_spelled_special_tokens_are_text(tokenizer, text):
 
 @pytest.mark.parametrize("trim", [False, True])
 def test_a_straddling_token_belongs_to_the_completion(trim):
-    """Trained without a regex, `:` and the line end that follows are one token."""
-    tokenizer = train(regex=False, vocab_size=400)
-    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
-    document = encode_document(tokenizer, "def f(x):", "\n    return x\n")
-    straddler = decode(tokenizer, [document.ids[document.num_prompt_tokens]])
-    head = decode(tokenizer, document.ids[: document.num_prompt_tokens])
-    assert len(head) < len("def f(x):") < len(head + straddler)
-    assert document.target_bytes == len("def f(x):\n    return x\n") - len(head)
+    """Here `:` and the space that follows are one token, whose offsets a byte-level post-processor trims to `:`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, ":Ġ"])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[(":", "Ġ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    document = encode_document(tokenizer, "if x:", " y\n")
+    assert document.ids == [vocabulary[token] for token in ["i", "f", "Ġ", "x", ":Ġ", "y", "Ċ"]]
+    assert document.num_prompt_tokens == 4
+    assert document.target_bytes == len(": y\n")
 
 
 def test_borders_between_multi_byte_characters(tokenizer):
