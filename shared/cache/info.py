@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.claim import is_dead
+from shared.cache.directory import walk
 from shared.cache.layout import BUILD, CLAIM, FORMAT, TEACHER_EVAL, TOKENIZER
 from shared.cache.manifest import read_manifest
-from shared.cache.writer import walk
 from shared.errors import CacheFormatError
 
 

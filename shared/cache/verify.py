@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from shared.cache.directory import walk
 from shared.cache.layout import MANIFEST, MANIFEST_PENDING, MANIFEST_SHA256, shard_name
 from shared.cache.manifest import read_manifest
-from shared.cache.writer import walk
 from shared.errors import CacheCorruptError, CacheFormatError
 from shared.runtime import progress, sha256_file
 

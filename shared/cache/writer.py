@@ -1,6 +1,5 @@
 """Writing a cache: shards one by one into a claimed directory, the manifest last."""
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,33 +12,34 @@ import numpy as np
 from shared.cache import codec as codecs
 from shared.cache import hdf5
 from shared.cache.checks import check_arrays, check_options
-from shared.cache.claim import Claim, is_dead
+from shared.cache.claim import Claim
+from shared.cache.directory import (
+    FOLDERS,
+    has_leftovers,
+    is_finished,
+    is_ours,
+    list_files,
+    plain_errors,
+    read_record,
+    remove_leftovers,
+)
 from shared.cache.identity import label_identity
 from shared.cache.layout import (
     BUILD,
-    CLAIM,
     FORMAT,
     MANIFEST,
-    MANIFEST_PENDING,
     MANIFEST_SHA256,
     SHARD_PATTERN,
-    TEACHER_EVAL,
-    TEMPORARY_PATTERN,
-    TOKENIZER,
     VERSION,
     Array,
     ShardArrays,
     indptr,
     shard_name,
 )
-from shared.cache.manifest import complete_replacement, read_manifest, write_manifest
+from shared.cache.manifest import read_manifest, write_manifest
 from shared.cache.statistics import combine, measure
-from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, DistillError, ResumeError
-from shared.runtime import fsync_directory, sha256_file, write_bytes, write_json
-
-FOLDERS = (TOKENIZER, TEACHER_EVAL)
-OWN_FILES = (BUILD, CLAIM, MANIFEST, MANIFEST_SHA256, MANIFEST_PENDING)
-UNLISTED = (CLAIM, MANIFEST, MANIFEST_SHA256, MANIFEST_PENDING)
+from shared.errors import CacheFormatError, ConfigError, ResumeError
+from shared.runtime import fsync_directory, write_bytes, write_json
 
 
 def encode_shard(
@@ -136,11 +136,11 @@ class CacheWriter:
         self._options = _shard_options(self.build)
         self._claim: Claim | None = None
         self._check_folder()
-        self.finished = _is_finished(self.path)
-        if self.finished and not _has_leftovers(self.path):
+        self.finished = is_finished(self.path)
+        if self.finished and not has_leftovers(self.path):
             return
         try:
-            with _plain_errors(self.path):
+            with plain_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._claim = Claim(self.path)
                 self._begin()
@@ -150,7 +150,7 @@ class CacheWriter:
 
     def has_shard(self, shard: int) -> bool:
         """Whether a shard's pair of files is there and its SHA-256 is right."""
-        return _read_record(self.path, shard) is not None
+        return read_record(self.path, shard) is not None
 
     def write_shard(self, shard: int, arrays: ShardArrays, extra: Mapping[str, Any]) -> dict[str, Any]:
         """Encode a shard and write its pair of files durably, the JSON last.
@@ -179,7 +179,7 @@ class CacheWriter:
             **extra,
         }
         claim.check()
-        with _plain_errors(self.path):
+        with plain_errors(self.path):
             write_bytes(self.path / f"{shard_name(shard)}.h5", data)
             write_json(self.path / f"{shard_name(shard)}.json", record)
         return record
@@ -203,7 +203,7 @@ class CacheWriter:
         files = list_files(self.path)
         records = []
         for shard in found:
-            record = _read_record(self.path, shard, files.get(f"{shard_name(shard)}.h5", {}).get("sha256"))
+            record = read_record(self.path, shard, files.get(f"{shard_name(shard)}.h5", {}).get("sha256"))
             if record is None:
                 raise CacheFormatError("a shard is incomplete", where=self.path / shard_name(shard))
             records.append(record["statistics"])
@@ -224,7 +224,7 @@ class CacheWriter:
             "files": files,
         }
         claim.check()
-        with _plain_errors(self.path):
+        with plain_errors(self.path):
             write_manifest(self.path, manifest)
         self.finished = True
         self.close()
@@ -247,7 +247,7 @@ class CacheWriter:
         """Look again, now that the folder is ours; clear what a killed process left; write `build.json`."""
         self._check_folder()
         remove_leftovers(self.path)
-        self.finished = _is_finished(self.path)
+        self.finished = is_finished(self.path)
         if self.finished:
             self.close()
             return
@@ -268,7 +268,7 @@ class CacheWriter:
         if not self.path.is_dir():
             raise ResumeError("the cache's path is not a folder", where=self.path, fix="name another --out")
         for entry in self.path.iterdir():
-            if not _is_ours(entry):
+            if not is_ours(entry):
                 raise ResumeError(
                     "the folder holds something that is no cache",
                     where=self.path,
@@ -324,7 +324,7 @@ def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
                 "a file cannot be added to a cache", got=name, expected=" or ".join(f"{f}/…" for f in FOLDERS)
             )
     read_manifest(directory)
-    with _plain_errors(directory):
+    with plain_errors(directory):
         claim = Claim(directory)
         try:
             _replace_files(directory, files, claim)
@@ -347,81 +347,6 @@ def _replace_files(directory: Path, files: Mapping[str, bytes], claim: Claim) ->
         fsync_directory(directory)
     claim.check()
     write_manifest(directory, manifest | {"files": dict(sorted((kept | new).items()))})
-
-
-@contextlib.contextmanager
-def _plain_errors(directory: Path) -> Iterator[None]:
-    """Turn the system's refusals (full disk, no rights) into one readable line."""
-    try:
-        yield
-    except DistillError:
-        raise
-    except OSError as error:
-        raise ResumeError(
-            "the cache cannot be written",
-            where=error.filename or directory,
-            got=error.strerror or error,
-            fix="make room or give rights, then run the same command again; finished shards are kept",
-        ) from error
-
-
-def list_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file that a manifest lists, by relative name."""
-    return {
-        name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        for name, file in walk(directory)
-        if name not in UNLISTED
-    }
-
-
-def walk(directory: Path) -> Iterator[tuple[str, Path]]:
-    """Every file in a cache with its relative name, sorted by name."""
-    files = ((file.relative_to(directory).as_posix(), file) for file in directory.rglob("*") if not file.is_dir())
-    return iter(sorted(files))
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Clear what a killed process left: temporary files, and a manifest's replacement that it did not complete."""
-    for _, file in walk(directory):
-        if TEMPORARY_PATTERN.fullmatch(file.name):
-            file.unlink(missing_ok=True)
-    complete_replacement(directory)
-
-
-def _has_leftovers(directory: Path) -> bool:
-    claimed = (directory / CLAIM).exists() and is_dead(directory / CLAIM)
-    pending = (directory / MANIFEST_PENDING).exists()
-    return claimed or pending or any(TEMPORARY_PATTERN.fullmatch(file.name) for _, file in walk(directory))
-
-
-def _is_ours(entry: Path) -> bool:
-    if entry.is_dir():
-        return entry.name in FOLDERS
-    name = entry.name
-    return name in OWN_FILES or bool(SHARD_PATTERN.fullmatch(name) or TEMPORARY_PATTERN.fullmatch(name))
-
-
-def _is_finished(directory: Path) -> bool:
-    """Whether a valid manifest is there and every file that it lists, in the right size."""
-    try:
-        files = read_manifest(directory)["files"]
-    except (CacheFormatError, CacheCorruptError):
-        return False
-    present = {name: file.stat().st_size for name, file in walk(directory)}
-    return all(present.get(name) == entry["bytes"] for name, entry in files.items())
-
-
-def _read_record(directory: Path, shard: int, sha256: str | None = None) -> dict[str, Any] | None:
-    """A shard's JSON if it describes the shard's file; `sha256` is that file's, if known already."""
-    data = directory / f"{shard_name(shard)}.h5"
-    try:
-        record = json.loads(data.with_suffix(".json").read_bytes())
-        if record["version"] != VERSION or record["shard"] != shard or record["bytes"] != data.stat().st_size:
-            return None
-        matches = record["sha256"] == (sha256 or sha256_file(data)) and isinstance(record["statistics"], dict)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return record if matches else None
 
 
 def _shard_options(build: Mapping[str, Any]) -> dict[str, Any]:
