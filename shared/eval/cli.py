@@ -1,0 +1,135 @@
+"""`codedistill eval`: measure teacher and students alike, by directory."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+DTYPE = click.Choice(["auto", "float32", "bfloat16", "float16"])
+
+
+class NamedPath(click.ParamType[tuple[str, Path]]):
+    """`NAME=DIR`."""
+
+    name = "NAME=DIR"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        """Split at the first `=`; the directory must exist."""
+        if isinstance(value, tuple):
+            return value
+        name, separator, path = value.partition("=")
+        if not (separator and name):
+            self.fail(f"{value!r} is not NAME=DIR", param, ctx)
+        if not Path(path).is_dir():
+            self.fail(f"no directory {path!r}", param, ctx)
+        return name, Path(path)
+
+
+@click.group("eval")
+def evaluate() -> None:
+    """Measure teacher and students; write the report."""
+
+
+@evaluate.command()
+@click.option("--model", "model_dir", type=DIRECTORY, required=True, help="Teacher, run or export.")
+@click.option("--cache", "cache_dir", type=DIRECTORY, required=True, help="Cache of held-out documents.")
+@click.option("--out", type=FILE, required=True, help="JSON file to write.")
+@click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what the model's config says.")
+@click.option("--batch-tokens", type=click.IntRange(1), default=4096, show_default=True)
+def fidelity(model_dir: Path, cache_dir: Path, out: Path, dtype: str, batch_tokens: int) -> None:
+    """NLL, KL to the teacher and top-1 agreement over a cache's targets."""
+    _quieten()
+    from shared.eval.fidelity import evaluate_fidelity
+
+    _write(out, evaluate_fidelity(model_dir, cache_dir, dtype=dtype, batch_tokens=batch_tokens))
+
+
+@evaluate.command()
+@click.option("--model", "models", type=NamedPath(), multiple=True, required=True, help="May be given several times.")
+@click.option("--out", type=FILE, required=True, help="JSON file to write.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what each model's config says.")
+def latency(
+    models: tuple[tuple[str, Path], ...], out: Path, prompt_tokens: int, new_tokens: int, repeats: int, dtype: str
+) -> None:
+    """Size, prefill latency and decode speed, all models in one process."""
+    if len(dict(models)) < len(models):
+        raise click.UsageError("two models have the same name")
+    _quieten()
+    from shared.eval.latency import measure_latency
+
+    _write(
+        out,
+        measure_latency(dict(models), prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, dtype=dtype),
+    )
+
+
+@evaluate.command()
+@click.option("--model", "model_dir", type=DIRECTORY, required=True, help="Teacher, run or export.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the results.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=192, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Only the first problems.")
+@click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
+              help="Wall seconds of one program.")  # fmt: skip
+@click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what the model's config says.")
+def humaneval(
+    model_dir: Path,
+    out: Path,
+    max_new_tokens: int,
+    batch_size: int,
+    limit: int | None,
+    timeout_seconds: float,
+    dtype: str,
+) -> None:
+    """HumanEval pass@1, greedy. Runs generated programs in limited subprocesses; see `shared/eval/sandbox`."""
+    _quieten()
+    from shared.eval.humaneval import evaluate_humaneval
+
+    evaluate_humaneval(
+        model_dir,
+        out,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        limit=limit,
+        timeout_seconds=timeout_seconds,
+        dtype=dtype,
+    )
+
+
+@evaluate.command()
+@click.option("--eval", "eval_dir", type=DIRECTORY, required=True, help="Folder of results, one subfolder per model.")
+@click.option("--student", "students", type=NamedPath(), multiple=True, help="A student's run folder.")
+@click.option("--cache", "caches", type=DIRECTORY, multiple=True, help="A cache whose statistics are shown.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the report.")
+def report(eval_dir: Path, students: tuple[tuple[str, Path], ...], caches: tuple[Path, ...], out: Path) -> None:
+    """One page of teacher and students side by side, as JSON, Markdown and HTML."""
+    from shared.eval.report import build_report
+
+    build_report(eval_dir, dict(students), list(caches), out)
+
+
+def _quieten() -> None:
+    """Keep transformers' own bars and deprecation notes out of ours.
+
+    `past_key_values` is the one name that every supported version of transformers knows.
+    """
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    from shared.runtime import log, write_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    log(f"wrote {path}")

@@ -1,0 +1,51 @@
+"""Load any transformers directory for evaluation, and measure its size."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from shared.errors import ConfigError
+from shared.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
+    """Load model and tokenizer for inference, on a GPU where there is one.
+
+    Args:
+        directory: a teacher, a training run or an export; weights as safetensors. Nothing is downloaded, and code that
+            comes with a model is never run.
+        dtype: a key of `DTYPES`; `auto` is what the model's config says.
+
+    Raises:
+        ConfigError: the directory is missing or holds no model that transformers can load.
+        DistillError: its tokenizer cannot be loaded.
+    """
+    if not (directory / "config.json").is_file():
+        raise ConfigError("not a model directory", where=directory, expected="config.json and *.safetensors in it")
+    tokenizer = load_tokenizer(directory)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(directory), dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError("cannot load the model", where=directory, got=f"{type(error).__name__}: {error}") from error
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def dtype_name(model: Any) -> str:
+    """The dtype of a model's weights, such as `bfloat16`."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Parameters, those of tied tensors once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weight_bytes(directory: Path) -> int:
+    """Size of a model's weight files on disk; a run's checkpoints do not count."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
