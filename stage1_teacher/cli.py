@@ -37,7 +37,7 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @click.option("--top-k", metavar="K", type=int, help="Logits kept per token.  [default: 64]")
 @click.option("--codec", metavar="f16|q", help="f16: half-precision logits; q: about 6 bits each.  [default: f16]")
 @click.option("--shard-tokens", metavar="N", type=int, help="Tokens per shard, about.  [default: 32768]")
-@click.option("--batch-tokens", metavar="N", type=int, help="Tokens per batch, padding included.  [default: 2048]")
+@click.option("--batch-tokens", metavar="N", type=int, help="Tokens per batch, padding included.  [default: 1024]")
 @click.option("--max-length", metavar="N", type=int, help="Longest document.  [default: the teacher's positions]")
 @click.option("--on-long", metavar="split|truncate|drop", help="What becomes of longer documents.  [default: split]")
 @click.option("--dtype", metavar="NAME", help="bfloat16, float16 or float32; the head is float32.  [default: bfloat16]")

@@ -40,8 +40,8 @@ class TeacherConfig:
     temperatures: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     codec: Literal["f16", "q"] = "f16"
     shard_tokens: int = 32_768
-    batch_tokens: int = 2_048
-    head_rows: int = 256
+    batch_tokens: int = 1_024
+    head_rows: int = 512
     max_length: int | None = None
     on_long: Literal["split", "truncate", "drop"] = "split"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -32,6 +32,7 @@ class LabelRows:
     top_logit: Tensor  # f32 [N] NaN or infinite where the row cannot be used
 
 
+@torch.inference_mode()
 def label_rows(
     logits_NV: Tensor, gold_N: Tensor, *, top_k: int, temperatures: Sequence[float], tokenizer_size: int
 ) -> LabelRows:

@@ -192,6 +192,20 @@ def test_logits_equal_the_models_own(name, changes, why):
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Granite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_model_fused_or_not(name, dtype):
+    model = tiny(name).to(dtype)
+    ids, real = batch([9, 5])
+    gold = torch.arange(14)
+    labelled = {"top_k": 5, "temperatures": GRID, "tokenizer_size": 97}
+    (logits,) = LogitSource(model, chunk_rows=16).chunks(ids, real)
+    want = label_rows(logits.clone(), gold, **labelled)
+    rows = label_rows(logits, gold, **labelled)
+    assert torch.equal(rows.tail_log, want.tail_log)
+    assert torch.equal(rows.ids, want.ids)
+
+
 def test_neighbours_and_padding_do_not_change_a_document():
     source = LogitSource(tiny("Llama"), chunk_rows=16)
     ids, real = batch([9, 5, 12])

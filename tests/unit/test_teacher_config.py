@@ -1,0 +1,52 @@
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+import stage1_teacher
+from shared.config import load_config, read_toml
+from shared.errors import ConfigError
+from stage1_teacher.cli import build
+from stage1_teacher.config import TeacherConfig
+
+PROFILES = sorted((Path(stage1_teacher.__file__).parent / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_profiles_hold_overrides_only(path):
+    overrides = read_toml(path)
+    config, default = load_config(TeacherConfig, overrides), TeacherConfig()
+    assert all(getattr(config, key) != getattr(default, key) for key in overrides)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("top_k", 0),
+        ("top_k", 65_536),
+        ("shard_tokens", 0),
+        ("limit_docs", 0),
+        ("max_length", 1),
+        ("on_long", "cut"),
+        ("codec", "f32"),
+        ("temperatures", [0.5, 2.0]),
+        ("temperatures", [2.0, 1.0]),
+        ("temperatures", [0.0, 1.0]),
+        ("top_kk", 3),
+    ],
+)
+def test_what_cannot_be_used_is_named(field, value):
+    with pytest.raises(ConfigError, match=field):
+        load_config(TeacherConfig, {field: value})
+
+
+def test_help_states_the_configs_defaults():
+    shown = {}
+    for option in build.params:
+        assert isinstance(option, click.Option)
+        if found := re.search(r"\[default: ([\w.]+)\]", option.help or ""):
+            shown[option.name] = found[1]
+    default = TeacherConfig()
+    assert shown == {name: str(getattr(default, name)) for name in shown}
+    assert len(shown) == 8

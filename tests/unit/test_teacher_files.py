@@ -1,0 +1,93 @@
+import hashlib
+import json
+
+import pytest
+
+from shared.errors import ConfigError
+from shared.runtime import sha256_json
+from stage1_teacher.teacher import locate_teacher
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"weights")
+    (path / "tokenizer.json").write_text("[]")
+    return path
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_a_directory_is_identified_by_content(model):
+    files = locate_teacher(str(model))
+    assert (files.path, files.name, files.commit, files.licence) == (model, "model", None, None)
+    assert files.weights_digest == sha256_json({"model.safetensors": sha256(b"weights")})
+    assert files.config_digest == sha256(b"{}")
+    (model / "tokenizer.json").write_text("[1]")
+    edited = locate_teacher(str(model))
+    assert edited.tokenizer_files_digest != files.tokenizer_files_digest
+    assert edited.weights_digest == files.weights_digest
+
+
+def test_sharded_weights_are_those_of_the_index(model):
+    (model / "a.safetensors").write_bytes(b"a")
+    (model / "b.safetensors").write_bytes(b"b")
+    index = {"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    want = sha256_json({"a.safetensors": sha256(b"a"), "b.safetensors": sha256(b"b")})
+    assert locate_teacher(str(model)).weights_digest == want
+    (model / "b.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"lacks a file.*b\.safetensors"):
+        locate_teacher(str(model))
+
+
+def test_pickled_weights_are_refused(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+        locate_teacher(str(model))
+
+
+def test_the_licence_is_the_model_cards(model):
+    (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Card\n")
+    assert locate_teacher(str(model)).licence == "apache-2.0"
+    (model / "README.md").write_text("No front matter.\n")
+    assert locate_teacher(str(model)).licence is None
+
+
+def test_a_hub_id_is_recorded_by_commit(model, monkeypatch):
+    asked = []
+
+    def download(name, *, revision, **patterns):
+        asked.append((name, revision))
+        snapshot = model.parent / "snapshots" / COMMIT
+        snapshot.parent.mkdir(exist_ok=True)
+        return str(model.rename(snapshot))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    files = locate_teacher("owner/name", "main")
+    assert asked == [("owner/name", "main")]
+    assert (files.name, files.commit) == ("owner/name", COMMIT)
+
+
+def test_an_unreachable_hub_is_one_readable_error(monkeypatch):
+    def download(name, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ConfigError, match=r"from the Hub; where: owner/name; got: ConnectionError: no network"):
+        locate_teacher("owner/name")
+
+
+def test_neither_directory_nor_hub_id(model):
+    with pytest.raises(ConfigError, match="no such teacher"):
+        locate_teacher("artifacts/teachers/missing")
+    with pytest.raises(ConfigError, match="no such teacher"):
+        locate_teacher(str(model / "config.json"))
+    with pytest.raises(ConfigError, match="no revision"):
+        locate_teacher(str(model), "main")
