@@ -1,0 +1,88 @@
+"""The output head fused with the loss: gradients are formed in the forward pass, chunk by chunk of positions.
+
+No [N, V] tensor is kept: a chunk's logits turn into their own gradient in place, which is multiplied into the gradients of
+the hidden states and of the head's matrix before the next chunk starts. The backward pass only scales them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from stage2_student.losses import ChunkLoss, SoftLabels, cross_entropy_, ghost_
+
+CHUNK_ROWS = 256
+
+
+class HeadLoss:
+    """The training loss of one run, called by `GPT.forward` with the final hidden states.
+
+    Args:
+        alpha: weight of the distillation term in [0, 1]; 0 is plain cross-entropy and reads no soft labels.
+        temperature: T of the distillation term.
+    """
+
+    def __init__(self, *, alpha: float, temperature: float) -> None:
+        self.alpha, self.temperature = alpha, temperature
+
+    def __call__(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        labels_N: Tensor,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+        **soft: Tensor,
+    ) -> dict[str, Tensor]:
+        """Return `loss` (the sum over targets divided by `num_items_in_batch`, by default their number here) and the
+        detached sums `kd` and `ce` over the batch, in nats; KD without its factor T²."""
+        labels = None
+        if self.alpha > 0:
+            labels = SoftLabels(
+                ids=soft["soft_ids"].flatten(0, 1),
+                logp=soft["soft_logp"].flatten(0, 1),
+                log_tail=soft["soft_log_tail"].flatten(),
+                k=soft["soft_k"].flatten(),
+            )
+        total, kd, ce = _FusedHeadLoss.apply(hidden_NH, weight_VH, labels_N, labels, self)
+        num_targets = (labels_N >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": total / num_targets, "kd": kd, "ce": ce}
+
+    def chunk_(self, logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels | None) -> ChunkLoss:
+        """Loss sums of a chunk; `logits_CV` becomes the gradient."""
+        if soft is None:
+            return cross_entropy_(logits_CV, labels_C)
+        return ghost_(logits_CV, labels_C, soft, alpha=self.alpha, temperature=self.temperature)
+
+
+class _FusedHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, soft: SoftLabels | None, loss: HeadLoss
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = hidden_NH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
+        x_NH, w_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
+        gradient_NH = torch.empty_like(hidden_NH)
+        gradient_VH = torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32))
+        sums = hidden_NH.new_zeros(3, dtype=gradient_VH.dtype)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(x_NH), CHUNK_ROWS):
+                chunk = slice(start, start + CHUNK_ROWS)
+                z_CV = (x_NH[chunk] @ w_VH.T).to(gradient_VH.dtype)
+                sums += torch.stack(loss.chunk_(z_CV, labels_N[chunk], soft and soft.rows(chunk)))
+                g_CV = z_CV.to(dtype)
+                gradient_NH[chunk] = g_CV @ w_VH
+                gradient_VH += g_CV.T @ x_NH[chunk]
+        ctx.save_for_backward(gradient_NH, gradient_VH)
+        ctx.weight_dtype = weight_VH.dtype
+        total, kd, ce = sums.unbind()
+        ctx.mark_non_differentiable(kd, ce)
+        return total, kd, ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx | Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradient_NH, gradient_VH = ctx.saved_tensors
+        return gradient_NH * gradient, (gradient_VH * gradient).to(ctx.weight_dtype), None, None, None
