@@ -37,7 +37,8 @@ def evaluate() -> None:
 @click.option("--cache", "cache_dir", type=DIRECTORY, required=True, help="Cache of held-out documents.")
 @click.option("--out", type=FILE, required=True, help="JSON file to write.")
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what the model's config says.")
-@click.option("--batch-tokens", type=click.IntRange(1), default=4096, show_default=True)
+@click.option("--batch-tokens", type=click.IntRange(1), default=1024, show_default=True,
+              help="At once, padding included; the default is stage 1's.")  # fmt: skip
 def fidelity(model_dir: Path, cache_dir: Path, out: Path, dtype: str, batch_tokens: int) -> None:
     """NLL, KL to the teacher and top-1 agreement over a cache's targets."""
     _quieten()

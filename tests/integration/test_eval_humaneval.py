@@ -50,4 +50,6 @@ def test_unknown_tasks_are_refused_and_our_own_errors_are_no_score():
     with pytest.raises(ConfigError, match="HumanEval/999"):
         score_completions(load_humaneval(), [{"task_id": "HumanEval/999", "completion": ""}], timeout_seconds=3)
     summary = summarise([Verdict(verdict=v, detail="", seconds=0.0) for v in ("passed", "error")])
-    assert (summary["pass_at_1"], summary["reasons"]) == (None, {"pass_at_1": "1 programs could not be run"})
+    reason = "1 programs could not be run"
+    assert (summary["pass_at_1"], summary["ci95"]) == (None, None)
+    assert summary["reasons"] == {"pass_at_1": reason, "ci95": reason}

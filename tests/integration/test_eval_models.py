@@ -138,7 +138,7 @@ def cache(directory, tmp_path_factory):
     rows = [{"prompt": prompt, "completion": f" {prompt}[{i}]\n" * (i + 1)} for i, prompt in enumerate(PROMPTS)]
     (folder / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--teacher", str(directory), "--dataset", str(folder / "docs.jsonl"), "--split", "train"]
-    options += ["--out", str(folder / "cache"), "--top-k", "8", "--dtype", "float32"]
+    options += ["--out", str(folder / "cache"), "--top-k", "8", "--shard-tokens", "60", "--dtype", "float32"]
     done = CliRunner().invoke(teacher, ["build", *options], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return folder / "cache"
