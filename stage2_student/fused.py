@@ -1,7 +1,8 @@
 """The output head fused with the loss: gradients are formed in the forward pass, chunk by chunk of positions.
 
-No [N, V] tensor is kept: a chunk's logits turn into their own gradient in place, which is multiplied into the gradients of
-the hidden states and of the head's matrix before the next chunk starts. The backward pass only scales them.
+No [N, V] tensor is kept: a chunk's logits turn into their own gradient in place, which is multiplied into the
+gradients of the hidden states and of the head's matrix before the next chunk starts. The backward pass only scales
+them.
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
 """Distillation losses on sparse teacher rows, with their gradients, in place on one chunk of logits.
 
-Student logits z over V ids, s = z/T. A teacher row holds K ids with log-probabilities log p_k and the log mass log p_τ of
-all other ids, at T. With a_k = s_k, r = logsumexp of s without the K ids, ℓ = logaddexp(logsumexp(a), r):
-log q_k = a_k − ℓ and log q_τ = r − ℓ. The tail is never formed as 1 − Σq, which is invalid in most rows at a tail of 1e-7.
+Student logits z over V ids, s = z/T. A teacher row holds K ids with log-probabilities log p_k and the log mass log p_τ
+of all other ids, at T. With a_k = s_k, r = logsumexp of s without the K ids, ℓ = logaddexp(logsumexp(a), r):
+log q_k = a_k − ℓ and log q_τ = r − ℓ. The tail is never formed as 1 − Σq, which is invalid in most rows at a tail of
+1e-7.
 
 Shapes: C rows of a chunk, K padded entries of a row, V vocabulary. Everything is float32; logs are natural.
 """

@@ -1,8 +1,8 @@
 """The student: a decoder-only transformer, written from scratch, top to bottom in this file.
 
-Pre-norm blocks, LayerNorm with bias, rotary positions, grouped-query attention, a GELU(tanh) MLP, biases on every linear
-layer but the output head, which shares its matrix with the embedding. The tensors carry the names that transformers'
-`Starcoder2ForCausalLM` gives them, so a saved student is a Starcoder2 checkpoint that vLLM, llama.cpp and
+Pre-norm blocks, LayerNorm with bias, rotary positions, grouped-query attention, a GELU(tanh) MLP, biases on every
+linear layer but the output head, which shares its matrix with the embedding. The tensors carry the names that
+transformers' `Starcoder2ForCausalLM` gives them, so a saved student is a Starcoder2 checkpoint that vLLM, llama.cpp and
 `AutoModelForCausalLM` load without custom code.
 
 Shapes: B rows, T positions, N = B·T flattened positions, H hidden size, V vocabulary, A query heads, G key/value heads,
@@ -43,7 +43,9 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) <= 0:
-                raise ConfigError("a size must be positive", where=f"GPTConfig.{field.name}", got=getattr(self, field.name))
+                raise ConfigError(
+                    "a size must be positive", where=f"GPTConfig.{field.name}", got=getattr(self, field.name)
+                )
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ConfigError(
                 "heads must have an even size",
@@ -155,7 +157,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.sizes = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
@@ -163,7 +165,7 @@ class Backbone(nn.Module):
     def forward(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
         """Return the final hidden states [B, T, H]."""
         documents = Documents(position_ids_BT)
-        rotation = rotary_angles(position_ids_BT, self.config)
+        rotation = rotary_angles(position_ids_BT, self.sizes)
         x_BTH = self.embed_tokens(input_ids_BT)
         for layer in self.layers:
             x_BTH = layer(x_BTH, rotation, documents)
@@ -183,7 +185,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.sizes = config  # not `config`: HF Trainer writes into whatever has that name
         self.model = Backbone(config)
         self.head_loss: HeadLoss = cross_entropy
         self.apply(self._initialise)
@@ -195,7 +197,7 @@ class GPT(nn.Module):
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, std=self.sizes.initializer_range)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
@@ -269,7 +271,8 @@ class Documents:
             return F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, attn_mask=self.mask_B1TT)
         B, A, T, D = q_BATD.shape
         pieces = [
-            tensor.transpose(0, 1).reshape(1, A, B * T, D).split(self.lengths, dim=2) for tensor in (q_BATD, k_BATD, v_BATD)
+            tensor.transpose(0, 1).reshape(1, A, B * T, D).split(self.lengths, dim=2)
+            for tensor in (q_BATD, k_BATD, v_BATD)
         ]
         attended = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in zip(*pieces, strict=True)]
         return torch.cat(attended, dim=2).view(A, B, T, D).transpose(0, 1)

@@ -1,0 +1,97 @@
+"""Stage 2's configuration: every default lives here; TOML profiles and `--set` override."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from shared.config import load_config
+from shared.errors import ConfigError
+from shared.model.gpt import PRESETS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """What `student train` does. Names that `TrainingArguments` has mean what they mean there.
+
+    Attributes:
+        preset: the student's sizes, by name (`shared.model.gpt.PRESETS`).
+        alpha: weight of the distillation term; the rest is cross-entropy. 0 reads no soft labels.
+        temperature: T of the distillation term, one of the cache's grid.
+        loss: `ghost` keeps the teacher's tail as one bucket beside the K ids.
+        targets: `completion` trains where the cache's loss mask says so, `all` on every token that has a next one.
+        block_size: tokens of a packed block.
+        num_train_epochs: passes over the cache's documents, each packed anew.
+        max_steps: optimizer steps; above 0 it wins over `num_train_epochs`.
+        eval_steps, save_steps: 0 evaluates, or saves, at the end alone.
+        save_total_limit: complete checkpoints kept.
+        bf16: mixed precision; weights and optimizer stay in float32.
+        seed: initial weights and data order.
+        training: further `TrainingArguments`, passed on as they are.
+    """
+
+    preset: str = "gpt-125m"
+    alpha: float = 0.7
+    temperature: float = 1.0
+    loss: Literal["ghost"] = "ghost"
+    targets: Literal["completion", "all"] = "completion"
+    block_size: int = 512
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: int = 4
+    max_steps: int = -1
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.05
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    logging_steps: int = 10
+    eval_steps: int = 0
+    save_steps: int = 200
+    save_total_limit: int = 2
+    bf16: bool = True
+    dataloader_num_workers: int = 0
+    seed: int = 0
+    training: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError("unknown preset", where="preset", expected=" | ".join(PRESETS), got=self.preset)
+        positive = "block_size per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
+        for name in [*positive.split(), "num_train_epochs", "logging_steps", "save_total_limit"]:
+            if getattr(self, name) < 1:
+                raise ConfigError("a value out of range", where=name, expected="at least 1", got=getattr(self, name))
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError("a value out of range", where="alpha", expected="0 to 1", got=self.alpha)
+        if self.temperature <= 0:
+            raise ConfigError("a value out of range", where="temperature", expected="above 0", got=self.temperature)
+        if self.block_size > PRESETS[self.preset].max_position_embeddings:
+            raise ConfigError(
+                "blocks are longer than the student's positions",
+                where="block_size",
+                expected=f"at most {PRESETS[self.preset].max_position_embeddings} for preset {self.preset}",
+                got=self.block_size,
+            )
+
+
+def student_config(*layers: Mapping[str, Any]) -> StudentConfig:
+    """Resolve a config; keys that only `TrainingArguments` knows go to `training`, type-checked.
+
+    Raises:
+        ConfigError: a key neither side knows, or a value of another type.
+    """
+    from transformers import TrainingArguments
+
+    ours = {field.name for field in dataclasses.fields(StudentConfig)}
+    theirs = {field.name: field.type for field in dataclasses.fields(TrainingArguments)}
+    fixed = {"output_dir", "data_seed", "label_names", "remove_unused_columns", "resume_from_checkpoint", "report_to"}
+    merged: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key in fixed:
+                raise ConfigError("this training argument is set by codedistill itself", where=key)
+            (training if key in theirs and key not in ours else merged)[key] = value
+    return load_config(StudentConfig, merged, {"training": training})

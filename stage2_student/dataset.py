@@ -1,0 +1,103 @@
+"""Packed blocks of a cache as a map-style data set: item i is the same for every number of workers, ranks and
+restarts."""
+
+import functools
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from shared.cache.reader import Cache
+from shared.errors import ConfigError
+from shared.model.gpt import IGNORE
+from stage2_student.packing import Block, pack
+
+
+class PackedBlocks(Dataset[dict[str, Tensor]]):
+    """All blocks of all epochs, in training order.
+
+    Args:
+        cache: where the documents are.
+        block_size: rows of a block.
+        seed: what the order depends on.
+        num_epochs: passes over the documents, each packed anew.
+        min_blocks: at least so many blocks, with as many epochs as that takes.
+        temperature: T of the soft labels; None leaves them out.
+        all_targets: every token that has a next one is a target, whatever the loss mask says.
+
+    Raises:
+        ConfigError: the cache has no document of two tokens.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        block_size: int,
+        seed: int,
+        num_epochs: int = 1,
+        min_blocks: int = 0,
+        temperature: float | None,
+        all_targets: bool = False,
+    ) -> None:
+        self.cache, self.block_size, self.seed = cache, block_size, seed
+        self.temperature, self.all_targets = temperature, all_targets
+        self.num_rows = int(np.maximum(cache.doc_lengths - 1, 0).sum())
+        if self.num_rows == 0:
+            raise ConfigError("no document of the cache has a token to predict", where=cache.path)
+        self.first_block = [0]  # of each epoch, and the end
+        for epoch in itertools.count():
+            if epoch >= num_epochs and self.first_block[-1] >= min_blocks:
+                break
+            self.first_block.append(self.first_block[-1] + len(self._plan(epoch)))
+        self.num_epochs = len(self.first_block) - 1
+
+    def __len__(self) -> int:
+        return self.first_block[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One block.
+
+        Returns:
+            `input_ids`, `position_ids`, `labels` [T] int64 and, with a temperature, `soft_ids` [T, K] int64,
+            `soft_logp` [T, K] float32, `soft_log_tail` [T] float32, `soft_k` [T] int64. What is left of the block is
+            padding: id 0, positions that count on from 0, no labels and no teacher rows.
+        """
+        epoch = int(np.searchsorted(self.first_block, index, side="right")) - 1
+        block = self._plan(epoch)[index - self.first_block[epoch]]
+        T, K = self.block_size, self.cache.width
+        arrays = {
+            "input_ids": np.zeros(T, np.int64),
+            "position_ids": np.arange(T, dtype=np.int64),
+            "labels": np.full(T, IGNORE, np.int64),
+        }
+        if self.temperature is not None:
+            arrays["soft_ids"] = np.zeros((T, K), np.int64)
+            arrays["soft_logp"] = np.full((T, K), -np.inf, np.float32)
+            arrays["soft_log_tail"] = np.full(T, -np.inf, np.float32)
+            arrays["soft_k"] = np.zeros(T, np.int64)
+        at = 0
+        for doc, start, stop in block:
+            rows = slice(at, at + stop - start)
+            tokens = self.cache.tokens(doc)
+            arrays["input_ids"][rows] = tokens[start:stop]
+            arrays["position_ids"][rows] = np.arange(stop - start)
+            is_target = self.cache.loss_mask(doc)[start:stop] | self.all_targets
+            arrays["labels"][rows] = np.where(is_target, tokens[start + 1 : stop + 1], IGNORE)
+            if self.temperature is not None:
+                soft = self.cache.targets(doc, self.temperature, start, stop)
+                arrays["soft_ids"][rows], arrays["soft_logp"][rows] = soft.ids, soft.logp
+                arrays["soft_log_tail"][rows], arrays["soft_k"][rows] = soft.log_tail, soft.k
+            at = rows.stop
+        arrays["position_ids"][at:] = np.arange(T - at)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _plan(self, epoch: int) -> list[Block]:
+        return _plan(self.cache.doc_lengths.tobytes(), self.block_size, self.seed, epoch)
+
+
+@functools.lru_cache(maxsize=4)
+def _plan(doc_lengths: bytes, block_size: int, seed: int, epoch: int) -> list[Block]:
+    return pack(np.frombuffer(doc_lengths, np.int64), block_size, seed=seed, epoch=epoch)

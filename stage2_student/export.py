@@ -1,0 +1,92 @@
+"""A finished run as a transformers directory that can be shared: weights, config, tokenizer, model card."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ConfigError, ResumeError
+from shared.runtime import fsync_directory, log, read_json, write_bytes
+
+PRIVATE = {"run.json", "training_log.jsonl", "training_args.bin"}
+
+
+def export(run: Path, out: Path) -> None:
+    """Copy the student of a finished run and write its card.
+
+    Raises:
+        ConfigError: `run` is no finished run.
+        ResumeError: `out` exists and is not empty.
+    """
+    record = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    if record.get("state") != "finished":
+        raise ConfigError("not a finished training run", where=run, fix="finish it with `codedistill student train`")
+    if out.exists() and any(out.iterdir()):
+        raise ResumeError("the folder to export to is not empty", where=out, fix="choose another --out")
+    for licence, what in _licences(record):
+        if licence is None:
+            log(f"warning: the licence of {what} is unknown; find it out before you share the student")
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        for file in sorted(run.iterdir()):
+            if file.is_file() and file.name not in PRIVATE and not file.name.startswith("."):
+                shutil.copy(file, temporary / file.name)
+        write_bytes(temporary / "README.md", _card(out.name, record).encode())
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+        fsync_directory(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _licences(record: dict[str, Any]) -> list[tuple[str | None, str]]:
+    teacher = record["cache"]["teacher"]
+    sources = record["cache"]["sources"]
+    return [(teacher.get("licence"), f"the teacher {teacher.get('name')}")] + [
+        (source.get("licence"), f"the data set {source['name']}") for source in sources
+    ]
+
+
+def _card(name: str, record: dict[str, Any]) -> str:
+    """A model card that says what the student was made from; licences of teacher and data pass on."""
+    config, teacher = record["config"], record["cache"]["teacher"]
+    sources = "\n".join(
+        f"- {s['name']} ({s['split']}, {s['num_documents']} documents), licence: {s.get('licence') or 'unknown'}, "
+        f"revision: {s.get('revision') or 'none'}, digest: `{s['digest']}`"
+        for s in record["cache"]["sources"]
+    )
+    objective = (
+        f"{config['alpha']} x forward KL to the teacher's top-k rows with a tail bucket (T = {config['temperature']}) "
+        f"+ {1 - config['alpha']:.3g} x cross-entropy"
+        if config["alpha"] > 0
+        else "cross-entropy (no soft labels)"
+    )
+    metrics = "\n".join(f"- {key}: {value:.6g}" for key, value in record["metrics"].items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [distillation, code]
+---
+# {name}
+
+A {record["parameters"]:,}-parameter decoder (architecture Starcoder2, preset `{config["preset"]}`), trained from
+scratch with codedistill {record["versions"]["codedistill"]} on cached soft labels.
+
+- Teacher: {teacher.get("name")}, licence: {teacher.get("licence") or "unknown"}, revision: {
+        teacher.get("revision") or "none"
+    },
+  weights: `{teacher["weights_digest"]}`. Restrictions of the teacher's licence pass on to this model.
+- Objective: {objective}
+- Label identity: `{record["cache"]["label_identity"]}`
+
+## Data
+
+{sources}
+
+## Figures of the run
+
+{metrics}
+"""

@@ -1,0 +1,76 @@
+"""The pack plan: which pieces of which documents share a block, as a pure function of lengths, size, seed and epoch.
+
+Order is shuffled in a way that still reads a cache almost in sequence: windows of neighbouring documents are permuted,
+and the documents of a few windows form a pool that is shuffled, packed best-fit decreasing and emitted as shuffled
+blocks.
+"""
+
+import bisect
+from typing import NamedTuple
+
+import numpy as np
+
+WINDOW_DOCUMENTS = 128
+POOL_WINDOWS = 16
+
+
+class Piece(NamedTuple):
+    """Rows `start` to `stop` of a document; row t predicts token t + 1."""
+
+    doc: int
+    start: int
+    stop: int
+
+
+Block = tuple[Piece, ...]
+
+
+def pack(doc_lengths: np.ndarray, block_size: int, *, seed: int, epoch: int) -> list[Block]:
+    """Pack every document once.
+
+    Args:
+        doc_lengths: tokens per document, i64 [D]. A document of n tokens has n − 1 rows with a next token; one of a
+            single token has none and appears nowhere. Documents of more rows than a block are cut into pieces.
+        block_size: rows of a block.
+        seed, epoch: what the order depends on.
+
+    Returns:
+        Blocks in training order; the rows of a block's pieces add up to at most `block_size`.
+    """
+    random = np.random.default_rng((seed, epoch))
+    num_windows = -(-len(doc_lengths) // WINDOW_DOCUMENTS)
+    windows = random.permutation(num_windows)
+    blocks: list[Block] = []
+    for first in range(0, num_windows, POOL_WINDOWS):
+        docs = [
+            doc
+            for window in windows[first : first + POOL_WINDOWS]
+            for doc in range(window * WINDOW_DOCUMENTS, min((window + 1) * WINDOW_DOCUMENTS, len(doc_lengths)))
+        ]
+        pieces = [
+            Piece(doc, start, min(start + block_size, int(doc_lengths[doc]) - 1))
+            for doc in random.permutation(docs).tolist()
+            for start in range(0, int(doc_lengths[doc]) - 1, block_size)
+        ]
+        pool = _best_fit_decreasing(pieces, block_size)
+        blocks.extend(pool[i] for i in random.permutation(len(pool)))
+    return blocks
+
+
+def _best_fit_decreasing(pieces: list[Piece], block_size: int) -> list[Block]:
+    """Longest piece first into the fullest block that still holds it (Johnson 1973); equal lengths in the order
+    given."""
+    bins: list[list[Piece]] = []
+    free: list[tuple[int, int]] = []  # (free rows, block), ascending
+    for piece in sorted(pieces, key=lambda piece: piece.start - piece.stop):
+        rows = piece.stop - piece.start
+        slot = bisect.bisect_left(free, (rows, -1))
+        if slot < len(free):
+            left, number = free.pop(slot)
+        else:
+            left, number = block_size, len(bins)
+            bins.append([])
+        bins[number].append(piece)
+        if left > rows:
+            bisect.insort(free, (left - rows, number))
+    return [tuple(pieces) for pieces in bins]

@@ -1,0 +1,222 @@
+"""One training run: from caches and a config to a run folder."""
+
+import dataclasses
+import hashlib
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from shared import tracking
+from shared.cache.identity import require_same
+from shared.cache.reader import Cache
+from shared.config import to_dict
+from shared.errors import CacheMismatchError, ConfigError, ResumeError
+from shared.model.gpt import GPT, PRESETS, GPTConfig
+from shared.runtime import log, machine, read_json, versions, world_size, write_bytes, write_json
+from shared.tokenizer import load_tokenizer, special_ids
+from stage2_student.checkpoint import latest_complete, remove_incomplete
+from stage2_student.config import StudentConfig
+from stage2_student.dataset import PackedBlocks
+from stage2_student.fused import HeadLoss
+from stage2_student.trainer import DistillTrainer, RunRecorder
+
+# May change between a kill and the resume without changing what is learnt.
+FREE_ON_RESUME = ("eval_steps", "save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers")
+
+
+def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path: Path | None = None) -> None:
+    """Train a student, or continue a run that was stopped.
+
+    The run folder holds the student as a transformers directory (`config.json`, `model.safetensors`, tokenizer),
+    `run.json` with everything the run was made from and its final figures, `training_log.jsonl`, and `checkpoint-N/`.
+
+    Raises:
+        ResumeError: the folder holds another run.
+        CacheMismatchError: the temperature is off the cache's grid, or the validation cache is another teacher's.
+        NonFiniteLossError: the loss is NaN or infinite.
+    """
+    cache = Cache(cache_path)
+    validation = Cache(validation_path) if validation_path else None
+    record = _describe(config, cache, validation)
+    earlier = _earlier_run(out, record)
+    if earlier and earlier["state"] == "finished":
+        log(f"{out} is up to date")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    remove_incomplete(out)
+    checkpoint = latest_complete(out)
+
+    set_seed(config.seed)
+    sizes = dataclasses.replace(PRESETS[config.preset], vocab_size=cache.tokenizer_size)
+    model = GPT(sizes)
+    model.head_loss = HeadLoss(alpha=config.alpha, temperature=config.temperature)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    record |= {"initial_weights_sha256": _weights_digest(model), "parameters": num_parameters}
+
+    blocks = PackedBlocks(
+        cache,
+        block_size=config.block_size,
+        seed=config.seed,
+        num_epochs=1 if config.max_steps > 0 else config.num_train_epochs,
+        min_blocks=max(config.max_steps, 0) * _blocks_per_step(config),
+        temperature=config.temperature if config.alpha > 0 else None,
+        all_targets=config.targets == "all",
+    )
+    waste = 1 - blocks.num_rows * blocks.num_epochs / (len(blocks) * config.block_size)
+    log(
+        f"student {config.preset}: {num_parameters:,} parameters; {blocks.num_rows:,} rows x {blocks.num_epochs} "
+        f"epochs in {len(blocks):,} blocks of {config.block_size} ({waste:.1%} padding)"
+    )
+    record["data"] = {
+        "rows_per_epoch": blocks.num_rows,
+        "epochs": blocks.num_epochs,
+        "blocks": len(blocks),
+        "padding": waste,
+    }
+
+    run_id = earlier and earlier.get("wandb_run_id")
+    with tracking.start("train", name=out.name, config=record, directory=out, run_id=run_id) as run:
+        record["wandb_run_id"] = run.id
+        write_json(out / "run.json", record | {"state": "running"})
+        recorder = RunRecorder(out, config.save_total_limit)
+        trainer = DistillTrainer(
+            model=model,
+            args=_training_arguments(config, out, has_validation=validation is not None, tracked=run.active),
+            train_dataset=blocks,
+            eval_dataset=validation
+            and PackedBlocks(
+                validation, block_size=config.block_size, seed=0, temperature=_evaluation_temperature(config)
+            ),
+            callbacks=[recorder],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if checkpoint:
+            log(f"continuing from {checkpoint}")
+            recorder.forget_after(int(checkpoint.name.partition("-")[2]))
+        start = time.monotonic()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.monotonic() - start
+        metrics = trainer.evaluate() if validation else {}
+        record["metrics"] = metrics | {"steps": trainer.state.global_step, "seconds_since_start_or_resume": seconds}
+        run.summary(record["metrics"])
+    if trainer.is_world_process_zero():
+        _write_student(model, sizes, cache, out)
+        write_json(out / "run.json", record | {"state": "finished"})
+        log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
+
+
+def _describe(config: StudentConfig, cache: Cache, validation: Cache | None) -> dict[str, Any]:
+    """What the run is made from, as `run.json` records it."""
+    if config.temperature not in cache.temperatures:
+        raise CacheMismatchError(
+            "the cache holds no tails at this temperature",
+            where=cache.path,
+            expected=f"temperature one of {', '.join(f'{T:g}' for T in cache.temperatures)}",
+            got=config.temperature,
+        )
+    if validation is not None:
+        require_same(
+            "the label identities",
+            cache.label_identity,
+            validation.label_identity,
+            ours_name=cache.path,
+            theirs_name=validation.path,
+            fix="build both caches with the same teacher and options",
+        )
+    return {
+        "format": "codedistill-run",
+        "version": 1,
+        "config": to_dict(config),
+        "world_size": world_size(),
+        "cache": _identify(cache),
+        "validation": validation and _identify(validation),
+        "machine": machine(),
+        "versions": versions("codedistill", "torch", "transformers", "accelerate", "numpy", "h5py"),
+    }
+
+
+def _identify(cache: Cache) -> dict[str, Any]:
+    shards = {name: entry["sha256"] for name, entry in cache.manifest["files"].items() if name.endswith(".h5")}
+    return {
+        "label_identity": cache.label_identity,
+        "shards": shards,
+        "teacher": cache.manifest["identity"]["teacher"],
+        "sources": cache.manifest["sources"],
+    }
+
+
+def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `run.json` in the folder, which must be of the same run; None in a new or empty folder."""
+    if not (out / "run.json").exists():
+        if out.exists() and any(path.name != "wandb" for path in out.iterdir()):
+            raise ResumeError("the folder holds something that is no run", where=out, fix="choose another --out")
+        return None
+    earlier: dict[str, Any] = read_json(out / "run.json")
+    ours, theirs = (
+        {**r["config"], **{f"cache.{k}": r["cache"][k] for k in ("label_identity", "shards")}}
+        for r in (record, earlier)
+    )
+    for key in ours:
+        if key not in FREE_ON_RESUME and ours[key] != theirs.get(key):
+            raise ResumeError(
+                f"the folder holds a run with another {key}",
+                where=out,
+                expected=theirs.get(key),
+                got=ours[key],
+                fix="choose another --out, or give the options of that run",
+            )
+    return earlier
+
+
+def _evaluation_temperature(config: StudentConfig) -> float | None:
+    return config.temperature if config.alpha > 0 else None
+
+
+def _blocks_per_step(config: StudentConfig) -> int:
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
+
+
+def _training_arguments(config: StudentConfig, out: Path, *, has_validation: bool, tracked: bool) -> TrainingArguments:
+    same = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps",
+            "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
+            "max_grad_norm", "logging_steps", "bf16", "dataloader_num_workers", "seed")  # fmt: skip
+    options: dict[str, Any] = dict(
+        output_dir=str(out),
+        **{name: getattr(config, name) for name in same},
+        num_train_epochs=1,  # the data set holds all epochs
+        eval_strategy="steps" if has_validation and config.eval_steps > 0 else "no",
+        eval_steps=config.eval_steps or None,
+        save_strategy="steps" if config.save_steps > 0 else "no",
+        save_steps=config.save_steps or 500,
+        data_seed=config.seed,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        average_tokens_across_devices=True,
+        report_to=["wandb"] if tracked else [],
+        use_cpu=not torch.accelerator.is_available(),
+    )
+    try:
+        return TrainingArguments(**options | config.training)
+    except (ValueError, TypeError) as error:
+        raise ConfigError("transformers refuses these training arguments", got=error) from error
+
+
+def _weights_digest(model: GPT) -> str:
+    return hashlib.sha256(to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()})).hexdigest()
+
+
+def _write_student(model: GPT, sizes: GPTConfig, cache: Cache, out: Path) -> None:
+    """The run folder as a transformers directory; the weights last."""
+    shutil.copytree(cache.tokenizer_path, out, dirs_exist_ok=True)
+    ids = special_ids(load_tokenizer(cache.tokenizer_path))
+    special = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
+    write_json(out / "config.json", sizes.to_dict() | special | {"dtype": "float32"})
+    write_json(out / "generation_config.json", special)
+    write_bytes(out / "model.safetensors", to_safetensors(model.state_dict(), metadata={"format": "pt"}))
