@@ -82,10 +82,13 @@ def summary(path: Path | str) -> str:
         head = " / ".join(_figure(mass[key]) for key in ("mean", "p1", "p10"))
         lines.append(f"  {T:<10} {head:<34} {_figure(kl['mean'], '.1e')} / {_figure(kl['max'], '.1e')}")
     for part in ("teacher", "tokenizer", "labels"):
-        lines.append(f"  {part:<10} " + ", ".join(f"{key} {value}" for key, value in (info[part] or {}).items()))
-    for source in info["sources"]:
-        lines.append("  source     " + ", ".join(f"{key} {value}" for key, value in source.items()))
+        lines.append(f"  {part:<10} {_pairs_of(info[part] or {})}")
+    lines += [f"  source     {_pairs_of(source)}" for source in info["sources"]]
     return "\n".join(lines)
+
+
+def _pairs_of(mapping: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in mapping.items() if value is not None)
 
 
 def _figure(value: float | None, form: str = ".4f") -> str:

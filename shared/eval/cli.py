@@ -108,10 +108,17 @@ def humaneval(
 @click.option("--cache", "caches", type=DIRECTORY, multiple=True, help="A cache whose statistics are shown.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the report.")
 def report(eval_dir: Path, students: tuple[tuple[str, Path], ...], caches: tuple[Path, ...], out: Path) -> None:
-    """One page of teacher and students side by side, as JSON, Markdown and HTML."""
+    """One page of teacher and students side by side, as JSON, Markdown and HTML; its figures go to W&B too."""
+    from shared import tracking
     from shared.eval.report import build_report
 
-    build_report(eval_dir, dict(students), list(caches), out)
+    result = build_report(eval_dir, dict(students), list(caches), out)
+    with tracking.start(
+        "report", name=out.parent.name, config={"caveats": result["caveats"]}, directory=out.parent
+    ) as run:
+        for name, figures in result["models"].items():
+            figures |= {f"humaneval/{key}": value for key, value in figures["humaneval"].items()}
+            run.summary({f"{name}/{key}": v for key, v in figures.items() if isinstance(v, int | float)})
 
 
 def _quieten() -> None:

@@ -47,7 +47,7 @@ def evaluate_fidelity(model_dir: Path, cache_dir: Path, *, dtype: str, batch_tok
 
     Raises:
         CacheMismatchError: model and cache have different tokenizers, or the model's head is too narrow.
-        ConfigError: the cache has no targets, or a document exceeds the model's positions.
+        ConfigError: the cache has no targets.
     """
     start = time.monotonic()
     cache = Cache(cache_dir)
@@ -77,6 +77,9 @@ def evaluate_fidelity(model_dir: Path, cache_dir: Path, *, dtype: str, batch_tok
         "reasons": reasons,
         "num_targets": totals.num_targets,
         "num_documents": cache.num_documents,
+        "num_cut_documents": int(
+            (cache.doc_lengths > (getattr(model.config, "max_position_embeddings", None) or np.inf)).sum()
+        ),
         "target_bytes": target_bytes,
         "kind": f"partition K={cache.manifest['top_k']}",
         "model": {"path": str(model_dir), "parameters": num_parameters(model), "bytes": weight_bytes(model_dir)},
@@ -97,18 +100,17 @@ def evaluate_fidelity(model_dir: Path, cache_dir: Path, *, dtype: str, batch_tok
 def score_cache(model: Any, cache: Cache, *, batch_tokens: int) -> Totals:
     """Sum NLL, KL and agreement over all targets; batches are padded on the right, and padding is never scored."""
     totals = Totals()
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and (longest := int(cache.doc_lengths.max())) > positions:
-        raise ConfigError("a document exceeds the model's positions", expected=f"<= {positions} tokens", got=longest)
+    positions = getattr(model.config, "max_position_embeddings", None) or int(cache.doc_lengths.max())
     with float32_head(model) as head, progress("Scoring", cache.num_tokens, "tokens") as bar:
-        for docs in cache_batches(cache, batch_tokens):
-            tokens = [cache.tokens(doc) for doc in docs]
-            width = max(map(len, tokens))
-            ids_BT, attention_BT = np.zeros((2, len(docs), width), np.int64)
-            mask_BT = np.zeros((len(docs), width), bool)
-            for row, (doc, ids) in enumerate(zip(docs, tokens, strict=True)):
-                ids_BT[row, : len(ids)], attention_BT[row, : len(ids)] = ids, 1
-                mask_BT[row, : len(ids)] = cache.loss_mask(doc)
+        for pieces in cache_batches(cache, batch_tokens, positions):
+            tokens = [cache.tokens(doc)[start : stop + 1] for doc, start, stop in pieces]
+            masks = [cache.loss_mask(doc)[start:stop] for doc, start, stop in pieces]
+            width = max(map(len, masks))
+            ids_BT, attention_BT = np.zeros((2, len(pieces), width), np.int64)
+            mask_BT = np.zeros((len(pieces), width), bool)
+            for row, (ids, mask) in enumerate(zip(tokens, masks, strict=True)):
+                ids_BT[row, : len(mask)], attention_BT[row, : len(mask)] = ids[: len(mask)], 1
+                mask_BT[row, : len(mask)] = mask
             head.rows_BT = torch.from_numpy(mask_BT).to(model.device)
             logits_NV = model(
                 input_ids=torch.from_numpy(ids_BT).to(model.device),
@@ -118,9 +120,12 @@ def score_cache(model: Any, cache: Cache, *, batch_tokens: int) -> Totals:
             if logits_NV.shape[-1] < cache.tokenizer_size:
                 raise CacheMismatchError("the model's head is narrower than the cache's tokenizer",
                                          expected=f">= {cache.tokenizer_size}", got=logits_NV.shape[-1])  # fmt: skip
-            gold_N = torch.from_numpy(np.concatenate([t[1:][cache.loss_mask(d)[:-1]]
-                                                      for d, t in zip(docs, tokens, strict=True)]))  # fmt: skip
-            targets = [(cache.targets(doc, 1.0), cache.loss_mask(doc)) for doc in docs]
+            gold_N = torch.from_numpy(
+                np.concatenate([t[1:][m[: len(t) - 1]] for t, m in zip(tokens, masks, strict=True)])
+            )
+            targets = [
+                (cache.targets(d, 1.0, start, stop), m) for (d, start, stop), m in zip(pieces, masks, strict=True)
+            ]
             _add(
                 totals,
                 logits_NV[:, : cache.tokenizer_size],
@@ -130,7 +135,7 @@ def score_cache(model: Any, cache: Cache, *, batch_tokens: int) -> Totals:
                 torch.from_numpy(np.concatenate([t.logp[mask] for t, mask in targets])),
                 torch.from_numpy(np.concatenate([t.log_tail[mask] for t, mask in targets])),
             )
-            bar.advance(sum(map(len, tokens)))
+            bar.advance(sum(map(len, masks)))
     return totals
 
 
@@ -177,17 +182,22 @@ def compare_rows(
     return nll_N, kl_N, logits_NV.argmax(1) == ids_NK[:, 0]
 
 
-def cache_batches(cache: Cache, batch_tokens: int) -> Iterator[list[int]]:
-    """Batches of document numbers that never cross a shard, cut as stage 1 cuts them.
+def cache_batches(cache: Cache, batch_tokens: int, positions: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Batches of pieces (document, first row, end) that never cross a shard, cut as stage 1 cuts them.
 
     Each shard is decoded once, and a half-precision teacher, whose rows depend on the batch's shape, meets its own
-    labels where the budget is the build's.
+    labels where the budget is the build's. A document beyond the model's positions is scored piece by piece.
     """
     first = 0
     for shard in range(cache.num_shards):
         lengths = np.diff(cache.load_shard(shard).doc_indptr).tolist()
-        for batch in batches(lengths, batch_tokens):
-            yield [first + doc for doc in batch]
+        pieces = [
+            (first + doc, start, min(start + positions, length))
+            for doc, length in enumerate(lengths)
+            for start in range(0, length, positions)
+        ]
+        for batch in batches([stop - start for _, start, stop in pieces], batch_tokens):
+            yield [pieces[i] for i in batch]
         first += len(lengths)
 
 
