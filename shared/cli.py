@@ -19,9 +19,11 @@ class LazyGroup(click.Group):
     """A group whose subcommands live in other modules and are imported only when they run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the pipeline."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module that owns a subcommand."""
         if cmd_name not in COMMANDS:
             return None
         module, attribute, _ = COMMANDS[cmd_name]
@@ -29,6 +31,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands from their stored help, importing none."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
 

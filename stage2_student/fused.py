@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
+from shared.model.gpt import IGNORE
 from stage2_student.losses import ChunkLoss, SoftLabels, cross_entropy_, ghost_
 
 CHUNK_ROWS = 256
@@ -47,8 +48,12 @@ class HeadLoss:
                 k=soft["soft_k"].flatten(),
             )
         total, kd, ce = _FusedHeadLoss.apply(hidden_NH, weight_VH, labels_N, labels, self)
-        num_targets = (labels_N >= 0).sum() if num_items_in_batch is None else num_items_in_batch
-        return {"loss": total / num_targets, "kd": kd, "ce": ce}
+        num_targets = (labels_N != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": total / max(num_targets, 1), "kd": kd, "ce": ce}  # type: ignore[call-overload]
+
+    def combine(self, kd: float, ce: float) -> float:
+        """The loss that belongs to both terms."""
+        return self.alpha * self.temperature**2 * kd + (1 - self.alpha) * ce
 
     def chunk_(self, logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels | None) -> ChunkLoss:
         """Loss sums of a chunk; `logits_CV` becomes the gradient."""
@@ -84,6 +89,6 @@ class _FusedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx | Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradient_NH, gradient_VH = ctx.saved_tensors
         return gradient_NH * gradient, (gradient_VH * gradient).to(ctx.weight_dtype), None, None, None
