@@ -37,8 +37,15 @@ def latest_complete(run: Path) -> Path | None:
     return next((path for path in reversed(checkpoints(run)) if (path / MARKER).exists()), None)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what a kill leaves of `shared.runtime.write_bytes`."""
+    return re.fullmatch(r"\..+\.tmp-\d+", path.name) is not None
+
+
 def remove_incomplete(run: Path) -> None:
     """Remove what a killed save left behind."""
+    for path in filter(is_leftover, list(run.iterdir())):
+        path.unlink(missing_ok=True)
     for path in checkpoints(run):
         if not (path / MARKER).exists():
             log(f"{path} was never finished; removed")

@@ -1,12 +1,23 @@
 """Stage 2's configuration: every default lives here; TOML profiles and `--set` override."""
 
 import dataclasses
+import difflib
+import enum
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from shared.config import load_config
 from shared.errors import ConfigError
 from shared.model.gpt import PRESETS
+
+# TrainingArguments that codedistill sets itself, or that would undo what it promises.
+FIXED = {
+    "output_dir", "data_seed", "label_names", "remove_unused_columns", "resume_from_checkpoint", "report_to",
+    "prediction_loss_only", "average_tokens_across_devices", "ignore_data_skip", "load_best_model_at_end",
+    "label_smoothing_factor", "train_sampling_strategy", "save_only_model", "push_to_hub",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,14 +95,43 @@ def student_config(*layers: Mapping[str, Any]) -> StudentConfig:
     """
     from transformers import TrainingArguments
 
-    ours = {field.name for field in dataclasses.fields(StudentConfig)}
-    theirs = {field.name: field.type for field in dataclasses.fields(TrainingArguments)}
-    fixed = {"output_dir", "data_seed", "label_names", "remove_unused_columns", "resume_from_checkpoint", "report_to"}
+    ours = {field.name for field in dataclasses.fields(StudentConfig)} - {"training"}
+    theirs = typing.get_type_hints(TrainingArguments)
+    theirs = {field.name: theirs[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
     merged: dict[str, Any] = {}
     training: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            if key in fixed:
-                raise ConfigError("this training argument is set by codedistill itself", where=key)
-            (training if key in theirs and key not in ours else merged)[key] = value
+    for key, value in {key: value for layer in layers for key, value in layer.items()}.items():
+        if key in ours:
+            merged[key] = value
+        elif key in FIXED or key.startswith("hub_"):
+            raise ConfigError("this training argument cannot be set", where=key, got=repr(value))
+        elif key not in theirs:
+            near = difflib.get_close_matches(key, ours | (theirs.keys() - FIXED), n=1)
+            fix = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"one of {', '.join(sorted(ours))}, or a TrainingArguments key"
+            )
+            raise ConfigError(f"unknown configuration key {key!r}", where="StudentConfig", fix=fix)
+        elif not _is_a(value, theirs[key]):
+            expected, got = getattr(theirs[key], "__name__", theirs[key]), f"{value!r} ({type(value).__name__})"
+            where = f"TrainingArguments.{key}"
+            raise ConfigError("a value of the wrong type", where=where, expected=expected, got=got)
+        else:
+            training[key] = value
     return load_config(StudentConfig, merged, {"training": training})
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a TOML value fits a type hint of `TrainingArguments`."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    hint = origin or hint
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    if issubclass(hint, enum.Enum):
+        return isinstance(value, str)
+    return isinstance(value, (int, float) if hint is float else hint)

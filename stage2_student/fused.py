@@ -49,7 +49,7 @@ class HeadLoss:
             )
         total, kd, ce = _FusedHeadLoss.apply(hidden_NH, weight_VH, labels_N, labels, self)
         num_targets = (labels_N != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
-        return {"loss": total / max(num_targets, 1), "kd": kd, "ce": ce}  # type: ignore[call-overload]
+        return {"loss": total / max(num_targets, 1), "kd": kd, "ce": ce}
 
     def combine(self, kd: float, ce: float) -> float:
         """The loss that belongs to both terms."""

@@ -51,16 +51,20 @@ def cross_entropy_(logits_CV: Tensor, labels_C: Tensor) -> ChunkLoss:
         logits_CV: float32, overwritten with dL/dz.
         labels_C: int64 target ids, `IGNORE` where there is none.
     """
-    valid_C = labels_C != IGNORE
-    safe_C = labels_C.where(valid_C, 0)[:, None]
-    label_logit_C = logits_CV.gather(1, safe_C)[:, 0]
-    max_C1 = logits_CV.amax(1, keepdim=True)
-    logits_CV.sub_(max_C1).exp_()
-    sum_C1 = logits_CV.sum(1, keepdim=True)
-    ce = (max_C1 + sum_C1.log()).squeeze(1).sub_(label_logit_C).mul_(valid_C).sum()
-    logits_CV.mul_(valid_C[:, None] / sum_C1)
-    logits_CV.scatter_add_(1, safe_C, -valid_C[:, None].float())
+    valid_C1, safe_C1 = _targets(labels_C, logits_CV.dtype)
+    logits_CV.sub_(logits_CV.amax(1, keepdim=True))
+    label_C1 = logits_CV.gather(1, safe_C1)
+    sum_C1 = logits_CV.exp_().sum(1, keepdim=True)
+    ce = ((sum_C1.log() - label_C1) * valid_C1).sum()
+    logits_CV.mul_(valid_C1 / sum_C1)
+    logits_CV.scatter_add_(1, safe_C1, -valid_C1)
     return ChunkLoss(ce, ce.new_zeros(()), ce)
+
+
+def _targets(labels_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Columns [C, 1]: 1 where a row has a target and 0 elsewhere, and ids that can be gathered in every row."""
+    valid_C1 = (labels_C != IGNORE)[:, None]
+    return valid_C1.to(dtype), labels_C[:, None].where(valid_C1, 0)
 
 
 def ghost_(logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels, *, alpha: float, temperature: float) -> ChunkLoss:
@@ -75,47 +79,50 @@ def ghost_(logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels, *, alpha: floa
         alpha: weight of the divergence, in (0, 1].
         temperature: T, a grid temperature of the cache.
     """
-    if temperature != 1 and alpha < 1:  # cross-entropy lives at T = 1, so it needs its own exponentials
+    hard_CV = None
+    if temperature != 1:  # cross-entropy lives at T = 1, so it needs its own exponentials
         hard_CV = logits_CV.clone()
         ce = cross_entropy_(hard_CV, labels_C).ce
-        kd = ghost_(logits_CV, labels_C, soft, alpha=1.0, temperature=temperature).kd
-        logits_CV.mul_(alpha).add_(hard_CV, alpha=1 - alpha)
-        return ChunkLoss(alpha * temperature**2 * kd + (1 - alpha) * ce, kd, ce)
+        logits_CV.div_(temperature)
 
-    valid_C = labels_C != IGNORE
-    taught_C = valid_C & (soft.k > 0)
-    safe_C = labels_C.where(valid_C, 0)[:, None]
-    label_logit_C = logits_CV.gather(1, safe_C)[:, 0]
+    valid_C1, safe_C1 = _targets(labels_C, logits_CV.dtype)
+    valid_C = valid_C1[:, 0]
+    taught_C = valid_C * (soft.k > 0)
+    label_C = logits_CV.gather(1, safe_C1)[:, 0]
 
-    # A row without teacher entries is handled as one of a single id, whose share of the student's mass still counts.
-    column_K = torch.arange(soft.ids.shape[1], device=logits_CV.device)
-    real_CK = column_K < soft.k.clamp(min=1)[:, None]
+    # A row without teacher entries is handled as one of the single id 0, whose share of the student's mass counts.
+    real_CK = torch.arange(soft.ids.shape[1], device=logits_CV.device) < soft.k.clamp(min=1)[:, None]
     first_C1 = soft.ids[:, :1].where(soft.k[:, None] > 0, 0)
-    ids_CK = soft.ids.where(real_CK & (soft.k[:, None] > 0), first_C1)
-    logp_CK = soft.logp.masked_fill(~(real_CK & taught_C[:, None]), -torch.inf)
-    p_CK, p_tail_C = logp_CK.exp(), soft.log_tail.masked_fill(~taught_C, -torch.inf).exp()
+    ids_CK = soft.ids.where(real_CK, first_C1).where(soft.k[:, None] > 0, first_C1)
+    logp_CK = soft.logp.masked_fill(~real_CK | (taught_C == 0)[:, None], -torch.inf)
+    logp_tail_C = soft.log_tail.masked_fill(taught_C == 0, -torch.inf)
+    p_CK, p_tail_C = logp_CK.exp(), logp_tail_C.exp()
 
-    s_CV = logits_CV if temperature == 1 else logits_CV.div_(temperature)
-    a_CK = s_CV.gather(1, ids_CK).masked_fill_(~real_CK, -torch.inf)
-    s_CV.scatter_(1, ids_CK, -torch.inf)
-    max_C = s_CV.amax(1)
-    max_C = max_C.masked_fill(max_C == -torch.inf, 0)  # k = V: no id is left outside the row
-    s_CV.sub_(max_C[:, None]).exp_()
-    sum_C = s_CV.sum(1)
-    r_C = max_C + sum_C.log()
+    # From here on a, r and ℓ are relative to the row's largest logit, so that differences of large logits stay exact.
+    a_CK = logits_CV.gather(1, ids_CK).masked_fill_(~real_CK, -torch.inf)
+    logits_CV.scatter_(1, ids_CK, -torch.inf)
+    outside_C = logits_CV.amax(1)
+    top_C = torch.maximum(outside_C, a_CK.amax(1))
+    outside_C = outside_C.where(outside_C > -torch.inf, top_C)  # k = V: no id is outside
+    a_CK -= top_C[:, None]
+    sum_C = logits_CV.sub_(outside_C[:, None]).exp_().sum(1)
+    r_C = outside_C - top_C + sum_C.log()
     normaliser_C = torch.logaddexp(a_CK.logsumexp(1), r_C)
     logq_CK, logq_tail_C = a_CK - normaliser_C[:, None], r_C - normaliser_C
     q_CK, q_tail_C = logq_CK.exp(), logq_tail_C.exp()
 
-    kd_C = torch.where(p_CK > 0, p_CK * (logp_CK - logq_CK), 0).sum(1)
-    kd_C += torch.where(p_tail_C > 0, p_tail_C * (soft.log_tail - logq_tail_C), 0)
-    kd = kd_C.sum()
-    ce = ((normaliser_C - label_logit_C) * valid_C).sum() if temperature == 1 else kd.new_zeros(())
+    kd = torch.where(p_CK > 0, p_CK * (logp_CK - logq_CK), 0).sum()
+    kd += torch.where(p_tail_C > 0, p_tail_C * (logp_tail_C - logq_tail_C), 0).sum()
+    if hard_CV is None:
+        ce = ((normaliser_C - (label_C - top_C)) * valid_C).sum()
 
-    soft_C, hard_C = alpha * temperature * taught_C, (1 - alpha) * valid_C
+    # At T = 1 the gradient of cross-entropy is q − 1 at the label: its q joins here, its label below.
+    soft_C, hard_C = alpha * temperature * taught_C, (1 - alpha) * valid_C if hard_CV is None else 0 * valid_C
     tail_gradient_C = soft_C * (q_tail_C - p_tail_C) + hard_C * q_tail_C
-    s_CV.mul_((tail_gradient_C / sum_C.clamp(min=torch.finfo(torch.float32).tiny))[:, None])
+    logits_CV.mul_((tail_gradient_C / sum_C.clamp(min=torch.finfo(torch.float32).tiny))[:, None])
     head_gradient_CK = soft_C[:, None] * (q_CK - p_CK) + hard_C[:, None] * q_CK
-    s_CV.scatter_add_(1, ids_CK, head_gradient_CK.masked_fill_(~real_CK, 0))
-    s_CV.scatter_add_(1, safe_C, -hard_C[:, None].float())
+    logits_CV.scatter_add_(1, ids_CK, head_gradient_CK.masked_fill_(~real_CK, 0))
+    logits_CV.scatter_add_(1, safe_C1, -hard_C[:, None])
+    if hard_CV is not None:
+        logits_CV.add_(hard_CV, alpha=1 - alpha)
     return ChunkLoss(alpha * temperature**2 * kd + (1 - alpha) * ce, kd, ce)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +19,23 @@ from shared.cache.reader import Cache
 from shared.config import to_dict
 from shared.errors import CacheMismatchError, ConfigError, ResumeError
 from shared.model.gpt import GPT, PRESETS, GPTConfig
-from shared.runtime import log, machine, read_json, versions, world_size, write_bytes, write_json
+from shared.runtime import (
+    Terminated,
+    log,
+    machine,
+    read_json,
+    sha256_json,
+    versions,
+    world_size,
+    write_bytes,
+    write_json,
+)
 from shared.tokenizer import load_tokenizer, special_ids
-from stage2_student.checkpoint import latest_complete, remove_incomplete
+from stage2_student.checkpoint import is_leftover, latest_complete, remove_incomplete
 from stage2_student.config import StudentConfig
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
-from stage2_student.trainer import DistillTrainer, RunRecorder
+from stage2_student.trainer import DistillTrainer, RunRecorder, StopOnSigterm
 
 # May change between a kill and the resume without changing what is learnt.
 FREE_ON_RESUME = ("eval_steps", "save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers")
@@ -40,6 +51,7 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
         ResumeError: the folder holds another run.
         CacheMismatchError: the temperature is off the cache's grid, or the validation cache is another teacher's.
         NonFiniteLossError: the loss is NaN or infinite.
+        Terminated: SIGTERM came; a checkpoint was saved.
     """
     cache = Cache(cache_path)
     validation = Cache(validation_path) if validation_path else None
@@ -48,6 +60,7 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
     if earlier and earlier["state"] == "finished":
         log(f"{out} is up to date")
         return
+    arguments = _training_arguments(config, out, has_validation=validation is not None)
     out.mkdir(parents=True, exist_ok=True)
     remove_incomplete(out)
     checkpoint = latest_complete(out)
@@ -55,17 +68,18 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
     set_seed(config.seed)
     sizes = dataclasses.replace(PRESETS[config.preset], vocab_size=cache.tokenizer_size)
     model = GPT(sizes)
-    model.head_loss = HeadLoss(alpha=config.alpha, temperature=config.temperature)
+    model.head_loss = head_loss = HeadLoss(alpha=config.alpha, temperature=config.temperature)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     record |= {"initial_weights_sha256": _weights_digest(model), "parameters": num_parameters}
 
+    temperature = config.temperature if config.alpha > 0 else None
     blocks = PackedBlocks(
         cache,
         block_size=config.block_size,
         seed=config.seed,
         num_epochs=1 if config.max_steps > 0 else config.num_train_epochs,
         min_blocks=max(config.max_steps, 0) * _blocks_per_step(config),
-        temperature=config.temperature if config.alpha > 0 else None,
+        temperature=temperature,
         all_targets=config.targets == "all",
     )
     waste = 1 - blocks.num_rows * blocks.num_epochs / (len(blocks) * config.block_size)
@@ -80,29 +94,34 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
         "padding": waste,
     }
 
-    run_id = earlier and earlier.get("wandb_run_id")
+    run_id = earlier["wandb_run_id"] if earlier else None
     with tracking.start("train", name=out.name, config=record, directory=out, run_id=run_id) as run:
         record["wandb_run_id"] = run.id
         write_json(out / "run.json", record | {"state": "running"})
-        recorder = RunRecorder(out, config.save_total_limit)
+        arguments.report_to = ["wandb"] if run.active else []
+        tokens_per_step = blocks.num_rows * blocks.num_epochs / len(blocks) * _blocks_per_step(config)
+        recorder = RunRecorder(out, save_total_limit=config.save_total_limit, tokens_per_step=tokens_per_step)
+        stop = StopOnSigterm()
         trainer = DistillTrainer(
             model=model,
-            args=_training_arguments(config, out, has_validation=validation is not None, tracked=run.active),
+            args=arguments,
+            head_loss=head_loss,
             train_dataset=blocks,
             eval_dataset=validation
-            and PackedBlocks(
-                validation, block_size=config.block_size, seed=0, temperature=_evaluation_temperature(config)
-            ),
-            callbacks=[recorder],
+            and PackedBlocks(validation, block_size=config.block_size, seed=0, temperature=temperature),
+            callbacks=[recorder, stop],
         )
         trainer.remove_callback(PrinterCallback)
         if checkpoint:
             log(f"continuing from {checkpoint}")
-            recorder.forget_after(int(checkpoint.name.partition("-")[2]))
+            trainer.restore_window(checkpoint)
         start = time.monotonic()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.requested:
+            raise Terminated
         seconds = time.monotonic() - start
-        metrics = trainer.evaluate() if validation else {}
+        metrics = trainer.final_evaluation() if validation else {}
         record["metrics"] = metrics | {"steps": trainer.state.global_step, "seconds_since_start_or_resume": seconds}
         run.summary(record["metrics"])
     if trainer.is_world_process_zero():
@@ -154,12 +173,18 @@ def _identify(cache: Cache) -> dict[str, Any]:
 def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `run.json` in the folder, which must be of the same run; None in a new or empty folder."""
     if not (out / "run.json").exists():
-        if out.exists() and any(path.name != "wandb" for path in out.iterdir()):
+        if out.exists() and any(path.name != "wandb" and not is_leftover(path) for path in out.iterdir()):
             raise ResumeError("the folder holds something that is no run", where=out, fix="choose another --out")
         return None
     earlier: dict[str, Any] = read_json(out / "run.json")
+    if (earlier.get("format"), earlier.get("version")) != (record["format"], record["version"]):
+        raise ResumeError("run.json is not that of a run", where=out, fix="choose another --out")
     ours, theirs = (
-        {**r["config"], **{f"cache.{k}": r["cache"][k] for k in ("label_identity", "shards")}}
+        {
+            **r["config"],
+            "cache.label_identity": r["cache"]["label_identity"],
+            "cache.shards": sha256_json(r["cache"]["shards"]),
+        }
         for r in (record, earlier)
     )
     for key in ours:
@@ -174,15 +199,11 @@ def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     return earlier
 
 
-def _evaluation_temperature(config: StudentConfig) -> float | None:
-    return config.temperature if config.alpha > 0 else None
-
-
 def _blocks_per_step(config: StudentConfig) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
 
 
-def _training_arguments(config: StudentConfig, out: Path, *, has_validation: bool, tracked: bool) -> TrainingArguments:
+def _training_arguments(config: StudentConfig, out: Path, *, has_validation: bool) -> TrainingArguments:
     same = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps",
             "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
             "max_grad_norm", "logging_steps", "bf16", "dataloader_num_workers", "seed")  # fmt: skip
@@ -199,7 +220,8 @@ def _training_arguments(config: StudentConfig, out: Path, *, has_validation: boo
         remove_unused_columns=False,
         prediction_loss_only=True,
         average_tokens_across_devices=True,
-        report_to=["wandb"] if tracked else [],
+        report_to=[],
+        disable_tqdm=not sys.stderr.isatty(),
         use_cpu=not torch.accelerator.is_available(),
     )
     try:

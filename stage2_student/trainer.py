@@ -1,7 +1,10 @@
 """HF `Trainer` with the few things distillation needs: exact order, exact averages, sealed checkpoints, a JSONL log."""
 
 import json
+import signal
+import time
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -11,8 +14,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from shared.errors import NonFiniteLossError
 from shared.model.gpt import IGNORE
+from shared.runtime import log, read_json, write_bytes, write_json
 from stage2_student.checkpoint import rotate, seal
 from stage2_student.dataset import PackedBlocks
+from stage2_student.fused import HeadLoss
+
+WINDOW = "window.json"  # in a checkpoint: the loss sums since the last log
 
 
 class DistillTrainer(Trainer):
@@ -20,8 +27,9 @@ class DistillTrainer(Trainer):
 
     train_dataset: PackedBlocks
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head_loss: HeadLoss, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._head_loss = head_loss
         self._window = torch.zeros(3, dtype=torch.float64)  # kd, ce, targets since the last log
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -31,9 +39,11 @@ class DistillTrainer(Trainer):
         """Matrices decay; biases and norms, which have one dimension, do not."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The model's own loss, refused where it is not finite; its two terms are kept for the log."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 "the loss is not finite; no step was taken with it",
@@ -46,22 +56,32 @@ class DistillTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss terms of the window and count epochs as the data set does."""
+        """The window's averages per target, and epochs counted as the data set does."""
+        if "train_runtime" in logs:  # the Trainer's summary, which counts only what ran since the start or resume
+            return
         if "loss" in logs:
-            kd, ce, targets = self._gathered(self._window)
-            logs |= {"kd": kd / targets, "ce": ce / targets}
+            logs |= self._averages(self._window)
             self._window.zero_()
-        if self.state.epoch is not None:
-            self.state.epoch *= self.train_dataset.num_epochs
-            super().log(logs, start_time)
-            self.state.epoch /= self.train_dataset.num_epochs
-        else:
-            super().log(logs, start_time)
+        epoch = self.state.epoch
+        self.state.epoch = epoch and epoch * self.train_dataset.num_epochs
+        super().log(logs, start_time)
+        self.state.epoch = epoch
+
+    def restore_window(self, checkpoint: Path) -> None:
+        """Take up the loss sums of a checkpoint, so that the first log after a resume covers all of its window."""
+        if self.is_world_process_zero():
+            self._window = torch.tensor(read_json(checkpoint / WINDOW), dtype=torch.float64)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        window = self._gathered(self._window)
+        if self.is_world_process_zero():
+            write_json(Path(self.args.output_dir or "", f"checkpoint-{self.state.global_step}", WINDOW), window)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Averages over all held-out targets, whatever batch they fell into."""
         sums = torch.zeros(3, dtype=torch.float64)
-        model = self._wrap_model(self.model, training=False)
+        model: Any = self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
         model.eval()
         with torch.no_grad():
             for batch in self.get_eval_dataloader():
@@ -69,13 +89,28 @@ class DistillTrainer(Trainer):
                 with self.accelerator.autocast():
                     sums += _sums(model(**inputs), inputs)
         model.train()
-        kd, ce, targets = self._gathered(sums)
-        metrics = {f"{metric_key_prefix}_kd": kd / targets, f"{metric_key_prefix}_ce": ce / targets}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages(sums).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def final_evaluation(self) -> dict[str, float]:
+        """The metrics at the last step, which may have been taken already."""
+        for record in self.state.log_history:
+            if record["step"] == self.state.global_step and "eval_loss" in record:
+                return {key: value for key, value in record.items() if key.startswith("eval_")}
+        return {key: value for key, value in self.evaluate().items() if key != "epoch"}
+
+    def _averages(self, sums: Tensor) -> dict[str, float]:
+        """Loss and its terms in nats per target over all ranks; no `kd` where no soft labels were read."""
+        kd, ce, targets = self._gathered(sums)
+        kd, ce = kd / max(targets, 1), ce / max(targets, 1)
+        loss = self._head_loss.combine(kd, ce)
+        return {"loss": loss, "kd": kd, "ce": ce} if self._head_loss.alpha > 0 else {"loss": loss, "ce": ce}
+
     def _gathered(self, sums: Tensor) -> list[float]:
+        if self.args.world_size == 1:
+            return sums.tolist()
         return self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
 
 
@@ -85,29 +120,78 @@ def _sums(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
 
 
 class RunRecorder(TrainerCallback):
-    """Appends every log to `training_log.jsonl`, and seals and rotates checkpoints."""
+    """Appends every log to `training_log.jsonl`, says it in a line, and seals and rotates checkpoints.
 
-    def __init__(self, run: Path, save_total_limit: int) -> None:
-        self.run, self.save_total_limit = run, save_total_limit
+    Args:
+        run: the run's folder.
+        save_total_limit: complete checkpoints kept.
+        tokens_per_step: tokens trained on in one optimizer step, on average over all blocks.
+    """
+
+    def __init__(self, run: Path, *, save_total_limit: int, tokens_per_step: float) -> None:
+        self.run, self.save_total_limit, self.tokens_per_step = run, save_total_limit, tokens_per_step
         self.log_file = run / "training_log.jsonl"
 
-    def forget_after(self, step: int) -> None:
-        """Drop the log lines that a resume will write again."""
-        if self.log_file.exists():
-            lines = [json.loads(line) for line in self.log_file.read_text().split("\n") if line.endswith("}")]
-            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
-            self.log_file.write_text("".join(kept))
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Begin the log file with what was logged up to the checkpoint; a resume writes the rest again."""
+        self._start, self._first_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            write_bytes(self.log_file, "".join(_log_line(record) for record in state.log_history).encode())
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """One strict JSON line per log."""
+        """One strict JSON line per log, and one for a reader where no progress bar shows."""
         if state.is_world_process_zero:
             with self.log_file.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}, allow_nan=False) + "\n")
+                file.write(_log_line({"step": state.global_step, **logs}))
+        if args.disable_tqdm:
+            log(f"step {state.global_step:,}/{state.max_steps:,}: {self._in_words(state, logs)}")
+
+    def _in_words(self, state: TrainerState, logs: dict[str, float]) -> str:
+        words = [f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "grad_norm")]
+        num_steps, seconds = state.global_step - self._first_step, time.monotonic() - self._start
+        if "loss" in logs and num_steps:
+            minutes, left = divmod(round((state.max_steps - state.global_step) * seconds / num_steps), 60)
+            words.append(f"{num_steps * self.tokens_per_step / seconds:,.0f} tokens/s")
+            words.append(f"{minutes // 60}:{minutes % 60:02}:{left:02} left")
+        return ", ".join(words)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The marker goes last; only then may older checkpoints go."""
         if state.is_world_process_zero:
             seal(self.run / f"checkpoint-{state.global_step}")
             rotate(self.run, self.save_total_limit)
+
+
+def _log_line(record: dict[str, Any]) -> str:
+    return json.dumps({"step": record["step"], **record}, allow_nan=False) + "\n"
+
+
+class StopOnSigterm(TrainerCallback):
+    """While entered, SIGTERM ends training after the step or evaluation in hand, with a checkpoint.
+
+    Attributes:
+        requested: whether the signal has come.
+    """
+
+    requested = False
+
+    def __enter__(self) -> "StopOnSigterm":
+        self._previous = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save and stop here if the signal has come."""
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+    on_evaluate = on_step_end

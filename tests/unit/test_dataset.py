@@ -1,0 +1,87 @@
+"""Packed blocks hold exactly what the cache holds."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from student_cache import make_cache
+from torch.utils.data import DataLoader
+
+from shared.cache.reader import Cache
+from shared.errors import ConfigError
+from shared.model.gpt import IGNORE
+from stage2_student.dataset import PackedBlocks
+from stage2_student.packing import pack
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("dataset") / "cache")
+
+
+def blocks_of(cache, **options):
+    return PackedBlocks(cache, **{"block_size": SIZE, "seed": 0, "temperature": 1.5} | options)
+
+
+@pytest.mark.parametrize("all_targets", [False, True])
+def test_items_are_the_plans_pieces_as_the_reader_has_them(cache, all_targets):
+    data = blocks_of(cache, num_epochs=2, all_targets=all_targets)
+    plans = [pack(cache.doc_lengths, SIZE, seed=0, epoch=epoch) for epoch in (0, 1)]
+    assert len(data) == len(plans[0]) + len(plans[1])
+    num_labels = 0
+    for item, block in zip((data[i] for i in range(len(data))), plans[0] + plans[1], strict=True):
+        at = 0
+        for doc, start, stop in block:
+            rows = slice(at, at + stop - start)
+            tokens, mask = cache.tokens(doc), cache.loss_mask(doc)
+            soft = cache.targets(doc, 1.5)
+            assert item["input_ids"][rows].tolist() == tokens[start:stop].tolist()
+            assert item["position_ids"][rows].tolist() == list(range(stop - start))
+            wanted = [tokens[t + 1] if all_targets or mask[t] else IGNORE for t in range(start, stop)]
+            assert item["labels"][rows].tolist() == wanted
+            num_labels += sum(label != IGNORE for label in wanted)
+            for name, array in (("ids", soft.ids), ("logp", soft.logp), ("log_tail", soft.log_tail), ("k", soft.k)):
+                assert np.array_equal(item[f"soft_{name}"][rows].numpy(), array[start:stop])
+            at = rows.stop
+        assert item["position_ids"][at:].tolist() == list(range(SIZE - at))
+        assert (item["labels"][at:] == IGNORE).all()
+        assert not item["soft_k"][at:].any()
+        assert not item["input_ids"][at:].any()
+    targets = sum(int(cache.loss_mask(doc).sum()) for doc in range(cache.num_documents))
+    assert num_labels == 2 * (cache.num_tokens - cache.num_documents if all_targets else targets)
+
+
+def test_without_a_temperature_there_are_no_soft_labels_and_the_rest_is_equal(cache):
+    plain, soft = blocks_of(cache, temperature=None), blocks_of(cache)
+    assert len(plain) == len(soft)
+    for i in range(len(plain)):
+        assert set(plain[i]) == {"input_ids", "position_ids", "labels"}
+        assert all(torch.equal(plain[i][name], soft[i][name]) for name in plain[i])
+
+
+def test_workers_and_pickling_change_nothing(cache):
+    data = blocks_of(cache, num_epochs=2)
+    loads = [
+        list(DataLoader(data, batch_size=2, num_workers=0)),
+        list(DataLoader(data, batch_size=2, num_workers=2)),
+        list(DataLoader(pickle.loads(pickle.dumps(data)), batch_size=2)),
+    ]
+    for other in loads[1:]:
+        assert len(other) == len(loads[0])
+        for a, b in zip(loads[0], other, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_as_many_epochs_as_the_blocks_asked_for_take(cache):
+    one = len(blocks_of(cache))
+    data = blocks_of(cache, min_blocks=one + 1)
+    assert (data.num_epochs, len(data)) == (2, one + len(pack(cache.doc_lengths, SIZE, seed=0, epoch=1)))
+
+
+def test_a_cache_without_rows_is_refused(tmp_path):
+    cache = make_cache(tmp_path / "cache", lengths=(1, 1, 1))
+    with pytest.raises(ConfigError, match="no document"):
+        blocks_of(Cache(cache.path))

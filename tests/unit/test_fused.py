@@ -1,0 +1,119 @@
+"""The fused head and loss equal plain autograd through a full logits tensor, for every chunk size."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shared.model.gpt import IGNORE
+from stage2_student import fused
+from stage2_student.fused import HeadLoss
+
+N, H, V, K = 13, 8, 30, 4
+SETTINGS = [(0.0, 1.0), (0.7, 1.0), (0.7, 1.5), (1.0, 2.0)]
+
+
+def inputs(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, H, generator=generator, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[::5] = IGNORE
+    logp, ids = (torch.randn(N, V, generator=generator, dtype=dtype) * 2).log_softmax(1).topk(K)
+    soft = {
+        "soft_ids": ids[None],  # as in a batch: [B, T, K]
+        "soft_logp": logp[None],
+        "soft_log_tail": torch.log1p(-logp.exp().sum(1))[None],
+        "soft_k": torch.full((1, N), K),
+    }
+    return hidden, weight, labels, soft
+
+
+def unfused(hidden, weight, labels, soft, *, alpha, temperature):
+    """The same loss by autograd over dense logits."""
+    z = F.linear(hidden, weight)
+    valid = labels != IGNORE
+    ce = F.cross_entropy(z, labels, ignore_index=IGNORE, reduction="sum")
+    log_q = (z / temperature).log_softmax(1)
+    ids, logp, log_tail = soft["soft_ids"][0], soft["soft_logp"][0], soft["soft_log_tail"][0]
+    tail = log_q.scatter(1, ids, -torch.inf).logsumexp(1)
+    kd = (logp.exp() * (logp - log_q.gather(1, ids))).sum(1) + log_tail.exp() * (log_tail - tail)
+    kd = (kd * valid).sum()
+    return (alpha * temperature**2 * kd + (1 - alpha) * ce) / valid.sum(), kd, ce
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), SETTINGS)
+@pytest.mark.parametrize("chunk", [1, 4, N - 1, N, N + 1, 256])
+def test_fused_equals_unfused_for_every_chunk_size(monkeypatch, chunk, alpha, temperature):
+    monkeypatch.setattr(fused, "CHUNK_ROWS", chunk)
+    hidden, weight, labels, soft = inputs()
+    loss, kd, ce = unfused(hidden, weight, labels, soft, alpha=alpha, temperature=temperature)
+    expected = torch.autograd.grad(loss, (hidden, weight))
+    out = HeadLoss(alpha=alpha, temperature=temperature)(hidden, weight, labels, **soft)
+    torch.testing.assert_close(out["loss"], loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out["ce"], ce.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out["kd"], kd.detach() if alpha else torch.tensor(0.0), rtol=1e-6, atol=0)
+    assert not out["kd"].requires_grad
+    gradients = torch.autograd.grad(out["loss"], (hidden, weight))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_weight_gets_the_gradient_of_both_its_uses():
+    _, weight, labels, soft = inputs()
+    ids = torch.arange(N)
+    loss = HeadLoss(alpha=0.7, temperature=1.5)(F.embedding(ids, weight) * 2, weight, labels, **soft)["loss"]
+    expected = unfused(F.embedding(ids, weight) * 2, weight, labels, soft, alpha=0.7, temperature=1.5)[0]
+    ours, theirs = (torch.autograd.grad(x, weight)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), SETTINGS)
+def test_gradcheck_in_float64(monkeypatch, alpha, temperature):
+    monkeypatch.setattr(fused, "CHUNK_ROWS", 5)
+    hidden, weight, labels, soft = inputs(torch.float64)
+    head_loss = HeadLoss(alpha=alpha, temperature=temperature)
+    assert torch.autograd.gradcheck(lambda h, w: head_loss(h, w, labels, **soft)["loss"], (hidden, weight))
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), SETTINGS)
+def test_under_bf16_autocast_the_softmax_stays_in_float32(alpha, temperature):
+    hidden, weight, labels, soft = inputs()
+    expected, _, _ = unfused(hidden, weight, labels, soft, alpha=alpha, temperature=temperature)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = HeadLoss(alpha=alpha, temperature=temperature)(hidden, weight, labels, **soft)["loss"]
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    ours = torch.autograd.grad(loss, (hidden, weight))
+    theirs = torch.autograd.grad(expected, (hidden, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=0.03 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("number", [100, torch.tensor(100)])
+def test_the_sum_is_divided_by_the_number_of_items_in_the_window(number):
+    hidden, weight, labels, soft = inputs()
+    head_loss = HeadLoss(alpha=0.7, temperature=1.0)
+    here = head_loss(hidden, weight, labels, **soft)["loss"]
+    window = head_loss(hidden, weight, labels, num_items_in_batch=number, **soft)["loss"]
+    torch.testing.assert_close(window * 100, here * (labels != IGNORE).sum())
+
+
+@pytest.mark.parametrize("number", [None, 0, 5, torch.tensor(0)])
+def test_blocks_without_targets_add_exactly_nothing(number):
+    hidden, weight, labels, soft = inputs()
+    labels = torch.full_like(labels, IGNORE)
+    loss = HeadLoss(alpha=0.7, temperature=1.0)(hidden, weight, labels, num_items_in_batch=number, **soft)["loss"]
+    assert loss.item() == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_alpha_0_never_touches_soft_labels():
+    hidden, weight, labels, soft = inputs()
+    head_loss = HeadLoss(alpha=0, temperature=1.0)
+    expected = F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=IGNORE)
+    torch.testing.assert_close(head_loss(hidden, weight, labels)["loss"], expected)
+    rubbish = dict.fromkeys(soft)
+    torch.testing.assert_close(head_loss(hidden, weight, labels, **rubbish)["loss"], expected)
+    with pytest.raises(KeyError, match="soft_ids"):
+        HeadLoss(alpha=0.1, temperature=1.0)(hidden, weight, labels)
