@@ -165,7 +165,8 @@ class RunRecorder(TrainerCallback):
 
 
 def _log_line(record: dict[str, Any]) -> str:
-    return json.dumps({"step": record["step"], **record}, allow_nan=False) + "\n"
+    ordered = {key: record[key] for key in sorted(record)}  # the order that a checkpoint gives back
+    return json.dumps({"step": record["step"], **ordered}, allow_nan=False) + "\n"
 
 
 class StopOnSigterm(TrainerCallback):

@@ -51,7 +51,7 @@ def test_fused_equals_unfused_for_every_chunk_size(monkeypatch, chunk, alpha, te
     out = HeadLoss(alpha=alpha, temperature=temperature)(hidden, weight, labels, **soft)
     torch.testing.assert_close(out["loss"], loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(out["ce"], ce.detach(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(out["kd"], kd.detach() if alpha else torch.tensor(0.0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out["kd"], kd.detach(), rtol=1e-6, atol=0)
     assert not out["kd"].requires_grad
     gradients = torch.autograd.grad(out["loss"], (hidden, weight))
     for ours, theirs in zip(gradients, expected, strict=True):
@@ -108,12 +108,30 @@ def test_blocks_without_targets_add_exactly_nothing(number):
     assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (hidden, weight)))
 
 
-def test_alpha_0_never_touches_soft_labels():
+def test_alpha_0_needs_no_soft_labels_and_only_measures_those_it_gets():
     hidden, weight, labels, soft = inputs()
     head_loss = HeadLoss(alpha=0, temperature=1.0)
     expected = F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=IGNORE)
-    torch.testing.assert_close(head_loss(hidden, weight, labels)["loss"], expected)
-    rubbish = dict.fromkeys(soft)
-    torch.testing.assert_close(head_loss(hidden, weight, labels, **rubbish)["loss"], expected)
+    kd = unfused(hidden, weight, labels, soft, alpha=1.0, temperature=1.0)[1]
+    theirs = torch.autograd.grad(expected, (hidden, weight))
+    for given, measured in (({}, torch.tensor(0.0)), (soft, kd.detach())):
+        out = head_loss(hidden, weight, labels, **given)
+        torch.testing.assert_close(out["loss"], expected)
+        torch.testing.assert_close(out["kd"], measured)
+        torch.testing.assert_close(torch.autograd.grad(out["loss"], (hidden, weight)), theirs)
+
+
+def test_without_gradients_the_figures_are_the_same():
+    hidden, weight, labels, soft = inputs()
+    head_loss = HeadLoss(alpha=0.7, temperature=1.5)
+    expected = head_loss(hidden, weight, labels, **soft)
+    with torch.no_grad():
+        out = head_loss(hidden, weight, labels, **soft)
+    assert {name: value.item() for name, value in out.items()} == {n: v.item() for n, v in expected.items()}
+    assert not out["loss"].requires_grad
+
+
+def test_alpha_above_0_needs_soft_labels():
+    hidden, weight, labels, _ = inputs()
     with pytest.raises(KeyError, match="soft_ids"):
         HeadLoss(alpha=0.1, temperature=1.0)(hidden, weight, labels)

@@ -1,0 +1,311 @@
+"""`student train` and `student export` as real processes on a small cache."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from student_cache import VOCABULARY, make_cache
+
+from shared.errors import DistillError
+from stage2_student.cli import student
+
+# Most runs are processes of their own. What needs neither signals nor equal bits runs in this one, which saves imports.
+COMMAND = [sys.executable, "-m", "stage2_student"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+OPTIONS = {
+    "preset": "tiny",
+    "block_size": 48,
+    "per_device_train_batch_size": 2,
+    "max_steps": 12,
+    "save_steps": 5,
+    "logging_steps": 3,  # no divisor of save_steps: a window of the log lies across a checkpoint
+    "eval_steps": 4,
+    "bf16": False,
+}
+
+
+def arguments(cache, out, validation=None, **changes):
+    assigned = [f"--set={key}={json.dumps(value)}" for key, value in (OPTIONS | changes).items()]
+    held_out = ["--validation", str(validation)] if validation else []
+    return [*COMMAND, "train", "--cache", str(cache), "--out", str(out), *held_out, *assigned]
+
+
+def run(command, code=0):
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def run_here(command):
+    """Run a command in this process; its error, or None."""
+    return CliRunner().invoke(student, command[len(COMMAND) :]).exception
+
+
+def refused(command):
+    """The message of the domain error that a command ends with."""
+    error = run_here(command)
+    assert isinstance(error, DistillError)
+    return str(error)
+
+
+def stop_when(command, condition, signal_number):
+    """Start a command, send it a signal as soon as the condition holds, and return exit code and standard error."""
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal_number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+
+
+def same_student(a, b):
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    assert (a / "training_log.jsonl").read_bytes() == (b / "training_log.jsonl").read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("caches")
+    make_cache(folder / "train")
+    make_cache(folder / "validation", seed=1, lengths=(30, 20, 10, 5))
+    make_cache(folder / "stranger", seed=1, lengths=(30, 20, 10, 5), teacher="another")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(caches, tmp_path_factory):
+    """An uninterrupted run; tests only read it. Beside it lies `stderr.txt`."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    result = run(arguments(caches / "train", out, caches / "validation"))
+    (out.parent / "stderr.txt").write_text(result.stderr)
+    return out
+
+
+def test_a_run_from_end_to_end(finished):
+    record = json.loads((finished / "run.json").read_text())
+    assert record["state"] == "finished"
+    assert record["metrics"]["steps"] == 12
+    log = log_of(finished)
+    assert [(line["step"], "loss" in line) for line in log] == [
+        (3, True), (4, False), (6, True), (8, False), (9, True), (12, True), (12, False),
+    ]  # fmt: skip
+    for line in log:
+        prefix = "" if "loss" in line else "eval_"
+        assert line[f"{prefix}loss"] == pytest.approx(0.7 * line[f"{prefix}kd"] + 0.3 * line[f"{prefix}ce"])
+    assert record["metrics"]["eval_ce"] == log[-1]["eval_ce"] < log[1]["eval_ce"]
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "checkpoint-10", "checkpoint-12", "config.json", "generation_config.json", "model.safetensors", "run.json",
+        "tokenizer.json", "tokenizer_config.json", "training_log.jsonl",
+    ]  # fmt: skip
+    lines = (finished.parent / "stderr.txt").read_text().splitlines()
+    assert lines[1].startswith("step 3/12: loss ")
+    assert all(word in lines[1] for word in (", kd ", ", ce ", ", learning_rate ", " tokens/s, ", " left"))
+    assert len(lines) == 1 + len(log) + 1  # the student, each log, the end: no progress bar, no warnings
+
+
+def test_the_logged_figures_are_those_of_the_saved_student(finished, caches):
+    """The last evaluation, computed anew from the weights on disk, with transformers' own model."""
+    from transformers import AutoModelForCausalLM
+
+    from shared.cache.reader import Cache
+
+    cache = Cache(caches / "validation")
+    model = AutoModelForCausalLM.from_pretrained(finished).double()
+    nll, number = 0.0, 0
+    for doc in range(cache.num_documents):
+        ids = torch.from_numpy(cache.tokens(doc))
+        rows = torch.from_numpy(cache.loss_mask(doc))[:-1]
+        logp = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        nll, number = nll - logp[rows].sum().item(), number + int(rows.sum())
+    assert log_of(finished)[-1]["eval_ce"] == pytest.approx(nll / number, rel=1e-5)
+
+
+def test_a_finished_run_is_up_to_date(finished, caches):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    result = run(arguments(caches / "train", finished, caches / "validation"))
+    assert result.stderr == f"{finished} is up to date\n"
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_the_twin_without_soft_labels_starts_from_the_same_weights(finished, caches, tmp_path):
+    assert run_here(arguments(caches / "train", tmp_path / "twin", caches / "validation", alpha=0)) is None
+    ours, twin = (json.loads((out / "run.json").read_text()) for out in (finished, tmp_path / "twin"))
+    assert ours["initial_weights_sha256"] == twin["initial_weights_sha256"]
+    assert ours["data"] == twin["data"]
+    log = log_of(tmp_path / "twin")
+    assert [line["step"] for line in log] == [line["step"] for line in log_of(finished)]
+    assert not any("kd" in line for line in log)  # training read nothing that it could be measured by
+    assert all(line["eval_kd"] > 0 for line in log if "eval_kd" in line)
+    assert all(
+        line[f"{name}loss"] == line[f"{name}ce"] for line in log for name in ("", "eval_") if f"{name}ce" in line
+    )
+    assert log[0]["learning_rate"] == log_of(finished)[0]["learning_rate"]
+
+
+def test_killed_and_run_again_equals_an_uninterrupted_run(finished, caches, tmp_path):
+    """Killed before any checkpoint, after the first, and while the second is being written."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".run.json.tmp-1").write_text("a kill inside the very first write")
+    command = arguments(caches / "train", out, caches / "validation")
+    for evidence in ("training_log.jsonl", "checkpoint-5/COMPLETE", "checkpoint-10/model.safetensors"):
+        code, _ = stop_when(command, (out / evidence).exists, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        assert json.loads((out / "run.json").read_text())["state"] == "running"
+    assert "continuing from" in run(command).stderr
+    same_student(finished, out)
+    assert not (out / ".run.json.tmp-1").exists()
+
+
+def test_a_checkpoint_without_its_marker_is_removed_and_the_one_before_used(finished, caches, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"state": "running"}))
+    (out / "checkpoint-12" / "COMPLETE").unlink()
+    (out / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
+    result = run(arguments(caches / "train", out, caches / "validation"))
+    assert f"{out / 'checkpoint-12'} was never finished; removed\n" in result.stderr
+    assert f"continuing from {out / 'checkpoint-10'}\n" in result.stderr
+    same_student(finished, out)
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(finished, caches, tmp_path):
+    out, trace = tmp_path / "run", tmp_path / "trace"
+    shutil.copytree(finished, out)
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"state": "running"}))
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(trace),))
+
+    torch.save(Evil(), out / "checkpoint-12" / "optimizer.pt")
+    torch.save(Evil(), out / "checkpoint-12" / "training_args.bin")
+    assert "Weights only load failed" in str(run_here(arguments(caches / "train", out, caches / "validation")))
+    assert not trace.exists()
+
+
+def test_sigterm_leaves_a_checkpoint_and_143(finished, caches, tmp_path):
+    """Twice, each time right after a log line, in the step or evaluation that follows."""
+    out = tmp_path / "run"
+    command = arguments(caches / "train", out, caches / "validation")
+    log, checkpoint = out / "training_log.jsonl", 0
+    for lines in (1, 4):
+        code, errors = stop_when(
+            command, lambda n=lines: log.exists() and log.read_text().count("\n") >= n, signal.SIGTERM
+        )
+        assert code == 143
+        assert errors.endswith("terminated; nothing finished is lost, the same command continues\n")
+        assert "Traceback" not in errors
+        assert not (out / "model.safetensors").exists()
+        assert (f"continuing from {out / f'checkpoint-{checkpoint}'}\n" in errors) == (checkpoint > 0)
+        before = checkpoint
+        checkpoint = max(int(path.parent.name.partition("-")[2]) for path in out.glob("checkpoint-*/COMPLETE"))
+        assert checkpoint > before
+    assert f"continuing from {out / f'checkpoint-{checkpoint}'}\n" in run(command).stderr
+    same_student(finished, out)
+
+
+def test_another_run_in_the_same_folder_is_refused(finished, caches, tmp_path):
+    train, validation = caches / "train", caches / "validation"
+    line = run(arguments(train, finished, validation, alpha=0.5), 1).stderr
+    assert (line[:7], line.count("\n")) == ("error: ", 1)
+    assert all(text in line for text in ("another alpha", str(finished), "expected: 0.7", "got: 0.5"))
+    assert "another cache.shards" in refused(arguments(validation, finished))
+    assert "another cache.label_identity" in refused(arguments(caches / "stranger", finished))
+    (tmp_path / "thesis.tex").write_text("x")
+    assert "no run" in refused(arguments(train, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"alhpa": 1}, "did you mean 'alpha'?"),
+        ({"temperature": 3.0}, "one of 0.5, 1, 1.5, 2"),
+        ({"lr_scheduler_type": "zigzag"}, "zigzag"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(caches, tmp_path, changes, text):
+    assert text in refused(arguments(caches / "train", tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_cache_of_another_teacher_is_refused(caches, tmp_path):
+    line = refused(arguments(caches / "train", tmp_path / "run", caches / "stranger"))
+    assert "label identities" in line
+    assert str(caches / "stranger") in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_micro_batches_and_accumulation_do_not_change_the_loss(caches, tmp_path):
+    runs = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        out = tmp_path / str(size)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        command = arguments(caches / "train", out, max_steps=4, logging_steps=1, temperature=1.5, **options)
+        assert run_here(command) is None
+        runs.append(log_of(out))
+    for other in runs[1:]:
+        assert len(other) == len(runs[0]) == 4
+        for a, b in zip(runs[0], other, strict=True):
+            for key in ("loss", "kd", "ce", "grad_norm"):
+                assert a[key] == pytest.approx(b[key], rel=1e-5), key
+
+
+def test_an_export_loads_as_a_plain_transformers_model(finished, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from shared.model.gpt import GPT, PRESETS
+
+    result = run([*COMMAND, "export", str(finished), "--out", str(tmp_path / "student")])
+    assert result.stdout == f"{tmp_path / 'student'}\n"
+    assert result.stderr.count("licence of") == 2
+    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    ours = GPT(dataclasses.replace(PRESETS["tiny"], vocab_size=VOCABULARY))
+    ours.load_state_dict(load_file(finished / "model.safetensors"))
+    ids = torch.arange(1, 41).view(2, 20)
+    torch.testing.assert_close(model(ids).logits, ours(ids).logits, rtol=0, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    inputs = tokenizer("def add", return_tensors="pt")
+    generated = model.generate(inputs["input_ids"], max_new_tokens=5, do_sample=False)
+    greedy = inputs["input_ids"]
+    while greedy.shape[1] < generated.shape[1]:
+        greedy = torch.cat([greedy, ours(greedy).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, greedy)
+    assert (model.generation_config.eos_token_id, model.config.bos_token_id) == (0, 0)
+    assert "not empty" in refused([*COMMAND, "export", str(finished), "--out", str(tmp_path / "student")])
+
+
+def test_an_unfinished_run_is_not_exported(finished, tmp_path):
+    (tmp_path / "run").mkdir()
+    record = json.loads((finished / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"state": "running"}))
+    for folder in (tmp_path / "run", tmp_path / "nothing"):
+        assert "not a finished training run" in refused([*COMMAND, "export", str(folder), "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
