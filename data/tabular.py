@@ -39,6 +39,23 @@ class Row:
             raise self.error(field, expected="an integer", got=_describe(value))
         return value
 
+    def messages(self, field: str) -> tuple[dict[str, str], ...]:
+        """A chat: a list of objects with `role` and `content`, both strings."""
+        value = self._get(field)
+        if not isinstance(value, list):
+            raise self.error(field, expected="a list of messages", got=_describe(value))
+        return tuple(self._message(item, f"{field}[{i}]") for i, item in enumerate(value))
+
+    def _message(self, value: Any, field: str) -> dict[str, str]:
+        if not isinstance(value, dict):
+            raise self.error(field, expected="an object with role and content", got=_describe(value))
+        for key in value.keys() - {"role", "content"}:
+            if value[key] is not None:  # parquet gives every message every key
+                raise self.error(field, expected="role and content alone", got=repr(key))
+        return {
+            key: _checked_text(value.get(key), f"{self.where}, field '{field}.{key}'") for key in ("role", "content")
+        }
+
     def error(self, field: str, *, expected: object, got: object) -> ConfigError:
         """The error that names this row and one of its fields."""
         return ConfigError("a malformed row", where=f"{self.where}, field {field!r}", expected=expected, got=got)

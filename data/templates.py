@@ -4,6 +4,8 @@ Prompts never end in white space: BPE merges a newline with the indentation that
 to the completion, in training as in generation.
 """
 
+from collections.abc import Iterable, Mapping
+
 from data.records import Document, Problem
 from data.tabular import Row
 
@@ -23,6 +25,12 @@ def prompt_document(id: str, source: str, prompt: str, completion: str) -> Docum
     prompt, completion = normalise(prompt), normalise(completion)
     border = len(prompt.rstrip())
     return Document(id=id, source=source, prompt=prompt[:border], completion=end_line(prompt[border:] + completion))
+
+
+def chat_document(id: str, source: str, messages: Iterable[Mapping[str, str]]) -> Document:
+    """A document from a chat; the tokenizer's chat template renders it."""
+    normal = tuple({"role": m["role"], "content": normalise(m["content"])} for m in messages)
+    return Document(id=id, source=source, messages=normal)
 
 
 def mbpp_document(row: Row) -> Document:

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import DistillError
+from shared.errors import ConfigError, DistillError
 from shared.runtime import sha256_json
 
 Tokenizer = Any  # a transformers tokenizer with the `tokenizers` backend
@@ -19,15 +20,20 @@ class Encoded:
 
     Args:
         ids: BOS, text, EOS (BOS and EOS only where the tokenizer has them).
-        num_prompt_tokens: leading ids that are not targets: BOS and the tokens that lie wholly in the prompt.
-        target_bytes: UTF-8 bytes of the text that the targets spell; EOS has none.
+        is_target: for each id whether it is to be learnt, rather than BOS, prompt or what others say in a chat.
+        target_bytes: UTF-8 bytes of the text that the targets spell; special tokens have none.
         lossless: whether decoding the ids gives the text again.
     """
 
     ids: list[int]
-    num_prompt_tokens: int
+    is_target: list[bool]
     target_bytes: int
     lossless: bool
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Leading ids that are not targets: BOS and the tokens that lie wholly in the prompt."""
+        return self.is_target.index(True) if any(self.is_target) else len(self.ids)
 
 
 def load_tokenizer(path_or_id: str | Path, revision: str = "main") -> Tokenizer:
@@ -52,6 +58,8 @@ def load_tokenizer(path_or_id: str | Path, revision: str = "main") -> Tokenizer:
     if not tokenizer.is_fast:
         expected = "a tokenizer with a `tokenizers` backend (tokenizer.json)"
         raise DistillError("unusable tokenizer", where=path_or_id, expected=expected, got=type(tokenizer).__name__)
+    for key in ("local_files_only", "is_local"):  # how it was found is no part of it, and would be saved with it
+        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
@@ -72,12 +80,95 @@ def encode_document(tokenizer: Tokenizer, prompt: str, completion: str) -> Encod
     num_prompt_tokens = len(opening) + in_prompt
     first_target = max(num_prompt_tokens, 1) - len(opening)  # nothing predicts a document's very first token
     target_text = text[offsets[first_target][0] :] if first_target < len(offsets) else ""
+    ids = opening + text_ids + closing
     return Encoded(
-        ids=opening + text_ids + closing,
-        num_prompt_tokens=num_prompt_tokens,
+        ids=ids,
+        is_target=[i >= num_prompt_tokens for i in range(len(ids))],
         target_bytes=len(target_text.encode()),
         lossless=decode(tokenizer, text_ids) == text,
     )
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> Encoded:
+    """Tokenise a chat as the tokenizer's chat template renders it; the assistant's turns are the targets.
+
+    What a template marks with `{% generation %}` is the turn. Without marks it is what the message adds to the
+    rendering of those before it and the generation prompt, so the tokens that close the turn are part of it. A token
+    that straddles a border belongs to the turn.
+
+    Raises:
+        ConfigError: there is no chat template, it refuses these messages, it renders earlier messages otherwise once
+            later ones follow, or a message spells a special token.
+    """
+    text, turns = _render_chat(tokenizer, messages)
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for number, message in enumerate(messages, start=1):
+        if spelled := next((token for token in special if token in message["content"]), None):
+            raise ConfigError(
+                "a message spells a special token, which the rendered chat cannot tell from its own",
+                where=f"message {number} ({message['role']})",
+                got=spelled,
+            )
+    with _plain(tokenizer.backend_tokenizer, special_is_text=False) as backend:
+        encoding = backend.encode(text, add_special_tokens=False)
+    is_target = [any(start < b and a < end for a, b in turns) for start, end in encoding.offsets]
+    return Encoded(
+        ids=encoding.ids,
+        is_target=is_target,
+        target_bytes=count_target_bytes(tokenizer, encoding.ids, is_target, 0, len(is_target)),
+        lossless=tokenizer.decode(encoding.ids, clean_up_tokenization_spaces=False) == text,
+    )
+
+
+def count_target_bytes(
+    tokenizer: Tokenizer, ids: Sequence[int], is_target: Sequence[bool], start: int, stop: int
+) -> int:
+    """UTF-8 bytes that the targets among `ids[start + 1 : stop]` spell (nothing predicts the first id of a piece).
+
+    Differences of prefixes, so that a character cut in two is counted once and the parts add up to the whole.
+    """
+    learnt = [False, *(start < i < stop and is_target[i] for i in range(len(ids))), False]
+    borders = [i for i in range(len(ids) + 1) if learnt[i] != learnt[i + 1]]
+    sizes = [len(decode(tokenizer, ids[:border]).encode()) for border in borders]
+    return sum(sizes[1::2]) - sum(sizes[::2])
+
+
+def _render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    """A chat's text and where in it the assistant's turns are."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if not tokenizer.chat_template:
+        fix = "name a teacher that was trained on chats, or data with prompt and completion"
+        raise ConfigError("the tokenizer has no chat template", where=tokenizer.name_or_path, fix=fix)
+    template = tokenizer.get_chat_template()
+
+    def render(messages: Sequence[Mapping[str, str]], **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        options |= {"conversations": [[dict(message) for message in messages]], "chat_template": template}
+        try:
+            rendered: Any = render_jinja_template(**options, **tokenizer.special_tokens_map)
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            got = f"{type(error).__name__}: {error}"
+            raise ConfigError("the chat template refuses the messages", got=got) from error
+        texts, turns = rendered  # of each conversation; turns only where the template marks them
+        return texts[0], [(start, end) for start, end in turns[0]] if turns else []
+
+    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        return render(messages, return_assistant_tokens_mask=True)
+    text, turns, before = render(messages)[0], list[tuple[int, int]](), ""
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            opening = render(messages[:number], add_generation_prompt=True)[0]
+            whole = render(messages[: number + 1])[0]
+            if not (opening.startswith(before) and whole.startswith(opening) and text.startswith(whole)):
+                raise ConfigError(
+                    "the chat template does not render a chat turn by turn",
+                    where=f"message {number + 1}",
+                    expected="each rendering to extend the one before, or a template with {% generation %}",
+                )
+            turns.append((len(opening), len(whole)))
+            before = whole
+    return text, turns
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -129,15 +220,15 @@ def _encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int,
 
 
 @contextlib.contextmanager
-def _plain(backend: Any) -> Iterator[Any]:
-    """The backend with nothing cut, padded or read as special, and with exact offsets.
+def _plain(backend: Any, *, special_is_text: bool = True) -> Iterator[Any]:
+    """The backend with nothing cut or padded, and with exact offsets.
 
     A byte-level post-processor trims spaces off the offsets, which hides a token that straddles the border.
     """
     processor, special = backend.post_processor, backend.encode_special_tokens
     backend.no_truncation()
     backend.no_padding()
-    backend.post_processor, backend.encode_special_tokens = None, True
+    backend.post_processor, backend.encode_special_tokens = None, special_is_text
     try:
         yield backend
     finally:

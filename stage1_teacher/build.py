@@ -1,5 +1,7 @@
 """Build a logit cache: documents → pieces → shards, each labelled by the frozen teacher and written once."""
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from shared.cache.layout import BUILD, ShardArrays
 from shared.cache.reader import Cache
 from shared.cache.writer import CacheWriter
 from shared.config import to_dict
-from shared.errors import CacheFormatError, ConfigError, DistillError
+from shared.errors import CacheFormatError, ConfigError, DistillError, ResumeError
 from shared.runtime import log, progress, read_json, versions, world_size
 from stage1_teacher.batching import plan_batches, plan_shards
 from stage1_teacher.config import TeacherConfig
@@ -25,6 +27,7 @@ if TYPE_CHECKING:  # torch and transformers load only where there is something t
 
 MAX_EXCESS_MASS = 1e-4
 OPTIONS = (
+    "columns",
     "codec",
     "temperatures",
     "top_k",
@@ -51,11 +54,18 @@ def build_cache(config: TeacherConfig, out: Path) -> None:
         if not getattr(config, name):
             raise ConfigError(f"no {name} is named", fix=f"pass --{name}, or set it in the configuration file")
     files = locate_teacher(config.teacher, config.revision)
-    documents = load_documents(config.dataset, config.split, limit_docs=config.limit_docs)
+    documents = load_documents(
+        config.dataset,
+        config.split,
+        limit_docs=config.limit_docs,
+        columns=config.columns,
+        revision=config.dataset_revision,
+    )
     request = _request(config, files, documents)
     if _is_done(out, request):
         log(f"{out} is up to date")
         return
+    _refuse_moved(out, request)
     _build(config, out, files, documents, request)
 
 
@@ -63,11 +73,19 @@ def _request(config: TeacherConfig, files: TeacherFiles, documents: DocumentSet)
     """What was asked for, by content: `build.json` holds it, and a resume must match it."""
     return {
         "teacher": {
+            "commit": files.commit,
             "weights_digest": files.weights_digest,
             "config_digest": files.config_digest,
             "tokenizer_files_digest": files.tokenizer_files_digest,
         },
-        "sources": [{"name": documents.name, "split": documents.split, "digest": documents.digest}],
+        "sources": [
+            {
+                "name": documents.name,
+                "split": documents.split,
+                "revision": documents.revision,
+                "digest": documents.digest,
+            }
+        ],
         **{key: value for key, value in to_dict(config).items() if key in OPTIONS},
     }
 
@@ -80,6 +98,27 @@ def _is_done(out: Path, request: dict[str, Any]) -> bool:
         return False
     options = read_json(out / BUILD)["options"]
     return all(options.get(key) == value for key, value in request.items())
+
+
+def _refuse_moved(out: Path, request: dict[str, Any]) -> None:
+    """Refuse to continue at other commits than the cache was begun at, also where the content is the same."""
+    try:
+        options = json.loads((out / BUILD).read_bytes())["options"]
+        before = {"teacher": options["teacher"]["commit"], "data set": options["sources"][0]["revision"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # nothing begun, or not by us: the writer tells
+    now = {"teacher": request["teacher"]["commit"], "data set": request["sources"][0]["revision"]}
+    flags = {"teacher": "--revision", "data set": "--dataset-revision"}
+    for what, flag in flags.items():
+        commits = (before[what], now[what])
+        if before[what] != now[what] and all(re.fullmatch(r"[0-9a-f]{40}", str(commit)) for commit in commits):
+            raise ResumeError(
+                f"the {what} has moved since the cache was begun",
+                where=out,
+                expected=before[what],
+                got=now[what],
+                fix=f"pass {flag} {before[what]}, or name another --out",
+            )
 
 
 def _build(
@@ -301,9 +340,4 @@ def label_shard(
 
 def _loss_mask(pieces: Sequence["Piece"]) -> np.ndarray:
     """1 where the next token is a target."""
-    parts = []
-    for piece in pieces:
-        mask = np.zeros(len(piece.ids), np.uint8)
-        mask[piece.first_target - 1 : -1] = 1
-        parts.append(mask)
-    return np.concatenate(parts)
+    return np.concatenate([np.array([*piece.is_target[1:], False], np.uint8) for piece in pieces])

@@ -32,6 +32,8 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id; the commit is recorded.")
 @click.option("--dataset", metavar="NAME|FILE", help="mbpp, stdlib, FILE.jsonl, FILE.parquet or a Hub id.")
 @click.option("--split", metavar="NAME", help="The data set's split.  [default: train]")
+@click.option("--dataset-revision", metavar="REV", help="Branch, tag or commit of a Hub data set.")
+@click.option("--columns", metavar="OURS=THEIRS,…", help="Its columns, such as prompt=instruction,completion=output.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The cache's directory.")
 @click.option("--limit-docs", metavar="N", type=int, help="Use only N documents.")
 @click.option("--top-k", metavar="K", type=int, help="Logits kept per token.  [default: 64]")

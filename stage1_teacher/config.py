@@ -18,6 +18,8 @@ class TeacherConfig:
         revision: branch, tag or commit of a Hub id; the commit it stands for is recorded.
         dataset: `mbpp`, `stdlib`, a `.jsonl` or `.parquet` file, or a Hub id.
         split: the data set's split.
+        dataset_revision: branch, tag or commit of a Hub data set; the commit it stands for is recorded.
+        columns: the data set's own column names, such as `prompt=instruction,completion=output`.
         limit_docs: use only that many documents.
         top_k: entries kept of each row.
         temperatures: the grid at which the mass outside the row is stored; holds 1.
@@ -35,6 +37,8 @@ class TeacherConfig:
     revision: str | None = None
     dataset: str = ""
     split: str = "train"
+    dataset_revision: str | None = None
+    columns: str | None = None
     limit_docs: int | None = None
     top_k: int = 64
     temperatures: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 from data.records import Document
 from shared.errors import ConfigError
-from shared.tokenizer import Encoded, Tokenizer, decode, encode_document
+from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, encode_chat, encode_document
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,12 +15,12 @@ class Piece:
 
     Attributes:
         ids: token ids.
-        first_target: index of the first id that is a training target, at least 1: nothing predicts the first id.
+        is_target: for each id whether it is a training target; never the first, which nothing predicts.
         meta: the cache's JSON object of the document.
     """
 
     ids: list[int]
-    first_target: int
+    is_target: list[bool]
     meta: dict[str, Any]
 
 
@@ -51,7 +51,7 @@ def cut_documents(
     """
     corpus = Corpus()
     for document in documents:
-        encoded = encode_document(tokenizer, document.prompt, document.completion)
+        encoded = _encode(document, tokenizer)
         if not encoded.ids or max(encoded.ids) >= head_width:
             raise ConfigError(
                 "a document that the teacher cannot label",
@@ -79,13 +79,23 @@ def cut_documents(
     return corpus
 
 
+def _encode(document: Document, tokenizer: Tokenizer) -> Encoded:
+    if document.messages is None:
+        return encode_document(tokenizer, document.prompt, document.completion)
+    try:
+        return encode_chat(tokenizer, document.messages)
+    except ConfigError as error:
+        places = [f"{document.source} {document.id}", error.where]
+        where = ", ".join(str(place) for place in places if place is not None)
+        raise ConfigError(error.what, where=where, expected=error.expected, got=error.got, fix=error.fix) from error
+
+
 def _piece(encoded: Encoded, start: int, stop: int, tokenizer: Tokenizer, meta: dict[str, Any]) -> Piece:
-    first_target = min(max(encoded.num_prompt_tokens, start + 1), stop)
     target_bytes = encoded.target_bytes
     if stop - start < len(encoded.ids):
-        # Differences of prefixes, so that a character cut in two is counted once and the parts add up to the whole.
-        before, after = (len(decode(tokenizer, encoded.ids[:end]).encode()) for end in (first_target, stop))
-        target_bytes = after - before
+        target_bytes = count_target_bytes(tokenizer, encoded.ids, encoded.is_target, start, stop)
     return Piece(
-        ids=encoded.ids[start:stop], first_target=first_target - start, meta=meta | {"target_bytes": target_bytes}
+        ids=encoded.ids[start:stop],
+        is_target=[False, *encoded.is_target[start + 1 : stop]],
+        meta=meta | {"target_bytes": target_bytes},
     )

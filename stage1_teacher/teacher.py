@@ -1,10 +1,12 @@
 """The frozen teacher: found and digested without torch, then loaded and placed."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.hub import explain, find_commit
 from shared.errors import ConfigError, DistillError
 from shared.runtime import read_json, sha256_file, sha256_json
 
@@ -64,20 +66,25 @@ def locate_teacher(teacher: str, revision: str | None = None) -> TeacherFiles:
         weights_digest=sha256_json(weights),
         config_digest=sha256_file(config),
         tokenizer_files_digest=sha256_json(
-            _digest_files(path, [p for pattern in ("*token*", "vocab*", "merges*") for p in path.glob(pattern)])
+            _digest_files(
+                path, [p for pattern in ("*token*", "vocab*", "merges*", "*.jinja") for p in path.glob(pattern)]
+            )
         ),
     )
 
 
 def _download(teacher: str, revision: str | None) -> tuple[Path, str]:
-    """A local snapshot of a Hub model and its commit; without network, the snapshot fetched before."""
+    """A local snapshot of a Hub model and its commit; offline, the snapshot fetched before."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    find_commit(teacher, "model", revision)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         snapshot = snapshot_download(teacher, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
-    except (OSError, ValueError) as error:  # the Hub's errors derive from these
-        got = f"{type(error).__name__}: {error}"
-        raise ConfigError("cannot fetch the teacher from the Hub", where=teacher, got=got) from error
+    except Exception as error:  # transport errors have another base class in each version
+        raise explain(error, teacher) from error
     return Path(snapshot), Path(snapshot).name  # …/snapshots/<commit>, whatever the revision was called
 
 

@@ -1,6 +1,7 @@
 """`teacher build` through the command line, with tiny random teachers."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -270,3 +271,29 @@ def test_both_codecs_and_a_profile(teacher, rows, tmp_path):
     profile.write_text('codec = "q"\ntop_k = 7\ntemperatures = [1.0]\n')
     cache, _ = build(teacher, rows, tmp_path / "cache", "--config", str(profile), "--top-k", "9")
     assert (cache.manifest["codec"], cache.manifest["top_k"], cache.temperatures) == ("q", 9, (1.0,))
+
+
+def test_a_chats_targets_are_the_assistants_turns(teacher, tokenizer, tmp_path):
+    chatty = tmp_path / "chatty"
+    shutil.copytree(teacher, chatty)
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    (chatty / "chat_template.jinja").write_text(template + "{{ 'assistant: ' if add_generation_prompt else '' }}")
+    path = tmp_path / "chats.jsonl"
+    turns = [("user", "add"), ("assistant", "a + b"), ("user", "print"), ("assistant", "print(a)")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    path.write_text(json.dumps({"turns": chat}) + "\n")
+    options = ("--columns", "messages=turns", "--top-k", "5")
+    cache, _ = build(chatty, path, tmp_path / "cache", *options)
+    assert json.loads((cache.path / "build.json").read_text())["options"]["columns"] == "messages=turns"
+    ids, mask = cache.tokens(0).tolist(), cache.loss_mask(0)
+    text = "user: add<|endoftext|>assistant: a + b<|endoftext|>user: print<|endoftext|>assistant: print(a)<|endoftext|>"
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    # The space that ends the generation prompt is one token with the turn's first letters.
+    learnt = [next_id for next_id, target in zip(ids[1:], mask[:-1], strict=True) if target]
+    assert tokenizer.decode(learnt, clean_up_tokenization_spaces=False) == " a + b<|endoftext|> print(a)<|endoftext|>"
+    assert cache.statistics["target_bytes"] == len(" a + b print(a)")
+    (chatty / "chat_template.jinja").write_text("{{ messages[1].content }}")
+    with pytest.raises(ResumeError, match="tokenizer_files_digest"):
+        build(chatty, path, tmp_path / "cache", *options)
+    with pytest.raises(ConfigError, match=r"has no chat template; where: chats\.jsonl 1, .*teacher"):
+        build(teacher, path, tmp_path / "other", *options)

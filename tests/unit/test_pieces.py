@@ -18,13 +18,13 @@ def letters(monkeypatch):
         ids = [0, *(ord(c) for c in prompt + completion), 0]
         return Encoded(
             ids=ids,
-            num_prompt_tokens=1 + len(prompt),
+            is_target=[i > len(prompt) for i in range(len(ids))],
             target_bytes=len(completion.encode()),
             lossless="~" not in prompt + completion,
         )
 
     monkeypatch.setattr(pieces, "encode_document", encode)
-    monkeypatch.setattr(pieces, "decode", lambda tokenizer, ids: "".join(chr(i) for i in ids if i))
+    monkeypatch.setattr("shared.tokenizer.decode", lambda tokenizer, ids: "".join(chr(i) for i in ids if i))
 
 
 def cut(*texts, max_length=None, on_long="split", head_width=200):
@@ -34,14 +34,14 @@ def cut(*texts, max_length=None, on_long="split", head_width=200):
 
 def spelled(piece):
     """The targets' text."""
-    return "".join(chr(i) for i in piece.ids[piece.first_target :] if i)
+    return "".join(chr(i) for i, learnt in zip(piece.ids, piece.is_target, strict=True) if i and learnt)
 
 
 def test_a_document_that_fits_is_one_piece():
     corpus = cut(("ab", "cde"), max_length=7)
     (piece,) = corpus.pieces
     assert piece.ids == [0, *b"abcde", 0]
-    assert piece.first_target == 3
+    assert piece.is_target == [False] * 3 + [True] * 4
     assert piece.meta["target_bytes"] == 3
     assert (piece.meta["id"], piece.meta["origin"], "part" in piece.meta) == ("d0", "corpus", False)
     assert (corpus.long, corpus.lossy) == ([], [])
@@ -64,7 +64,7 @@ def test_truncate_keeps_the_first_part_and_its_bytes():
     assert piece.ids == [0, *b"abcde"]
     assert piece.meta["target_bytes"] == 3
     (piece,) = cut(("ab", "cdefghij"), max_length=2, on_long="truncate").pieces
-    assert (piece.first_target, piece.meta["target_bytes"]) == (2, 0)  # the prompt alone fills it: no target
+    assert (any(piece.is_target), piece.meta["target_bytes"]) == (False, 0)  # the prompt alone fills it: no target
 
 
 def test_drop_leaves_the_others_and_refuses_to_leave_none():

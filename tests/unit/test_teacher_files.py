@@ -7,8 +7,6 @@ from shared.errors import ConfigError
 from shared.runtime import sha256_json
 from stage1_teacher.teacher import locate_teacher
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 @pytest.fixture
 def model(tmp_path):
@@ -58,30 +56,6 @@ def test_the_licence_is_the_model_cards(model):
     assert locate_teacher(str(model)).licence == "apache-2.0"
     (model / "README.md").write_text("No front matter.\n")
     assert locate_teacher(str(model)).licence is None
-
-
-def test_a_hub_id_is_recorded_by_commit(model, monkeypatch):
-    asked = []
-
-    def download(name, *, revision, **patterns):
-        asked.append((name, revision))
-        snapshot = model.parent / "snapshots" / COMMIT
-        snapshot.parent.mkdir(exist_ok=True)
-        return str(model.rename(snapshot))
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    files = locate_teacher("owner/name", "main")
-    assert asked == [("owner/name", "main")]
-    assert (files.name, files.commit) == ("owner/name", COMMIT)
-
-
-def test_an_unreachable_hub_is_one_readable_error(monkeypatch):
-    def download(name, **options):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(ConfigError, match=r"from the Hub; where: owner/name; got: ConnectionError: no network"):
-        locate_teacher("owner/name")
 
 
 def test_neither_directory_nor_hub_id(model):
