@@ -1,0 +1,186 @@
+"""A model Hub on 127.0.0.1 for the real client libraries: repositories with commits and branches that can be moved.
+
+Only the standard library. `Hub.environment` is for subprocesses: the clients read it when Python starts.
+"""
+
+import contextlib
+import email.utils
+import hashlib
+import json
+import os
+import re
+import threading
+import urllib.parse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+EPOCH = "2024-01-01T00:00:00.000Z"
+
+
+class Repository:
+    """Commits (40 hex digits, each all files by path) and branches of one model or data set."""
+
+    def __init__(self):
+        self.commits, self.branches, self.gated = {}, {}, False
+
+    def commit(self, files, branch="main"):
+        """Add a commit of these files (bytes by path) and move the branch there; gives the commit."""
+        parts = [f"{path}:{hashlib.sha1(data).hexdigest()}" for path, data in sorted(files.items())]
+        commit = hashlib.sha1("\n".join([*parts, self.branches.get(branch, "")]).encode()).hexdigest()
+        self.commits[commit] = dict(files)
+        self.branches[branch] = commit
+        return commit
+
+    def commit_folder(self, folder, branch="main"):
+        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+        return self.commit(files, branch)
+
+
+class Hub:
+    """The server; `models` and `datasets` hold the repositories by `owner/name`, `requests` what was asked for."""
+
+    def __init__(self):
+        self.models, self.datasets, self.requests = {}, {}, []
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def environment(self, home, **more):
+        """The environment of a client process with its own `HF_HOME`."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        return kept | {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            **more,
+        }
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    API = re.compile(
+        r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)(/(?P<verb>revision|tree|paths-info)/(?P<rest>.+))?"
+    )
+    RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+
+    def do_GET(self):
+        path = urllib.parse.urlsplit(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.hub.requests.append((self.command, urllib.parse.unquote(path.path)))
+        if found := self.API.fullmatch(path.path):
+            self._api(found, urllib.parse.parse_qs(path.query), body.decode())
+        elif found := self.RESOLVE.fullmatch(path.path):
+            self._file(found)
+        else:
+            self._fail(404, "EntryNotFound")
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        self.do_GET()
+
+    def _find(self, kind, name, revision):
+        """The repository, the commit's id and its files; None where the answer was an error."""
+        repository = (self.hub.datasets if kind else self.hub.models).get(name)
+        if repository is None:
+            return self._fail(404, "RepoNotFound")
+        commit = repository.branches.get(urllib.parse.unquote(revision), revision)
+        if commit not in repository.commits:
+            return self._fail(404, "RevisionNotFound")
+        return repository, commit, repository.commits[commit]
+
+    def _api(self, found, query, body):
+        verb, rest = found["verb"], (found["rest"] or "main").partition("/")
+        answer = self._find(
+            found["kind"] == "datasets", found["id"], found["rest"] or "main" if verb == "revision" else rest[0]
+        )
+        if answer is None:
+            return
+        repository, commit, files = answer
+        if verb == "tree":
+            self._json(
+                _tree(files, urllib.parse.unquote(rest[2]), recursive=query.get("recursive") in (["true"], ["True"]))
+            )
+        elif verb == "paths-info":
+            wanted = json.loads(body)["paths"] if body.startswith("{") else urllib.parse.parse_qs(body).get("paths", [])
+            entries = {entry["path"]: entry for entry in _tree(files, "", recursive=True)}
+            self._json([entries[path] for path in wanted if path in entries])
+        else:
+            info = {"id": found["id"], "sha": commit, "lastModified": EPOCH, "private": False, "disabled": False}
+            info |= {"gated": "manual" if repository.gated else False, "tags": [], "downloads": 0, "likes": 0}
+            self._json(info | {"siblings": [{"rfilename": path} for path in sorted(files)]})
+
+    def _file(self, found):
+        answer = self._find(found["kind"], found["id"], found["revision"])
+        if answer is None:
+            return
+        repository, commit, files = answer
+        path = urllib.parse.unquote(found["path"])
+        if repository.gated:
+            self._fail(401, "GatedRepo", commit)
+        elif path not in files:
+            self._fail(404, "EntryNotFound", commit)
+        else:
+            data, size, status = files[path], len(files[path]), 200
+            headers = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+            if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                start, stop = int(span[1]), min(int(span[2] or size - 1) + 1, size)
+                data, status = data[start:stop], 206
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+            self._send(status, data, headers)
+
+    def _fail(self, status, code, commit=None):
+        self._send(
+            status, b"", {"X-Error-Code": code, "X-Error-Message": code} | ({"X-Repo-Commit": commit} if commit else {})
+        )
+
+    def _json(self, value):
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status, data, headers):
+        self.send_response(status)
+        for name, value in (
+            {"Content-Length": str(len(data)), "Date": email.utils.formatdate(usegmt=True)} | headers
+        ).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def _oid(data):
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _tree(files, folder, *, recursive):
+    """The entries below a folder, as the Hub's `/tree/` lists them."""
+    prefix, entries = f"{folder}/" if folder else "", {}
+    for path, data in sorted(files.items()):
+        if path.startswith(prefix):
+            parts = path.removeprefix(prefix).split("/")
+            for depth in range(1, len(parts)) if recursive else range(1, min(2, len(parts))):
+                name = prefix + "/".join(parts[:depth])
+                entries[name] = {
+                    "type": "directory",
+                    "path": name,
+                    "size": 0,
+                    "oid": hashlib.sha1(name.encode()).hexdigest(),
+                }
+            if recursive or len(parts) == 1:
+                entries[path] = {"type": "file", "path": path, "size": len(data), "oid": _oid(data)}
+    return list(entries.values())
