@@ -21,7 +21,7 @@ class HeadLoss:
     """The training loss of one run, called by `GPT.forward` with the final hidden states.
 
     Args:
-        alpha: weight of the distillation term in [0, 1]; 0 is plain cross-entropy and reads no soft labels.
+        alpha: weight of the distillation term in [0, 1]; 0 is plain cross-entropy.
         temperature: T of the distillation term.
     """
 
@@ -38,16 +38,20 @@ class HeadLoss:
         **soft: Tensor,
     ) -> dict[str, Tensor]:
         """Return `loss` (the sum over targets divided by `num_items_in_batch`, by default their number here) and the
-        detached sums `kd` and `ce` over the batch, in nats; KD without its factor T²."""
+        detached sums `kd` and `ce` over the batch, in nats; KD without its factor T².
+
+        Without soft labels in the batch, which only alpha = 0 can do without, `kd` is 0. Without gradients to form (in
+        evaluation) the loss alone is computed.
+        """
         labels = None
-        if self.alpha > 0:
+        if self.alpha > 0 or soft:
             labels = SoftLabels(
                 ids=soft["soft_ids"].flatten(0, 1),
                 logp=soft["soft_logp"].flatten(0, 1),
                 log_tail=soft["soft_log_tail"].flatten(),
                 k=soft["soft_k"].flatten(),
             )
-        total, kd, ce = _FusedHeadLoss.apply(hidden_NH, weight_VH, labels_N, labels, self)
+        total, kd, ce = _FusedHeadLoss.apply(hidden_NH, weight_VH, labels_N, labels, self, torch.is_grad_enabled())
         num_targets = (labels_N != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / max(num_targets, 1), "kd": kd, "ce": ce}
 
@@ -65,7 +69,13 @@ class HeadLoss:
 class _FusedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, soft: SoftLabels | None, loss: HeadLoss
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        labels_N: Tensor,
+        soft: SoftLabels | None,
+        loss: HeadLoss,
+        with_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden_NH.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
@@ -78,6 +88,8 @@ class _FusedHeadLoss(torch.autograd.Function):
                 chunk = slice(start, start + CHUNK_ROWS)
                 z_CV = (x_NH[chunk] @ w_VH.T).to(gradient_VH.dtype)
                 sums += torch.stack(loss.chunk_(z_CV, labels_N[chunk], soft and soft.rows(chunk)))
+                if not with_gradients:
+                    continue
                 g_CV = z_CV.to(dtype)
                 gradient_NH[chunk] = g_CV @ w_VH
                 gradient_VH += g_CV.T @ x_NH[chunk]
@@ -91,4 +103,4 @@ class _FusedHeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradient_NH, gradient_VH = ctx.saved_tensors
-        return gradient_NH * gradient, (gradient_VH * gradient).to(ctx.weight_dtype), None, None, None
+        return gradient_NH * gradient, (gradient_VH * gradient).to(ctx.weight_dtype), None, None, None, None

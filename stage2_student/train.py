@@ -72,14 +72,13 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     record |= {"initial_weights_sha256": _weights_digest(model), "parameters": num_parameters}
 
-    temperature = config.temperature if config.alpha > 0 else None
     blocks = PackedBlocks(
         cache,
         block_size=config.block_size,
         seed=config.seed,
         num_epochs=1 if config.max_steps > 0 else config.num_train_epochs,
         min_blocks=max(config.max_steps, 0) * _blocks_per_step(config),
-        temperature=temperature,
+        temperature=config.temperature if config.alpha > 0 else None,
         all_targets=config.targets == "all",
     )
     waste = 1 - blocks.num_rows * blocks.num_epochs / (len(blocks) * config.block_size)
@@ -95,7 +94,7 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
     }
 
     run_id = earlier["wandb_run_id"] if earlier else None
-    with tracking.start("train", name=out.name, config=record, directory=out, run_id=run_id) as run:
+    with tracking.start("train", name=out.name, config=record, directory=out.parent, run_id=run_id) as run:
         record["wandb_run_id"] = run.id
         write_json(out / "run.json", record | {"state": "running"})
         arguments.report_to = ["wandb"] if run.active else []
@@ -108,7 +107,7 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
             head_loss=head_loss,
             train_dataset=blocks,
             eval_dataset=validation
-            and PackedBlocks(validation, block_size=config.block_size, seed=0, temperature=temperature),
+            and PackedBlocks(validation, block_size=config.block_size, seed=0, temperature=config.temperature),
             callbacks=[recorder, stop],
         )
         trainer.remove_callback(PrinterCallback)
@@ -173,7 +172,7 @@ def _identify(cache: Cache) -> dict[str, Any]:
 def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `run.json` in the folder, which must be of the same run; None in a new or empty folder."""
     if not (out / "run.json").exists():
-        if out.exists() and any(path.name != "wandb" and not is_leftover(path) for path in out.iterdir()):
+        if out.exists() and not all(is_leftover(path) for path in out.iterdir()):
             raise ResumeError("the folder holds something that is no run", where=out, fix="choose another --out")
         return None
     earlier: dict[str, Any] = read_json(out / "run.json")

@@ -60,7 +60,7 @@ class DistillTrainer(Trainer):
         if "train_runtime" in logs:  # the Trainer's summary, which counts only what ran since the start or resume
             return
         if "loss" in logs:
-            logs |= self._averages(self._window)
+            logs |= self._averages(self._window, with_kd=self._head_loss.alpha > 0)
             self._window.zero_()
         epoch = self.state.epoch
         self.state.epoch = epoch and epoch * self.train_dataset.num_epochs
@@ -79,7 +79,7 @@ class DistillTrainer(Trainer):
             write_json(Path(self.args.output_dir or "", f"checkpoint-{self.state.global_step}", WINDOW), window)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Averages over all held-out targets, whatever batch they fell into."""
+        """Averages over all held-out targets, whatever batch they fell into; KD also where it is not trained on."""
         sums = torch.zeros(3, dtype=torch.float64)
         model: Any = self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
         model.eval()
@@ -89,7 +89,7 @@ class DistillTrainer(Trainer):
                 with self.accelerator.autocast():
                     sums += _sums(model(**inputs), inputs)
         model.train()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages(sums).items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages(sums, with_kd=True).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -101,12 +101,12 @@ class DistillTrainer(Trainer):
                 return {key: value for key, value in record.items() if key.startswith("eval_")}
         return {key: value for key, value in self.evaluate().items() if key != "epoch"}
 
-    def _averages(self, sums: Tensor) -> dict[str, float]:
+    def _averages(self, sums: Tensor, *, with_kd: bool) -> dict[str, float]:
         """Loss and its terms in nats per target over all ranks; no `kd` where no soft labels were read."""
         kd, ce, targets = self._gathered(sums)
         kd, ce = kd / max(targets, 1), ce / max(targets, 1)
         loss = self._head_loss.combine(kd, ce)
-        return {"loss": loss, "kd": kd, "ce": ce} if self._head_loss.alpha > 0 else {"loss": loss, "ce": ce}
+        return {"loss": loss, "kd": kd, "ce": ce} if with_kd else {"loss": loss, "ce": ce}
 
     def _gathered(self, sums: Tensor) -> list[float]:
         if self.args.world_size == 1:
