@@ -5,6 +5,7 @@ gradients of the hidden states and of the head's matrix before the next chunk st
 them.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class HeadLoss:
 
     def __init__(self, *, alpha: float, temperature: float) -> None:
         self.alpha, self.temperature = alpha, temperature
+        self._scratch: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(
         self,
@@ -59,6 +61,13 @@ class HeadLoss:
         """The loss that belongs to both terms."""
         return self.alpha * self.temperature**2 * kd + (1 - self.alpha) * ce
 
+    def scratch(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised memory kept from step to step: fresh pages cost a processor as much as the arithmetic."""
+        key = (*shape, dtype.itemsize)
+        if key not in self._scratch or (self._scratch[key].dtype, self._scratch[key].device) != (dtype, device):
+            self._scratch[key] = torch.empty(shape, dtype=dtype, device=device)
+        return self._scratch[key]
+
     def chunk_(self, logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels | None) -> ChunkLoss:
         """Loss sums of a chunk; `logits_CV` becomes the gradient."""
         if soft is None:
@@ -83,16 +92,23 @@ class _FusedHeadLoss(torch.autograd.Function):
         gradient_NH = torch.empty_like(hidden_NH)
         gradient_VH = torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32))
         sums = hidden_NH.new_zeros(3, dtype=gradient_VH.dtype)
+        V, H = w_VH.shape
+        scratch = functools.partial(loss.scratch, device=w_VH.device)
+        z_full = scratch(CHUNK_ROWS, V, dtype=gradient_VH.dtype)
+        g_full = z_full if dtype == z_full.dtype else scratch(CHUNK_ROWS, V, dtype=dtype)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(x_NH), CHUNK_ROWS):
-                chunk = slice(start, start + CHUNK_ROWS)
-                z_CV = (x_NH[chunk] @ w_VH.T).to(gradient_VH.dtype)
-                sums += torch.stack(loss.chunk_(z_CV, labels_N[chunk], soft and soft.rows(chunk)))
+                x_CH, labels_C = x_NH[start : start + CHUNK_ROWS], labels_N[start : start + CHUNK_ROWS]
+                z_CV = z_full[: len(x_CH)]
+                g_CV = z_CV if g_full is z_full else g_full[: len(x_CH)]
+                torch.mm(x_CH, w_VH.T, out=g_CV)
+                z_CV.copy_(g_CV)
+                sums += torch.stack(loss.chunk_(z_CV, labels_C, soft and soft.rows(slice(start, start + CHUNK_ROWS))))
                 if not with_gradients:
                     continue
-                g_CV = z_CV.to(dtype)
-                gradient_NH[chunk] = g_CV @ w_VH
-                gradient_VH += g_CV.T @ x_NH[chunk]
+                g_CV.copy_(z_CV)
+                gradient_NH[start : start + CHUNK_ROWS] = g_CV @ w_VH
+                gradient_VH += torch.mm(g_CV.T, x_CH, out=scratch(V, H, dtype=dtype))
         ctx.save_for_backward(gradient_NH, gradient_VH)
         ctx.weight_dtype = weight_VH.dtype
         total, kd, ce = sums.unbind()

@@ -292,7 +292,8 @@ def test_a_chats_targets_are_the_assistants_turns(teacher, tokenizer, tmp_path):
     learnt = [next_id for next_id, target in zip(ids[1:], mask[:-1], strict=True) if target]
     assert tokenizer.decode(learnt, clean_up_tokenization_spaces=False) == " a + b<|endoftext|> print(a)<|endoftext|>"
     assert cache.statistics["target_bytes"] == len(" a + b print(a)")
-    (chatty / "chat_template.jinja").write_text("{{ messages[1].content }}")
+    edited = template.replace(": ", ":  ") + "{{ 'assistant:  ' if add_generation_prompt else '' }}"
+    (chatty / "chat_template.jinja").write_text(edited)
     with pytest.raises(ResumeError, match="tokenizer_files_digest"):
         build(chatty, path, tmp_path / "cache", *options)
     with pytest.raises(ConfigError, match=r"has no chat template; where: chats\.jsonl 1, .*teacher"):
