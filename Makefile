@@ -52,9 +52,8 @@ VALIDATION ?= $(if $(ALONE),$(wildcard $(dir $(CACHE:/=))cache-validation),$(CAC
 # Students: the runs that exist; the distilled one and its twin where there are none yet, and for `make all`.
 EXISTING := $(notdir $(patsubst %/run.json,%,$(wildcard $(RUNS)/*/run.json)))
 STUDENTS := $(sort $(EXISTING) $(if $(EXISTING),$(if $(filter all,$(MAKECMDGOALS)),$(TWINS)),$(TWINS)))
-# The teacher is measured where it is, or will be: never on a machine that was given a finished cache alone.
-MODELS := $(if $(wildcard $(TEACHER)/config.json)$(and $(FETCH),$(filter file,$(origin CACHE))),teacher) $(STUDENTS)
-dir_of = $(if $(filter teacher,$1),$(TEACHER),$(RUNS)/$1)
+# The teacher is timed beside its students where it is at hand: never on a machine that was given a cache alone.
+TEACHER_HERE := $(filter file,$(origin CACHE))
 
 .PHONY: help setup teacher cache student eval report all test soak check bench clean
 help: ## this list
@@ -84,7 +83,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 teacher: setup ## fetch the demo teacher; others are loaded from the Hub, or a directory, by name
 	$(or $(FETCH),@echo "$(TEACHER) is loaded by name")
 
-cache: setup $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) ## run the teacher once; cache its top-k logits
+cache: setup $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) $(TRAIN)/teacher_eval/latency.json ## run the teacher once; cache its top-k logits
 
 build = $(DISTILL) teacher build --config stage1_teacher/configs/$(PROFILE).toml --teacher $(TEACHER) $(DATASET:%=--dataset %)
 
@@ -95,6 +94,21 @@ $(ART)/cache-train/manifest.json: | $(VENV)/.installed
 $(ART)/cache-validation/manifest.json: | $(VENV)/.installed
 	$(FETCH)
 	$(build) --split validation $(VALIDATION_LIMIT) --out $(@D)
+
+# What a report needs of the teacher travels inside the cache.
+CACHES := $(ART)/cache-train/manifest.json $(ART)/cache-validation/manifest.json
+
+$(EVAL)/teacher/fidelity.json: | $(CACHES)
+	$(DISTILL) eval fidelity --model $(TEACHER) --cache $(ART)/cache-validation --out $@
+
+$(EVAL)/teacher/humaneval/result.json: | $(CACHES)
+	$(DISTILL) eval humaneval --model $(TEACHER) --out $(@D)
+
+$(EVAL)/teacher/latency.json: | $(CACHES)
+	$(DISTILL) eval latency --model teacher=$(TEACHER) --out $@
+
+$(ART)/cache-train/teacher_eval/latency.json: | $(EVAL)/teacher/fidelity.json $(EVAL)/teacher/humaneval/result.json $(EVAL)/teacher/latency.json
+	$(DISTILL) cache attach $(@D:/teacher_eval=) --teacher-eval $(EVAL)/teacher
 
 %/manifest.json:
 	@echo "error: no finished cache in $(@D); fix: \`make cache\` there, or CACHE=DIR" >&2; exit 1
@@ -115,21 +129,19 @@ $(RUNS)/%/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
-weights = $(if $(filter teacher,$1),$(TRAIN)/manifest.json,$(RUNS)/$1/model.safetensors)
-RESULTS := $(EVAL)/latency.json $(foreach m,$(MODELS),$(EVAL)/$m/humaneval/result.json $(VALIDATION:%=$(EVAL)/$m/fidelity.json))
+RESULTS := $(EVAL)/latency.json $(foreach m,$(STUDENTS),$(EVAL)/$m/humaneval/result.json $(VALIDATION:%=$(EVAL)/$m/fidelity.json))
+PROBLEMS = $(wildcard $(TRAIN)/teacher_eval/humaneval/problems.jsonl)
 
-eval: setup $(RESULTS) ## measure teacher and students
+eval: setup $(RESULTS) ## measure the students, and time the teacher beside them where it is at hand
 
-define evaluate
-$(EVAL)/$1/fidelity.json: $(call weights,$1) $(VALIDATION:=/manifest.json) | $(VENV)/.installed
-	$(DISTILL) eval fidelity --model $(call dir_of,$1) --cache $(VALIDATION) --out $$@
-$(EVAL)/$1/humaneval/result.json: $(call weights,$1) | $(VENV)/.installed
-	$(DISTILL) eval humaneval --model $(call dir_of,$1) --out $$(@D)
-endef
-$(foreach m,$(MODELS),$(eval $(call evaluate,$m)))
+$(EVAL)/%/fidelity.json: $(RUNS)/%/model.safetensors $(VALIDATION:=/manifest.json) | $(VENV)/.installed
+	$(DISTILL) eval fidelity --model $(RUNS)/$* --cache $(VALIDATION) --out $@
 
-$(EVAL)/latency.json: $(foreach m,$(MODELS),$(call weights,$m)) | $(VENV)/.installed
-	$(DISTILL) eval latency $(foreach m,$(MODELS),--model $m=$(call dir_of,$m)) --out $@
+$(EVAL)/%/humaneval/result.json: $(RUNS)/%/model.safetensors | $(VENV)/.installed
+	$(DISTILL) eval humaneval --model $(RUNS)/$* --out $(@D) $(PROBLEMS:%=--problems %)
+
+$(EVAL)/latency.json: $(foreach s,$(STUDENTS),$(RUNS)/$s/model.safetensors) | $(VENV)/.installed
+	$(DISTILL) eval latency $(TEACHER_HERE:%=--model teacher=$(TEACHER)) $(foreach s,$(STUDENTS),--model $s=$(RUNS)/$s) --out $@
 
 # --- report ----------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The Hub: the commit that a name stands for, and rows of its data sets, pinned to the commit that was read."""
+"""The Hub: the commit that a name stands for, model snapshots, and rows of data sets, pinned to that commit."""
 
 import re
 import sys
@@ -11,6 +11,8 @@ from data.tabular import Row
 from shared.errors import ConfigError
 
 LOOKUP_SECONDS = 5.0
+# Top-level files only: safetensors, configuration, tokenizer, model card. Never code, never pickles.
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
 def read_hub(hub_id: str, split: str, revision: str | None = None) -> tuple[str, str | None, Iterator[Row]]:
@@ -73,6 +75,25 @@ def find_commit(hub_id: str, repo_type: str, revision: str | None = None) -> str
         return HfApi().repo_info(hub_id, repo_type=repo_type, revision=revision, timeout=LOOKUP_SECONDS).sha
     except Exception as error:  # transport errors have another base class in each version
         raise explain(error, hub_id) from error
+
+
+def fetch_model(hub_id: str, revision: str | None = None) -> tuple[Path, str]:
+    """A local snapshot of a model and its commit; offline, the snapshot fetched before.
+
+    Raises:
+        ConfigError: the Hub cannot be reached, or has no such model or revision.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    find_commit(hub_id, "model", revision)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        snapshot = snapshot_download(hub_id, revision=revision, allow_patterns=_MODEL_FILES, ignore_patterns=["*/*"])
+    except Exception as error:  # transport errors have another base class in each version
+        raise explain(error, hub_id) from error
+    return Path(snapshot), Path(snapshot).name  # …/snapshots/<commit>, whatever the revision was called
 
 
 def explain(error: Exception, where: str) -> ConfigError:

@@ -5,9 +5,10 @@ import hashlib
 import importlib.metadata
 import io
 from collections.abc import Iterable
+from pathlib import Path
 
 from data.records import Problem
-from data.tabular import Row, parse_jsonl
+from data.tabular import Row, parse_jsonl, read_rows
 from shared.errors import ConfigError
 from shared.runtime import log
 
@@ -32,6 +33,18 @@ def load_humaneval() -> tuple[Problem, ...]:
     if (digest := hashlib.sha256(compressed).hexdigest()) != SHA256:
         raise ConfigError("HumanEval's data is not the published file", where=name, expected=SHA256, got=digest)
     return _problems(parse_jsonl(io.BytesIO(gzip.decompress(compressed)), name))
+
+
+def read_problems(path: Path) -> tuple[Problem, ...]:
+    """Problems from a JSONL file with the published fields.
+
+    Raises:
+        ConfigError: the file cannot be read, holds no problem, or a row is malformed (by file, line and field).
+    """
+    problems = _problems(read_rows(path))
+    if not problems:
+        raise ConfigError("no problems in the file", where=path)
+    return problems
 
 
 def _from_hub() -> tuple[Problem, ...]:

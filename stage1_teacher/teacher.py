@@ -1,17 +1,13 @@
 """The frozen teacher: found and digested without torch, then loaded and placed."""
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.hub import explain, find_commit
+from data.hub import fetch_model
 from shared.errors import ConfigError, DistillError
 from shared.runtime import read_json, sha256_file, sha256_json
-
-# Top-level files only: safetensors, configuration, tokenizer, model card. Never code, never pickles.
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +49,7 @@ def locate_teacher(teacher: str, revision: str | None = None) -> TeacherFiles:
             raise ConfigError(
                 "no such teacher", where=teacher, expected="a model directory or a Hub id such as owner/name"
             )
-        path, commit = _download(teacher, revision)
+        path, commit = fetch_model(teacher, revision)
     elif revision is not None:
         raise ConfigError("a directory has no revision", where=teacher, got=revision, fix="leave --revision out")
     config = path / "config.json"
@@ -71,21 +67,6 @@ def locate_teacher(teacher: str, revision: str | None = None) -> TeacherFiles:
             )
         ),
     )
-
-
-def _download(teacher: str, revision: str | None) -> tuple[Path, str]:
-    """A local snapshot of a Hub model and its commit; offline, the snapshot fetched before."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    find_commit(teacher, "model", revision)
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        snapshot = snapshot_download(teacher, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
-    except Exception as error:  # transport errors have another base class in each version
-        raise explain(error, teacher) from error
-    return Path(snapshot), Path(snapshot).name  # …/snapshots/<commit>, whatever the revision was called
 
 
 def _weight_files(path: Path) -> list[Path]:

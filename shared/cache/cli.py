@@ -1,4 +1,6 @@
-"""`codedistill cache info|verify`."""
+"""`codedistill cache info|verify|attach`."""
+
+from pathlib import Path
 
 import click
 
@@ -32,3 +34,27 @@ def verify(path: str) -> None:
         click.echo(f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}", err=True)
         raise click.exceptions.Exit(1)
     click.echo(f"{path}: every file is as the manifest says")
+
+
+@cache.command()
+@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@click.option(
+    "--teacher-eval",
+    "folder",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The teacher's results, as `codedistill eval` wrote them.",
+)
+def attach(path: Path, folder: Path) -> None:
+    """Put the teacher's results into a finished cache, as teacher_eval/.
+
+    They travel with it: the machine that trains and measures students needs no teacher for its report. The manifest is
+    replaced last; labels and label identity stay as they are.
+    """
+    from shared.cache.writer import add_files
+
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    if not files:
+        raise click.UsageError(f"there is no file in {folder}")
+    add_files(path, {f"teacher_eval/{name}": file.read_bytes() for name, file in files.items()})
+    click.echo(f"{path}: {len(files)} files in teacher_eval/")

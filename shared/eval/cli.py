@@ -10,21 +10,20 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 DTYPE = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
 
-class NamedPath(click.ParamType[tuple[str, Path]]):
-    """`NAME=DIR`."""
+class Named(click.ParamType[tuple[str, str]]):
+    """`NAME=VALUE`."""
 
-    name = "NAME=DIR"
+    def __init__(self, value_name: str) -> None:
+        self.name = f"NAME={value_name}"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
-        """Split at the first `=`; the directory must exist."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Split at the first `=`."""
         if isinstance(value, tuple):
             return value
-        name, separator, path = value.partition("=")
-        if not (separator and name):
-            self.fail(f"{value!r} is not NAME=DIR", param, ctx)
-        if not Path(path).is_dir():
-            self.fail(f"no directory {path!r}", param, ctx)
-        return name, Path(path)
+        name, separator, text = value.partition("=")
+        if not (name and separator and text):
+            self.fail(f"{value!r} is not {self.name}", param, ctx)
+        return name, text
 
 
 @click.group("eval")
@@ -33,86 +32,99 @@ def evaluate() -> None:
 
 
 @evaluate.command()
-@click.option("--model", "model_dir", type=DIRECTORY, required=True, help="Teacher, run or export.")
+@click.option("--model", metavar="DIR|ID", required=True, help="Teacher, run or export; or a Hub id.")
 @click.option("--cache", "cache_dir", type=DIRECTORY, required=True, help="Cache of held-out documents.")
 @click.option("--out", type=FILE, required=True, help="JSON file to write.")
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what the model's config says.")
 @click.option("--batch-tokens", type=click.IntRange(1), default=1024, show_default=True,
               help="At once, padding included; the default is stage 1's.")  # fmt: skip
-def fidelity(model_dir: Path, cache_dir: Path, out: Path, dtype: str, batch_tokens: int) -> None:
+def fidelity(model: str, cache_dir: Path, out: Path, dtype: str, batch_tokens: int) -> None:
     """NLL, KL to the teacher and top-1 agreement over a cache's targets."""
     _quieten()
     from shared.eval.fidelity import evaluate_fidelity
+    from shared.eval.models import locate_model
 
-    _write(out, evaluate_fidelity(model_dir, cache_dir, dtype=dtype, batch_tokens=batch_tokens))
+    _write(out, evaluate_fidelity(locate_model(model), cache_dir, dtype=dtype, batch_tokens=batch_tokens))
 
 
 @evaluate.command()
-@click.option("--model", "models", type=NamedPath(), multiple=True, required=True, help="May be given several times.")
+@click.option(
+    "--model", "models", type=Named("DIR|ID"), multiple=True, required=True, help="May be given several times."
+)
 @click.option("--out", type=FILE, required=True, help="JSON file to write.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what each model's config says.")
 def latency(
-    models: tuple[tuple[str, Path], ...], out: Path, prompt_tokens: int, new_tokens: int, repeats: int, dtype: str
+    models: tuple[tuple[str, str], ...], out: Path, prompt_tokens: int, new_tokens: int, repeats: int, dtype: str
 ) -> None:
     """Size, prefill latency and decode speed, all models in one process."""
     if len(dict(models)) < len(models):
         raise click.UsageError("two models have the same name")
     _quieten()
     from shared.eval.latency import measure_latency
+    from shared.eval.models import locate_model
+
+    located = {name: locate_model(model) for name, model in models}
 
     _write(
         out,
-        measure_latency(dict(models), prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, dtype=dtype),
+        measure_latency(located, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, dtype=dtype),
     )
 
 
 @evaluate.command()
-@click.option("--model", "model_dir", type=DIRECTORY, required=True, help="Teacher, run or export.")
+@click.option("--model", metavar="DIR|ID", required=True, help="Teacher, run or export; or a Hub id.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the results.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=192, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Only the first problems.")
+@click.option("--problems", "problems_file", type=FILE, help="HumanEval's problems.jsonl, where nothing else has them.")
 @click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
               help="Wall seconds of one program.")  # fmt: skip
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what the model's config says.")
 def humaneval(
-    model_dir: Path,
+    model: str,
     out: Path,
     max_new_tokens: int,
     batch_size: int,
     limit: int | None,
+    problems_file: Path | None,
     timeout_seconds: float,
     dtype: str,
 ) -> None:
     """HumanEval pass@1, greedy. Runs generated programs in limited subprocesses; see `shared/eval/sandbox`."""
     _quieten()
     from shared.eval.humaneval import evaluate_humaneval
+    from shared.eval.models import locate_model
 
     evaluate_humaneval(
-        model_dir,
+        locate_model(model),
         out,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         limit=limit,
         timeout_seconds=timeout_seconds,
         dtype=dtype,
+        problems_file=problems_file,
     )
 
 
 @evaluate.command()
 @click.option("--eval", "eval_dir", type=DIRECTORY, required=True, help="Folder of results, one subfolder per model.")
-@click.option("--student", "students", type=NamedPath(), multiple=True, help="A student's run folder.")
+@click.option("--student", "students", type=Named("RUN"), multiple=True, help="A student's run folder.")
 @click.option("--cache", "caches", type=DIRECTORY, multiple=True, help="A cache whose statistics are shown.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the report.")
-def report(eval_dir: Path, students: tuple[tuple[str, Path], ...], caches: tuple[Path, ...], out: Path) -> None:
+def report(eval_dir: Path, students: tuple[tuple[str, str], ...], caches: tuple[Path, ...], out: Path) -> None:
     """One page of teacher and students side by side, as JSON, Markdown and HTML; its figures go to W&B too."""
+    for name, run in students:
+        if not Path(run).is_dir():
+            raise click.UsageError(f"the student {name} has no folder {run!r}")
     from shared import tracking
     from shared.eval.report import build_report
 
-    result = build_report(eval_dir, dict(students), list(caches), out)
+    result = build_report(eval_dir, {name: Path(run) for name, run in students}, list(caches), out)
     with tracking.start(
         "report", name=out.parent.name, config={"caveats": result["caveats"]}, directory=out.parent
     ) as run:

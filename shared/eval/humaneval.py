@@ -1,5 +1,6 @@
 """HumanEval: generate, run, score."""
 
+import dataclasses
 import json
 import time
 from collections import Counter
@@ -7,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.humaneval import load_humaneval
+from data.humaneval import load_humaneval, read_problems
 from data.records import Problem
 from data.templates import humaneval_prompt
 from shared.errors import ConfigError
@@ -28,8 +29,11 @@ def evaluate_humaneval(
     limit: int | None,
     timeout_seconds: float,
     dtype: str,
+    problems_file: Path | None = None,
 ) -> dict[str, Any]:
-    """Score a model's greedy completions; writes completions.jsonl, verdicts.jsonl and, last, result.json into `out`.
+    """Score a model's greedy completions.
+
+    Writes problems.jsonl, completions.jsonl, verdicts.jsonl and, last, result.json into `out`.
 
     Args:
         model_dir: a transformers directory.
@@ -39,8 +43,9 @@ def evaluate_humaneval(
         limit: only the first problems; None for all.
         timeout_seconds: wall time of one program.
         dtype: a key of `models.DTYPES`.
+        problems_file: HumanEval's problems as another run of this wrote them, for a machine that has no other source.
     """
-    problems = load_humaneval()[:limit]
+    problems = (read_problems(problems_file) if problems_file else load_humaneval())[:limit]
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").unlink(missing_ok=True)
     model, tokenizer = load_model(model_dir, dtype)
@@ -59,6 +64,7 @@ def evaluate_humaneval(
     start = time.monotonic()
     completions = generate_completions(model, tokenizer, problems, max_new_tokens=max_new_tokens, batch_size=batch_size)
     generated = time.monotonic()
+    _write_jsonl(out / "problems.jsonl", map(dataclasses.asdict, problems))
     _write_jsonl(out / "completions.jsonl", ({**line, "settings": settings} for line in completions))
     del model
     verdicts = score_completions(problems, completions, timeout_seconds=timeout_seconds)

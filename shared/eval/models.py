@@ -1,5 +1,6 @@
 """Load any transformers directory for evaluation, and measure its size."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,19 @@ from shared.errors import ConfigError
 from shared.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def locate_model(name: str) -> Path:
+    """The directory of a model: itself, or the local snapshot of a Hub id.
+
+    Raises:
+        ConfigError: neither a directory nor a model that the Hub, or its local cache, has.
+    """
+    if Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return Path(name)
+    from data.hub import fetch_model
+
+    return fetch_model(name)[0]
 
 
 def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:

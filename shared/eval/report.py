@@ -27,9 +27,9 @@ def build_report(eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path
 
     Args:
         eval_dir: holds `<name>/{fidelity,latency}.json` and `<name>/humaneval/result.json` per model, and a
-            `latency.json` of several models.
+            `latency.json` of several models, which wins: times of one run can be compared.
         runs: run folders by student, in the table's order; `run.json` and `training_log.jsonl` are read.
-        caches: cache folders; `manifest.json` is read.
+        caches: cache folders; `manifest.json` is read, and `teacher_eval/` where `eval_dir` has no teacher.
         out_dir: where the report goes; made if absent.
 
     Raises:
@@ -39,7 +39,11 @@ def build_report(eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path
     shared_latency = source.read(eval_dir / "latency.json") or {}
     found = sorted(p.name for p in eval_dir.iterdir() if p.is_dir()) if eval_dir.is_dir() else []
     names = list(dict.fromkeys(["teacher", *runs, *shared_latency.get("models", {}), *found]))
-    models = {name: _model(name, eval_dir / name, runs.get(name), shared_latency, source) for name in names}
+    folders = {name: eval_dir / name for name in names}
+    if "teacher" not in found:  # measured where the cache was made
+        attached = [cache / "teacher_eval" for cache in caches if (cache / "teacher_eval").is_dir()]
+        folders["teacher"] = next(iter(attached), folders["teacher"])
+    models = {name: _model(name, folders[name], runs.get(name), shared_latency, source) for name in names}
     _fill_teacher(models)
     for model in models.values():
         model["ratios_to_teacher"] = _ratios(model, models["teacher"])
@@ -113,7 +117,9 @@ def _model(
     """One model's figures; each that is missing is None, with a reason."""
     fidelity = source.read(folder / "fidelity.json")
     latency = source.read(folder / "latency.json")
-    if latency is None and name in shared_latency.get("models", {}):
+    if latency is not None and "models" in latency:
+        latency = latency | latency["models"].get(name, {})
+    if name in shared_latency.get("models", {}):
         latency = {**shared_latency, **shared_latency["models"][name]}
     humaneval = source.read(folder / "humaneval" / "result.json")
     run = source.read(run_dir / "run.json") if run_dir else None
