@@ -51,7 +51,8 @@ TRAIN := $(if $(ALONE),$(CACHE),$(CACHE)/cache-train)
 VALIDATION ?= $(if $(ALONE),$(wildcard $(dir $(CACHE:/=))cache-validation),$(CACHE)/cache-validation)
 # Students: the runs that exist; the distilled one and its twin where there are none yet, and for `make all`.
 EXISTING := $(notdir $(patsubst %/run.json,%,$(wildcard $(RUNS)/*/run.json)))
-STUDENTS := $(sort $(EXISTING) $(if $(EXISTING),$(if $(filter all,$(MAKECMDGOALS)),$(TWINS)),$(TWINS)))
+WANTED := $(EXISTING) $(if $(EXISTING),$(if $(filter all,$(MAKECMDGOALS)),$(TWINS)),$(TWINS))
+STUDENTS := $(filter $(WANTED),$(TWINS)) $(sort $(filter-out $(TWINS),$(WANTED)))
 # The teacher is timed beside its students where it is at hand: never on a machine that was given a cache alone.
 TEACHER_HERE := $(filter file,$(origin CACHE))
 

@@ -98,31 +98,28 @@ def evaluate_fidelity(model_dir: Path, cache_dir: Path, *, dtype: str, batch_tok
 
 @torch.inference_mode()
 def score_cache(model: Any, cache: Cache, *, batch_tokens: int) -> Totals:
-    """Sum NLL, KL and agreement over all targets; batches are padded on the right, and padding is never scored."""
+    """Sum NLL, KL and agreement over all targets.
+
+    Batches are padded on the right, out of sight of every real token under a causal mask, as in stage 1.
+    """
     totals = Totals()
     positions = getattr(model.config, "max_position_embeddings", None) or int(cache.doc_lengths.max())
-    with float32_head(model) as head, progress("Scoring", cache.num_tokens, "tokens") as bar:
+    with float32_head(model) as head, progress("Scoring", cache.num_tokens - cache.num_documents, "tokens") as bar:
         for pieces in cache_batches(cache, batch_tokens, positions):
             tokens = [cache.tokens(doc)[start : stop + 1] for doc, start, stop in pieces]
             masks = [cache.loss_mask(doc)[start:stop] for doc, start, stop in pieces]
             width = max(map(len, masks))
-            ids_BT, attention_BT = np.zeros((2, len(pieces), width), np.int64)
+            ids_BT = np.zeros((len(pieces), width), np.int64)
             mask_BT = np.zeros((len(pieces), width), bool)
             for row, (ids, mask) in enumerate(zip(tokens, masks, strict=True)):
-                ids_BT[row, : len(mask)], attention_BT[row, : len(mask)] = ids[: len(mask)], 1
+                ids_BT[row, : len(mask)] = ids[: len(mask)]
                 mask_BT[row, : len(mask)] = mask
             head.rows_BT = torch.from_numpy(mask_BT).to(model.device)
-            logits_NV = model(
-                input_ids=torch.from_numpy(ids_BT).to(model.device),
-                attention_mask=torch.from_numpy(attention_BT).to(model.device),
-                use_cache=False,
-            ).logits
+            logits_NV = model(input_ids=torch.from_numpy(ids_BT).to(model.device), use_cache=False).logits
             if logits_NV.shape[-1] < cache.tokenizer_size:
                 raise CacheMismatchError("the model's head is narrower than the cache's tokenizer",
                                          expected=f">= {cache.tokenizer_size}", got=logits_NV.shape[-1])  # fmt: skip
-            gold_N = torch.from_numpy(
-                np.concatenate([t[1:][m[: len(t) - 1]] for t, m in zip(tokens, masks, strict=True)])
-            )
+            gold_N = torch.from_numpy(np.concatenate([t[1:][m] for t, m in zip(tokens, masks, strict=True)]))
             targets = [
                 (cache.targets(d, 1.0, start, stop), m) for (d, start, stop), m in zip(pieces, masks, strict=True)
             ]
@@ -185,6 +182,7 @@ def compare_rows(
 def cache_batches(cache: Cache, batch_tokens: int, positions: int) -> Iterator[list[tuple[int, int, int]]]:
     """Batches of pieces (document, first row, end) that never cross a shard, cut as stage 1 cuts them.
 
+    Rows are the tokens that have a next one, so a document's last token belongs to none.
     Each shard is decoded once, and a half-precision teacher, whose rows depend on the batch's shape, meets its own
     labels where the budget is the build's. A document beyond the model's positions is scored piece by piece.
     """
@@ -192,11 +190,11 @@ def cache_batches(cache: Cache, batch_tokens: int, positions: int) -> Iterator[l
     for shard in range(cache.num_shards):
         lengths = np.diff(cache.load_shard(shard).doc_indptr).tolist()
         pieces = [
-            (first + doc, start, min(start + positions, length))
+            (first + doc, start, min(start + positions, length - 1))
             for doc, length in enumerate(lengths)
-            for start in range(0, length, positions)
+            for start in range(0, length - 1, positions)
         ]
-        for batch in batches([stop - start for _, start, stop in pieces], batch_tokens):
+        for batch in batches([stop + 1 - start for _, start, stop in pieces], batch_tokens):
             yield [pieces[i] for i in batch]
         first += len(lengths)
 
