@@ -3,6 +3,7 @@
 #   PROFILE   demo | starcoder2 | auto (default: starcoder2 where an NVIDIA GPU is present, else demo)
 #   CACHE     where the student side finds the logit cache: the folder that holds cache-train/ and
 #             cache-validation/, or one cache alone. Default: artifacts/<profile>
+#   TEACHER, DATASET, VALIDATION_DATASET, VALIDATION_SPLIT   instead of the profile's
 #   RUN, SET  `make student RUN=name SET="alpha=0.5 seed=1"` trains one student under a name of its own
 
 SHELL := /bin/bash
@@ -27,6 +28,8 @@ else
 endif
 
 ART := artifacts/$(PROFILE)
+VALIDATION_DATASET ?= $(DATASET)
+VALIDATION_SPLIT ?= validation
 CACHE ?= $(ART)
 EVAL := $(ART)/eval
 RUNS := $(ART)/students
@@ -86,15 +89,15 @@ teacher: setup ## fetch the demo teacher; others are loaded from the Hub, or a d
 
 cache: setup $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) $(TRAIN)/teacher_eval/latency.json ## run the teacher once; cache its top-k logits
 
-build = $(DISTILL) teacher build --config stage1_teacher/configs/$(PROFILE).toml --teacher $(TEACHER) $(DATASET:%=--dataset %)
+build = $(DISTILL) teacher build --config stage1_teacher/configs/$(PROFILE).toml --teacher $(TEACHER)
 
 $(ART)/cache-train/manifest.json: | $(VENV)/.installed
 	$(FETCH)
-	$(build) --split train $(TRAIN_LIMIT) --out $(@D)
+	$(build) $(DATASET:%=--dataset %) --split train $(TRAIN_LIMIT) --out $(@D)
 
 $(ART)/cache-validation/manifest.json: | $(VENV)/.installed
 	$(FETCH)
-	$(build) --split validation $(VALIDATION_LIMIT) --out $(@D)
+	$(build) $(VALIDATION_DATASET:%=--dataset %) --split $(VALIDATION_SPLIT) $(VALIDATION_LIMIT) --out $(@D)
 
 # What a report needs of the teacher travels inside the cache.
 CACHES := $(ART)/cache-train/manifest.json $(ART)/cache-validation/manifest.json

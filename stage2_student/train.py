@@ -35,6 +35,7 @@ from stage2_student.checkpoint import is_leftover, latest_complete, remove_incom
 from stage2_student.config import StudentConfig
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
+from stage2_student.memory import estimate_memory
 from stage2_student.trainer import DistillTrainer, RunRecorder, StopOnSigterm
 
 # May change between a kill and the resume without changing what is learnt.
@@ -67,6 +68,7 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
 
     set_seed(config.seed)
     sizes = dataclasses.replace(PRESETS[config.preset], vocab_size=cache.tokenizer_size)
+    _announce_memory(config, sizes)
     model = GPT(sizes)
     model.head_loss = head_loss = HeadLoss(alpha=config.alpha, temperature=config.temperature)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -127,6 +129,19 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
         _write_student(model, sizes, cache, out)
         write_json(out / "run.json", record | {"state": "finished"})
         log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
+
+
+def _announce_memory(config: StudentConfig, sizes: GPTConfig) -> None:
+    """Say what training will take, before it is allocated."""
+    with torch.device("meta"):
+        num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
+    tokens = config.per_device_train_batch_size * config.block_size
+    memory = estimate_memory(sizes, num_parameters, tokens, bf16=config.bf16)
+    log(
+        f"memory, about: {memory.total_bytes / 2**30:.2f} GiB per device "
+        f"({memory.state_bytes / 2**30:.2f} weights, gradients and optimizer, "
+        f"{memory.activation_bytes / 2**30:.2f} activations of {tokens:,} tokens, {memory.head_bytes / 2**30:.2f} head)"
+    )
 
 
 def _describe(config: StudentConfig, cache: Cache, validation: Cache | None) -> dict[str, Any]:

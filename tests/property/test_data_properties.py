@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -38,6 +38,7 @@ def tokenizer(request):
 
 
 @given(TEXT, TEXT)
+@example("😀", '"' * 3)
 @settings(max_examples=300, deadline=None)
 def test_encoding_is_whole_lossless_and_split_at_the_border(tokenizer, prompt, completion):
     document = encode_document(tokenizer, prompt, completion)
@@ -47,7 +48,9 @@ def test_encoding_is_whole_lossless_and_split_at_the_border(tokenizer, prompt, c
     assert (document.ids[0], document.ids[-1]) == (0, 1)
     assert not {0, 1} & set(document.ids[1:-1])
     head = decode(tokenizer, document.ids[: document.num_prompt_tokens])
-    assert prompt.startswith(head)
+    while not prompt.startswith(head):  # the border token begins inside a character, which is then a target as a whole
+        assert head.endswith("\ufffd")
+        head = head[:-1]
     assert document.target_bytes == len(text.encode()) - len(head.encode())
     if document.num_prompt_tokens < len(document.ids) - 1:  # the first target reaches past the border
         reach = decode(tokenizer, document.ids[: document.num_prompt_tokens + 1])

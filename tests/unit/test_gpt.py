@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Starcoder2Config, Starcoder2ForCausalLM
+from transformers import GenerationConfig, Starcoder2Config, Starcoder2ForCausalLM
 
 from shared.errors import ConfigError
 from shared.model.gpt import GPT, IGNORE, PRESETS, GPTConfig
@@ -176,3 +176,18 @@ def test_initial_scales():
             assert parameter.std().item() == pytest.approx(0.02, rel=0.03)
         else:
             assert torch.equal(parameter, torch.full_like(parameter, float("norm" in name and "weight" in name)))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_generation_equals_transformers_with_and_without_a_kv_cache(use_cache):
+    ours, theirs = pair()
+    ids = torch.randint(1, ours.sizes.vocab_size, (1, 9), generator=torch.Generator().manual_seed(3))
+    expected = ids
+    with torch.no_grad():
+        for _ in range(12):
+            expected = torch.cat((expected, ours(expected).logits[:, -1:].argmax(-1)), dim=1)
+    config = GenerationConfig(
+        max_new_tokens=12, do_sample=False, use_cache=use_cache, pad_token_id=0, eos_token_id=None
+    )
+    generated = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    assert torch.equal(generated, expected)

@@ -1,0 +1,60 @@
+"""The memory estimate against what a training step really keeps."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from shared.model.gpt import GPT, PRESETS
+from stage2_student.fused import CHUNK_ROWS, HeadLoss
+from stage2_student.memory import estimate_memory
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("preset", ["tiny", "gpt-125m"])
+def test_activations_are_estimated_within_a_quarter_on_the_safe_side(preset, bf16):
+    sizes = dataclasses.replace(PRESETS[preset], vocab_size=512, num_hidden_layers=2)
+    model = GPT(sizes)
+    ids = torch.randint(512, (2, 128))
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        hidden = model.model(ids, torch.arange(128).expand(2, 128))
+    assert hidden.shape == (2, 128, sizes.hidden_size)
+    matrices = sum(p.numel() * (2 if bf16 else 0) for p in model.parameters() if p.dim() == 2) - 2 * (
+        model.model.embed_tokens.weight.numel() if bf16 else 0
+    )
+    measured = sum(size for pointer, size in kept.items() if pointer not in weights) - matrices
+    estimated = estimate_memory(sizes, 0, ids.numel(), bf16=bf16).activation_bytes
+    assert 1.0 <= estimated / measured <= 1.25, (estimated, measured)
+
+
+def test_state_and_head_are_exact():
+    sizes = PRESETS["tiny"]
+    model = GPT(sizes)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
+    head_loss = HeadLoss(alpha=0, temperature=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None])
+        weight = model.model.embed_tokens.weight
+        head_loss(hidden.flatten(0, 1), weight, torch.zeros(4, dtype=torch.int64))["loss"].backward()
+    optimizer.step()
+    state = [p.nbytes + p.grad.nbytes for p in model.parameters()]
+    state += [t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim()]
+    estimate = estimate_memory(sizes, num_parameters, 4, bf16=True)
+    assert estimate.state_bytes == sum(state)
+    V, H = weight.shape
+    scratch = sum(tensor.nbytes for tensor in head_loss._scratch.values())
+    assert scratch == CHUNK_ROWS * V * 6 + V * H * 2
+    assert estimate.head_bytes == scratch + V * H * (4 + 2)  # the matrix's gradient, and its bfloat16 copy
+    assert estimate.total_bytes == estimate.state_bytes + estimate.activation_bytes + estimate.head_bytes
