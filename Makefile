@@ -3,7 +3,7 @@
 #   PROFILE   demo | starcoder2 | auto (default: starcoder2 where an NVIDIA GPU is present, else demo)
 #   CACHE     where the student side finds the logit cache: the folder that holds cache-train/ and
 #             cache-validation/, or one cache alone. Default: artifacts/<profile>
-#   TEACHER, DATASET, VALIDATION_DATASET, VALIDATION_SPLIT   instead of the profile's
+#   TEACHER, DATASET, VALIDATION_DATASET   instead of the profile's
 #   RUN, SET  `make student RUN=name SET="alpha=0.5 seed=1"` trains one student under a name of its own
 
 SHELL := /bin/bash
@@ -29,7 +29,6 @@ endif
 
 ART := artifacts/$(PROFILE)
 VALIDATION_DATASET ?= $(DATASET)
-VALIDATION_SPLIT ?= validation
 CACHE ?= $(ART)
 EVAL := $(ART)/eval
 RUNS := $(ART)/students
@@ -45,7 +44,11 @@ ifeq ($(PROFILE),demo)
 else ifeq ($(PROFILE),starcoder2)
   TEACHER ?= bigcode/starcoder2-3b
 else
-  $(error PROFILE must be demo, starcoder2 or auto, not "$(PROFILE)")
+  $(if $(filter-out help,$(or $(MAKECMDGOALS),help)),$(error PROFILE must be demo, starcoder2 or auto, not "$(PROFILE)"))
+endif
+
+ifneq ($(words $(CACHE) $(RUN)),$(words $(firstword $(CACHE)) $(firstword $(RUN))))
+  $(error CACHE and RUN may hold no spaces)
 endif
 
 # CACHE is one cache (it has a manifest) or the folder of two.
@@ -53,13 +56,13 @@ ALONE := $(wildcard $(CACHE)/manifest.json)
 TRAIN := $(if $(ALONE),$(CACHE),$(CACHE)/cache-train)
 VALIDATION ?= $(if $(ALONE),$(wildcard $(dir $(CACHE:/=))cache-validation),$(CACHE)/cache-validation)
 # Students: the runs that exist; the distilled one and its twin where there are none yet, and for `make all`.
-EXISTING := $(notdir $(patsubst %/run.json,%,$(wildcard $(RUNS)/*/run.json)))
+EXISTING := $(notdir $(patsubst %/model.safetensors,%,$(wildcard $(RUNS)/*/model.safetensors)))
 WANTED := $(EXISTING) $(if $(EXISTING),$(if $(filter all,$(MAKECMDGOALS)),$(TWINS)),$(TWINS))
 STUDENTS := $(filter $(WANTED),$(TWINS)) $(sort $(filter-out $(TWINS),$(WANTED)))
-# The teacher is timed beside its students where it is at hand: never on a machine that was given a cache alone.
-TEACHER_HERE := $(filter file,$(origin CACHE))
+# The teacher is timed beside its students where it is, or will be, at hand: never on a machine that has the cache alone.
+TEACHER_HERE := $(and $(filter file,$(origin CACHE)),$(or $(wildcard $(TEACHER)/config.json),$(if $(wildcard $(TRAIN)/manifest.json),,yes)))
 
-.PHONY: help setup teacher cache student eval report all test soak check bench clean
+.PHONY: help setup teacher cache student eval report all test check clean
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -97,7 +100,7 @@ $(ART)/cache-train/manifest.json: | $(VENV)/.installed
 
 $(ART)/cache-validation/manifest.json: | $(VENV)/.installed
 	$(FETCH)
-	$(build) $(VALIDATION_DATASET:%=--dataset %) --split $(VALIDATION_SPLIT) $(VALIDATION_LIMIT) --out $(@D)
+	$(build) $(VALIDATION_DATASET:%=--dataset %) --split validation $(VALIDATION_LIMIT) --out $(@D)
 
 # What a report needs of the teacher travels inside the cache.
 CACHES := $(ART)/cache-train/manifest.json $(ART)/cache-validation/manifest.json
@@ -119,17 +122,23 @@ $(ART)/cache-train/teacher_eval/latency.json: | $(EVAL)/teacher/fidelity.json $(
 
 # --- stage 2: on any machine; needs the cache alone ------------------------------------------------------------------
 
+train = $(DISTILL) student train --cache $(TRAIN) $(VALIDATION:%=--validation %) --config stage2_student/configs/$(PROFILE).toml
+
 ifdef RUN
-student: setup $(RUNS)/$(RUN)/model.safetensors ## train the students (or one: RUN=name SET="key=value …")
+student: setup $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) ## train the students (or one: RUN=name SET="key=value …")
+	$(train) --out $(RUNS)/$(RUN) $(SET:%=--set %)
 else
-student: setup $(RUNS)/student_kd/model.safetensors $(RUNS)/student_ce/model.safetensors
+student: setup $(TWINS:%=$(RUNS)/%/model.safetensors)
 endif
 
 # student_ce is the twin of student_kd: the same command with alpha=0.
-$(RUNS)/%/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) | $(VENV)/.installed
-	$(DISTILL) student train --cache $(TRAIN) $(VALIDATION:%=--validation %) --out $(@D) \
-	  --config stage2_student/configs/$(PROFILE).toml $(if $(filter student_ce,$*),--set alpha=0) $(SET:%=--set %)
-	@touch $@
+$(RUNS)/student_kd/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) | $(VENV)/.installed
+	$(train) --out $(@D) $(SET:%=--set %)
+	@touch -c $@
+
+$(RUNS)/student_ce/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) | $(VENV)/.installed
+	$(train) --out $(@D) $(SET:%=--set %) --set alpha=0
+	@touch -c $@
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
@@ -145,7 +154,7 @@ $(EVAL)/%/humaneval/result.json: $(RUNS)/%/model.safetensors | $(VENV)/.installe
 	$(DISTILL) eval humaneval --model $(RUNS)/$* --out $(@D) $(PROBLEMS:%=--problems %)
 
 $(EVAL)/latency.json: $(foreach s,$(STUDENTS),$(RUNS)/$s/model.safetensors) | $(VENV)/.installed
-	$(DISTILL) eval latency $(TEACHER_HERE:%=--model teacher=$(TEACHER)) $(foreach s,$(STUDENTS),--model $s=$(RUNS)/$s) --out $@
+	$(DISTILL) eval latency $(if $(TEACHER_HERE),--model teacher=$(TEACHER)) $(foreach s,$(STUDENTS),--model $s=$(RUNS)/$s) --out $@
 
 # --- report ----------------------------------------------------------------------------------------------------------
 
@@ -159,12 +168,6 @@ $(REPORT)/report.html: $(RESULTS) | $(VENV)/.installed
 
 test: setup ## the test suite, at most 8 minutes on 2 cores
 	$(BIN)/python -m pytest
-
-soak: setup ## long fault campaigns
-	$(BIN)/python -m pytest tests/soak
-
-bench: setup ## performance, ours beside the peers'
-	@for script in tests/bench/bench_*.py; do $(BIN)/python $$script; done
 
 check: setup ## ruff, mypy, import-linter and the tests
 	$(BIN)/ruff check .

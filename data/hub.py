@@ -144,8 +144,18 @@ def _licence(hub_id: str, commit: str) -> str | None:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        card = DatasetCard.load(hf_hub_download(hub_id, "README.md", repo_type="dataset", revision=commit))
-    except (EntryNotFoundError, ValueError):  # no card, or front matter that is not YAML
+        card = hf_hub_download(hub_id, "README.md", repo_type="dataset", revision=commit)
+    except EntryNotFoundError:
         return None
-    licence = card.data.license
+    return stated_licence(DatasetCard, Path(card))
+
+
+def stated_licence(card_class: Any, card: Path) -> str | None:
+    """The licence in a card's front matter; None where it says nothing, or is not YAML."""
+    import yaml
+
+    try:
+        licence = card_class.load(card).data.license
+    except (ValueError, yaml.YAMLError):
+        return None
     return " AND ".join(licence) if isinstance(licence, list) else licence

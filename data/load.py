@@ -29,7 +29,8 @@ def load_documents(
         dataset: `mbpp`, `stdlib`, `FILE.jsonl`, `FILE.parquet` or a Hub id `owner/name`. Files and Hub data sets have
             MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
             where there is one.
-        split: a split of that data set; a local file that is not MBPP has `train` alone.
+        split: a split of that data set; a local file that is not MBPP is the split that its user
+            names.
         limit_docs: keep only the first so many documents.
         columns: what these columns are called in this data set, such as `prompt=instruction,completion=output`.
         revision: branch, tag or commit of a Hub id.
@@ -53,13 +54,13 @@ def load_documents(
         documents = stdlib.read_split(split)
     elif dataset.endswith((".jsonl", ".parquet")):
         path = Path(dataset)
-        name, licence, documents = _from_rows(read_rows(path), split, path.name, names, splits_named=False)
+        name, licence, documents = _from_rows(read_rows(path), split, path.name, names)
     elif on_hub:
         from data.hub import read_hub
 
         hub_id = mbpp.HUB_ID if dataset == "mbpp" else dataset
         commit, stated_licence, rows = read_hub(hub_id, split, revision)
-        name, known_licence, documents = _from_rows(rows, split, hub_id, names, splits_named=True)
+        name, known_licence, documents = _from_rows(rows, split, hub_id, names)
         licence = known_licence or stated_licence
     else:
         expected = "mbpp, stdlib, FILE.jsonl, FILE.parquet or a Hub id owner/name"
@@ -91,7 +92,7 @@ def parse_columns(columns: str | None) -> dict[str, str]:
 
 
 def _from_rows(
-    rows: Iterator[Row], split: str, name: str, names: Mapping[str, str], *, splits_named: bool
+    rows: Iterator[Row], split: str, name: str, names: Mapping[str, str]
 ) -> tuple[str, str | None, list[Document]]:
     """Name, licence and documents of rows whose first one tells the columns (`names` where the user does)."""
     first = next(rows, None)
@@ -100,8 +101,6 @@ def _from_rows(
     rows = itertools.chain([first], rows)
     if not names and mbpp.is_mbpp(first.fields):
         return "mbpp", mbpp.LICENCE, mbpp.read_split(rows, split)
-    if not splits_named and split != "train":
-        raise ConfigError("unknown split", where=name, expected="a local file has only: train", got=repr(split))
     form = next((form for form in FORMS if set(form) <= (names or first.fields).keys()), None)
     if form is None:
         expected = "prompt and completion, or messages, or text, or MBPP's (task_id, text or prompt, code, test_list)"

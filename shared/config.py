@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -91,6 +92,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return tuple(_convert(item, arguments[0], where) for item in value)
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError("a value that is not finite", where=where, expected="a finite number", got=value)
     elif hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     expected = getattr(hint, "__name__", str(hint))

@@ -220,10 +220,8 @@ def run_cli(command: Any) -> NoReturn:
 
     signal.signal(signal.SIGTERM, terminate)
     try:
-        command.main(standalone_mode=False)
-        code = 0
-    except click.exceptions.Exit as exit_:
-        code = exit_.exit_code
+        value = command.main(standalone_mode=False)
+        code = value if isinstance(value, int) else 0  # click returns the code of `Exit` instead of raising it
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -239,4 +237,9 @@ def run_cli(command: Any) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:  # a path that cannot be read or written, a full disk
+        if error.filename is None:
+            raise
+        log(f"error: {error.strerror}; where: {error.filename}; fix: check the path, the rights and the free space")
+        code = 1
     sys.exit(code)

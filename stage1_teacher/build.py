@@ -11,8 +11,8 @@ import numpy as np
 from data.load import load_documents
 from data.records import DocumentSet
 from shared import tracking
-from shared.cache.layout import BUILD, ShardArrays
-from shared.cache.reader import Cache
+from shared.cache.directory import has_leftovers, is_finished
+from shared.cache.layout import BUILD, ShardArrays, shard_name
 from shared.cache.writer import CacheWriter
 from shared.config import to_dict
 from shared.errors import CacheFormatError, ConfigError, DistillError, ResumeError
@@ -91,10 +91,8 @@ def _request(config: TeacherConfig, files: TeacherFiles, documents: DocumentSet)
 
 
 def _is_done(out: Path, request: dict[str, Any]) -> bool:
-    """Whether a finished cache of the same request is there; loads neither torch nor transformers."""
-    try:
-        Cache(out)
-    except DistillError:
+    """Whether a whole, finished cache of the same request is there; loads neither torch nor transformers."""
+    if not is_finished(out) or has_leftovers(out):
         return False
     options = read_json(out / BUILD)["options"]
     return all(options.get(key) == value for key, value in request.items())
@@ -147,12 +145,15 @@ def _build(
         "num_shards": len(shards),
     }
     with CacheWriter(out, request | derived) as writer:
+        if writer.finished:  # only a killed process's leftovers were to be cleared
+            return
         todo = [shard for shard in range(len(shards)) if not writer.has_shard(shard)]
         if len(todo) < len(shards):
             log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
         if todo:
             _label(writer, config, files, {shard: [corpus.pieces[i] for i in shards[shard]] for shard in todo})
         save_tokenizer(tokenizer, out / "tokenizer")
+        fused = all(read_json(out / f"{shard_name(shard)}.json")["fused_head"] for shard in range(len(shards)))
         identity = {
             "teacher": {
                 "name": files.name,
@@ -167,7 +168,7 @@ def _build(
                 "top_k": config.top_k,
                 "codec": config.codec,
                 "dtype": config.dtype,
-                "head": "float32",
+                "head": "float32" if fused else config.dtype,
             },
         }
         source = {

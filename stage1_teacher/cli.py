@@ -55,7 +55,7 @@ def build(out: Path, profile: Path | None, **options: Any) -> None:
     0.5, 1, 1.5 and 2, the tokenizer, and who made it from what.
 
     Interrupted, the same command continues: finished shards are kept. With other options, another teacher or an edited
-    data set it refuses. A finished cache is found up to date in about a second.
+    data set it refuses. A finished cache is found up to date within seconds.
 
     \b
     Example:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.hub import fetch_model
+from data.hub import fetch_model, stated_licence
 from shared.errors import ConfigError, DistillError
 from shared.runtime import read_json, sha256_file, sha256_json
 
@@ -91,12 +91,7 @@ def _licence(path: Path) -> str | None:
     from huggingface_hub import ModelCard
 
     card = path / "README.md"
-    if not card.is_file():
-        return None
-    try:
-        return ModelCard.load(card).data.license
-    except ValueError:  # front matter that is not YAML
-        return None
+    return stated_licence(ModelCard, card) if card.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +124,7 @@ def load_teacher(path: Path, *, dtype: str, device_map: str) -> Teacher:
         device_map: as transformers reads it; `auto` means the CPU where there is no accelerator.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -141,7 +137,7 @@ def load_teacher(path: Path, *, dtype: str, device_map: str) -> Teacher:
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise DistillError("cannot load the teacher", where=path, got=f"{type(error).__name__}: {error}") from error
     model.eval().requires_grad_(False)
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {"": model.device}).values()})

@@ -11,14 +11,15 @@ def student() -> None:
 
 
 @student.command()
-@click.option("--cache", required=True, type=click.Path(path_type=Path), help="The logit cache to train on.")
+@click.option("--cache", "caches", required=True, multiple=True, type=click.Path(path_type=Path),
+              help="The logit cache to train on; one for now.")  # fmt: skip
 @click.option("--validation", type=click.Path(path_type=Path), help="A cache of held-out documents, same teacher.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--preset", metavar="NAME", help="The student's size: gpt-125m or tiny.  [default: gpt-125m]")
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="A file of overrides.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One override; may be repeated.")
 def train(
-    cache: Path,
+    caches: tuple[Path, ...],
     validation: Path | None,
     out: Path,
     preset: str | None,
@@ -41,10 +42,12 @@ def train(
     from stage2_student.config import student_config
     from stage2_student.train import train
 
+    if len(caches) > 1:
+        raise click.UsageError("a run trains on one cache for now; --cache was given several times")
     layers = [read_toml(profile)] if profile else []
     if preset:
         layers.append({"preset": preset})
-    train(student_config(*layers, parse_assignments(assignments)), cache, out, validation_path=validation)
+    train(student_config(*layers, parse_assignments(assignments)), caches[0], out, validation_path=validation)
 
 
 @student.command()

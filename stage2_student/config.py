@@ -74,6 +74,9 @@ class StudentConfig:
         for name in [*positive.split(), "num_train_epochs", "logging_steps", "save_total_limit"]:
             if getattr(self, name) < 1:
                 raise ConfigError("a value out of range", where=name, expected="at least 1", got=getattr(self, name))
+        for name in ("eval_steps", "save_steps", "dataloader_num_workers", "seed", "learning_rate", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError("a value out of range", where=name, expected="at least 0", got=getattr(self, name))
         if not 0 <= self.alpha <= 1:
             raise ConfigError("a value out of range", where="alpha", expected="0 to 1", got=self.alpha)
         if self.temperature <= 0:

@@ -21,7 +21,7 @@ def export(run: Path, out: Path) -> None:
     record = read_json(run / "run.json") if (run / "run.json").exists() else {}
     if record.get("state") != "finished":
         raise ConfigError("not a finished training run", where=run, fix="finish it with `codedistill student train`")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ResumeError("the folder to export to is not empty", where=out, fix="choose another --out")
     for licence, what in _licences(record):
         if licence is None:
@@ -73,10 +73,12 @@ tags: [distillation, code]
 # {name}
 
 A {record["parameters"]:,}-parameter decoder (architecture Starcoder2, preset `{config["preset"]}`), trained from
-scratch with codedistill {record["versions"]["codedistill"]} on cached soft labels.
+scratch with codedistill {record["versions"]["codedistill"]} {
+        "on cached soft labels" if config["alpha"] > 0 else "as a twin, on the raw data"
+    }.
 
-- Teacher: {teacher.get("name")}, licence: {teacher.get("licence") or "unknown"}, revision: {
-        teacher.get("revision") or "none"
+- Teacher: {teacher.get("name")}, licence: {teacher.get("licence") or "unknown"}, commit: {
+        teacher.get("commit") or "none"
     },
   weights: `{teacher["weights_digest"]}`. Restrictions of the teacher's licence pass on to this model.
 - Objective: {objective}

@@ -24,6 +24,7 @@ from shared.runtime import (
     log,
     machine,
     read_json,
+    sha256_file,
     sha256_json,
     versions,
     world_size,
@@ -38,6 +39,7 @@ from stage2_student.fused import HeadLoss
 from stage2_student.memory import estimate_memory
 from stage2_student.trainer import DistillTrainer, RunRecorder, StopOnSigterm
 
+WEIGHTS = "model.safetensors"
 # May change between a kill and the resume without changing what is learnt.
 FREE_ON_RESUME = ("eval_steps", "save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers")
 
@@ -59,8 +61,11 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
     record = _describe(config, cache, validation)
     earlier = _earlier_run(out, record)
     if earlier and earlier["state"] == "finished":
-        log(f"{out} is up to date")
-        return
+        weights = out / WEIGHTS
+        if weights.is_file() and sha256_file(weights) == earlier["weights_sha256"]:
+            log(f"{out} is up to date")
+            return
+        log(f"{weights} is missing or damaged; it is made again")
     arguments = _training_arguments(config, out, has_validation=validation is not None)
     out.mkdir(parents=True, exist_ok=True)
     remove_incomplete(out)
@@ -127,7 +132,7 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
         run.summary(record["metrics"])
     if trainer.is_world_process_zero():
         _write_student(model, sizes, cache, out)
-        write_json(out / "run.json", record | {"state": "finished"})
+        write_json(out / "run.json", record | {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)})
         log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
 
 
@@ -186,6 +191,8 @@ def _identify(cache: Cache) -> dict[str, Any]:
 
 def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `run.json` in the folder, which must be of the same run; None in a new or empty folder."""
+    if out.exists() and not out.is_dir():
+        raise ResumeError("the run's path is not a folder", where=out, fix="choose another --out")
     if not (out / "run.json").exists():
         if out.exists() and not all(is_leftover(path) for path in out.iterdir()):
             raise ResumeError("the folder holds something that is no run", where=out, fix="choose another --out")
@@ -250,9 +257,10 @@ def _weights_digest(model: GPT) -> str:
 
 def _write_student(model: GPT, sizes: GPTConfig, cache: Cache, out: Path) -> None:
     """The run folder as a transformers directory; the weights last."""
-    shutil.copytree(cache.tokenizer_path, out, dirs_exist_ok=True)
+    for file in cache.tokenizer_path.iterdir():
+        shutil.copyfile(file, out / file.name)  # content alone: the cache may be read-only
     ids = special_ids(load_tokenizer(cache.tokenizer_path))
     special = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
     write_json(out / "config.json", sizes.to_dict() | special | {"dtype": "float32"})
     write_json(out / "generation_config.json", special)
-    write_bytes(out / "model.safetensors", to_safetensors(model.state_dict(), metadata={"format": "pt"}))
+    write_bytes(out / WEIGHTS, to_safetensors(model.state_dict(), metadata={"format": "pt"}))

@@ -84,13 +84,22 @@ def is_ours(entry: Path) -> bool:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether a valid manifest is there and every file that it lists, in the right size."""
+    """Whether a valid manifest is there and every file that it lists, byte for byte."""
     try:
-        files = read_manifest(directory)["files"]
+        return not damaged_files(directory, read_manifest(directory))
     except (CacheFormatError, CacheCorruptError):
         return False
-    present = {name: file.stat().st_size for name, file in walk(directory)}
-    return all(present.get(name) == entry["bytes"] for name, entry in files.items())
+
+
+def damaged_files(directory: Path, manifest: dict[str, Any]) -> list[str]:
+    """The listed files that are missing or whose bytes are not those that the manifest names."""
+    return [
+        name
+        for name, entry in manifest["files"].items()
+        if not (directory / name).is_file()
+        or (directory / name).stat().st_size != entry["bytes"]
+        or sha256_file(directory / name) != entry["sha256"]
+    ]
 
 
 def read_record(directory: Path, shard: int, sha256: str | None = None) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Writing a cache: shards one by one into a claimed directory, the manifest last."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from shared.cache.checks import check_arrays, check_options
 from shared.cache.claim import Claim
 from shared.cache.directory import (
     FOLDERS,
+    damaged_files,
     has_leftovers,
     is_finished,
     is_ours,
@@ -38,8 +40,8 @@ from shared.cache.layout import (
 )
 from shared.cache.manifest import read_manifest, write_manifest
 from shared.cache.statistics import combine, measure
-from shared.errors import CacheFormatError, ConfigError, ResumeError
-from shared.runtime import fsync_directory, write_bytes, write_json
+from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, ResumeError
+from shared.runtime import fsync_directory, log, write_bytes, write_json
 
 
 def encode_shard(
@@ -251,6 +253,10 @@ class CacheWriter:
         if self.finished:
             self.close()
             return
+        with contextlib.suppress(CacheFormatError, CacheCorruptError):  # no manifest: nothing says what is damaged
+            for name in damaged_files(self.path, read_manifest(self.path)):
+                log(f"{self.path / name} is damaged or missing; removed, to be made again")
+                (self.path / name).unlink(missing_ok=True)
         for name in (MANIFEST, MANIFEST_SHA256):
             (self.path / name).unlink(missing_ok=True)
         if not (self.path / BUILD).exists():

@@ -118,13 +118,13 @@ def humaneval(
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the report.")
 def report(eval_dir: Path, students: tuple[tuple[str, str], ...], caches: tuple[Path, ...], out: Path) -> None:
     """One page of teacher and students side by side, as JSON, Markdown and HTML; its figures go to W&B too."""
-    for name, run in students:
-        if not Path(run).is_dir():
-            raise click.UsageError(f"the student {name} has no folder {run!r}")
+    for name, folder in students:
+        if not Path(folder).is_dir():
+            raise click.UsageError(f"the student {name} has no folder {folder!r}")
     from shared import tracking
     from shared.eval.report import build_report
 
-    result = build_report(eval_dir, {name: Path(run) for name, run in students}, list(caches), out)
+    result = build_report(eval_dir, {name: Path(folder) for name, folder in students}, list(caches), out)
     with tracking.start(
         "report", name=out.parent.name, config={"caveats": result["caveats"]}, directory=out.parent
     ) as run:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from shared.errors import ConfigError
@@ -45,7 +46,7 @@ def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
         model = AutoModelForCausalLM.from_pretrained(
             str(directory), dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError("cannot load the model", where=directory, got=f"{type(error).__name__}: {error}") from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 

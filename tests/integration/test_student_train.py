@@ -118,8 +118,8 @@ def test_a_run_from_end_to_end(finished):
         "tokenizer.json", "tokenizer_config.json", "training_log.jsonl",
     ]  # fmt: skip
     lines = (finished.parent / "stderr.txt").read_text().splitlines()
-    assert lines[1].startswith("step 3/12: loss ")
-    assert all(word in lines[1] for word in (", kd ", ", ce ", ", learning_rate ", " tokens/s, ", " left"))
+    assert lines[2].startswith("step 3/12: loss ")
+    assert all(word in lines[2] for word in (", kd ", ", ce ", ", learning_rate ", " tokens/s, ", " left"))
     assert len(lines) == 1 + len(log) + 1  # the student, each log, the end: no progress bar, no warnings
 
 
@@ -309,3 +309,33 @@ def test_an_unfinished_run_is_not_exported(finished, tmp_path):
     for folder in (tmp_path / "run", tmp_path / "nothing"):
         assert "not a finished training run" in refused([*COMMAND, "export", str(folder), "--out", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged"])
+def test_a_finished_run_without_its_weights_makes_them_again(finished, caches, tmp_path, fault):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    weights = (out / "model.safetensors").read_bytes()
+    if fault == "missing":
+        (out / "model.safetensors").unlink()
+    else:
+        (out / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    result = run(arguments(caches / "train", out, caches / "validation"))
+    assert "missing or damaged" in result.stderr
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
+def test_a_path_that_cannot_be_written_is_one_line(caches, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        result = run(arguments(caches / "train", out), code=1)
+        assert [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in result.stderr
+
+
+def test_values_no_run_can_have_are_refused(caches, tmp_path):
+    for change in ({"seed": -1}, {"dataloader_num_workers": -1}, {"num_train_epochs": 0}):
+        assert next(iter(change)) in refused(arguments(caches / "train", tmp_path / "run", **change))
+    command = [*arguments(caches / "train", tmp_path / "run"), "--set", "max_grad_norm=inf"]
+    assert "max_grad_norm" in refused(command)
+    assert not (tmp_path / "run").exists()

@@ -298,3 +298,30 @@ def test_a_chats_targets_are_the_assistants_turns(teacher, tokenizer, tmp_path):
         build(chatty, path, tmp_path / "cache", *options)
     with pytest.raises(ConfigError, match=r"has no chat template; where: chats\.jsonl 1, .*teacher"):
         build(teacher, path, tmp_path / "other", *options)
+
+
+def test_a_damaged_finished_cache_is_found_and_mended_by_the_same_build(teacher, rows, tmp_path):
+    out = tmp_path / "cache"
+    build(teacher, rows, out)
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    shard = out / "shard-00001.h5"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    program = [sys.executable, "-c", "from shared.cli import main; main()", "cache", "verify", str(out)]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "shard-00001.h5: SHA-256" in result.stdout
+    _, result = build(teacher, rows, out)
+    assert "damaged" in result.stderr
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+    assert subprocess.run(program, capture_output=True, timeout=60).returncode == 0
+
+
+def test_what_a_killed_command_left_in_a_finished_cache_is_cleared(teacher, rows, tmp_path):
+    out = tmp_path / "cache"
+    build(teacher, rows, out)
+    before = {path.name for path in out.rglob("*")}
+    (out / ".manifest.json.tmp-5").write_bytes(b"")
+    build(teacher, rows, out)
+    assert {path.name for path in out.rglob("*")} == before

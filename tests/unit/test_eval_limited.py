@@ -65,7 +65,7 @@ def processes_in(folder):
 
 def readlink(path):
     try:
-        return os.readlink(path)
+        return str(path.readlink())
     except OSError:
         return ""
 
