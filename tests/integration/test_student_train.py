@@ -120,7 +120,7 @@ def test_a_run_from_end_to_end(finished):
     lines = (finished.parent / "stderr.txt").read_text().splitlines()
     assert lines[2].startswith("step 3/12: loss ")
     assert all(word in lines[2] for word in (", kd ", ", ce ", ", learning_rate ", " tokens/s, ", " left"))
-    assert len(lines) == 1 + len(log) + 1  # the student, each log, the end: no progress bar, no warnings
+    assert len(lines) == 2 + len(log) + 1  # memory, the student, each log, the end: no progress bar, no warnings
 
 
 def test_the_logged_figures_are_those_of_the_saved_student(finished, caches):
