@@ -3,4 +3,5 @@
 from shared.runtime import run_cli
 from stage1_teacher.cli import teacher
 
-run_cli(teacher)
+if __name__ == "__main__":
+    run_cli(teacher)

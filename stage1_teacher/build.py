@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # torch and transformers load only where there is something t
     from stage1_teacher.pieces import Corpus, Piece
 
 MAX_EXCESS_MASS = 1e-4
+NAMED = ("teacher", "revision", "dataset", "dataset_revision", "split")  # recorded by commit and digest instead
 OPTIONS = (
     "columns",
     "codec",
@@ -181,6 +182,7 @@ def _build(
             "num_long": len(corpus.long),
             "on_long": config.on_long,
             "num_lossy": len(corpus.lossy),
+            "config": {key: value for key, value in to_dict(config).items() if key not in NAMED},
         }
         writer.finish(identity, [source])
 

@@ -88,7 +88,7 @@ def summary(path: Path | str) -> str:
 
 
 def _pairs_of(mapping: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in mapping.items() if value is not None)
+    return ", ".join(f"{key} {value}" for key, value in mapping.items() if not isinstance(value, dict | None))
 
 
 def _figure(value: float | None, form: str = ".4f") -> str:
