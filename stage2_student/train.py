@@ -62,7 +62,7 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
     earlier = _earlier_run(out, record)
     if earlier and earlier["state"] == "finished":
         weights = out / WEIGHTS
-        if weights.is_file() and sha256_file(weights) == earlier["weights_sha256"]:
+        if weights.is_file() and sha256_file(weights) == earlier.get("weights_sha256"):
             log(f"{out} is up to date")
             return
         log(f"{weights} is missing or damaged; it is made again")
@@ -73,10 +73,11 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
 
     set_seed(config.seed)
     sizes = dataclasses.replace(PRESETS[config.preset], vocab_size=cache.tokenizer_size)
-    _announce_memory(config, sizes)
+    with torch.device("meta"):
+        num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
+    _announce_memory(config, sizes, num_parameters)
     model = GPT(sizes)
     model.head_loss = head_loss = HeadLoss(alpha=config.alpha, temperature=config.temperature)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     record |= {"initial_weights_sha256": _weights_digest(model), "parameters": num_parameters}
 
     blocks = PackedBlocks(
@@ -136,10 +137,8 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
         log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
 
 
-def _announce_memory(config: StudentConfig, sizes: GPTConfig) -> None:
+def _announce_memory(config: StudentConfig, sizes: GPTConfig, num_parameters: int) -> None:
     """Say what training will take, before it is allocated."""
-    with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
     tokens = config.per_device_train_batch_size * config.block_size
     memory = estimate_memory(sizes, num_parameters, tokens, bf16=config.bf16)
     log(

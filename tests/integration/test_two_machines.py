@@ -72,14 +72,15 @@ def test_the_teacher_s_results_are_part_of_the_cache(caches):
 
 
 def test_a_student_needs_the_cache_alone(caches, tmp_path):
-    if subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode:
-        pytest.skip("this system allows no network namespaces")
     for name in ("cache-train", "cache-validation"):
         shutil.copytree(caches / name, tmp_path / name)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment["HF_HOME"] = str(tmp_path / "empty")
     train, validation = tmp_path / "cache-train", tmp_path / "cache-validation"
-    options = {"program": STUDENT_PROGRAM, "prefix": NAMESPACE}
+    # Where the system allows no namespaces, the closed proxy below stands in for the missing network.
+    namespaces = subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode == 0
+    environment |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+    options = {"program": STUDENT_PROGRAM, "prefix": NAMESPACE if namespaces else ()}
     model, results = tmp_path / "runs" / "kd", tmp_path / "eval"
     said = run(environment, "student", "train", "--cache", train, "--validation", validation, "--preset", "tiny",
                "--out", model, "--set", "max_steps=2", **options)  # fmt: skip

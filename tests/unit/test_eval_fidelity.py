@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from shared.eval.fidelity import batches, compare_rows
+from stage1_teacher.batching import plan_batches
 
 
 def reference(z, gold, k, ids, p, tail):
@@ -70,3 +71,10 @@ def test_batches_hold_each_document_once_and_stay_within_the_budget():
     made = list(batches(lengths, 60))
     assert made == [[1], [4, 6], [2, 3, 0, 5]]
     assert list(batches([], 60)) == []
+
+
+def test_batches_are_those_of_stage_1():
+    random = np.random.default_rng(0)
+    for budget in (1, 700, 1024, 4096):
+        lengths = random.integers(2, 900, 120).tolist()
+        assert list(batches(lengths, budget)) == plan_batches(lengths, budget)
