@@ -62,7 +62,7 @@ STUDENTS := $(filter $(WANTED),$(TWINS)) $(sort $(filter-out $(TWINS),$(WANTED))
 # The teacher is timed beside its students where it is, or will be, at hand: never on a machine that has the cache alone.
 TEACHER_HERE := $(and $(filter file,$(origin CACHE)),$(or $(wildcard $(TEACHER)/config.json),$(if $(wildcard $(TRAIN)/manifest.json),,yes)))
 
-.PHONY: help setup teacher cache student eval report all test check clean
+.PHONY: help setup teacher cache student eval report all test check soak bench clean
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -175,6 +175,12 @@ check: setup ## ruff, mypy, import-linter and the tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory test
+
+soak: setup ## the long fault campaigns: kills, flipped bytes, full disks (an hour or so)
+	$(BIN)/python -m pytest tests/soak --timeout 3600
+
+bench: setup ## every measurement of tests/bench, with ours, the peer or naive way, and the limit side by side
+	for script in tests/bench/bench_*.py; do $(BIN)/python $$script; done
 
 clean: ## remove .venv; artifacts/ is yours to remove
 	rm -rf $(VENV)
