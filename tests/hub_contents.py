@@ -74,11 +74,10 @@ def _parquet(rows: list[dict], columns: dict[str, pa.DataType]) -> bytes:
     return buffer.getvalue()
 
 
-def starcoder2(folder, *, seed: int = 0) -> dict[str, bytes]:
-    """The files of a StarCoder2 with two small layers, bfloat16, and a byte-level BPE with StarCoder2's one end."""
-    import torch
+def bpe_tokenizer(texts, vocab_size: int):
+    """A byte-level BPE with StarCoder2's pre-tokenizer and its one special token, trained on texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Starcoder2Config, Starcoder2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -87,13 +86,21 @@ def starcoder2(folder, *, seed: int = 0) -> dict[str, bytes]:
     backend.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=vocab_size,
         special_tokens=[end],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator([mbpp_row(i)["text"] + mbpp_row(i)["code"] for i in range(1, 50)], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end, unk_token=end)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end, unk_token=end)
+
+
+def starcoder2(folder, *, seed: int = 0) -> dict[str, bytes]:
+    """The files of a StarCoder2 with two small layers, bfloat16, and a byte-level BPE with StarCoder2's one end."""
+    import torch
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+    tokenizer = bpe_tokenizer([mbpp_row(i)["text"] + mbpp_row(i)["code"] for i in range(1, 50)], 512)
     torch.manual_seed(seed)
     config = Starcoder2Config(
         vocab_size=len(tokenizer),
