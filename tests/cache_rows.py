@@ -30,9 +30,11 @@ def shard_of_logits(logits_SV, lengths, ks, tokens, grid=GRID, loss_mask=None):
     descending = np.take_along_axis(z, order, 1)
     margins = descending[:, :1] - descending
     tail = np.full((S, len(grid)), -np.inf)
+    nearest = np.where(kept, np.inf, margins).min(1, keepdims=True)
+    some = np.flatnonzero(np.isfinite(nearest))
     for column, T in enumerate(grid):
-        with np.errstate(divide="ignore"):
-            tail[:, column] = np.log(np.where(kept, 0.0, np.exp(-margins / T)).sum(1))
+        weights = np.where(kept, 0.0, np.exp(np.minimum(nearest - margins, 0) / T))[some]
+        tail[some, column] = np.log(weights.sum(1)) - nearest[some, 0] / T
     gold = np.append(tokens[1:], 0)
     logp = -margins - np.log(np.exp(-margins).sum(1, keepdims=True))
     probabilities = np.exp(logp)

@@ -50,9 +50,11 @@ class ShardArrays:
         topk_ids: i64 `[E]`, the rows' token ids, one row after the other.
         topk_margins: f32 `[E]`, z_1 − z_i in logits: 0 first, then ascending within the row.
         tail_log: f64 `[S, T]`, log Σ_{j∉K} exp((z_j − z_1)/T) in nats, −inf where nothing is left.
-        gold_logprob: f32 `[S]`, log-probability of the next token at T = 1 in nats, NaN in a document's last row.
+        gold_logprob: f32 `[S]`, log-probability of the next token at T = 1 in nats, NaN in a document's last row; None
+            where it is unknown.
         gold_in_topk: bool `[S]`, whether the next token is among the row's entries.
-        entropy_nats: f32 `[S]`, entropy of the full distribution at T = 1; a document's last row is not read.
+        entropy_nats: f32 `[S]`, entropy of the full distribution at T = 1; a document's last row is not read; None
+            where it is unknown.
     """
 
     tokens: Array
@@ -63,9 +65,9 @@ class ShardArrays:
     topk_ids: Array
     topk_margins: Array
     tail_log: Array
-    gold_logprob: Array
+    gold_logprob: Array | None
     gold_in_topk: Array
-    entropy_nats: Array
+    entropy_nats: Array | None
 
     def row_indptr(self) -> Array:
         """First entry of each row: i64 `[S+1]`."""

@@ -23,11 +23,11 @@ def measure(
         decoded: f32 `[E]`, the margins a reader decodes; tail: i16 `[S, T]`, the stored tails; scale: their steps.
 
     Returns:
-        JSON values; means over no rows are null.
+        JSON values; means over no rows, and of what is unknown, are null.
     """
     rows = a.k > 0
     targets = rows & (a.loss_mask == 1)
-    gold = a.gold_logprob.astype(np.float64)
+    nll = None if a.gold_logprob is None else -a.gold_logprob
     mass: dict[str, Any] = {}
     kl: dict[str, Any] = {}
     for column, T in enumerate(temperatures):
@@ -43,10 +43,10 @@ def measure(
         "entries": len(a.topk_ids),
         "target_bytes": sum(int(meta.get("target_bytes", 0)) for meta in a.doc_meta),
         "captured_mass": mass,
-        "entropy_nats": _mean(a.entropy_nats[rows].astype(np.float64)),
-        "gold_in_topk": _mean(a.gold_in_topk[rows].astype(np.float64)),
-        "teacher_nll_nats": _mean(-gold[targets]),
-        "teacher_nll_all_nats": _mean(-gold[rows]),
+        "entropy_nats": _mean_of(a.entropy_nats, rows),
+        "gold_in_topk": _mean_of(a.gold_in_topk, rows),
+        "teacher_nll_nats": _mean_of(nll, targets),
+        "teacher_nll_all_nats": _mean_of(nll, rows),
         "codec_kl_nats": kl,
     }
 
@@ -104,6 +104,10 @@ def _quantiles(counts: Array) -> dict[str, float | None]:
     if below[-1] == 0:
         return dict.fromkeys(QUANTILES)
     return {key: int(np.searchsorted(below, q * below[-1], side="right")) / MASS_BINS for key, q in QUANTILES.items()}
+
+
+def _mean_of(values: Array | None, rows: Array) -> float | None:
+    return None if values is None else _mean(values[rows].astype(np.float64))
 
 
 def _mean(values: Array) -> float | None:
