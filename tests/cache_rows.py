@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from shared.cache.layout import ShardArrays
+from shared.cache.layout import Samples, ShardArrays
 
 GRID = (0.5, 1.0, 1.5, 2.0)
 IDENTITY = {
@@ -64,6 +64,34 @@ def small_shard(seed, V=64, k=4, lengths=(5, 1, 7)):
     S = sum(lengths)
     logits = rng.normal(0, 3, (S, V)).astype(np.float32)
     return shard_of_logits(logits, lengths, np.full(S, k), rng.integers(0, V, S))
+
+
+def samples_of_logits(logits_SV, arrays, *, temperature, num, drawn_from="full", seed=0):
+    """`num` draws per row from softmax(z / temperature), or from the part of it that is outside the row."""
+    rng = np.random.default_rng(seed)
+    starts = arrays.row_indptr()
+    k, ids, counts, margins = np.zeros(len(arrays.k), np.int64), [], [], []
+    for row in np.flatnonzero(arrays.k):
+        z = logits_SV[row].astype(np.float64)
+        weights = np.exp((z - z.max()) / temperature)
+        if drawn_from == "tail":
+            weights[arrays.topk_ids[starts[row] : starts[row + 1]]] = 0
+        if weights.sum() == 0:
+            continue
+        drawn, times = np.unique(rng.choice(len(z), num, p=weights / weights.sum()), return_counts=True)
+        k[row] = len(drawn)
+        ids.append(drawn)
+        counts.append(times)
+        margins.append((z.max() - z[drawn]).astype(np.float32))
+    return Samples(
+        k=k,
+        ids=np.concatenate(ids),
+        counts=np.concatenate(counts),
+        margins=np.concatenate(margins),
+        temperature=temperature,
+        drawn_from=drawn_from,
+        num=num,
+    )
 
 
 def random_shard(rng, *, documents, length, k, vocabulary):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shared.cache.layout import CODECS, FILTERS, MAX_TOP_K, Array, ShardArrays
+from shared.cache.hdf5 import load_filter
+from shared.cache.layout import CODECS, FILTERS, MAX_SAMPLES, MAX_TOP_K, SAMPLED_FROM, Array, Samples, ShardArrays
 from shared.errors import CacheFormatError
 
 TAIL_TOLERANCE_NATS = 1 / 32 + 1e-3
@@ -27,6 +28,7 @@ def check_options(
     grid = list(temperatures)
     if grid != sorted(set(grid)) or 1.0 not in grid or not all(0 < t < math.inf for t in grid):
         raise CacheFormatError("the temperature grid cannot be used", expected="ascending, 1 among them", got=grid)
+    load_filter(compression)
     if not 1 <= top_k <= MAX_TOP_K:
         raise CacheFormatError("top-k is out of range", expected=f"1 to {MAX_TOP_K}", got=top_k)
     if min(head_width, tokenizer_size) < 1:
@@ -66,6 +68,8 @@ def check_arrays(a: ShardArrays, *, temperatures: Sequence[float], top_k: int, h
 
     _check_tail(a, last, temperatures, V)
     _check_gold(a, last, rows, list(temperatures).index(1.0))
+    if a.samples is not None:
+        _check_samples(a, a.samples, last, rows, temperatures, num_ids)
 
 
 def _check_shapes(a: ShardArrays, num_temperatures: int) -> None:
@@ -128,6 +132,40 @@ def _check_gold(a: ShardArrays, last: Array, rows: Array, unit: int) -> None:
     _refuse(
         a, wrong, "gold_logprob disagrees with the row", "the log-probability of the next token under head and tail"
     )
+
+
+def _check_samples(
+    a: ShardArrays, s: Samples, last: Array, rows: Array, temperatures: Sequence[float], num_ids: int
+) -> None:
+    S, R = len(a.tokens), len(s.ids)
+    if s.drawn_from not in SAMPLED_FROM:
+        raise CacheFormatError("samples of something unknown", expected=" or ".join(SAMPLED_FROM), got=s.drawn_from)
+    if s.temperature not in temperatures:
+        raise CacheFormatError("samples off the temperature grid", expected=list(temperatures), got=s.temperature)
+    if not 1 <= s.num <= MAX_SAMPLES:
+        raise CacheFormatError("the number of samples is out of range", expected=f"1 to {MAX_SAMPLES}", got=s.num)
+    shapes = {"k": (S,), "ids": (R,), "counts": (R,), "margins": (R,)}
+    for name, shape in shapes.items():
+        if getattr(s, name).shape != shape:
+            raise CacheFormatError(f"samples_{name} has the wrong shape", expected=shape, got=getattr(s, name).shape)
+    _refuse(a, s.k < 0, "a row has a negative number of samples", "0 or more", s.k)
+    if int(s.k.sum()) != R:
+        raise CacheFormatError("samples_k does not add up to the samples", expected=R, got=int(s.k.sum()))
+    sample_rows = np.repeat(np.arange(S), s.k)
+    _refuse(a, sample_rows[(s.ids < 0) | (s.ids >= num_ids)], "a sampled id is out of range", f"0 to {num_ids - 1}")
+    keys = sample_rows * num_ids + s.ids
+    _refuse(a, sample_rows[1:][np.diff(keys) <= 0], "sampled ids do not ascend", "distinct ids, ascending")
+    _refuse(a, sample_rows[s.counts < 1], "a sampled id was never drawn", "a count of at least 1")
+    valid = np.isfinite(s.margins) & (s.margins >= 0)
+    _refuse(a, sample_rows[~valid], "a sample's margin is not z_1 − z_i", "finite, at least 0")
+    drawn = np.bincount(sample_rows, weights=s.counts, minlength=S)
+    _refuse(a, last & (drawn != 0), "a document's last row has samples", "none: there is no next token")
+    missing = (drawn != s.num) & ~last
+    if s.drawn_from == "tail":
+        missing &= drawn != 0
+        inside = np.isin(keys, rows * num_ids + a.topk_ids)
+        _refuse(a, sample_rows[inside], "a sample of the tail is an entry of the row", "ids outside the row")
+    _refuse(a, missing, "a row's samples do not add up", f"{s.num} draws", drawn)
 
 
 def _refuse(a: ShardArrays, rows: Array, what: str, expected: str, values: Array | None = None) -> None:

@@ -6,13 +6,18 @@ import h5py
 import numpy as np
 
 from shared.cache.layout import Array
-from shared.errors import CacheCorruptError
+from shared.errors import CacheCorruptError, CacheFormatError
 
 CHUNK_ENTRIES = 1 << 20
+ZSTD = 32_015  # its number in the HDF Group's registry of filters
+COMPRESSION: dict[str, dict[str, object]] = {
+    "gzip": {"compression": "gzip", "compression_opts": 4},
+    "zstd": {"compression": ZSTD, "compression_opts": (3,)},
+}
 
 
-def to_bytes(arrays: Mapping[str, Array], attributes: Mapping[str, object]) -> bytes:
-    """Encode arrays as an HDF5 file: chunked, shuffle, gzip 4, fletcher32; equal input gives equal bytes.
+def to_bytes(arrays: Mapping[str, Array], attributes: Mapping[str, object], compression: str) -> bytes:
+    """Encode arrays as an HDF5 file: chunked, shuffle, gzip 4 or zstd 3, fletcher32; equal input gives equal bytes.
 
     An empty array is stored plain, since HDF5 has no chunk to filter there. Strings become fixed-length attributes.
     """
@@ -20,7 +25,7 @@ def to_bytes(arrays: Mapping[str, Array], attributes: Mapping[str, object]) -> b
         for name, array in arrays.items():
             if array.size:
                 chunk = (max(1, min(len(array), CHUNK_ENTRIES * len(array) // array.size)), *array.shape[1:])
-                filters = {"chunks": chunk, "shuffle": True, "compression": "gzip", "compression_opts": 4}
+                filters = {"chunks": chunk, "shuffle": True, **COMPRESSION[compression]}
                 file.create_dataset(name, data=array, fletcher32=True, track_times=False, **filters)
             else:
                 file.create_dataset(name, data=array, track_times=False)
@@ -36,14 +41,45 @@ def from_bytes(image: bytes, where: object) -> tuple[dict[str, Array], dict[str,
 
     Raises:
         CacheCorruptError: the bytes are no HDF5 file, or a checksum in it fails; `where` names the file.
+        CacheFormatError: it needs a filter that is not installed.
     """
     try:
         with h5py.File(h5py.h5f.open_file_image(image)) as file:
+            load_filters(file)
             arrays = {name: file[name][()] for name in file}
             attributes = {key: _plain(value) for key, value in file.attrs.items()}
+    except CacheFormatError:
+        raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise CacheCorruptError("a shard cannot be read", where=where, got=error, fix="cache verify") from error
     return arrays, attributes
+
+
+def load_filters(file: h5py.File) -> None:
+    """Make the filter that a file's data sets need known to HDF5; gzip always is.
+
+    Raises:
+        CacheFormatError: it is zstd, and hdf5plugin is not installed.
+    """
+    for dataset in file.values():
+        properties = dataset.id.get_create_plist()
+        if ZSTD in (properties.get_filter(i)[0] for i in range(properties.get_nfilters())):
+            load_filter("zstd")
+            return
+
+
+def load_filter(compression: str) -> None:
+    """Make a filter known to HDF5, by its name.
+
+    Raises:
+        CacheFormatError: zstd, and hdf5plugin is not installed.
+    """
+    if compression != "zstd":
+        return
+    try:
+        import hdf5plugin  # noqa: F401  importing it registers its filters
+    except ImportError as error:
+        raise CacheFormatError("zstd needs the package hdf5plugin", got=error, fix="pip install hdf5plugin") from error
 
 
 def _plain(value: object) -> object:

@@ -12,9 +12,11 @@ Array = NDArray[Any]
 FORMAT = "codedistill-cache"
 VERSION = 1
 CODECS = ("f16", "q")
-FILTERS = ("gzip",)
+FILTERS = ("gzip", "zstd")
 TEMPERATURES_DEFAULT = (0.5, 1.0, 1.5, 2.0)
 MAX_TOP_K = 65_535
+MAX_SAMPLES = 65_535
+SAMPLED_FROM = ("full", "tail")
 MAX_MARGIN = 1_500.0
 
 BUILD, CLAIM = "build.json", "claim.json"
@@ -32,6 +34,29 @@ def shard_name(shard: int) -> str:
 def temperature_key(temperature: float) -> str:
     """A temperature as a key of the JSON files: `0.5`, `1`, `1.5`, `2`."""
     return f"{temperature:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Ids drawn from the teacher's distribution for each of S rows; R distinct ids in all.
+
+    Args:
+        k: i64 `[S]`, distinct ids of each row, 0 in a document's last.
+        ids: i64 `[R]`, ascending within the row.
+        counts: i64 `[R]`, how often each was drawn; a row's counts add up to `num`.
+        margins: f32 `[R]`, z_1 − z_i in logits, from which weights at other temperatures are formed.
+        temperature: the grid temperature they were drawn at.
+        drawn_from: `full`, or `tail`: from the ids outside the row, and not at all where that holds nothing.
+        num: draws per row.
+    """
+
+    k: Array
+    ids: Array
+    counts: Array
+    margins: Array
+    temperature: float
+    drawn_from: str
+    num: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +80,7 @@ class ShardArrays:
         gold_in_topk: bool `[S]`, whether the next token is among the row's entries.
         entropy_nats: f32 `[S]`, entropy of the full distribution at T = 1; a document's last row is not read; None
             where it is unknown.
+        samples: sampled targets, where there are any.
     """
 
     tokens: Array
@@ -68,6 +94,7 @@ class ShardArrays:
     gold_logprob: Array | None
     gold_in_topk: Array
     entropy_nats: Array | None
+    samples: Samples | None = None
 
     def row_indptr(self) -> Array:
         """First entry of each row: i64 `[S+1]`."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from shared.cache import hdf5
 from shared.cache.codec import decode_margins, decode_tail, last_of_rows
-from shared.cache.layout import FORMAT, TOKENIZER, VERSION, Array, indptr, shard_name
+from shared.cache.layout import FORMAT, TOKENIZER, VERSION, Array, Samples, indptr, shard_name
 from shared.cache.manifest import read_manifest
 from shared.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
 
@@ -39,6 +39,27 @@ class Targets:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SampledTargets:
+    """Ids drawn from the teacher's distributions for n consecutive rows; S draws per row.
+
+    Args:
+        k: i64 `[n]`, distinct ids of each row, 0 in a document's last.
+        ids: i64 `[n, S]`, token ids, 0 as padding.
+        counts: i64 `[n, S]`, how often each was drawn, 0 as padding.
+        margins: f32 `[n, S]`, z_1 − z_i in logits, 0 as padding.
+        temperature: the temperature they were drawn at; drawn_from: `full` or `tail`; num: S.
+    """
+
+    k: Array
+    ids: Array
+    counts: Array
+    margins: Array
+    temperature: float
+    drawn_from: str
+    num: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """A decoded shard: everything but the division by temperature."""
 
@@ -53,11 +74,14 @@ class Shard:
     last_margins: Array
     tail: Array
     tail_scale: int
+    samples: Samples | None
 
     @property
     def num_bytes(self) -> int:
         """Memory that the arrays take."""
-        arrays = (self.tokens, self.loss_mask, self.k, self.row_indptr, self.ids, self.margins, self.tail)
+        arrays = [self.tokens, self.loss_mask, self.k, self.row_indptr, self.ids, self.margins, self.tail]
+        if self.samples is not None:
+            arrays += [self.samples.k, self.samples.ids, self.samples.counts, self.samples.margins]
         return sum(array.nbytes for array in arrays)
 
     def targets(self, start: int, stop: int, temperature: float, column: int, width: int) -> Targets:
@@ -73,6 +97,21 @@ class Shard:
         log_total[k == 0] = 0
         logp -= log_total.astype(np.float32)[:, None]
         return Targets(k=k, ids=ids, logp=logp, log_tail=(log_tail - log_total).astype(np.float32))
+
+
+def _sampled(samples: Samples, start: int, stop: int) -> SampledTargets:
+    """Rows `start` to `stop` of a shard's samples, padded to the number of draws."""
+    k, first = samples.k[start:stop], int(samples.k[:start].sum())
+    entries = slice(first, first + int(k.sum()))
+    return SampledTargets(
+        k=k,
+        ids=_pad(samples.ids[entries], k, samples.num, np.int64, 0),
+        counts=_pad(samples.counts[entries], k, samples.num, np.int64, 0),
+        margins=_pad(samples.margins[entries], k, samples.num, np.float32, 0),
+        temperature=samples.temperature,
+        drawn_from=samples.drawn_from,
+        num=samples.num,
+    )
 
 
 class Cache:
@@ -149,6 +188,18 @@ class Cache:
         column = self.temperatures.index(temperature)
         return shard.targets(first + start, first + max(start, stop), temperature, column, self.width)
 
+    def samples(self, doc: int, start: int = 0, stop: int | None = None) -> SampledTargets:
+        """A document's sampled targets, rows `start` to `stop` (all by default); row t belongs to token t+1.
+
+        Raises:
+            CacheMismatchError: the cache holds none.
+        """
+        shard, first, last, _ = self._locate(doc)
+        if shard.samples is None:
+            raise CacheMismatchError("the cache holds no sampled targets", where=self.path)
+        start, stop, _ = slice(start, stop).indices(last - first)
+        return _sampled(shard.samples, first + start, first + max(start, stop))
+
     def load_shard(self, shard: int) -> Shard:
         """Read, check and decode a shard, or take it from memory.
 
@@ -199,6 +250,7 @@ class Cache:
         file = self.path / f"{shard_name(shard)}.h5"
         try:
             with h5py.File(file, "r", locking=False) as handle:
+                hdf5.load_filters(handle)
                 borders: Array = handle["doc_indptr"][()]
                 return borders
         except (OSError, KeyError, RuntimeError) as error:
@@ -262,9 +314,25 @@ def decode_shard(image: bytes, where: object) -> Shard:
             last_margins=last_of_rows(margins, k),
             tail=arrays["tail"],
             tail_scale=int(str(attributes["tail_scale"])),
+            samples=_samples(arrays, attributes),
         )
     except KeyError as error:
         raise CacheFormatError("a shard lacks a mandatory field", where=where, expected=error.args[0]) from error
+
+
+def _samples(arrays: dict[str, Array], attributes: dict[str, Any]) -> Samples | None:
+    """A shard's sampled targets, where it has any: then every data set and attribute of theirs."""
+    if not any(name.startswith("samples_") for name in (*arrays, *attributes)):
+        return None
+    return Samples(
+        k=arrays["samples_k"].astype(np.int64),
+        ids=arrays["samples_ids"].astype(np.int64),
+        counts=arrays["samples_counts"].astype(np.int64),
+        margins=arrays["samples_margins"],
+        temperature=attributes["samples_temperature"],
+        drawn_from=attributes["samples_from"],
+        num=attributes["samples_num"],
+    )
 
 
 def _pad(values: Array, k: Array, width: int, dtype: Any, fill: float) -> Array:

@@ -24,12 +24,14 @@ def truncate(
             least one entry, and all of them where they do not reach it.
 
     Raises:
-        ConfigError: a top-k below 1 or a top-p outside (0, 1].
+        ConfigError: a top-k below 1, a top-p outside (0, 1], or samples of a tail, which would be another one.
     """
     if top_k is not None and top_k < 1:
         raise ConfigError("top-k is out of range", expected="at least 1", got=top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError("top-p is out of range", expected="above 0, at most 1", got=top_p)
+    if arrays.samples is not None and arrays.samples.drawn_from == "tail":
+        raise ConfigError("rows with samples of their tail cannot be cut", fix="sample from the full distribution")
     starts = arrays.row_indptr()[:-1]
     k = arrays.k if top_k is None else np.minimum(arrays.k, top_k)
     if top_p is not None:
@@ -83,6 +85,7 @@ def exact(shard: Shard, temperatures: Sequence[float]) -> ShardArrays:
         gold_logprob=None,
         gold_in_topk=gold_in_rows(shard.tokens, shard.k, ids),
         entropy_nats=None,
+        samples=shard.samples,
     )
 
 

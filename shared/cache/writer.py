@@ -62,7 +62,7 @@ def encode_shard(
         temperatures: the grid that `arrays.tail_log` was summed at; contains 1.
         head_width: rows of the teacher's LM head; tokenizer_size: the vocabulary that rows are normalised over.
         top_k: the requested number of entries per row.
-        compression: `gzip`.
+        compression: the filter, `gzip` or `zstd`.
 
     Returns:
         The bytes and the shard's statistics (FORMAT.md, "Statistics").
@@ -93,7 +93,7 @@ def encode_shard(
         **values,
         "tail": tail,
     }
-    attributes = {
+    attributes: dict[str, object] = {
         "format": FORMAT,
         "version": VERSION,
         "codec": codec,
@@ -103,8 +103,21 @@ def encode_shard(
         "head_width": head_width,
         "tokenizer_size": tokenizer_size,
     }
+    if arrays.samples is not None:
+        samples = arrays.samples
+        datasets |= {
+            "samples_k": samples.k.astype(np.uint16),
+            "samples_ids": samples.ids.astype(np.uint32),
+            "samples_counts": samples.counts.astype(np.uint16),
+            "samples_margins": samples.margins.astype(np.float32),
+        }
+        attributes |= {
+            "samples_temperature": samples.temperature,
+            "samples_from": samples.drawn_from,
+            "samples_num": samples.num,
+        }
     statistics = measure(arrays, decoded, tail, temperatures=temperatures, scale=scale)
-    return hdf5.to_bytes(datasets, attributes), statistics
+    return hdf5.to_bytes(datasets, attributes, compression), statistics
 
 
 def _rank_ids(ids: Array) -> tuple[Array, Array]:
@@ -125,7 +138,7 @@ class CacheWriter:
     Args:
         path: the cache's directory; made where it is missing.
         build: every option that decides the cache's bytes, as JSON values: at least `codec`, `temperatures`, `top_k`,
-            `head_width`, `tokenizer_size`; `filter` (`gzip`) and `num_shards` (shown by `cache info`) where known.
+            `head_width`, `tokenizer_size`; `filter` unless it is `gzip`; `num_shards` (for `cache info`) where known.
 
     Raises:
         ResumeError: an existing build has other options, the folder holds something else, or another process builds.

@@ -258,7 +258,7 @@ def test_a_wrong_normaliser_is_refused():
     ("option", "value", "message"),
     [
         ("codec", "zip", "unknown codec"),
-        ("compression", "zstd", "unknown filter"),
+        ("compression", "lz4", "unknown filter"),
         ("temperatures", (0.5, 2.0), "temperature grid"),
         ("temperatures", (1.0, 0.5), "temperature grid"),
         ("top_k", 65_536, "top-k is out of range"),
@@ -271,7 +271,8 @@ def test_refused_options(option, value, message):
 
 
 def test_an_empty_shard_is_refused():
-    empty = {field.name: getattr(small_shard(0), field.name)[:0] for field in dataclasses.fields(small_shard(0))}
+    names = [field.name for field in dataclasses.fields(small_shard(0)) if field.name != "samples"]
+    empty = {name: getattr(small_shard(0), name)[:0] for name in names}
     arrays = dataclasses.replace(small_shard(0), **empty | {"doc_indptr": np.array([0])})
     with pytest.raises(CacheFormatError, match="empty shard"):
         encode_shard(arrays, codec="f16", **OPTIONS)
