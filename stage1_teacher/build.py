@@ -13,6 +13,7 @@ from data.records import DocumentSet
 from shared import tracking
 from shared.cache.directory import has_leftovers, is_finished
 from shared.cache.layout import BUILD, ShardArrays, shard_name
+from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
 from shared.config import to_dict
 from shared.errors import CacheFormatError, ConfigError, DistillError, ResumeError
@@ -30,8 +31,10 @@ NAMED = ("teacher", "revision", "dataset", "dataset_revision", "split")  # recor
 OPTIONS = (
     "columns",
     "codec",
+    "filter",
     "temperatures",
     "top_k",
+    "top_p",
     "dtype",
     "shard_tokens",
     "batch_tokens",
@@ -167,6 +170,7 @@ def _build(
             "labels": {
                 "temperatures": list(config.temperatures),
                 "top_k": config.top_k,
+                "top_p": config.top_p,
                 "codec": config.codec,
                 "dtype": config.dtype,
                 "head": "float32" if fused else config.dtype,
@@ -259,7 +263,7 @@ def label_shard(
     Args:
         source: the teacher's logits.
         pieces: the shard's documents in order.
-        config: batches, top-k and grid.
+        config: batches, top-k, top-p and grid.
         tokenizer_size: ids beyond it are masked.
         advance: told of tokens done.
 
@@ -338,6 +342,8 @@ def label_shard(
         gold_in_topk=gold_in_topk,
         entropy_nats=entropy,
     )
+    if config.top_p is not None:
+        arrays = truncate(arrays, config.temperatures, top_p=config.top_p)
     return arrays, excess_mass
 
 

@@ -22,8 +22,10 @@ class TeacherConfig:
         columns: the data set's own column names, such as `prompt=instruction,completion=output`.
         limit_docs: use only that many documents.
         top_k: entries kept of each row.
+        top_p: keep only a row's shortest prefix that holds this much of its probability at T = 1, within top_k.
         temperatures: the grid at which the mass outside the row is stored; holds 1.
         codec: how the kept logits are encoded.
+        filter: how the cache's arrays are compressed; zstd needs hdf5plugin here and where the cache is read.
         shard_tokens: tokens of a shard, about: documents are never cut for it.
         batch_tokens: most tokens of a batch, padding included.
         head_rows: rows that go through the LM head at once; their float32 logits are the largest buffer.
@@ -41,8 +43,10 @@ class TeacherConfig:
     columns: str | None = None
     limit_docs: int | None = None
     top_k: int = 64
+    top_p: float | None = None
     temperatures: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    codec: Literal["f16", "q"] = "f16"
+    codec: Literal["f16", "q"] = "q"
+    filter: Literal["gzip", "zstd"] = "gzip"
     shard_tokens: int = 32_768
     batch_tokens: int = 1_024
     head_rows: int = 512
@@ -61,6 +65,10 @@ class TeacherConfig:
         if self.top_k > MAX_TOP_K:
             raise ConfigError(
                 "a value out of range", where="TeacherConfig.top_k", expected=f"at most {MAX_TOP_K:,}", got=self.top_k
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(
+                "a value out of range", where="TeacherConfig.top_p", expected="above 0, at most 1", got=self.top_p
             )
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(

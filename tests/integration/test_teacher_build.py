@@ -97,7 +97,7 @@ def shards(out):
 def test_labels_equal_the_teachers_own_logits(teacher, tokenizer, rows, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    cache, result = build(teacher, rows, tmp_path / "cache", "--top-k", "20")
+    cache, result = build(teacher, rows, tmp_path / "cache", "--top-k", "20", "--codec", "f16")
     assert verify_cache(cache.path) == []
     assert cache.num_documents == 20
     assert cache.num_shards > 2
@@ -266,11 +266,41 @@ def test_a_teacher_without_its_tokenizer_is_refused(teacher, rows, tmp_path):
         build(bare, rows, tmp_path / "cache")
 
 
-def test_both_codecs_and_a_profile(teacher, rows, tmp_path):
+def test_defaults_and_a_profile(teacher, rows, tmp_path):
+    cache, _ = build(teacher, rows, tmp_path / "default", "--limit-docs", "3")
+    assert [cache.manifest[key] for key in ("codec", "filter", "top_k")] == ["q", "gzip", 64]
     profile = tmp_path / "profile.toml"
-    profile.write_text('codec = "q"\ntop_k = 7\ntemperatures = [1.0]\n')
+    profile.write_text('codec = "f16"\ntop_k = 7\ntemperatures = [1.0]\n')
     cache, _ = build(teacher, rows, tmp_path / "cache", "--config", str(profile), "--top-k", "9")
-    assert (cache.manifest["codec"], cache.manifest["top_k"], cache.temperatures) == ("q", 9, (1.0,))
+    assert (cache.manifest["codec"], cache.manifest["top_k"], cache.temperatures) == ("f16", 9, (1.0,))
+
+
+def test_top_p_cuts_rows_and_is_part_of_the_labels(teacher, rows, tmp_path):
+    whole, _ = build(teacher, rows, tmp_path / "whole", "--top-k", "20")
+    cut, _ = build(teacher, rows, tmp_path / "cut", "--top-k", "20", "--top-p", "0.5")
+    assert cut.label_identity != whole.label_identity
+    assert cut.manifest["identity"]["labels"]["top_p"] == 0.5
+    for document in range(20):
+        ours, theirs = cut.targets(document, 1.0), whole.targets(document, 1.0)
+        inside = np.arange(20) < ours.k[:, None]
+        assert np.array_equal(ours.ids, np.where(inside, theirs.ids, 0))
+        mass = np.exp(np.where(inside, theirs.logp, -np.inf).astype(np.float64))[:-1]
+        kept, shorter = mass.sum(1), mass.sum(1) - mass[np.arange(len(mass)), ours.k[:-1] - 1]
+        assert np.all((kept > 0.5 - 0.02) | (ours.k[:-1] == 20)) and np.all(shorter < 0.5 + 0.02)
+    assert cut.statistics["entries"] < whole.statistics["entries"]
+    for key in ("entropy_nats", "teacher_nll_nats", "teacher_nll_all_nats"):
+        assert cut.statistics[key] == whole.statistics[key]
+    with pytest.raises(ResumeError, match="top_p"):
+        build(teacher, rows, tmp_path / "cut", "--top-k", "20", "--top-p", "0.6")
+
+
+def test_the_filter_is_no_part_of_the_labels(teacher, rows, tmp_path):
+    pytest.importorskip("hdf5plugin")
+    caches = [build(teacher, rows, tmp_path / name, "--filter", name)[0] for name in ("gzip", "zstd")]
+    assert [cache.manifest["filter"] for cache in caches] == ["gzip", "zstd"]
+    assert caches[0].label_identity == caches[1].label_identity
+    gzip, zstd = (cache.targets(3, 2.0) for cache in caches)
+    assert np.array_equal(gzip.logp, zstd.logp) and np.array_equal(gzip.ids, zstd.ids)
 
 
 def test_a_chats_targets_are_the_assistants_turns(teacher, tokenizer, tmp_path):

@@ -25,6 +25,9 @@ def test_profiles_hold_overrides_only(path):
     [
         ("top_k", 0),
         ("top_k", 65_536),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("filter", "lz4"),
         ("shard_tokens", 0),
         ("limit_docs", 0),
         ("max_length", 1),
@@ -49,4 +52,4 @@ def test_help_states_the_configs_defaults():
             shown[option.name] = found[1]
     default = TeacherConfig()
     assert shown == {name: str(getattr(default, name)) for name in shown}
-    assert len(shown) == 8
+    assert len(shown) == 9
