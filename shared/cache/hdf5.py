@@ -5,13 +5,14 @@ from collections.abc import Mapping
 import h5py
 import numpy as np
 
+from shared.cache.deflate import LEVEL, pack_chunk
 from shared.cache.layout import Array
 from shared.errors import CacheCorruptError, CacheFormatError
 
 CHUNK_ENTRIES = 1 << 20
 ZSTD = 32_015  # its number in the HDF Group's registry of filters
 COMPRESSION: dict[str, dict[str, object]] = {
-    "gzip": {"compression": "gzip", "compression_opts": 4},
+    "gzip": {"compression": "gzip", "compression_opts": LEVEL},
     "zstd": {"compression": ZSTD, "compression_opts": (3,)},
 }
 
@@ -24,9 +25,7 @@ def to_bytes(arrays: Mapping[str, Array], attributes: Mapping[str, object], comp
     with h5py.File("shard", "w", driver="core", backing_store=False, libver=("earliest", "v110")) as file:
         for name, array in arrays.items():
             if array.size:
-                chunk = (max(1, min(len(array), CHUNK_ENTRIES * len(array) // array.size)), *array.shape[1:])
-                filters = {"chunks": chunk, "shuffle": True, **COMPRESSION[compression]}
-                file.create_dataset(name, data=array, fletcher32=True, track_times=False, **filters)
+                _write_chunks(file, name, array, compression)
             else:
                 file.create_dataset(name, data=array, track_times=False)
         for key, value in attributes.items():
@@ -34,6 +33,21 @@ def to_bytes(arrays: Mapping[str, Array], attributes: Mapping[str, object], comp
         file.flush()
         image: bytes = file.id.get_file_image()
         return image
+
+
+def _write_chunks(file: h5py.File, name: str, array: Array, compression: str) -> None:
+    """A data set in equal chunks, since HDF5 stores the last one padded to the full length."""
+    rows = -(-len(array) // -(-array.size // CHUNK_ENTRIES))
+    filters = {"chunks": (rows, *array.shape[1:]), "shuffle": True, "fletcher32": True, **COMPRESSION[compression]}
+    dataset = file.create_dataset(name, shape=array.shape, dtype=array.dtype, track_times=False, **filters)
+    if compression != "gzip":
+        dataset[...] = array
+        return
+    for start in range(0, len(array), rows):
+        part = array[start : start + rows]
+        chunk = np.zeros(dataset.chunks, array.dtype)
+        chunk[: len(part)] = part
+        dataset.id.write_direct_chunk((start, *[0] * (array.ndim - 1)), pack_chunk(chunk))
 
 
 def from_bytes(image: bytes, where: object) -> tuple[dict[str, Array], dict[str, object]]:
