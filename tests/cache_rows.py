@@ -18,13 +18,13 @@ def build_options(**changes):
 
 
 def shard_of_logits(logits_SV, lengths, ks, tokens, grid=GRID, loss_mask=None):
-    """A shard from dense float32 logits; `ks` is the number of entries per row, 0 in each document's last."""
+    """A shard from dense float32 logits, −inf among them; `ks`: entries per row, where so many are finite."""
     S, V = logits_SV.shape
     z = logits_SV.astype(np.float64)
     ends = np.concatenate([[0], np.cumsum(lengths)])
     last = np.zeros(S, bool)
     last[ends[1:] - 1] = True
-    k = np.where(last, 0, ks).astype(np.int64)
+    k = np.where(last, 0, np.minimum(ks, np.isfinite(z).sum(1))).astype(np.int64)
     order = np.argsort(-z, axis=1, kind="stable")
     kept = np.arange(V) < k[:, None]
     descending = np.take_along_axis(z, order, 1)
@@ -33,12 +33,13 @@ def shard_of_logits(logits_SV, lengths, ks, tokens, grid=GRID, loss_mask=None):
     nearest = np.where(kept, np.inf, margins).min(1, keepdims=True)
     some = np.flatnonzero(np.isfinite(nearest))
     for column, T in enumerate(grid):
-        weights = np.where(kept, 0.0, np.exp(np.minimum(nearest - margins, 0) / T))[some]
+        distance = np.minimum(nearest[some] - margins[some], 0)
+        weights = np.where(kept[some], 0.0, np.exp(distance / T))
         tail[some, column] = np.log(weights.sum(1)) - nearest[some, 0] / T
     gold = np.append(tokens[1:], 0)
     logp = -margins - np.log(np.exp(-margins).sum(1, keepdims=True))
     probabilities = np.exp(logp)
-    entropy = -(probabilities * np.where(probabilities > 0, logp, 0)).sum(1)
+    entropy = -(probabilities * np.where(probabilities > 0, logp, 0)).sum(1)  # 0 log 0 = 0
     rank = np.argmax(order == gold[:, None], axis=1)
     if loss_mask is None:
         loss_mask = ~last

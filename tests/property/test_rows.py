@@ -66,7 +66,7 @@ def test_refused_truncations(options):
         truncate(small_shard(0), GRID, **options)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(row=rows(), codec=st.sampled_from(["q", "f16"]))
 def test_a_decoded_shard_encodes_to_the_same_bytes(row, codec):
     logits, k = row
