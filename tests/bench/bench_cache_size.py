@@ -1,8 +1,8 @@
 """Bytes per token and error of the cache, with a real teacher's logits over MBPP train.
 
-Rows are captured once with 128 entries, in float32, and cut to the smaller sizes (`rows.truncate`), which gives the rows
-of a build of that size. Each cache is really written; its bytes are the whole directory but `tokenizer/`. The error is
-KL(exact‖decoded) of the K+1 partition against those float32 margins and float64 tails.
+Rows are captured once with 128 entries, in float32, and cut to the smaller sizes (`rows.truncate`), which gives the
+rows of a build of that size. Each cache is really written; its bytes are the whole directory but `tokenizer/`. The error
+is KL(exact‖decoded) of the K+1 partition against those float32 margins and float64 tails.
 
     python tests/bench/bench_cache_size.py --teacher DIR --dataset mbpp.jsonl
 """
@@ -30,7 +30,9 @@ from stage1_teacher.config import TeacherConfig
 K = 128
 LIMITS = {"K=16": 35, "K=50": 92, "K=64": 116, "top-p 0.98 within 64": 43}  # bytes per token, codec q with gzip
 KL_MEAN, KL_MAX = 1e-4, 1e-3
-PEERS = "quoted at K=50: DistillKit 114 B/token at a mean KL of 1.2e-1; Megatron-LM 166; LLM-Distillery 221; axolotl 1212"
+PEERS = (
+    "quoted at K=50: DistillKit 114 B/token at a mean KL of 1.2e-1; Megatron-LM 166; LLM-Distillery 221; axolotl 1212"
+)
 
 
 def capture(teacher: str, dataset: str, split: str, shard_tokens: int) -> tuple[list[ShardArrays], int, int]:
@@ -117,7 +119,10 @@ def main() -> None:
                 options = {"codec": codec, "filter": compression, "top_k": cut["top_k"]}
                 info = write_cache(Path(folder) / f"{name} {codec} {compression}", rows, size, width, **options)
                 means, maxima = (list(info[f"encoding_kl_{what}_nats"].values()) for what in ("mean", "max"))
-                ours, limit = info["bytes_per_token"], LIMITS.get(name) if (codec, compression) == ("q", "gzip") else None
+                ours, limit = (
+                    info["bytes_per_token"],
+                    LIMITS.get(name) if (codec, compression) == ("q", "gzip") else None,
+                )
                 if limit and (ours > limit or max(means) > KL_MEAN or max(maxima) > KL_MAX):
                     missed.append(name)
                 errors = "  ".join(f"{mean:.1e} {largest:.1e}" for mean, largest in zip(means, maxima, strict=True))
@@ -128,7 +133,9 @@ def main() -> None:
                 plain = naive_bytes(Path(folder) / "plain.h5", shards, cut["top_k"]) / num_tokens
                 packed = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
                 smaller = naive_bytes(Path(folder) / "packed.h5", shards, cut["top_k"], **packed) / num_tokens
-                print(f"{name:<21} naive  {plain:>8.1f}        f16 + u16 in plain chunked HDF5; {smaller:.1f} with gzip")
+                print(
+                    f"{name:<21} naive  {plain:>8.1f}        f16 + u16 in plain chunked HDF5; {smaller:.1f} with gzip"
+                )
         print("\nparts of the codec-q cache at K=50, bytes per token:", json.dumps(parts(Path(folder) / "K=50 q gzip")))
     print(f"limits at T in {grid}: mean KL {KL_MEAN:g}, max KL {KL_MAX:g}\n{PEERS}")
     print(f"missed: {', '.join(missed)}" if missed else "every limit is kept")

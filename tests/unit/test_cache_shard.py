@@ -76,31 +76,80 @@ def test_tokens_are_as_narrow_as_the_vocabulary_allows(vocabulary, kind):
         assert file["tokens"].dtype.str == kind
 
 
-def test_more_ids_than_u16_ranks_do_not_wrap():
-    """A shard with 70,000 distinct ids of a vocabulary of 262,144 reads back exactly."""
-    V, S, k = 262_144, 701, 100
-    ids = np.arange(700 * k) * 3 + 7
-    ks = np.append(np.full(700, k), 0)
-    tail = np.full((S, 1), -1.0)
-    tail[-1] = -np.inf
-    arrays = dataclasses.replace(
+def spread_shard(num_ids, k, step):
+    """Rows of k flat entries that use the ids 7, 7 + step, …: `num_ids` of them, and the first k again."""
+    num_rows = -(-num_ids // k) + 1
+    ids = np.concatenate([np.arange(num_ids), np.arange(num_rows * k - num_ids)]) * step + 7
+    ks = np.append(np.full(num_rows, k), 0)
+    tail = np.where(ks[:, None] > 0, -1.0, -np.inf)
+    return dataclasses.replace(
         small_shard(0),
-        tokens=np.zeros(S, np.int64),
-        loss_mask=np.zeros(S, np.uint8),
-        doc_indptr=np.array([0, S]),
+        tokens=np.zeros(num_rows + 1, np.int64),
+        loss_mask=np.zeros(num_rows + 1, np.uint8),
+        doc_indptr=np.array([0, num_rows + 1]),
         doc_meta=[{"id": "x"}],
         k=ks,
         topk_ids=ids,
-        topk_margins=np.zeros(700 * k, np.float32),
+        topk_margins=np.zeros(len(ids), np.float32),
         tail_log=tail,
-        gold_logprob=np.full(S, -20.0, np.float32),
-        gold_in_topk=np.zeros(S, bool),
-        entropy_nats=np.zeros(S, np.float32),
+        gold_logprob=None,
+        gold_in_topk=np.zeros(num_rows + 1, bool),
+        entropy_nats=None,
     )
+
+
+@pytest.mark.parametrize(("num_ids", "kind"), [(65_536, "<u2"), (65_537, "<u4"), (70_000, "<u4")])
+def test_more_ids_than_u16_ranks_do_not_wrap(num_ids, kind):
+    """Ids of a vocabulary of 262,144 read back exactly, whatever type their ranks have."""
+    V, k = 262_144, 300
+    arrays = spread_shard(num_ids, k, 3)
     image, _ = encode_shard(arrays, codec="q", temperatures=[1.0], top_k=k, head_width=V, tokenizer_size=V)
     with open_image(image) as file:
-        assert file["topk_ids"].dtype.str == "<u4"
-    assert np.array_equal(decode_shard(image, "x").ids, ids)
+        assert (file["topk_ids"].dtype.str, file["tokens"].dtype.str, file["k"].dtype.str) == (kind, "<u4", "<u2")
+        assert len(file["id_table"]) == num_ids
+    shard = decode_shard(image, "x")
+    assert np.array_equal(shard.ids, arrays.topk_ids) and shard.ids.max() > 65_535
+    assert np.array_equal(shard.k, arrays.k)
+
+
+def test_the_largest_row_that_k_can_count():
+    V, k = 70_000, 65_535
+    arrays = spread_shard(k, k, 1)
+    image, _ = encode_shard(arrays, codec="q", temperatures=[1.0], top_k=k, head_width=V, tokenizer_size=V)
+    shard = decode_shard(image, "x")
+    assert shard.k.tolist() == [k, k, 0] and np.array_equal(shard.ids, arrays.topk_ids)
+
+
+@pytest.mark.parametrize(("num_rows", "num_chunks"), [(3_495, 1), (3_496, 2)])
+def test_chunks_hold_a_million_entries_at_most(num_rows, num_chunks):
+    """A shard of up to 2^20 entries is one chunk per data set; a larger one is cut evenly."""
+    arrays, V = spread_shard((num_rows - 1) * 300, 300, 1), 1 << 21
+    image, _ = encode_shard(arrays, codec="q", temperatures=[1.0], top_k=300, head_width=V, tokenizer_size=V)
+    with open_image(image) as file:
+        assert file["topk_codes"].chunks == (num_rows * 300 // num_chunks,)
+        assert file["tail"].chunks == file["tail"].shape
+    assert np.array_equal(decode_shard(image, "x").ids, arrays.topk_ids)
+
+
+def test_head_and_tokenizer_of_different_sizes():
+    """Ids count up to the smaller; k = V alone has no tail, also where the head is narrower than V."""
+    logits = np.zeros((3, 6), np.float32)
+    arrays = shard_of_logits(logits, [3], np.array([6, 4, 0]), np.array([5, 5, 5]))
+    sizes = {"codec": "q", "temperatures": GRID, "top_k": 8}
+    for head_width, V, tails in [
+        (6, 6, [True, False, True]),
+        (8, 6, [True, False, True]),
+        (6, 8, [False, False, True]),
+    ]:
+        image, _ = encode_shard(arrays, head_width=head_width, tokenizer_size=V, **sizes)
+        with open_image(image) as file:
+            assert (file["tail"][:, 0] == -32768).tolist() == tails
+        # A tail that underflows or is empty weighs nothing at any temperature.
+        log_tail = decode_shard(image, "x").targets(0, 3, 0.5, 0, 6).log_tail
+        assert np.exp(log_tail[0]) == 0 and np.exp(log_tail[1]) == pytest.approx(1 / 3, rel=0.05)
+    for head_width, V in [(5, 6), (6, 5)]:
+        with pytest.raises(CacheFormatError, match="token id is out of range; where: document 'doc/0', position 0"):
+            encode_shard(arrays, head_width=head_width, tokenizer_size=V, **sizes)
 
 
 @pytest.mark.parametrize("codec", ["f16", "q"])
