@@ -11,7 +11,14 @@ Array = NDArray[Any]
 
 FORMAT = "codedistill-cache"
 VERSION = 1
-CODECS = ("f16", "q")
+CODECS = {"f16": ("topk_margins",), "q": ("codebook", "topk_codes", "esc_pos", "esc_value")}  # with their data sets
+DATASETS = ("tokens", "loss_mask", "doc_indptr", "doc_meta", "doc_meta_indptr", "k", "id_table", "topk_ids", "tail")
+ATTRIBUTES = ("format", "version", "codec", "temperatures", "tail_scale", "top_k", "head_width", "tokenizer_size")
+SAMPLES = (  # all or none
+    *("samples_k", "samples_ids", "samples_counts", "samples_margins"),
+    *("samples_temperature", "samples_from", "samples_num"),
+)
+RECORD_FIELDS = ("format", "version", "shard", "bytes", "sha256", "statistics")
 FILTERS = ("gzip", "zstd")
 TEMPERATURES_DEFAULT = (0.5, 1.0, 1.5, 2.0)
 MAX_TOP_K = 65_535

@@ -12,7 +12,16 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shared.cache.layout import FORMAT, MANIFEST, MANIFEST_PENDING, MANIFEST_SHA256, SHARD_PATTERN, VERSION
+from shared.cache.layout import (
+    CODECS,
+    FILTERS,
+    FORMAT,
+    MANIFEST,
+    MANIFEST_PENDING,
+    MANIFEST_SHA256,
+    SHARD_PATTERN,
+    VERSION,
+)
 from shared.errors import CacheCorruptError, CacheFormatError
 from shared.runtime import fsync_directory, to_json, write_bytes
 
@@ -60,6 +69,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     for key, kind in REQUIRED.items():
         if not isinstance(manifest.get(key), kind):
             raise CacheFormatError("the manifest lacks a field", where=directory, expected=f"{key} ({kind.__name__})")
+    for key, known in (("codec", tuple(CODECS)), ("filter", FILTERS)):
+        if manifest[key] not in known:
+            fix = "read it with a newer codedistill"
+            raise CacheFormatError(
+                f"unknown {key}", where=directory, expected=" or ".join(known), got=manifest[key], fix=fix
+            )
     for name, entry in manifest["files"].items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not isinstance(entry, dict) or {"bytes", "sha256"} - set(entry):

@@ -14,7 +14,19 @@ import numpy as np
 
 from shared.cache import hdf5
 from shared.cache.codec import decode_margins, decode_tail, last_of_rows
-from shared.cache.layout import FORMAT, TOKENIZER, VERSION, Array, Samples, indptr, shard_name
+from shared.cache.layout import (
+    ATTRIBUTES,
+    CODECS,
+    DATASETS,
+    FORMAT,
+    SAMPLES,
+    TOKENIZER,
+    VERSION,
+    Array,
+    Samples,
+    indptr,
+    shard_name,
+)
 from shared.cache.manifest import read_manifest
 from shared.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
 
@@ -291,39 +303,47 @@ def decode_shard(image: bytes, where: object) -> Shard:
     """Decode a shard from the bytes of its file; `where` names it in errors.
 
     Raises:
-        CacheFormatError: another format or version, or a data set is missing.
+        CacheFormatError: another format, version or codec, or a data set or attribute is missing.
         CacheCorruptError: the bytes are no HDF5 file, or a checksum in it fails.
     """
     arrays, attributes = hdf5.from_bytes(image, where)
     if attributes.get("format") != FORMAT or attributes.get("version") != VERSION:
         got = f"{attributes.get('format')} {attributes.get('version')}"
         raise CacheFormatError("unknown shard format", where=where, expected=f"{FORMAT} {VERSION}", got=got)
-    try:
-        k = arrays["k"].astype(np.int64)
-        margins = decode_margins(arrays, k, str(attributes["codec"]))
-        blob, borders = arrays["doc_meta"].tobytes(), arrays["doc_meta_indptr"]
-        return Shard(
-            tokens=arrays["tokens"],
-            loss_mask=arrays["loss_mask"],
-            doc_indptr=arrays["doc_indptr"],
-            meta=tuple(json.loads(blob[a:b]) for a, b in itertools.pairwise(borders)),
-            k=k,
-            row_indptr=indptr(k),
-            ids=arrays["id_table"][arrays["topk_ids"]],
-            margins=margins,
-            last_margins=last_of_rows(margins, k),
-            tail=arrays["tail"],
-            tail_scale=int(str(attributes["tail_scale"])),
-            samples=_samples(arrays, attributes),
-        )
-    except KeyError as error:
-        raise CacheFormatError("a shard lacks a mandatory field", where=where, expected=error.args[0]) from error
+    codec = str(attributes.get("codec", ""))
+    missing = [name for name in ATTRIBUTES if name not in attributes]
+    missing += [name for name in (*DATASETS, *CODECS.get(codec, ())) if name not in arrays]
+    if missing:
+        raise CacheFormatError("a shard lacks a mandatory field", where=where, expected=missing[0])
+    if codec not in CODECS:
+        raise CacheFormatError("unknown codec", where=where, expected=" or ".join(CODECS), got=codec)
+    k = arrays["k"].astype(np.int64)
+    margins = decode_margins(arrays, k, codec)
+    blob, borders = arrays["doc_meta"].tobytes(), arrays["doc_meta_indptr"]
+    return Shard(
+        tokens=arrays["tokens"],
+        loss_mask=arrays["loss_mask"],
+        doc_indptr=arrays["doc_indptr"],
+        meta=tuple(json.loads(blob[a:b]) for a, b in itertools.pairwise(borders)),
+        k=k,
+        row_indptr=indptr(k),
+        ids=arrays["id_table"][arrays["topk_ids"]],
+        margins=margins,
+        last_margins=last_of_rows(margins, k),
+        tail=arrays["tail"],
+        tail_scale=int(str(attributes["tail_scale"])),
+        samples=_samples(arrays, attributes, where),
+    )
 
 
-def _samples(arrays: dict[str, Array], attributes: dict[str, Any]) -> Samples | None:
+def _samples(arrays: dict[str, Array], attributes: dict[str, Any], where: object) -> Samples | None:
     """A shard's sampled targets, where it has any: then every data set and attribute of theirs."""
-    if not any(name.startswith("samples_") for name in (*arrays, *attributes)):
+    present = {*arrays, *attributes} & set(SAMPLES)
+    if not present:
         return None
+    for name in SAMPLES:
+        if name not in present:
+            raise CacheFormatError("a shard lacks a mandatory field", where=where, expected=name)
     return Samples(
         k=arrays["samples_k"].astype(np.int64),
         ids=arrays["samples_ids"].astype(np.int64),

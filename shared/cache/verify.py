@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from shared.cache.directory import walk
-from shared.cache.layout import MANIFEST, MANIFEST_PENDING, MANIFEST_SHA256, shard_name
+from shared.cache.layout import MANIFEST, MANIFEST_PENDING, MANIFEST_SHA256, RECORD_FIELDS, shard_name
 from shared.cache.manifest import read_manifest
 from shared.errors import CacheCorruptError, CacheFormatError
 from shared.runtime import progress, sha256_file
@@ -60,6 +60,9 @@ def _check_pair(directory: Path, shard: int, files: dict[str, dict[str, object]]
         record = json.loads((directory / text).read_bytes())
     except (OSError, ValueError):
         return []  # the file itself is reported already
-    if not isinstance(record, dict) or record.get("sha256") != files[data]["sha256"]:
+    lacking = [key for key in RECORD_FIELDS if not isinstance(record, dict) or key not in record]
+    if lacking:
+        return [f"{text}: lacks a mandatory field: {lacking[0]}"]
+    if record["sha256"] != files[data]["sha256"]:
         return [f"{text}: names other bytes than the manifest does for {data}"]
     return []

@@ -1,7 +1,7 @@
 """Bytes per token and error of the cache, with a real teacher's logits over MBPP train.
 
-Rows are captured once with 128 entries, in float32, and cut to the smaller sizes (`rows.truncate`), which gives the
-rows of a build of that size. Each cache is really written; its bytes are the whole directory but `tokenizer/`. The error
+Rows are captured once with 128 entries, in float32, and cut to the smaller sizes (`rows.truncate`): the rows of a
+build of that size. Each cache is really written; its bytes are the whole directory but `tokenizer/`. The error
 is KL(exact‖decoded) of the K+1 partition against those float32 margins and float64 tails.
 
     python tests/bench/bench_cache_size.py --teacher DIR --dataset mbpp.jsonl
