@@ -1,8 +1,7 @@
 """The pack plan: which pieces of which documents share a block, as a pure function of lengths, size, seed and epoch.
 
-Order is shuffled in a way that still reads a cache almost in sequence: windows of neighbouring documents are permuted,
-and the documents of a few windows form a pool that is shuffled, packed best-fit decreasing and emitted as shuffled
-blocks.
+Documents come in the order of `shared.cache.order`, which still reads a cache almost in sequence: each of its pools is
+packed best-fit decreasing and emitted as shuffled blocks.
 """
 
 import bisect
@@ -10,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-WINDOW_DOCUMENTS = 128
-POOL_WINDOWS = 16
+from shared.cache.order import shuffled_pools
 
 
 class Piece(NamedTuple):
@@ -38,18 +36,11 @@ def pack(doc_lengths: np.ndarray, block_size: int, *, seed: int, epoch: int) -> 
         Blocks in training order; the rows of a block's pieces add up to at most `block_size`.
     """
     random = np.random.default_rng((seed, epoch))
-    num_windows = -(-len(doc_lengths) // WINDOW_DOCUMENTS)
-    windows = random.permutation(num_windows)
     blocks: list[Block] = []
-    for first in range(0, num_windows, POOL_WINDOWS):
-        docs = [
-            doc
-            for window in windows[first : first + POOL_WINDOWS]
-            for doc in range(window * WINDOW_DOCUMENTS, min((window + 1) * WINDOW_DOCUMENTS, len(doc_lengths)))
-        ]
+    for docs in shuffled_pools(len(doc_lengths), random):
         pieces = [
             Piece(doc, start, min(start + block_size, int(doc_lengths[doc]) - 1))
-            for doc in random.permutation(docs).tolist()
+            for doc in docs.tolist()
             for start in range(0, int(doc_lengths[doc]) - 1, block_size)
         ]
         pool = _best_fit_decreasing(pieces, block_size)

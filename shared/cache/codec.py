@@ -34,6 +34,7 @@ KNEE = 5 * math.log(4.8)
 ESCAPE = 255
 NO_TAIL = -32_768
 MAX_TAIL = 32_767
+HALF_FLOATS = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
 def tail_scale(top_k: int) -> int:
@@ -74,18 +75,32 @@ def encode_margins(margins: Array, k: Array, codec: str) -> tuple[dict[str, Arra
 
 def decode_margins(arrays: Mapping[str, Array], k: Array, codec: str) -> Array:
     """Decode a shard's margins: f32 `[E]`, z_1 − z_i. Inverse of `encode_margins`."""
-    if codec == "f16":
-        half: Array = arrays["topk_margins"]
-        return half.astype(np.float32)
-    differences = arrays["topk_codes"].astype(np.int32)
-    differences[arrays["esc_pos"]] = arrays["esc_value"]
-    starts = _row_starts(k)
-    if len(starts):
-        # Each row's first difference takes back the row before, so that one running sum decodes all rows.
-        differences[starts[1:]] = -np.add.reduceat(differences, starts)[:-1]
-    codes = np.cumsum(differences, out=differences)
-    margins: Array = arrays["codebook"][codes]
+    codes, codebook = decode_codes(arrays, k, codec)
+    margins: Array = codebook[codes]
     return margins
+
+
+def decode_codes(arrays: Mapping[str, Array], k: Array, codec: str) -> tuple[Array, Array]:
+    """A shard's margins as codes `[E]`, in the narrowest unsigned type that holds them, and their codebook f32.
+
+    A half float is its own code, in a codebook of all 65,536.
+    """
+    if codec == "f16":
+        return arrays["topk_margins"].view(np.uint16), HALF_FLOATS
+    codebook, differences = arrays["codebook"], arrays["topk_codes"]
+    kind = np.min_scalar_type(max(len(codebook) - 1, 0))
+    if len(arrays["esc_pos"]):
+        differences = differences.astype(kind)
+        differences[arrays["esc_pos"]] = arrays["esc_value"]
+    # One running sum over all rows may wrap around; taking each row's first sum off undoes that.
+    codes = np.cumsum(differences, dtype=kind)
+    rows = k[k > 0]
+    first = codes[_row_starts(k)]
+    if len(rows) and np.all(rows == rows[0]):  # as with a fixed k: no array of repeats
+        codes.reshape(len(rows), -1)[...] -= first[:, None]
+    else:
+        codes -= np.repeat(first, rows)
+    return codes, codebook
 
 
 def encode_tail(

@@ -1,9 +1,9 @@
 """Reading a cache: by document, decoded at a temperature of its grid. Writes nothing; keeps no file open."""
 
 import hashlib
-import itertools
 import json
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,117 +13,28 @@ import h5py
 import numpy as np
 
 from shared.cache import hdf5
-from shared.cache.codec import decode_margins, decode_tail, last_of_rows
-from shared.cache.layout import (
-    ATTRIBUTES,
-    CODECS,
-    DATASETS,
-    FORMAT,
-    SAMPLES,
-    TOKENIZER,
-    VERSION,
-    Array,
-    Samples,
-    indptr,
-    shard_name,
-)
+from shared.cache.layout import TOKENIZER, Array, indptr, shard_name
 from shared.cache.manifest import read_manifest
-from shared.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
+from shared.cache.order import shuffled_pools
+from shared.cache.shard import SampledTargets, Shard, Targets, decode_shard
+from shared.errors import CacheCorruptError, CacheMismatchError
 
 DECODED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Targets:
-    """The teacher's distributions for n consecutive rows at one temperature.
+class Rows:
+    """n consecutive rows of a cache.
 
     Args:
-        k: i64 `[n]`, entries of each row, 0 in a document's last.
-        ids: i64 `[n, Kmax]`, token ids, 0 as padding.
-        logp: f32 `[n, Kmax]`, log-probabilities in nats under the K+1 partition, −inf as padding.
-        log_tail: f32 `[n]`, log-probability of all ids outside the row, −inf where there are none.
+        tokens: i64 `[n]`, token ids.
+        loss_mask: bool `[n]`, whether the next token is a training target.
+        targets: the teacher's distributions for the next tokens.
     """
-
-    k: Array
-    ids: Array
-    logp: Array
-    log_tail: Array
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampledTargets:
-    """Ids drawn from the teacher's distributions for n consecutive rows; S draws per row.
-
-    Args:
-        k: i64 `[n]`, distinct ids of each row, 0 in a document's last.
-        ids: i64 `[n, S]`, token ids, 0 as padding.
-        counts: i64 `[n, S]`, how often each was drawn, 0 as padding.
-        margins: f32 `[n, S]`, z_1 − z_i in logits, 0 as padding.
-        temperature: the temperature they were drawn at; drawn_from: `full` or `tail`; num: S.
-    """
-
-    k: Array
-    ids: Array
-    counts: Array
-    margins: Array
-    temperature: float
-    drawn_from: str
-    num: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """A decoded shard: everything but the division by temperature."""
 
     tokens: Array
     loss_mask: Array
-    doc_indptr: Array
-    meta: tuple[dict[str, Any], ...]
-    k: Array
-    row_indptr: Array
-    ids: Array
-    margins: Array
-    last_margins: Array
-    tail: Array
-    tail_scale: int
-    samples: Samples | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the arrays take."""
-        arrays = [self.tokens, self.loss_mask, self.k, self.row_indptr, self.ids, self.margins, self.tail]
-        if self.samples is not None:
-            arrays += [self.samples.k, self.samples.ids, self.samples.counts, self.samples.margins]
-        return sum(array.nbytes for array in arrays)
-
-    def targets(self, start: int, stop: int, temperature: float, column: int, width: int) -> Targets:
-        """Decode rows `start` to `stop` at the temperature of a tail column, padded to `width`."""
-        k = self.k[start:stop]
-        entries = slice(self.row_indptr[start], self.row_indptr[stop])
-        last = self.last_margins[start:stop]
-        log_tail = decode_tail(self.tail[start:stop, column], last, temperature, self.tail_scale)
-        ids = _pad(self.ids[entries], k, width, np.int64, 0)
-        logp = _pad(self.margins[entries] / np.float32(-temperature), k, width, np.float32, -np.inf)
-        with np.errstate(divide="ignore"):
-            log_total = np.logaddexp(np.log(np.exp(logp).sum(axis=1, dtype=np.float64)), log_tail)
-        log_total[k == 0] = 0
-        logp -= log_total.astype(np.float32)[:, None]
-        return Targets(k=k, ids=ids, logp=logp, log_tail=(log_tail - log_total).astype(np.float32))
-
-
-def _sampled(samples: Samples, start: int, stop: int) -> SampledTargets:
-    """Rows `start` to `stop` of a shard's samples, padded to the number of draws."""
-    k, first = samples.k[start:stop], int(samples.k[:start].sum())
-    entries = slice(first, first + int(k.sum()))
-    return SampledTargets(
-        k=k,
-        ids=_pad(samples.ids[entries], k, samples.num, np.int64, 0),
-        counts=_pad(samples.counts[entries], k, samples.num, np.int64, 0),
-        margins=_pad(samples.margins[entries], k, samples.num, np.float32, 0),
-        temperature=samples.temperature,
-        drawn_from=samples.drawn_from,
-        num=samples.num,
-    )
+    targets: Targets
 
 
 class Cache:
@@ -165,6 +76,11 @@ class Cache:
         """Tokens per document in shard order: i64 `[D]`."""
         return self._index[0]
 
+    @cached_property
+    def doc_indptr(self) -> Array:
+        """First token of each document, all documents laid end to end: i64 `[D+1]`."""
+        return indptr(self.doc_lengths)
+
     def tokens(self, doc: int) -> Array:
         """A document's token ids: i64 `[n]`."""
         shard, start, stop, _ = self._locate(doc)
@@ -178,7 +94,8 @@ class Cache:
     def meta(self, doc: int) -> dict[str, Any]:
         """A document's JSON object: id, source, origin, digest, target_bytes, …"""
         shard, _, _, number = self._locate(doc)
-        return dict(shard.meta[number])
+        meta: dict[str, Any] = json.loads(shard.doc_meta[number])
+        return meta
 
     def targets(self, doc: int, temperature: float, start: int = 0, stop: int | None = None) -> Targets:
         """Decode a document's rows `start` to `stop` (all by default); row t belongs to token t+1.
@@ -188,17 +105,7 @@ class Cache:
         Raises:
             CacheMismatchError: the temperature is not on the cache's grid.
         """
-        if temperature not in self.temperatures:
-            raise CacheMismatchError(
-                "the cache holds no tails at this temperature",
-                where=self.path,
-                expected=f"one of {', '.join(f'{T:g}' for T in self.temperatures)}",
-                got=temperature,
-            )
-        shard, first, last, _ = self._locate(doc)
-        start, stop, _ = slice(start, stop).indices(last - first)
-        column = self.temperatures.index(temperature)
-        return shard.targets(first + start, first + max(start, stop), temperature, column, self.width)
+        return self.document(doc, temperature, start, stop).targets
 
     def samples(self, doc: int, start: int = 0, stop: int | None = None) -> SampledTargets:
         """A document's sampled targets, rows `start` to `stop` (all by default); row t belongs to token t+1.
@@ -207,10 +114,66 @@ class Cache:
             CacheMismatchError: the cache holds none.
         """
         shard, first, last, _ = self._locate(doc)
-        if shard.samples is None:
-            raise CacheMismatchError("the cache holds no sampled targets", where=self.path)
         start, stop, _ = slice(start, stop).indices(last - first)
-        return _sampled(shard.samples, first + start, first + max(start, stop))
+        samples = shard.sampled(first + start, first + max(start, stop))
+        if samples is None:
+            raise CacheMismatchError("the cache holds no sampled targets", where=self.path)
+        return samples
+
+    def document(self, doc: int, temperature: float, start: int = 0, stop: int | None = None) -> Rows:
+        """A document's tokens, loss mask and targets, rows `start` to `stop` (all by default).
+
+        Raises:
+            CacheMismatchError: the temperature is not on the cache's grid.
+        """
+        column = self._column(temperature)
+        shard, first, last, _ = self._locate(doc)
+        start, stop, _ = slice(start, stop).indices(last - first)
+        start, stop = first + start, first + max(start, stop)
+        return Rows(
+            tokens=shard.tokens[start:stop].astype(np.int64),
+            loss_mask=shard.loss_mask[start:stop].astype(bool),
+            targets=shard.targets(start, stop, temperature, column, self.width),
+        )
+
+    def rows(self, start: int, stop: int, temperature: float) -> Rows:
+        """Rows `start` to `stop` of all documents laid end to end; document d's are `doc_indptr[d : d + 2]`.
+
+        Raises:
+            CacheMismatchError: the temperature is not on the cache's grid.
+            IndexError: not 0 ≤ start < stop ≤ num_tokens.
+        """
+        if not 0 <= start < stop <= self.num_tokens:
+            raise IndexError(f"rows {start} to {stop} of {self.num_tokens}")
+        borders = self.doc_indptr
+        docs = range(np.searchsorted(borders, start, side="right") - 1, np.searchsorted(borders, stop))
+        parts = [
+            self.document(doc, temperature, max(start - int(borders[doc]), 0), stop - int(borders[doc])) for doc in docs
+        ]
+        targets = [part.targets for part in parts]
+        return Rows(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            loss_mask=np.concatenate([part.loss_mask for part in parts]),
+            targets=Targets(
+                k=np.concatenate([part.k for part in targets]),
+                ids=np.concatenate([part.ids for part in targets]),
+                logp=np.concatenate([part.logp for part in targets]),
+                log_tail=np.concatenate([part.log_tail for part in targets]),
+            ),
+        )
+
+    def stream(self, temperature: float, *, seed: int, epoch: int) -> Iterator[tuple[int, Rows]]:
+        """Every document once, by number and with its rows, in an order that `seed` and `epoch` alone decide.
+
+        It is the order of `order.shuffled_pools`. Memory stays within `decoded_bytes`; where that holds the shards of a
+        pool (2,048 documents), each shard is read about once per epoch.
+
+        Raises:
+            CacheMismatchError: the temperature is not on the cache's grid.
+        """
+        for pool in shuffled_pools(self.num_documents, np.random.default_rng((seed, epoch))):
+            for doc in pool.tolist():
+                yield doc, self.document(doc, temperature)
 
     def load_shard(self, shard: int) -> Shard:
         """Read, check and decode a shard, or take it from memory.
@@ -218,16 +181,26 @@ class Cache:
         Raises:
             CacheCorruptError: its bytes are not those of the manifest.
         """
-        decoded = self._decoded.pop(shard, None)
-        if decoded is None:
-            decoded = self._read_shard(shard)
-        self._decoded[shard] = decoded
+        if shard in self._decoded:
+            self._decoded.move_to_end(shard)
+            return self._decoded[shard]
+        decoded = self._decoded[shard] = self._read_shard(shard)
         while len(self._decoded) > 1 and sum(s.num_bytes for s in self._decoded.values()) > self._decoded_bytes:
             self._decoded.popitem(last=False)
         return decoded
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_decoded": OrderedDict(), "_checked": set()}
+
+    def _column(self, temperature: float) -> int:
+        if temperature not in self.temperatures:
+            raise CacheMismatchError(
+                "the cache holds no tails at this temperature",
+                where=self.path,
+                expected=f"one of {', '.join(f'{T:g}' for T in self.temperatures)}",
+                got=temperature,
+            )
+        return self.temperatures.index(temperature)
 
     def _check_files(self) -> None:
         for name, entry in self.manifest["files"].items():
@@ -297,70 +270,3 @@ class Cache:
                 )
             self._checked.add(shard)
         return decode_shard(image, self.path / name)
-
-
-def decode_shard(image: bytes, where: object) -> Shard:
-    """Decode a shard from the bytes of its file; `where` names it in errors.
-
-    Raises:
-        CacheFormatError: another format, version or codec, or a data set or attribute is missing.
-        CacheCorruptError: the bytes are no HDF5 file, or a checksum in it fails.
-    """
-    arrays, attributes = hdf5.from_bytes(image, where)
-    if attributes.get("format") != FORMAT or attributes.get("version") != VERSION:
-        got = f"{attributes.get('format')} {attributes.get('version')}"
-        raise CacheFormatError("unknown shard format", where=where, expected=f"{FORMAT} {VERSION}", got=got)
-    codec = str(attributes.get("codec", ""))
-    missing = [name for name in ATTRIBUTES if name not in attributes]
-    missing += [name for name in (*DATASETS, *CODECS.get(codec, ())) if name not in arrays]
-    if missing:
-        raise CacheFormatError("a shard lacks a mandatory field", where=where, expected=missing[0])
-    if codec not in CODECS:
-        raise CacheFormatError("unknown codec", where=where, expected=" or ".join(CODECS), got=codec)
-    k = arrays["k"].astype(np.int64)
-    margins = decode_margins(arrays, k, codec)
-    blob, borders = arrays["doc_meta"].tobytes(), arrays["doc_meta_indptr"]
-    return Shard(
-        tokens=arrays["tokens"],
-        loss_mask=arrays["loss_mask"],
-        doc_indptr=arrays["doc_indptr"],
-        meta=tuple(json.loads(blob[a:b]) for a, b in itertools.pairwise(borders)),
-        k=k,
-        row_indptr=indptr(k),
-        ids=arrays["id_table"][arrays["topk_ids"]],
-        margins=margins,
-        last_margins=last_of_rows(margins, k),
-        tail=arrays["tail"],
-        tail_scale=int(str(attributes["tail_scale"])),
-        samples=_samples(arrays, attributes, where),
-    )
-
-
-def _samples(arrays: dict[str, Array], attributes: dict[str, Any], where: object) -> Samples | None:
-    """A shard's sampled targets, where it has any: then every data set and attribute of theirs."""
-    present = {*arrays, *attributes} & set(SAMPLES)
-    if not present:
-        return None
-    for name in SAMPLES:
-        if name not in present:
-            raise CacheFormatError("a shard lacks a mandatory field", where=where, expected=name)
-    return Samples(
-        k=arrays["samples_k"].astype(np.int64),
-        ids=arrays["samples_ids"].astype(np.int64),
-        counts=arrays["samples_counts"].astype(np.int64),
-        margins=arrays["samples_margins"],
-        temperature=attributes["samples_temperature"],
-        drawn_from=attributes["samples_from"],
-        num=attributes["samples_num"],
-    )
-
-
-def _pad(values: Array, k: Array, width: int, dtype: Any, fill: float) -> Array:
-    """Rows of lengths k, one after the other, as `[n, width]`."""
-    padded = np.full((len(k), width), fill, dtype)
-    full = k == width
-    if np.count_nonzero(full) * width == len(values):  # all rows are full or empty, as with a fixed k: a plain copy
-        padded[full] = values.reshape(-1, width)
-    else:
-        padded[np.arange(width) < k[:, None]] = values
-    return padded

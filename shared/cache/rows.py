@@ -7,7 +7,7 @@ import numpy as np
 
 from shared.cache.codec import decode_tail
 from shared.cache.layout import Array, ShardArrays
-from shared.cache.reader import Shard
+from shared.cache.shard import Shard
 from shared.errors import ConfigError
 
 

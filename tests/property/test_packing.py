@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stage2_student.packing import POOL_WINDOWS, WINDOW_DOCUMENTS, pack
+from shared.cache.order import POOL_WINDOWS, WINDOW_DOCUMENTS
+from stage2_student.packing import pack
 
 lengths = st.lists(st.integers(1, 90), max_size=400)
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from cache_rows import GRID, IDENTITY, build_options, samples_of_logits, shard_of_logits, small_shard
 
-from shared.cache.reader import Cache, decode_shard
+from shared.cache.reader import Cache
 from shared.cache.rows import exact, truncate
+from shared.cache.shard import decode_shard
 from shared.cache.writer import CacheWriter, encode_shard
 from shared.errors import CacheFormatError, CacheMismatchError, ConfigError
 

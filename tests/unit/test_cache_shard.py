@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cache_rows import GRID, shard_of_logits, small_shard
 
-from shared.cache.reader import decode_shard
+from shared.cache.shard import decode_shard
 from shared.cache.writer import encode_shard
 from shared.errors import CacheCorruptError, CacheFormatError
 
