@@ -109,10 +109,10 @@ $(EVAL)/teacher/fidelity.json: | $(CACHES)
 	$(DISTILL) eval fidelity --model $(TEACHER) --cache $(ART)/cache-validation --out $@
 
 $(EVAL)/teacher/humaneval/result.json: | $(CACHES)
-	$(DISTILL) eval humaneval --model $(TEACHER) --out $(@D)
+	$(DISTILL) eval humaneval --model $(TEACHER) --cache $(ART)/cache-train --out $(@D)
 
 $(EVAL)/teacher/latency.json: | $(CACHES)
-	$(DISTILL) eval latency --model teacher=$(TEACHER) --out $@
+	$(DISTILL) eval latency --model teacher=$(TEACHER) --cache $(ART)/cache-train --out $@
 
 $(ART)/cache-train/teacher_eval/latency.json: | $(EVAL)/teacher/fidelity.json $(EVAL)/teacher/humaneval/result.json $(EVAL)/teacher/latency.json
 	$(DISTILL) cache attach $(@D:/teacher_eval=) --teacher-eval $(EVAL)/teacher
@@ -154,7 +154,7 @@ $(EVAL)/%/humaneval/result.json: $(RUNS)/%/model.safetensors | $(VENV)/.installe
 	$(DISTILL) eval humaneval --model $(RUNS)/$* --out $(@D) $(PROBLEMS:%=--problems %)
 
 $(EVAL)/latency.json: $(foreach s,$(STUDENTS),$(RUNS)/$s/model.safetensors) | $(VENV)/.installed
-	$(DISTILL) eval latency $(if $(TEACHER_HERE),--model teacher=$(TEACHER)) $(foreach s,$(STUDENTS),--model $s=$(RUNS)/$s) --out $@
+	$(DISTILL) eval latency $(if $(TEACHER_HERE),--model teacher=$(TEACHER) --cache $(TRAIN)) $(foreach s,$(STUDENTS),--model $s=$(RUNS)/$s) --out $@
 
 # --- report ----------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +147,21 @@ def _licence(hub_id: str, commit: str) -> str | None:
         card = hf_hub_download(hub_id, "README.md", repo_type="dataset", revision=commit)
     except EntryNotFoundError:
         return None
-    return stated_licence(DatasetCard, Path(card))
+    return stated_licence(read_card(DatasetCard, Path(card)))
 
 
-def stated_licence(card_class: Any, card: Path) -> str | None:
-    """The licence in a card's front matter; None where it says nothing, or is not YAML."""
+def read_card(card_class: Any, card: Path) -> dict[str, Any]:
+    """A card's front matter; empty where there is none, or it is not YAML."""
     import yaml
 
     try:
-        licence = card_class.load(card).data.license
+        front_matter: dict[str, Any] = card_class.load(card).data.to_dict()
     except (ValueError, yaml.YAMLError):
-        return None
+        return {}
+    return front_matter
+
+
+def stated_licence(front_matter: Mapping[str, Any]) -> str | None:
+    """The licence, or all of several; None where the card says nothing."""
+    licence = front_matter.get("license")
     return " AND ".join(licence) if isinstance(licence, list) else licence

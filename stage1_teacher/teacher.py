@@ -1,13 +1,18 @@
 """The frozen teacher: found and digested without torch, then loaded and placed."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.hub import fetch_model, stated_licence
+from data.hub import fetch_model, read_card, stated_licence
 from shared.errors import ConfigError, DistillError
 from shared.runtime import read_json, sha256_file, sha256_json
+
+LICENCE_LINKS = {  # of licences that their cards name by a short name alone
+    "bigcode-openrail-m": "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement"
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +24,7 @@ class TeacherFiles:
         name: Hub id, or the directory's name.
         commit: 40-digit Hub commit; None for a directory.
         licence: as the model card says; None where unknown.
+        attribution: where it is published, and its licence's text where the card does not hold it; None where unknown.
         weights_digest: SHA-256 over the safetensors files' SHA-256.
         config_digest: SHA-256 of `config.json`.
         tokenizer_files_digest: SHA-256 over the tokenizer files' SHA-256; tells an edit without loading anything.
@@ -28,6 +34,7 @@ class TeacherFiles:
     name: str
     commit: str | None
     licence: str | None
+    attribution: str | None
     weights_digest: str
     config_digest: str
     tokenizer_files_digest: str
@@ -52,13 +59,14 @@ def locate_teacher(teacher: str, revision: str | None = None) -> TeacherFiles:
         path, commit = fetch_model(teacher, revision)
     elif revision is not None:
         raise ConfigError("a directory has no revision", where=teacher, got=revision, fix="leave --revision out")
-    config = path / "config.json"
+    config, card = path / "config.json", _card(path)
     weights = _digest_files(path, _weight_files(path))
     return TeacherFiles(
         path=path,
         name=teacher if commit else path.resolve().name,
         commit=commit,
-        licence=_licence(path),
+        licence=stated_licence(card),
+        attribution=_attribution(card, teacher if commit else None),
         weights_digest=sha256_json(weights),
         config_digest=sha256_file(config),
         tokenizer_files_digest=sha256_json(
@@ -87,11 +95,21 @@ def _digest_files(path: Path, files: list[Path]) -> dict[str, str]:
     return {str(file.relative_to(path)): sha256_file(file) for file in files if file.is_file()}
 
 
-def _licence(path: Path) -> str | None:
+def _card(path: Path) -> dict[str, Any]:
+    """The front matter of a teacher's model card; empty where it has none."""
     from huggingface_hub import ModelCard
 
     card = path / "README.md"
-    return stated_licence(ModelCard, card) if card.is_file() else None
+    return read_card(ModelCard, card) if card.is_file() else {}
+
+
+def _attribution(card: Mapping[str, Any], hub_id: str | None) -> str | None:
+    """Where a teacher, or the model that its card says it was made from, is published; and the licence's text."""
+    base = card.get("base_model")
+    published = hub_id or (base if isinstance(base, str) else None)
+    link = card.get("license_link") or LICENCE_LINKS.get(str(card.get("license")))
+    parts = [f"{published}, https://huggingface.co/{published}"] if published else []
+    return ", ".join([*parts, f"licence text: {link}"] if link else parts) or None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

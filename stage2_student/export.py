@@ -55,7 +55,8 @@ def _card(name: str, record: dict[str, Any]) -> str:
     config, teacher = record["config"], record["cache"]["teacher"]
     sources = "\n".join(
         f"- {s['name']} ({s['split']}, {s['num_documents']} documents), licence: {s.get('licence') or 'unknown'}, "
-        f"revision: {s.get('revision') or 'none'}, digest: `{s['digest']}`"
+        f"revision: {s.get('revision') or 'none'}, digest: `{s['digest']}`\n"
+        f"  Attribution: {s.get('attribution') or 'unknown'}"
         for s in record["cache"]["sources"]
     )
     objective = (
@@ -80,7 +81,8 @@ scratch with codedistill {record["versions"]["codedistill"]} {
 - Teacher: {teacher.get("name")}, licence: {teacher.get("licence") or "unknown"}, commit: {
         teacher.get("commit") or "none"
     },
-  weights: `{teacher["weights_digest"]}`. Restrictions of the teacher's licence pass on to this model.
+  weights: `{teacher["weights_digest"]}`.
+  Attribution: {teacher.get("attribution") or "unknown"}. Restrictions of the teacher's licence pass on to this model.
 - Objective: {objective}
 - Label identity: `{record["cache"]["label_identity"]}`
 

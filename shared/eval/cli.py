@@ -7,6 +7,7 @@ import click
 
 DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
+TEACHER_OF = "Take the Hub id that is this cache's teacher at the commit that made it."
 DTYPE = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
 
@@ -44,7 +45,8 @@ def fidelity(model: str, cache_dir: Path, out: Path, dtype: str, batch_tokens: i
     from shared.eval.fidelity import evaluate_fidelity
     from shared.eval.models import locate_model
 
-    _write(out, evaluate_fidelity(locate_model(model), cache_dir, dtype=dtype, batch_tokens=batch_tokens))
+    model_dir = locate_model(model, cache_dir)
+    _write(out, evaluate_fidelity(model_dir, cache_dir, dtype=dtype, batch_tokens=batch_tokens))
 
 
 @evaluate.command()
@@ -56,8 +58,15 @@ def fidelity(model: str, cache_dir: Path, out: Path, dtype: str, batch_tokens: i
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what each model's config says.")
+@click.option("--cache", "cache_dir", type=DIRECTORY, help=TEACHER_OF)
 def latency(
-    models: tuple[tuple[str, str], ...], out: Path, prompt_tokens: int, new_tokens: int, repeats: int, dtype: str
+    models: tuple[tuple[str, str], ...],
+    out: Path,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    dtype: str,
+    cache_dir: Path | None,
 ) -> None:
     """Size, prefill latency and decode speed, all models in one process."""
     if len(dict(models)) < len(models):
@@ -66,7 +75,7 @@ def latency(
     from shared.eval.latency import measure_latency
     from shared.eval.models import locate_model
 
-    located = {name: locate_model(model) for name, model in models}
+    located = {name: locate_model(model, cache_dir) for name, model in models}
 
     _write(
         out,
@@ -84,6 +93,7 @@ def latency(
 @click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
               help="Wall seconds of one program.")  # fmt: skip
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what the model's config says.")
+@click.option("--cache", "cache_dir", type=DIRECTORY, help=TEACHER_OF)
 def humaneval(
     model: str,
     out: Path,
@@ -93,6 +103,7 @@ def humaneval(
     problems_file: Path | None,
     timeout_seconds: float,
     dtype: str,
+    cache_dir: Path | None,
 ) -> None:
     """HumanEval pass@1, greedy. Runs generated programs in limited subprocesses; see `shared/eval/sandbox`."""
     _quieten()
@@ -100,7 +111,7 @@ def humaneval(
     from shared.eval.models import locate_model
 
     evaluate_humaneval(
-        locate_model(model),
+        locate_model(model, cache_dir),
         out,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

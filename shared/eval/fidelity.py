@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shared.cache.reader import Cache
 from shared.errors import CacheMismatchError, ConfigError
-from shared.eval.models import dtype_name, load_model, num_parameters, weight_bytes
+from shared.eval.models import dtype_name, hub_commit, load_model, num_parameters, weight_bytes
 from shared.runtime import machine, progress, sha256_file, versions
 from shared.tokenizer import load_tokenizer, tokenizer_digest
 
@@ -82,7 +82,12 @@ def evaluate_fidelity(model_dir: Path, cache_dir: Path, *, dtype: str, batch_tok
         ),
         "target_bytes": target_bytes,
         "kind": f"partition K={cache.manifest['top_k']}",
-        "model": {"path": str(model_dir), "parameters": num_parameters(model), "bytes": weight_bytes(model_dir)},
+        "model": {
+            "path": str(model_dir),
+            "commit": hub_commit(model_dir),
+            "parameters": num_parameters(model),
+            "bytes": weight_bytes(model_dir),
+        },
         "cache": {
             "label_identity": cache.label_identity,
             "manifest_sha256": sha256_file(cache_dir / "manifest.json"),

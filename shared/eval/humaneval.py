@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.humaneval import load_humaneval, read_problems
+from data.humaneval import load_humaneval, problems_digest, read_problems
 from data.records import Problem
 from data.templates import humaneval_prompt
 from shared.errors import ConfigError
 from shared.eval import completion
 from shared.eval.generate import eos_ids, generate_greedy
-from shared.eval.models import dtype_name, load_model
+from shared.eval.models import dtype_name, hub_commit, load_model
 from shared.eval.passk import wilson_interval
 from shared.eval.sandbox.limited import Candidate, Verdict, run_candidates, were_isolated
 from shared.runtime import log, machine, versions, write_bytes, write_json
@@ -79,6 +79,8 @@ def evaluate_humaneval(
     result = {
         "benchmark": "HumanEval",
         "model": str(model_dir),
+        "commit": hub_commit(model_dir),
+        "problems_sha256": problems_digest(problems),
         **summarise(verdicts),
         "settings": settings | {"isolated": were_isolated(verdicts)},
         "finish_reasons": dict(sorted(Counter(line["finish_reason"] for line in completions).items())),

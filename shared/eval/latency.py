@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shared.errors import ConfigError
-from shared.eval.models import dtype_name, load_model, num_parameters, weight_bytes
+from shared.eval.models import dtype_name, hub_commit, load_model, num_parameters, weight_bytes
 from shared.runtime import machine, progress, versions
 
 
@@ -30,8 +30,8 @@ def measure_latency(
         dtype: a key of `models.DTYPES`.
 
     Returns:
-        `models`: per name `parameters`, `bytes`, `dtype`, `prefill_ms`, `decode_tokens_per_second` (medians) and
-        `…_range` (least and greatest); `settings`, `machine`, `versions`.
+        `models`: per name `commit` (of a Hub id), `parameters`, `bytes`, `dtype`, `prefill_ms`,
+        `decode_tokens_per_second` (medians) and `…_range` (least and greatest); `settings`, `machine`, `versions`.
 
     Raises:
         ConfigError: the tokens asked for exceed a model's positions.
@@ -56,6 +56,7 @@ def measure_latency(
         prefill_ms = [1000 * prefill for prefill, _ in times[name]]
         tokens_per_second = [new_tokens / decode for _, decode in times[name]]
         results[name] = {
+            "commit": hub_commit(model_dirs[name]),
             "parameters": num_parameters(model),
             "bytes": weight_bytes(model_dirs[name]),
             "dtype": dtype_name(model),

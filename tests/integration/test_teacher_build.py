@@ -1,9 +1,12 @@
 """`teacher build` through the command line, with tiny random teachers."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -355,3 +358,32 @@ def test_what_a_killed_command_left_in_a_finished_cache_is_cleared(teacher, rows
     (out / ".manifest.json.tmp-5").write_bytes(b"")
     build(teacher, rows, out)
     assert {path.name for path in out.rglob("*")} == before
+
+
+def test_a_killed_and_resumed_build_is_one_wandb_run(teacher, rows, tmp_path):
+    """Real offline runs: the id stays through a kill, is forgotten at the end, and is no part of the cache."""
+    out = tmp_path / "tracked" / "cache"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"WANDB_MODE": "offline", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    arguments = ["--teacher", teacher, "--dataset", rows, "--out", out, "--dtype", "float32", "--shard-tokens", 60]
+    command = [sys.executable, "-m", "stage1_teacher", "build", *map(str, arguments)]
+
+    def ids():
+        return [path.name.rpartition("-")[2] for path in sorted(out.parent.glob("wandb/offline-run-*"))]
+
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out / "shard-00000.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / "manifest.json").exists()
+    (first,) = ids()
+    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert "shards are done already" in resumed.stderr
+    assert ids() == [first, first]
+    assert not (out.parent / "wandb" / "cache.json").exists()
+    made = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    build(teacher, rows, tmp_path / "plain", "--shard-tokens", "60")
+    assert made == {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir() if path.is_file()}

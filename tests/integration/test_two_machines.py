@@ -106,4 +106,10 @@ def test_a_student_needs_the_cache_alone(caches, tmp_path):
     card = (tmp_path / "exported" / "README.md").read_text()
     for words in ("bigcode-openrail-m", "CC-BY-4.0", Cache(train).label_identity, TEACHER, "mbpp"):
         assert words in card
-    assert Cache(train).manifest["sources"][0]["revision"] in card
+    (source,) = Cache(train).manifest["sources"]
+    for words in (
+        source["revision"],
+        source["attribution"],
+        Cache(train).manifest["identity"]["teacher"]["attribution"],
+    ):
+        assert words in card

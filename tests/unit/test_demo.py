@@ -1,4 +1,7 @@
 import json
+import os
+import platform
+import subprocess
 import sys
 import zipfile
 
@@ -80,6 +83,25 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, pinned, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         demo.fetch_demo(tmp_path / "teachers" / "demo", pinned)
     assert list((tmp_path / "teachers").iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_cleared_and_a_running_ones_kept(tmp_path, pinned):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    prefix = f".demo.tmp-{platform.node()}-"
+    for name in (
+        f"{prefix}{dead.pid}-a",
+        f"{prefix}{os.getpid()}-b",
+        f"{prefix}x-c",
+        f".demo.tmp-elsewhere-{dead.pid}-d",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "demo.gguf").write_bytes(b"half")
+    for _ in range(2):  # also where the teacher is complete already
+        demo.fetch_demo(tmp_path / "demo", pinned)
+        left = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
+        assert left == sorted([f"{prefix}{os.getpid()}-b", f"{prefix}x-c", f".demo.tmp-elsewhere-{dead.pid}-d"])
+        (tmp_path / f"{prefix}{dead.pid}-a").mkdir()
 
 
 def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):

@@ -53,9 +53,14 @@ def test_pickled_weights_are_refused(model):
 
 def test_the_licence_is_the_model_cards(model):
     (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Card\n")
-    assert locate_teacher(str(model)).licence == "apache-2.0"
-    (model / "README.md").write_text("No front matter.\n")
-    assert locate_teacher(str(model)).licence is None
+    assert (locate_teacher(str(model)).licence, locate_teacher(str(model)).attribution) == ("apache-2.0", None)
+    (model / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\nbase_model: owner/base\n---\n")
+    files = locate_teacher(str(model))
+    assert files.licence == "other"
+    assert files.attribution == "owner/base, https://huggingface.co/owner/base, licence text: LICENSE"
+    for nothing in ("No front matter.\n", "---\n{\n---\n"):
+        (model / "README.md").write_text(nothing)
+        assert (locate_teacher(str(model)).licence, locate_teacher(str(model)).attribution) == (None, None)
 
 
 def test_neither_directory_nor_hub_id(model):
