@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from shared.cache.claim import is_dead
 from shared.cache.layout import (
     BUILD,
     CLAIM,
+    EXTENSION_PATTERN,
     MANIFEST,
     MANIFEST_PENDING,
     MANIFEST_SHA256,
@@ -22,7 +24,7 @@ from shared.cache.layout import (
 )
 from shared.cache.manifest import complete_replacement, read_manifest
 from shared.errors import CacheCorruptError, CacheFormatError, DistillError, ResumeError
-from shared.runtime import sha256_file
+from shared.runtime import sha256_file, sha256_json
 
 FOLDERS = (TOKENIZER, TEACHER_EVAL)
 OWN_FILES = (BUILD, CLAIM, MANIFEST, MANIFEST_SHA256, MANIFEST_PENDING)
@@ -54,10 +56,31 @@ def list_files(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def walk(directory: Path) -> Iterator[tuple[str, Path]]:
-    """Every file in a cache with its relative name, sorted by name."""
-    files = ((file.relative_to(directory).as_posix(), file) for file in directory.rglob("*") if not file.is_dir())
-    return iter(sorted(files))
+def walk(directory: Path, *, folders: bool = False) -> Iterator[tuple[str, Path]]:
+    """Every file in a cache (and with `folders` every folder) with its relative name, sorted by name.
+
+    Links to folders are not followed; they count as folders.
+    """
+    found: list[tuple[str, Path]] = []
+    for parent, names, files in os.walk(directory):
+        found += [((path := Path(parent, name)).relative_to(directory).as_posix(), path) for name in files]
+        if folders:
+            found += [((path := Path(parent, name)).relative_to(directory).as_posix(), path) for name in names]
+    return iter(sorted(found))
+
+
+def shown(name: str) -> str:
+    """A file's name on one line of a terminal, whatever bytes are in it."""
+    return name if name.isprintable() else ascii(name)
+
+
+def read_json_object(file: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None where there is no such file, or something else is in it."""
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -80,7 +103,8 @@ def is_ours(entry: Path) -> bool:
     if entry.is_dir():
         return entry.name in FOLDERS
     name = entry.name
-    return name in OWN_FILES or bool(SHARD_PATTERN.fullmatch(name) or TEMPORARY_PATTERN.fullmatch(name))
+    patterns = (SHARD_PATTERN, EXTENSION_PATTERN, TEMPORARY_PATTERN)
+    return name in OWN_FILES or any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def is_finished(directory: Path) -> bool:
@@ -102,14 +126,21 @@ def damaged_files(directory: Path, manifest: dict[str, Any]) -> list[str]:
     ]
 
 
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A shard's JSON with the digest of all its other keys, so that it can be trusted before there is a manifest."""
+    body = {key: value for key, value in record.items() if key != "record_sha256"}
+    return body | {"record_sha256": sha256_json(body)}
+
+
 def read_record(directory: Path, shard: int, sha256: str | None = None) -> dict[str, Any] | None:
-    """A shard's JSON if it describes the shard's file; `sha256` is that file's, if known already."""
+    """A shard's JSON if it is whole and describes the shard's file; `sha256` is that file's, if known already."""
     data = directory / f"{shard_name(shard)}.h5"
+    record = read_json_object(data.with_suffix(".json"))
     try:
-        record = json.loads(data.with_suffix(".json").read_bytes())
-        if record["version"] != VERSION or record["shard"] != shard or record["bytes"] != data.stat().st_size:
+        if record is None or record["version"] != VERSION or record["shard"] != shard or seal(record) != record:
             return None
-        matches = record["sha256"] == (sha256 or sha256_file(data)) and isinstance(record["statistics"], dict)
+        size = data.stat().st_size
+        matches = record["bytes"] == size and record["sha256"] == (sha256 or sha256_file(data))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return record if matches else None
+    return record if matches and isinstance(record.get("statistics"), dict) else None

@@ -29,6 +29,7 @@ MAX_MARGIN = 1_500.0
 BUILD, CLAIM = "build.json", "claim.json"
 MANIFEST, MANIFEST_SHA256, MANIFEST_PENDING = "manifest.json", "manifest.sha256", "manifest.json.new"
 TOKENIZER, TEACHER_EVAL = "tokenizer", "teacher_eval"
+EXTENSION_PATTERN = re.compile(r"build-(\d{5,})\.json")
 SHARD_PATTERN = re.compile(r"shard-(\d{5,})\.(h5|json)")
 TEMPORARY_PATTERN = re.compile(r"\..+\.tmp-\d+")
 

@@ -54,7 +54,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     data = _current(directory)[1]
     try:
         manifest = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CacheFormatError("the manifest is not JSON", where=directory / MANIFEST, got=error) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CacheFormatError("this is no logit cache", where=directory / MANIFEST, expected=FORMAT)
@@ -76,10 +76,24 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 f"unknown {key}", where=directory, expected=" or ".join(known), got=manifest[key], fix=fix
             )
     for name, entry in manifest["files"].items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not isinstance(entry, dict) or {"bytes", "sha256"} - set(entry):
-            raise CacheFormatError("the manifest lists a file wrongly", where=directory, got=name)
+        if not _is_relative(name) or not _is_entry(entry):
+            raise CacheFormatError("the manifest lists a file wrongly", where=directory, got=ascii(name))
+    shards = sum(1 for name in manifest["files"] if (m := SHARD_PATTERN.fullmatch(name)) and m[2] == "h5")
+    if manifest["num_shards"] != shards:
+        raise CacheFormatError(
+            "the manifest lists another number of shards", where=directory, expected=manifest["num_shards"], got=shards
+        )
     return manifest
+
+
+def _is_relative(name: str) -> bool:
+    """Whether a name stays inside the folder, in its one plain spelling."""
+    path = PurePosixPath(name)
+    return "\0" not in name and not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
@@ -137,5 +151,7 @@ def _current(directory: Path) -> tuple[str, bytes]:
 def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+    except OSError as error:  # no rights, a loop of links
+        raise CacheCorruptError("a file of the cache cannot be read", where=path, got=error.strerror) from error

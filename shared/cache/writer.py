@@ -12,6 +12,7 @@ import numpy as np
 
 from shared.cache import codec as codecs
 from shared.cache import hdf5
+from shared.cache.assemble import assemble, extensions
 from shared.cache.checks import check_arrays, check_options
 from shared.cache.claim import Claim
 from shared.cache.directory import (
@@ -20,12 +21,11 @@ from shared.cache.directory import (
     has_leftovers,
     is_finished,
     is_ours,
-    list_files,
     plain_errors,
     read_record,
     remove_leftovers,
+    seal,
 )
-from shared.cache.identity import label_identity
 from shared.cache.layout import (
     BUILD,
     FORMAT,
@@ -39,7 +39,7 @@ from shared.cache.layout import (
     shard_name,
 )
 from shared.cache.manifest import read_manifest, write_manifest
-from shared.cache.statistics import combine, measure
+from shared.cache.statistics import measure
 from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, ResumeError
 from shared.runtime import fsync_directory, log, write_bytes, write_json
 
@@ -151,7 +151,7 @@ class CacheWriter:
         self._options = _shard_options(self.build)
         self._claim: Claim | None = None
         self._check_folder()
-        self.finished = is_finished(self.path)
+        self.finished = self._is_finished()
         if self.finished and not has_leftovers(self.path):
             return
         try:
@@ -173,12 +173,13 @@ class CacheWriter:
         Args:
             shard: its number from 0.
             arrays: its rows.
-            extra: further keys for its JSON (token budget, versions); no times, so that bytes are reproducible.
+            extra: further keys for its JSON (`first_document`, token budget, versions) or in place of its own; no
+                times, so that bytes are reproducible.
 
         Returns:
             The shard's JSON.
         """
-        claim = self._claimed()
+        self._claimed()
         try:
             data, statistics = encode_shard(arrays, **self._options)
         except CacheFormatError as error:
@@ -191,55 +192,67 @@ class CacheWriter:
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
             "statistics": statistics,
+            "documents": [meta.get("id") for meta in arrays.doc_meta],
             **extra,
         }
-        claim.check()
+        return self._write_pair(shard, data, record)
+
+    def copy_shard(self, shard: int, data: bytes, record: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        """Take over another cache's shard byte for byte under a new number.
+
+        Args:
+            shard: its number here.
+            data: its file's bytes; record: its JSON there.
+            extra: keys of its JSON to replace, such as `first_document`.
+        """
+        self._write_pair(shard, data, {**record, "shard": shard, **extra})
+
+    def _write_pair(self, shard: int, data: bytes, record: Mapping[str, Any]) -> dict[str, Any]:
+        sealed = seal(record)
+        self._claimed().check()
         with plain_errors(self.path):
             write_bytes(self.path / f"{shard_name(shard)}.h5", data)
-            write_json(self.path / f"{shard_name(shard)}.json", record)
-        return record
+            write_json(self.path / f"{shard_name(shard)}.json", sealed)
+        return sealed
 
-    def finish(self, identity: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> None:
+    def finish(
+        self,
+        identity: Mapping[str, Any],
+        sources: Sequence[Mapping[str, Any]],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write the manifest over every file in the directory and give the claim back.
 
         Args:
             identity: who made the labels; see `identity.label_identity`.
             sources: the data sets, each with name, split, revision, licence, digest, num_documents.
+            provenance: further keys of the manifest, such as `derived_from`.
 
         Raises:
             CacheFormatError: no shard, a shard that is missing or damaged, or an identity without its digests.
         """
-        claim = self._claimed()
+        self._claimed()
         self._check_folder()
-        found = sorted({int(m[1]) for entry in self.path.iterdir() if (m := SHARD_PATTERN.fullmatch(entry.name))})
+        found = {int(m[1]) for entry in self.path.iterdir() if (m := SHARD_PATTERN.fullmatch(entry.name))}
+        found -= {shard for part in extensions(self.path) for shard in part.shards()}
         num_shards = self.build.get("num_shards", len(found))
-        if found != list(range(num_shards)) or not found:
+        if found != set(range(num_shards)) or not found:
             raise CacheFormatError("shards are missing", where=self.path, expected=max(num_shards, 1), got=len(found))
-        files = list_files(self.path)
-        records = []
-        for shard in found:
-            record = read_record(self.path, shard, files.get(f"{shard_name(shard)}.h5", {}).get("sha256"))
-            if record is None:
-                raise CacheFormatError("a shard is incomplete", where=self.path / shard_name(shard))
-            records.append(record["statistics"])
-        statistics = combine(records)
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "label_identity": label_identity(identity),
-            "identity": dict(identity),
-            "sources": [dict(source) for source in sources],
-            **{key: self.build[key] for key in ("codec", "filter", "temperatures", "top_k")},
-            **{key: self.build[key] for key in ("tokenizer_size", "head_width")},
-            "num_shards": num_shards,
-            "num_documents": statistics["documents"],
-            "num_tokens": statistics["tokens"],
-            "num_entries": statistics["entries"],
-            "statistics": statistics,
-            "files": files,
-        }
-        claim.check()
+        self._replace_manifest(num_shards, identity, sources, provenance or {})
+
+    def _replace_manifest(
+        self,
+        num_shards: int,
+        identity: Mapping[str, Any],
+        sources: Sequence[Mapping[str, Any]],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        build = self.build
         with plain_errors(self.path):
+            manifest = assemble(
+                self.path, build=build, num_shards=num_shards, identity=identity, sources=sources, provenance=provenance
+            )
+            self._claimed().check()
             write_manifest(self.path, manifest)
         self.finished = True
         self.close()
@@ -258,11 +271,14 @@ class CacheWriter:
     ) -> None:
         self.close()
 
+    def _is_finished(self) -> bool:
+        return is_finished(self.path)
+
     def _begin(self) -> None:
         """Look again, now that the folder is ours; clear what a killed process left; write `build.json`."""
         self._check_folder()
         remove_leftovers(self.path)
-        self.finished = is_finished(self.path)
+        self.finished = self._is_finished()
         if self.finished:
             self.close()
             return
@@ -311,7 +327,7 @@ class CacheWriter:
             raise ResumeError(
                 "the build has another version", where=self.path, expected=VERSION, got=old.get("version")
             )
-        for key, before, now in _differences(old["options"], self.build):
+        for key, before, now in option_differences(old["options"], self.build):
             raise ResumeError(
                 f"the cache was begun with another {key}",
                 where=self.path,
@@ -378,11 +394,13 @@ def _shard_options(build: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def option_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
     """Keys whose values differ, dotted for nested objects, with both values."""
     for key in sorted(set(old) | set(new)):
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            yield from _differences(before, now, f"{prefix}{key}.")
+            yield from option_differences(before, now, f"{prefix}{key}.")
         elif before != now or (key in old) != (key in new):
             yield f"{prefix}{key}", before, now
