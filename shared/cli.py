@@ -1,42 +1,64 @@
 """The root command. Subcommands are imported when called, so `--help` loads neither torch nor transformers."""
 
 import importlib
+from typing import Any
 
 import click
 
 from shared.runtime import run_cli
 
+Commands = dict[str, tuple[str, str, str]]
+
 # Subcommand → (module, attribute, help). The composition root: the only place that knows every layer.
-COMMANDS = {
+COMMANDS: Commands = {
     "teacher": ("stage1_teacher.cli", "teacher", "Stage 1: capture a frozen teacher's top-k logits into a cache."),
-    "cache": ("shared.cache.cli", "cache", "Inspect and check logit caches."),
+    "cache": ("shared.cache.cli", "cache", "Inspect, check, mend, join and cut logit caches."),
     "student": ("stage2_student.cli", "student", "Stage 2: train and export students from a cache."),
     "eval": ("shared.eval.cli", "evaluate", "Measure teacher and students; write the report."),
+}
+# What a group takes from layers above its own.
+MOUNTED: dict[str, Commands] = {
+    "cache": {
+        "import": ("data.cli", "import_command", "Make a cache of top-k logprobs that were recorded elsewhere."),
+        "simulate": ("stage1_teacher.simulate_cli", "simulate", "Weigh smaller K and other codecs on a sample."),
+    }
 }
 
 
 class LazyGroup(click.Group):
-    """A group whose subcommands live in other modules and are imported only when they run."""
+    """A group some of whose subcommands live in other modules and are imported only when they run.
+
+    Args:
+        lazy: module, attribute and help by name, after the group's own commands in this order.
+    """
+
+    def __init__(self, *args: Any, lazy: Commands, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.lazy = lazy
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order of the pipeline."""
-        return list(COMMANDS)
+        """The group's own commands, then the others in the order of the pipeline."""
+        return [*self.commands, *self.lazy]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the module that owns a subcommand."""
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute, _ = COMMANDS[cmd_name]
+        if cmd_name not in self.lazy:
+            return super().get_command(ctx, cmd_name)
+        module, attribute, _ = self.lazy[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), attribute)
+        if isinstance(command, click.Group) and cmd_name in MOUNTED:
+            lazy, help_text = MOUNTED[cmd_name], command.help
+            return LazyGroup(cmd_name, commands=command.commands, help=help_text, lazy=lazy)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the subcommands from their stored help, importing none."""
+        own = [(name, command.get_short_help_str(limit=80)) for name, command in self.commands.items()]
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+            formatter.write_dl(own + [(name, text) for name, (_, _, text) in self.lazy.items()])
 
 
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="codedistill")
 def codedistill() -> None:
     """Offline knowledge distillation for code models.

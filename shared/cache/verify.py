@@ -34,7 +34,7 @@ def verify_cache(path: Path | str) -> list[str]:
     found = check_files(directory, files)
     problems = [f"{shown(name)}: {found[name]}" for name in files if name in found]
     problems += _check_records(directory, manifest)
-    return problems + [f"{shown(name)}: {what}" for name, what in _foreign(directory, files)]
+    return problems + [f"{shown(name)}: {what}" for name, what in foreign_files(directory, files)]
 
 
 def check_files(directory: Path, files: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -98,7 +98,7 @@ def _check_records(directory: Path, manifest: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _foreign(directory: Path, files: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def foreign_files(directory: Path, files: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What lies in the folder and is not of the cache: files, links, folders that hold none of its files."""
     folders = {parent.as_posix() for name in files for parent in Path(name).parents}
     known = {*files, MANIFEST, MANIFEST_SHA256}

@@ -145,10 +145,13 @@ class CacheWriter:
         CacheFormatError: options that no shard can be written with.
     """
 
+    first_shard = 0
+    num_documents_before = 0  # in earlier shards of another build
+
     def __init__(self, path: Path | str, build: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.build: dict[str, Any] = json.loads(json.dumps({"filter": "gzip"} | dict(build), allow_nan=False))
-        self._options = _shard_options(self.build)
+        self._options = shard_options(self.build)
         self._claim: Claim | None = None
         self._check_folder()
         self.finished = self._is_finished()
@@ -328,12 +331,13 @@ class CacheWriter:
                 "the build has another version", where=self.path, expected=VERSION, got=old.get("version")
             )
         for key, before, now in option_differences(old["options"], self.build):
+            more = ", or add to a finished cache with --extend" if key == "sources" else ""
             raise ResumeError(
                 f"the cache was begun with another {key}",
                 where=self.path,
                 expected=before,
                 got=now,
-                fix="use the old option, or name another --out",
+                fix=f"use the old option, or name another --out{more}",
             )
 
 
@@ -384,7 +388,12 @@ def _replace_files(directory: Path, files: Mapping[str, bytes], claim: Claim) ->
     write_manifest(directory, manifest | {"files": dict(sorted((kept | new).items()))})
 
 
-def _shard_options(build: Mapping[str, Any]) -> dict[str, Any]:
+def shard_options(build: Mapping[str, Any]) -> dict[str, Any]:
+    """What `encode_shard` needs of a build's options.
+
+    Raises:
+        CacheFormatError: one is missing, or no shard can be written with it.
+    """
     names = ("codec", "temperatures", "top_k", "head_width", "tokenizer_size")
     missing = [name for name in names if name not in build]
     if missing:

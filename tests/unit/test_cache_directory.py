@@ -59,7 +59,7 @@ def test_manifest(cache):
     assert list(manifest) == [
         "format", "version", "label_identity", "identity", "sources", "codec", "filter", "temperatures", "top_k",
         "tokenizer_size", "head_width", "num_shards", "num_documents", "num_tokens", "num_entries", "statistics",
-        "files",
+        "builds", "files",
     ]  # fmt: skip
     assert (manifest["num_documents"], manifest["num_tokens"], manifest["num_entries"]) == (6, 26, 80)
     assert manifest["label_identity"] == label_identity(IDENTITY)
