@@ -9,7 +9,7 @@ from shared.cache.directory import is_finished, remove_leftovers
 from shared.cache.identity import require_same_labels
 from shared.cache.layout import FORMAT, VERSION
 from shared.cache.manifest import read_manifest
-from shared.cache.writer import CacheWriter, option_differences
+from shared.cache.writer import CacheWriter, option_differences, resolved
 from shared.errors import CacheCorruptError, ResumeError
 from shared.runtime import write_json
 
@@ -36,7 +36,7 @@ class CacheExtender(CacheWriter):
         self.first_shard = manifest["num_shards"]
         self.num_documents_before = manifest["num_documents"]
         for part in extensions(Path(path)):
-            if part.name in manifest["files"] and not [*option_differences(part.options, dict(build))]:
+            if part.name in manifest["files"] and not [*option_differences(part.options, resolved(build))]:
                 self.first_shard = part.first_shard
         super().__init__(path, build)
 
@@ -46,7 +46,8 @@ class CacheExtender(CacheWriter):
             raise CacheCorruptError("the cache to extend is damaged", where=self.path, fix="codedistill cache repair")
         for part in extensions(self.path):
             if part.first_shard == self.first_shard:
-                for key, before, now in option_differences(part.options, self.build):
+                differences = option_differences(part.options, self.build)
+                for key, before, now in sorted(differences, key=lambda found: found[0] == "num_shards"):
                     raise ResumeError(
                         f"an unfinished extension of this cache has another {key}",
                         where=self.path / part.name,

@@ -1,5 +1,6 @@
 """Mending a damaged cache: keep what is whole, remove what is not, say what is to be made again and how."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from shared.cache.derive import Input, Part, document_ids, head_options, write_d
 from shared.cache.directory import has_leftovers, plain_errors, read_json_object, read_record, remove_leftovers, seal
 from shared.cache.layout import (
     BUILD,
+    CLAIM,
     EXTENSION_PATTERN,
     MANIFEST,
     MANIFEST_SHA256,
@@ -120,6 +122,8 @@ def _repair(directory: Path, manifest: dict[str, Any] | None) -> Iterator[str]:
         elif name.startswith(f"{TEACHER_EVAL}/"):
             files = {key: entry for key, entry in files.items() if key != name}
             unlisted = True
+            with contextlib.suppress(OSError):  # not empty
+                (directory / name).parent.rmdir()
             yield f"{name}: {damaged[name]}; removed for good: make it again with `codedistill cache attach`"
         else:
             missing.append(name)
@@ -131,7 +135,8 @@ def _repair(directory: Path, manifest: dict[str, Any] | None) -> Iterator[str]:
         yield from _take_out(directory, cut, manifest | {"files": files})
     elif unlisted:
         write_manifest(directory, manifest | {"files": files})
-    yield from (f"{name}: {what}; left alone" for name, what in foreign_files(directory, files))
+    foreign = ((name, what) for name, what in foreign_files(directory, files) if name != CLAIM)  # the claim is ours
+    yield from (f"{name}: {what}; left alone" for name, what in foreign)
 
 
 def _repair_unfinished(directory: Path, parts: list[Extension]) -> Iterator[str]:

@@ -150,7 +150,7 @@ class CacheWriter:
 
     def __init__(self, path: Path | str, build: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.build: dict[str, Any] = json.loads(json.dumps({"filter": "gzip"} | dict(build), allow_nan=False))
+        self.build = resolved(build)
         self._options = shard_options(self.build)
         self._claim: Claim | None = None
         self._check_folder()
@@ -330,7 +330,9 @@ class CacheWriter:
             raise ResumeError(
                 "the build has another version", where=self.path, expected=VERSION, got=old.get("version")
             )
-        for key, before, now in option_differences(old["options"], self.build):
+        # Other sources also change the number of shards, which tells nobody anything.
+        differences = sorted(option_differences(old["options"], self.build), key=lambda found: found[0] == "num_shards")
+        for key, before, now in differences:
             more = ", or add to a finished cache with --extend" if key == "sources" else ""
             raise ResumeError(
                 f"the cache was begun with another {key}",
@@ -386,6 +388,12 @@ def _replace_files(directory: Path, files: Mapping[str, bytes], claim: Claim) ->
         fsync_directory(directory)
     claim.check()
     write_manifest(directory, manifest | {"files": dict(sorted((kept | new).items()))})
+
+
+def resolved(build: Mapping[str, Any]) -> dict[str, Any]:
+    """A build's options as `build.json` holds them."""
+    options: dict[str, Any] = json.loads(json.dumps({"filter": "gzip"} | dict(build), allow_nan=False))
+    return options
 
 
 def shard_options(build: Mapping[str, Any]) -> dict[str, Any]:
