@@ -17,12 +17,7 @@ COMMANDS: Commands = {
     "eval": ("shared.eval.cli", "evaluate", "Measure teacher and students; write the report."),
 }
 # What a group takes from layers above its own.
-MOUNTED: dict[str, Commands] = {
-    "cache": {
-        "import": ("data.cli", "import_command", "Make a cache of top-k logprobs that were recorded elsewhere."),
-        "simulate": ("stage1_teacher.simulate_cli", "simulate", "Weigh smaller K and other codecs on a sample."),
-    }
-}
+MOUNTED: dict[str, Commands] = {}
 
 
 class LazyGroup(click.Group):
