@@ -13,8 +13,8 @@ from shared.cache.directory import plain_errors, read_json_object
 from shared.cache.hdf5 import from_bytes
 from shared.cache.layout import TEACHER_EVAL, TOKENIZER, Array, Samples, ShardArrays, indptr, shard_name
 from shared.cache.manifest import read_manifest
-from shared.cache.shard import decode_shard
 from shared.cache.rows import exact
+from shared.cache.shard import decode_shard
 from shared.cache.writer import CacheWriter, encode_shard, shard_options
 from shared.errors import CacheCorruptError
 from shared.runtime import progress, sha256_json, write_bytes
