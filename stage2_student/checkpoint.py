@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shared.runtime import fsync_directory, log, write_bytes
 
+RUN_FORMAT, RUN_VERSION = "codedistill-run", 2  # of run.json
 MARKER = "COMPLETE"
 
 

@@ -1,8 +1,29 @@
 """`codedistill student train|export`."""
 
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import click
+
+
+class Weighted(click.ParamType[tuple[Path, float | None]]):
+    """`CACHE` or `CACHE:WEIGHT`; a path that exists is never split."""
+
+    name = "CACHE[:WEIGHT]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Path, float | None]:
+        """Split at the last `:` where a number follows it."""
+        found = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", value)
+        if not found or Path(value).exists():
+            return Path(value), None
+        weight = float(found[2])
+        if not 0 < weight < math.inf:
+            self.fail(f"the weight of {found[1]!r} must be above 0 and finite, not {found[2]}", param, ctx)
+        return Path(found[1]), weight
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -11,15 +32,15 @@ def student() -> None:
 
 
 @student.command()
-@click.option("--cache", "caches", required=True, multiple=True, type=click.Path(path_type=Path),
-              help="The logit cache to train on; one for now.")  # fmt: skip
+@click.option("--cache", "caches", required=True, multiple=True, type=Weighted(), metavar="CACHE[:WEIGHT]",
+              help="A logit cache to train on; may be given several times.")  # fmt: skip
 @click.option("--validation", type=click.Path(path_type=Path), help="A cache of held-out documents, same teacher.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--preset", metavar="NAME", help="The student's size: gpt-125m or tiny.  [default: gpt-125m]")
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="A file of overrides.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One override; may be repeated.")
 def train(
-    caches: tuple[Path, ...],
+    caches: tuple[tuple[Path, float | None], ...],
     validation: Path | None,
     out: Path,
     preset: str | None,
@@ -32,22 +53,29 @@ def train(
     such as alpha, temperature, block_size, and those of transformers' TrainingArguments, such as learning_rate,
     max_steps. alpha=0 trains the same student on the raw data: same initial weights, data order and steps.
 
+    Several caches must be one teacher's, with equal options. An epoch is every document of every cache once. With
+    weights (all or none) it has as many tokens in all, of which each cache gives its weight's share; no document of a
+    cache comes again before all of them have.
+
     Interrupted, the same command continues from the last complete checkpoint.
 
     \b
     Example:
       codedistill student train --cache artifacts/mbpp-train --out runs/first --preset tiny --set alpha=0.7
+      codedistill student train --cache caches/mbpp:0.7 --cache caches/mine:0.3 --out runs/mixed
     """
     from shared.config import parse_assignments, read_toml
     from stage2_student.config import student_config
     from stage2_student.train import train
 
-    if len(caches) > 1:
-        raise click.UsageError("a run trains on one cache for now; --cache was given several times")
+    weights = [weight for _, weight in caches if weight is not None]
+    if weights and len(weights) < len(caches):
+        raise click.UsageError("some caches have a weight and some have none; give all of them one, as CACHE:WEIGHT")
     layers = [read_toml(profile)] if profile else []
     if preset:
         layers.append({"preset": preset})
-    train(student_config(*layers, parse_assignments(assignments)), caches[0], out, validation_path=validation)
+    config = student_config(*layers, parse_assignments(assignments))
+    train(config, [path for path, _ in caches], out, weights=weights or None, validation_path=validation)
 
 
 @student.command()

@@ -3,6 +3,7 @@ restarts."""
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,22 +20,25 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
     """All blocks of all epochs, in training order.
 
     Args:
-        cache: where the documents are.
+        caches: where the documents are; of one label identity.
+        weights: one per cache, the shares of rows that come from each (see `mixing`); None takes every document of
+            every cache once per epoch.
         block_size: rows of a block.
         seed: what the order depends on.
-        num_epochs: passes over the documents, each packed anew.
+        num_epochs: passes over the documents, or with weights over as many rows, each packed anew.
         min_blocks: at least so many blocks, with as many epochs as that takes.
         temperature: T of the soft labels; None leaves them out.
         all_targets: every token that has a next one is a target, whatever the loss mask says.
 
     Raises:
-        ConfigError: the cache has no document of two tokens.
+        ConfigError: no cache, or with weights one of them, has a document of two tokens.
     """
 
     def __init__(
         self,
-        cache: Cache,
+        caches: Sequence[Cache],
         *,
+        weights: Sequence[float] | None = None,
         block_size: int,
         seed: int,
         num_epochs: int = 1,
@@ -42,11 +46,14 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         temperature: float | None,
         all_targets: bool = False,
     ) -> None:
-        self.cache, self.block_size, self.seed = cache, block_size, seed
+        self.caches, self.weights, self.block_size, self.seed = caches, weights, block_size, seed
         self.temperature, self.all_targets = temperature, all_targets
-        self.num_rows = int(np.maximum(cache.doc_lengths - 1, 0).sum())
-        if self.num_rows == 0:
-            raise ConfigError("no document of the cache has a token to predict", where=cache.path)
+        self.first_doc = np.cumsum([0, *(cache.num_documents for cache in caches)])
+        cache_rows = [int(np.maximum(cache.doc_lengths - 1, 0).sum()) for cache in caches]
+        self.num_rows = sum(cache_rows)
+        if self.num_rows == 0 or (weights is not None and 0 in cache_rows):
+            empty = caches[cache_rows.index(0)].path
+            raise ConfigError("no document of the cache has a token to predict", where=empty)
         self.first_block = [0]  # of each epoch, and the end
         for epoch in itertools.count():
             if epoch >= num_epochs and self.first_block[-1] >= min_blocks:
@@ -67,7 +74,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         """
         epoch = int(np.searchsorted(self.first_block, index, side="right")) - 1
         block = self._plan(epoch)[index - self.first_block[epoch]]
-        T, K = self.block_size, self.cache.width
+        T, K = self.block_size, self.caches[0].width
         arrays = {
             "input_ids": np.zeros(T, np.int64),
             "position_ids": np.arange(T, dtype=np.int64),
@@ -79,15 +86,17 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
             arrays["soft_log_tail"] = np.full(T, -np.inf, np.float32)
             arrays["soft_k"] = np.zeros(T, np.int64)
         at = 0
-        for doc, start, stop in block:
+        for number, start, stop in block:
+            which = int(np.searchsorted(self.first_doc, number, side="right")) - 1
+            cache, doc = self.caches[which], number - int(self.first_doc[which])
             rows = slice(at, at + stop - start)
-            tokens = self.cache.tokens(doc)
+            tokens = cache.tokens(doc)
             arrays["input_ids"][rows] = tokens[start:stop]
             arrays["position_ids"][rows] = np.arange(stop - start)
-            is_target = self.cache.loss_mask(doc)[start:stop] | self.all_targets
+            is_target = cache.loss_mask(doc)[start:stop] | self.all_targets
             arrays["labels"][rows] = np.where(is_target, tokens[start + 1 : stop + 1], IGNORE)
             if self.temperature is not None:
-                soft = self.cache.targets(doc, self.temperature, start, stop)
+                soft = cache.targets(doc, self.temperature, start, stop)
                 arrays["soft_ids"][rows], arrays["soft_logp"][rows] = soft.ids, soft.logp
                 arrays["soft_log_tail"][rows], arrays["soft_k"][rows] = soft.log_tail, soft.k
             at = rows.stop
@@ -95,9 +104,13 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _plan(self, epoch: int) -> list[Block]:
-        return _plan(self.cache.doc_lengths.tobytes(), self.block_size, self.seed, epoch)
+        lengths = tuple(cache.doc_lengths.tobytes() for cache in self.caches)
+        return _plan(lengths, self.weights and tuple(self.weights), self.block_size, self.seed, epoch)
 
 
 @functools.lru_cache(maxsize=4)
-def _plan(doc_lengths: bytes, block_size: int, seed: int, epoch: int) -> list[Block]:
-    return pack(np.frombuffer(doc_lengths, np.int64), block_size, seed=seed, epoch=epoch)
+def _plan(
+    doc_lengths: tuple[bytes, ...], weights: tuple[float, ...] | None, block_size: int, seed: int, epoch: int
+) -> list[Block]:
+    lengths = [np.frombuffer(part, np.int64) for part in doc_lengths]
+    return pack(lengths, block_size, weights=weights, seed=seed, epoch=epoch)

@@ -7,6 +7,7 @@ from typing import Any
 
 from shared.errors import ConfigError, ResumeError
 from shared.runtime import fsync_directory, log, read_json, write_bytes
+from stage2_student.checkpoint import RUN_FORMAT, RUN_VERSION
 
 PRIVATE = {"run.json", "training_log.jsonl", "training_args.bin"}
 
@@ -19,7 +20,7 @@ def export(run: Path, out: Path) -> None:
         ResumeError: `out` exists and is not empty.
     """
     record = read_json(run / "run.json") if (run / "run.json").exists() else {}
-    if record.get("state") != "finished":
+    if (record.get("format"), record.get("version"), record.get("state")) != (RUN_FORMAT, RUN_VERSION, "finished"):
         raise ConfigError("not a finished training run", where=run, fix="finish it with `codedistill student train`")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ResumeError("the folder to export to is not empty", where=out, fix="choose another --out")
@@ -43,21 +44,30 @@ def export(run: Path, out: Path) -> None:
 
 
 def _licences(record: dict[str, Any]) -> list[tuple[str | None, str]]:
-    teacher = record["cache"]["teacher"]
-    sources = record["cache"]["sources"]
+    teacher = record["caches"][0]["teacher"]
     return [(teacher.get("licence"), f"the teacher {teacher.get('name')}")] + [
-        (source.get("licence"), f"the data set {source['name']}") for source in sources
+        (source.get("licence"), f"the data set {source['name']}") for source in _sources(record)
+    ]
+
+
+def _sources(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The data sets of all caches; `weighted` says the weight of the cache, where it has one."""
+    return [
+        source | {"weighted": "" if cache["weight"] is None else f", in a cache of weight {cache['weight']:g}"}
+        for cache in record["caches"]
+        for source in cache["sources"]
     ]
 
 
 def _card(name: str, record: dict[str, Any]) -> str:
     """A model card that says what the student was made from; licences of teacher and data pass on."""
-    config, teacher = record["config"], record["cache"]["teacher"]
+    config, teacher = record["config"], record["caches"][0]["teacher"]
     sources = "\n".join(
-        f"- {s['name']} ({s['split']}, {s['num_documents']} documents), licence: {s.get('licence') or 'unknown'}, "
+        f"- {s['name']} ({s['split']}, {s['num_documents']} documents"
+        f"{s['weighted']}), licence: {s.get('licence') or 'unknown'}, "
         f"revision: {s.get('revision') or 'none'}, digest: `{s['digest']}`\n"
         f"  Attribution: {s.get('attribution') or 'unknown'}"
-        for s in record["cache"]["sources"]
+        for s in _sources(record)
     )
     objective = (
         f"{config['alpha']} x forward KL to the teacher's top-k rows with a tail bucket (T = {config['temperature']}) "
@@ -84,7 +94,7 @@ scratch with codedistill {record["versions"]["codedistill"]} {
   weights: `{teacher["weights_digest"]}`.
   Attribution: {teacher.get("attribution") or "unknown"}. Restrictions of the teacher's licence pass on to this model.
 - Objective: {objective}
-- Label identity: `{record["cache"]["label_identity"]}`
+- Label identity: `{record["caches"][0]["label_identity"]}`
 
 ## Data
 

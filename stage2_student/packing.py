@@ -1,19 +1,21 @@
 """The pack plan: which pieces of which documents share a block, as a pure function of lengths, size, seed and epoch.
 
-Documents come in the order of `shared.cache.order`, which still reads a cache almost in sequence: each of its pools is
-packed best-fit decreasing and emitted as shuffled blocks.
+Documents come in the order of `shared.cache.order`, which still reads a cache almost in sequence, or mixed by weight
+from several caches: each pool is packed best-fit decreasing and emitted as shuffled blocks.
 """
 
 import bisect
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from shared.cache.order import shuffled_pools
+from stage2_student.mixing import mixed_pools
 
 
 class Piece(NamedTuple):
-    """Rows `start` to `stop` of a document; row t predicts token t + 1."""
+    """Rows `start` to `stop` of a document, numbered through all caches; row t predicts token t + 1."""
 
     doc: int
     start: int
@@ -23,25 +25,40 @@ class Piece(NamedTuple):
 Block = tuple[Piece, ...]
 
 
-def pack(doc_lengths: np.ndarray, block_size: int, *, seed: int, epoch: int) -> list[Block]:
-    """Pack every document once.
+def pack(
+    doc_lengths: Sequence[np.ndarray],
+    block_size: int,
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int,
+    epoch: int,
+) -> list[Block]:
+    """Pack every document of every cache once, or, with weights, as many rows of each cache as its weight says.
 
     Args:
-        doc_lengths: tokens per document, i64 [D]. A document of n tokens has n − 1 rows with a next token; one of a
-            single token has none and appears nowhere. Documents of more rows than a block are cut into pieces.
+        doc_lengths: for each cache the tokens per document, i64 [D]. A document of n tokens has n − 1 rows with a next
+            token; one of a single token has none and appears nowhere. Documents of more rows than a block are cut into
+            pieces.
         block_size: rows of a block.
+        weights: one per cache, above 0, on any scale; see `mixing`.
         seed, epoch: what the order depends on.
 
     Returns:
         Blocks in training order; the rows of a block's pieces add up to at most `block_size`.
     """
     random = np.random.default_rng((seed, epoch))
+    num_rows = [np.maximum(lengths - 1, 0) for lengths in doc_lengths]
+    every_doc = np.concatenate(num_rows)
+    if weights is None:
+        pools = shuffled_pools(len(every_doc), random)
+    else:
+        pools = mixed_pools(num_rows, weights, random, seed=seed, epoch=epoch)
     blocks: list[Block] = []
-    for docs in shuffled_pools(len(doc_lengths), random):
+    for docs in pools:
         pieces = [
-            Piece(doc, start, min(start + block_size, int(doc_lengths[doc]) - 1))
-            for doc in docs.tolist()
-            for start in range(0, int(doc_lengths[doc]) - 1, block_size)
+            Piece(doc, start, min(start + block_size, rows))
+            for doc, rows in zip(docs.tolist(), every_doc[docs].tolist(), strict=True)
+            for start in range(0, rows, block_size)
         ]
         pool = _best_fit_decreasing(pieces, block_size)
         blocks.extend(pool[i] for i in random.permutation(len(pool)))

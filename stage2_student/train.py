@@ -2,10 +2,11 @@
 
 import dataclasses
 import hashlib
+import itertools
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from shared import tracking
 from shared.cache.identity import require_same
-from shared.cache.reader import Cache
+from shared.cache.reader import DECODED_BYTES, Cache
 from shared.config import to_dict
 from shared.errors import CacheMismatchError, ConfigError, ResumeError
 from shared.model.gpt import GPT, PRESETS, GPTConfig
@@ -32,7 +33,7 @@ from shared.runtime import (
     write_json,
 )
 from shared.tokenizer import load_tokenizer, special_ids
-from stage2_student.checkpoint import is_leftover, latest_complete, remove_incomplete
+from stage2_student.checkpoint import RUN_FORMAT, RUN_VERSION, is_leftover, latest_complete, remove_incomplete
 from stage2_student.config import StudentConfig
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
@@ -44,35 +45,51 @@ WEIGHTS = "model.safetensors"
 FREE_ON_RESUME = ("eval_steps", "save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers")
 
 
-def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path: Path | None = None) -> None:
-    """Train a student, or continue a run that was stopped.
+def train(
+    config: StudentConfig,
+    cache_paths: Sequence[Path],
+    out: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    validation_path: Path | None = None,
+) -> None:
+    """Train a student on one or more caches, or continue a run that was stopped.
 
     The run folder holds the student as a transformers directory (`config.json`, `model.safetensors`, tokenizer),
     `run.json` with everything the run was made from and its final figures, `training_log.jsonl`, and `checkpoint-N/`.
 
+    Args:
+        config: what to train and how.
+        cache_paths: caches of equal label identity, none twice.
+        out: the run's folder.
+        weights: one per cache, the shares of rows that come from each; None takes every document once per epoch.
+        validation_path: a cache of held-out documents, of the same label identity.
+
     Raises:
         ResumeError: the folder holds another run.
-        CacheMismatchError: the temperature is off the cache's grid, or the validation cache is another teacher's.
+        CacheMismatchError: the temperature is off the caches' grid, or the caches are not all one teacher's.
         NonFiniteLossError: the loss is NaN or infinite.
         Terminated: SIGTERM came; a checkpoint was saved.
     """
-    cache = Cache(cache_path)
+    if len({path.resolve() for path in cache_paths}) < len(cache_paths):
+        raise ConfigError("a cache is given twice", where="--cache", got=", ".join(map(str, cache_paths)))
+    caches = [Cache(path, decoded_bytes=DECODED_BYTES // len(cache_paths)) for path in cache_paths]
     validation = Cache(validation_path) if validation_path else None
-    record = _describe(config, cache, validation)
+    record = _describe(config, caches, weights, validation)
     earlier = _earlier_run(out, record)
     if earlier and earlier["state"] == "finished":
-        weights = out / WEIGHTS
-        if weights.is_file() and sha256_file(weights) == earlier.get("weights_sha256"):
+        student = out / WEIGHTS
+        if student.is_file() and sha256_file(student) == earlier.get("weights_sha256"):
             log(f"{out} is up to date")
             return
-        log(f"{weights} is missing or damaged; it is made again")
+        log(f"{student} is missing or damaged; it is made again")
     arguments = _training_arguments(config, out, has_validation=validation is not None)
     out.mkdir(parents=True, exist_ok=True)
     remove_incomplete(out)
     checkpoint = latest_complete(out)
 
     set_seed(config.seed)
-    sizes = dataclasses.replace(PRESETS[config.preset], vocab_size=cache.tokenizer_size)
+    sizes = dataclasses.replace(PRESETS[config.preset], vocab_size=caches[0].tokenizer_size)
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
     _announce_memory(config, sizes, num_parameters)
@@ -81,7 +98,8 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
     record |= {"initial_weights_sha256": _weights_digest(model), "parameters": num_parameters}
 
     blocks = PackedBlocks(
-        cache,
+        caches,
+        weights=weights,
         block_size=config.block_size,
         seed=config.seed,
         num_epochs=1 if config.max_steps > 0 else config.num_train_epochs,
@@ -115,7 +133,7 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
             head_loss=head_loss,
             train_dataset=blocks,
             eval_dataset=validation
-            and PackedBlocks(validation, block_size=config.block_size, seed=0, temperature=config.temperature),
+            and PackedBlocks([validation], block_size=config.block_size, seed=0, temperature=config.temperature),
             callbacks=[recorder, stop],
         )
         trainer.remove_callback(PrinterCallback)
@@ -132,7 +150,7 @@ def train(config: StudentConfig, cache_path: Path, out: Path, *, validation_path
         record["metrics"] = metrics | {"steps": trainer.state.global_step, "seconds_since_start_or_resume": seconds}
         run.summary(record["metrics"])
     if trainer.is_world_process_zero():
-        _write_student(model, sizes, cache, out)
+        _write_student(model, sizes, caches[0], out)
         write_json(out / "run.json", record | {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)})
         log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
 
@@ -148,8 +166,20 @@ def _announce_memory(config: StudentConfig, sizes: GPTConfig, num_parameters: in
     )
 
 
-def _describe(config: StudentConfig, cache: Cache, validation: Cache | None) -> dict[str, Any]:
+def _describe(
+    config: StudentConfig, caches: Sequence[Cache], weights: Sequence[float] | None, validation: Cache | None
+) -> dict[str, Any]:
     """What the run is made from, as `run.json` records it."""
+    cache = caches[0]
+    for other in [*caches[1:], *([validation] if validation else [])]:
+        require_same(
+            "the label identities",
+            cache.label_identity,
+            other.label_identity,
+            ours_name=cache.path,
+            theirs_name=other.path,
+            fix="build all caches with the same teacher and options",
+        )
     if config.temperature not in cache.temperatures:
         raise CacheMismatchError(
             "the cache holds no tails at this temperature",
@@ -157,21 +187,15 @@ def _describe(config: StudentConfig, cache: Cache, validation: Cache | None) -> 
             expected=f"temperature one of {', '.join(f'{T:g}' for T in cache.temperatures)}",
             got=config.temperature,
         )
-    if validation is not None:
-        require_same(
-            "the label identities",
-            cache.label_identity,
-            validation.label_identity,
-            ours_name=cache.path,
-            theirs_name=validation.path,
-            fix="build both caches with the same teacher and options",
-        )
     return {
-        "format": "codedistill-run",
-        "version": 1,
+        "format": RUN_FORMAT,
+        "version": RUN_VERSION,
         "config": to_dict(config),
         "world_size": world_size(),
-        "cache": _identify(cache),
+        "caches": [
+            _identify(cache) | {"weight": weight}
+            for cache, weight in zip(caches, weights or itertools.repeat(None), strict=False)
+        ],
         "validation": validation and _identify(validation),
         "machine": machine(),
         "versions": versions("codedistill", "torch", "transformers", "accelerate", "numpy", "h5py"),
@@ -202,8 +226,9 @@ def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     ours, theirs = (
         {
             **r["config"],
-            "cache.label_identity": r["cache"]["label_identity"],
-            "cache.shards": sha256_json(r["cache"]["shards"]),
+            "cache.label_identity": r["caches"][0]["label_identity"],
+            "cache.shards": sha256_json([cache["shards"] for cache in r["caches"]]),
+            "cache.weight": [cache["weight"] for cache in r["caches"]],
         }
         for r in (record, earlier)
     )

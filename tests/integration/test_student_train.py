@@ -88,6 +88,7 @@ def caches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("caches")
     make_cache(folder / "train")
     make_cache(folder / "validation", seed=1, lengths=(30, 20, 10, 5))
+    make_cache(folder / "more", seed=2, lengths=(12, 50, 30))
     make_cache(folder / "stranger", seed=1, lengths=(30, 20, 10, 5), teacher="another")
     return folder
 
@@ -256,6 +257,43 @@ def test_a_validation_cache_of_another_teacher_is_refused(caches, tmp_path):
     line = refused(arguments(caches / "train", tmp_path / "run", caches / "stranger"))
     assert "label identities" in line
     assert str(caches / "stranger") in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_caches_mixed_by_weight(caches, tmp_path):
+    """Killed, resumed, compared with an uninterrupted run, and exported."""
+    more, out, whole = caches / "more", tmp_path / "run", tmp_path / "whole"
+
+    def command(out, *, weights=(0.7, 0.3), others=(more,)):
+        extra = [f"--cache={path}:{weight}" for path, weight in zip(others, weights[1:], strict=True)]
+        return [*arguments(f"{caches / 'train'}:{weights[0]}", out, num_train_epochs=3, max_steps=-1), *extra]
+
+    run(command(whole))
+    code, _ = stop_when(command(out), (out / "checkpoint-5" / "COMPLETE").exists, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert "another cache.weight" in refused(command(out, weights=(0.6, 0.4)))
+    assert "another cache.shards" in refused(command(out, weights=(0.7,), others=()))
+    assert "another cache.shards" in refused(command(out, others=(caches / "validation",)))
+    assert "continuing from" in run(command(out)).stderr
+    same_student(whole, out)
+    record = json.loads((out / "run.json").read_text())
+    assert [cache["weight"] for cache in record["caches"]] == [0.7, 0.3]
+    assert record["caches"][0]["label_identity"] == record["caches"][1]["label_identity"]
+    assert record["caches"][0]["shards"] != record["caches"][1]["shards"]
+    assert record["data"]["rows_per_epoch"] == (175 - 8) + (92 - 3)
+    assert run_here([*COMMAND, "export", str(out), "--out", str(tmp_path / "student")]) is None
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "- made (train, 8 documents, in a cache of weight 0.7), licence" in card
+    assert "- made (train, 3 documents, in a cache of weight 0.3), licence" in card
+
+
+def test_caches_that_do_not_go_together_are_refused(caches, tmp_path):
+    train, stranger = caches / "train", caches / "stranger"
+    line = refused([*arguments(train, tmp_path / "run"), "--cache", str(stranger)])
+    for words in ("label identities", str(train), str(stranger)):
+        assert words in line
+    again = f"{caches}/./train"
+    assert "a cache is given twice" in refused([*arguments(train, tmp_path / "run"), "--cache", again])
     assert not (tmp_path / "run").exists()
 
 

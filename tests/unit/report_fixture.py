@@ -68,7 +68,7 @@ def write_run(root: Path, name: str) -> Path:
     run = root / "students" / name
     write(run / "run.json", {
         "config": {"preset": "tiny", "alpha": alpha, "temperature": 1.0, "seed": 0, "max_steps": 300},
-        "cache": {"label_identity": digest("labels")}, "machine": MACHINE, "versions": VERSIONS,
+        "caches": [{"label_identity": digest("labels"), "weight": None}], "machine": MACHINE, "versions": VERSIONS,
         "metrics": {"ce": floor + 0.3},
     })  # fmt: skip
     records = []

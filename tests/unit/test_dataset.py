@@ -23,13 +23,13 @@ def cache(tmp_path_factory):
 
 
 def blocks_of(cache, **options):
-    return PackedBlocks(cache, **{"block_size": SIZE, "seed": 0, "temperature": 1.5} | options)
+    return PackedBlocks([cache], **{"block_size": SIZE, "seed": 0, "temperature": 1.5} | options)
 
 
 @pytest.mark.parametrize("all_targets", [False, True])
 def test_items_are_the_plans_pieces_as_the_reader_has_them(cache, all_targets):
     data = blocks_of(cache, num_epochs=2, all_targets=all_targets)
-    plans = [pack(cache.doc_lengths, SIZE, seed=0, epoch=epoch) for epoch in (0, 1)]
+    plans = [pack([cache.doc_lengths], SIZE, seed=0, epoch=epoch) for epoch in (0, 1)]
     assert len(data) == len(plans[0]) + len(plans[1])
     num_labels = 0
     for item, block in zip((data[i] for i in range(len(data))), plans[0] + plans[1], strict=True):
@@ -78,10 +78,38 @@ def test_workers_and_pickling_change_nothing(cache):
 def test_as_many_epochs_as_the_blocks_asked_for_take(cache):
     one = len(blocks_of(cache))
     data = blocks_of(cache, min_blocks=one + 1)
-    assert (data.num_epochs, len(data)) == (2, one + len(pack(cache.doc_lengths, SIZE, seed=0, epoch=1)))
+    assert (data.num_epochs, len(data)) == (2, one + len(pack([cache.doc_lengths], SIZE, seed=0, epoch=1)))
 
 
-def test_a_cache_without_rows_is_refused(tmp_path):
-    cache = make_cache(tmp_path / "cache", lengths=(1, 1, 1))
+def test_a_cache_without_rows_is_refused(cache, tmp_path):
+    empty = make_cache(tmp_path / "cache", lengths=(1, 1, 1))
     with pytest.raises(ConfigError, match="no document"):
-        blocks_of(Cache(cache.path))
+        blocks_of(Cache(empty.path))
+    options = {"block_size": SIZE, "seed": 0, "temperature": 1.5}
+    assert PackedBlocks([cache, empty], **options).num_rows == blocks_of(cache).num_rows
+    with pytest.raises(ConfigError, match=f"no document.*{empty.path}"):
+        PackedBlocks([cache, empty], weights=[1, 1], **options)
+
+
+@pytest.mark.parametrize("weights", [None, (0.7, 0.3)])
+def test_several_caches_are_read_by_the_plan_for_every_number_of_workers(cache, tmp_path, weights):
+    caches = [cache, make_cache(tmp_path / "other", seed=1, lengths=(30, 20, 10, 5, 33))]
+    data = PackedBlocks(caches, weights=weights, block_size=SIZE, seed=0, num_epochs=3, temperature=1.5)
+    lengths = [part.doc_lengths for part in caches]
+    plans = [pack(lengths, SIZE, weights=weights, seed=0, epoch=epoch) for epoch in range(3)]
+    pieces = [piece for plan in plans for block in plan for piece in block]
+    if weights is None:
+        rows = sum(piece.stop - piece.start for piece in pieces)
+        assert rows == 3 * data.num_rows == 3 * sum((part - 1).sum() for part in lengths)
+    assert len(data) == sum(map(len, plans))
+    for index, block in enumerate(block for plan in plans for block in plan):
+        item, at = data[index], 0
+        for number, start, stop in block:
+            part, doc = (caches[0], number) if number < 8 else (caches[1], number - 8)
+            rows = slice(at, at + stop - start)
+            assert item["input_ids"][rows].tolist() == part.tokens(doc)[start:stop].tolist()
+            assert np.array_equal(item["soft_logp"][rows].numpy(), part.targets(doc, 1.5).logp[start:stop])
+            at = rows.stop
+    one, two = (list(DataLoader(data, batch_size=2, num_workers=n)) for n in (0, 2))
+    for a, b in zip(one, two, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
