@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import math
 
 import h5py
 import numpy as np
@@ -189,53 +188,6 @@ def test_ragged_rows_read_back_row_by_row():
         assert np.all(targets.ids[row, k:] == 0) and np.all(targets.logp[row, k:] == -np.inf)
         start += k
     assert np.array_equal(np.isneginf(targets.log_tail), (ks == 0) | (ks == 8))
-
-
-def read_as_format_md_says(file, row, column):
-    """A row's {id: probability} and tail probability, in plain Python after section 4 of FORMAT.md."""
-    k = file["k"][:].tolist()
-    start, T = sum(k[:row]), file.attrs["temperatures"][column]
-    entries = range(start, start + k[row])
-    ids = [int(file["id_table"][file["topk_ids"][i]]) for i in entries]
-    if file.attrs["codec"] == b"f16":
-        margins = [float(file["topk_margins"][i]) for i in entries]
-    else:
-        escapes = dict(zip(file["esc_pos"][:].tolist(), file["esc_value"][:].tolist(), strict=True))
-        code, margins = 0, []
-        for i in entries:
-            code += escapes.get(i, int(file["topk_codes"][i]))
-            margins.append(float(file["codebook"][code]))
-    tail = int(file["tail"][row, column])
-    tail_weight = 0.0 if tail == -32768 else math.exp(tail / file.attrs["tail_scale"] - margins[-1] / T)
-    weights = [math.exp(-margin / T) for margin in margins]
-    total = sum(weights) + tail_weight
-    return dict(zip(ids, [weight / total for weight in weights], strict=True)), tail_weight / total
-
-
-@pytest.mark.parametrize("codec", ["f16", "q"])
-def test_format_md_is_enough_to_read_a_shard(codec):
-    """Rows with gaps beyond every escape, read after the text alone, are those of the reader and of the logits."""
-    rng = np.random.default_rng(3)
-    logits = (rng.normal(0, 3, (6, 64)) + 100 * (rng.random((6, 64)) < 0.04)).astype(np.float32)
-    ks = np.array([3, 64, 1, 9, 20, 0])
-    arrays = shard_of_logits(logits, [6], ks, rng.integers(0, 64, 6))
-    image, _ = encode_shard(arrays, codec=codec, temperatures=GRID, top_k=64, head_width=64, tokenizer_size=64)
-    shard = decode_shard(image, "x")
-    with open_image(image) as file:
-        assert codec == "f16" or len(file["esc_pos"]) > 0
-        for row in range(5):
-            for column, T in enumerate(GRID):
-                head, tail = read_as_format_md_says(file, row, column)
-                targets = shard.targets(row, row + 1, T, column, 64)
-                assert list(head) == targets.ids[0, : ks[row]].tolist()
-                np.testing.assert_allclose(
-                    np.exp(targets.logp[0, : ks[row]]), list(head.values()), rtol=1e-4, atol=1e-30
-                )
-                np.testing.assert_allclose(np.exp(targets.log_tail[0]), tail, rtol=1e-4, atol=1e-30)
-                exact = np.exp((logits[row].astype(np.float64) - logits[row].max()) / T)
-                exact /= exact.sum()
-                np.testing.assert_allclose(list(head.values()), exact[list(head)], rtol=0.3, atol=1e-12)
-                assert sum(head.values()) + tail == pytest.approx(1, abs=1e-12)
 
 
 def changed(name, index, value):
