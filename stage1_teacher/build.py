@@ -29,7 +29,7 @@ from stage1_teacher.config import TeacherConfig
 from stage1_teacher.teacher import TeacherFiles, head_and_positions, load_teacher, locate_teacher
 
 if TYPE_CHECKING:  # torch and transformers load only where there is something to label
-    from stage1_teacher.head import LogitSource
+    from stage1_teacher.logits import LogitSource
     from stage1_teacher.pieces import Corpus, Piece
 
 MAX_EXCESS_MASS = 1e-4
@@ -264,7 +264,7 @@ def _label(
     all_pieces: Sequence["Piece"],
 ) -> None:
     """Load the teacher and write the shards, each by the positions of its pieces."""
-    from stage1_teacher.head import LogitSource
+    from stage1_teacher.logits import LogitSource
 
     teacher = load_teacher(files.path, dtype=config.dtype, device_map=config.device_map)
     log(
@@ -392,7 +392,11 @@ def label_shard(
                 )
             width = part.ids.shape[1]
             ids_SK[rows, :width], margins_SK[rows, :width] = part.ids.cpu(), part.margins.cpu()
-            k[rows], tail_log[rows], gold_in_topk[rows] = part.k.cpu(), part.tail_log.cpu(), part.gold_in_topk.cpu()
+            k[rows], tail_log[rows], gold_in_topk[rows] = (
+                part.k.cpu(),
+                part.tail_log.cpu(),
+                part.gold_rank.cpu() < width,
+            )
             gold_logprob[rows], entropy[rows] = part.gold_logprob.cpu(), part.entropy_nats.cpu()
             excess[rows] = part.excess_mass.cpu()
         advance(sum(lengths[i] for i in batch))

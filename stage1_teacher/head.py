@@ -1,20 +1,27 @@
-"""The LM head and what is kept of its rows: top-k, tails, gold, entropy, in one pass over a chunk of float32 logits.
+"""What is kept of rows of logits: top-k, tails, gold, entropy, in one pass over a chunk of float32 logits.
 
-Shapes: B rows of a batch, T positions, N real tokens (flattened), D hidden size, V vocabulary, K targets, G grid.
+Shapes: N rows, V vocabulary, K targets, G grid temperatures, R rows of a block.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-# CPU: 8 rows of a 49,152-word vocabulary stay in the second-level cache through all passes of the tail.
-_CPU_TAIL_ROWS = 8
+# Rows that go through all passes together: on a CPU a few rows of a 49,152-word vocabulary stay in the second-level
+# cache, on a GPU a block is large against the cost of a launch and its scratch memory small against the chunk.
+_BLOCK_ROWS = {"cpu": 8, "cuda": 256}
+# torch.topk on a CPU looks at every column with a heap; the maxima of groups of this many columns leave few of them.
+_GROUP = 16
 # Below this distance from the tail's maximum exp() is exactly 0 in float32 at every allowed temperature. Being finite
 # (unlike −inf) it makes 0 · distance a 0.
 _FLOOR = -1e4
+# A power beyond this would cost float32 digits: each multiplication adds a rounding.
+_MAX_POWER = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +33,7 @@ class LabelRows:
     margins: Tensor  # f32 [N, K] z_1 − z_i; +inf beyond k
     tail_log: Tensor  # f64 [N, G] log Σ_{j∉K} exp((z_j − z_1)/T); −inf without a tail
     gold_logprob: Tensor  # f32 [N] nats at T=1
-    gold_in_topk: Tensor  # bool [N]
+    gold_rank: Tensor  # i64 [N] place of the gold token among the row's entries, from 0; K where it is not there
     entropy_nats: Tensor  # f32 [N] at T=1
     excess_mass: Tensor  # f32 [N] probability at T=1 of ids beyond the tokenizer, before they were masked
     top_logit: Tensor  # f32 [N] NaN or infinite where the row cannot be used
@@ -50,15 +57,29 @@ def label_rows(
         and is meaningless otherwise.
     """
     z_NV, excess_NX = logits_NV[:, :tokenizer_size], logits_NV[:, tokenizer_size:]
+    N, K = len(z_NV), min(top_k, tokenizer_size)
     gold_logit = z_NV.gather(1, gold_N[:, None]).squeeze(1)
-    values_NK, ids_NK, tail_max = _topk_by_id(z_NV, top_k)
-    top = values_NK[:, 0].clone()
-    kept = values_NK > -torch.inf
-    margins = top[:, None] - values_NK
+    # One entry more than asked is the tail's own maximum, and tells whether a tie crosses the boundary.
+    values_NK = z_NV.new_full((N, K + 1), -torch.inf)
+    ids_NK = gold_N.new_empty(N, K)
+    sums_NG, weighted_N = z_NV.new_empty(N, len(temperatures)), z_NV.new_empty(N)
+    block = min(_BLOCK_ROWS[z_NV.device.type], N)
+    scratch = [z_NV.new_empty(block, tokenizer_size) for _ in range(4)]
+    for start in range(0, N, block):
+        part = slice(start, start + block)
+        z_RV = z_NV[part]
+        values, ids = _topk(z_RV, min(K + 1, tokenizer_size))
+        values_NK[part, : values.shape[1]], ids_NK[part] = values, ids[:, :K]
+        z_RV.scatter_(1, ids[:, :K], -torch.inf)
+        shift = values_NK[part, K:]
+        sums_NG[part], weighted_N[part] = _tail_sums(z_RV, shift.where(shift.isfinite(), 0.0), temperatures, scratch)
+    _order_ties(z_NV, values_NK, ids_NK)
+    values_NK, left_N = values_NK[:, :K], values_NK[:, K]
 
-    z_NV.scatter_(1, ids_NK, -torch.inf)
-    shift = torch.where(tail_max.isfinite(), tail_max, 0.0)
-    sums_NG, weighted_N = _tail_sums(z_NV, shift, temperatures)
+    top = values_NK[:, 0].clone()
+    margins = top[:, None] - values_NK
+    kept = values_NK > -torch.inf
+    shift = left_N.where(left_N.isfinite(), 0.0)
     gap_N = (shift - top).double()
     tail_log = sums_NG.double().log() + gap_N[:, None] / torch.tensor(temperatures, device=gap_N.device).double()
 
@@ -73,140 +94,105 @@ def label_rows(
     excess = torch.zeros_like(top)
     if excess_NX.shape[1]:
         excess = torch.sigmoid(excess_NX.logsumexp(1) - top - log_z.float())
+    is_gold = (ids_NK == gold_N[:, None]) & kept
     return LabelRows(
         k=kept.sum(1),
         ids=ids_NK,
         margins=margins,
         tail_log=tail_log,
         gold_logprob=(gold_logit - top).double().sub(log_z).float(),
-        gold_in_topk=((ids_NK == gold_N[:, None]) & kept).any(1),
+        gold_rank=torch.where(is_gold.any(1), is_gold.int().argmax(1), K),
         entropy_nats=entropy.float(),
         excess_mass=excess,
         top_logit=top,
     )
 
 
-def _topk_by_id(z_NV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The K largest logits, ties by ascending id also at the boundary, and the largest logit left over (−inf if none).
+def _topk(z_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """torch.topk; among equal values at the boundary any may be chosen.
 
-    torch.topk leaves the order of equal values open. One value more than asked tells whether a tie crosses the
-    boundary, and is the tail's own maximum.
+    On a CPU first the k groups of columns with the largest maxima are found: whatever exceeds the k-th largest maximum
+    lies in them, and at least k values in them reach it.
     """
-    K = min(top_k, z_NV.shape[1])
-    values, ids = z_NV.topk(min(top_k + 1, z_NV.shape[1]))
-    left = values[:, K].clone() if values.shape[1] > K else values.new_full((len(values),), -torch.inf)
-    values, ids = values[:, :K], ids[:, :K]
-    tied = ((values[:, -1] == left) & left.isfinite()).nonzero().squeeze(1)
-    for rows in tied.split(_CPU_TAIL_ROWS if z_NV.device.type == "cpu" else max(len(tied), 1)):
-        z, bound = z_NV[rows], left[rows, None]
-        above, equal = z > bound, z == bound
-        room = K - above.sum(1, keepdim=True)
-        chosen = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, K)
-        ids[rows], values[rows] = chosen, z.gather(1, chosen)
-    ids, order = ids.sort(1)
-    values, order_by_value = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values, ids.gather(1, order_by_value), left
+    R, V = z_RV.shape
+    groups = V // _GROUP
+    if z_RV.device.type != "cpu" or groups < 4 * k:
+        return z_RV.topk(k)
+    # Group j holds the columns j, j + groups, …: its maximum is taken across contiguous stretches.
+    maxima = z_RV[:, : groups * _GROUP].view(R, _GROUP, groups).amax(1)
+    columns = (maxima.topk(k, sorted=False).indices[:, :, None] + torch.arange(0, groups * _GROUP, groups)).flatten(1)
+    if V % _GROUP:
+        columns = torch.cat([columns, torch.arange(groups * _GROUP, V).expand(R, -1)], 1)
+    values, places = z_RV.gather(1, columns).topk(k)
+    return values, columns.gather(1, places)
 
 
-def _tail_sums(z_NV: Tensor, shift_N: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Σ exp((z − shift)/T) for the grid `[N, G]`, and Σ exp(z − shift) · (z − shift) `[N]`.
+def _order_ties(z_NV: Tensor, values_NK1: Tensor, ids_NK: Tensor) -> None:
+    """Put equal logits in order of their ids, and where a tie crosses the boundary choose the smallest ids; in place.
 
-    Halving a temperature squares the exponential, so a chain such as 2, 1, ½ costs one exp().
+    Args:
+        z_NV: logits, −inf at `ids_NK`; rows with boundary ties get their values back.
+        values_NK1: the K + 1 largest, descending; −inf where there are fewer.
+        ids_NK: ids with the first K of these values, in any order among equal ones.
     """
-    sums = z_NV.new_empty(len(z_NV), len(temperatures))
-    weighted = z_NV.new_empty(len(z_NV))
-    rows = _CPU_TAIL_ROWS if z_NV.device.type == "cpu" else len(z_NV)
-    for start in range(0, len(z_NV), rows):
-        part = slice(start, start + rows)
-        distance = (z_NV[part] - shift_N[part, None]).clamp_(min=_FLOOR)
-        for first in (t for t in temperatures if 2 * t not in temperatures):
-            u, t = (distance / first).exp_(), first
-            while t in temperatures:
-                sums[part, temperatures.index(t)] = u.sum(1)
-                if t == 1.0:
-                    weighted[part] = torch.linalg.vecdot(u, distance)
-                u, t = u.square_(), t / 2
-    return sums, weighted
+    equal_NK = (values_NK1[:, 1:] == values_NK1[:, :-1]) & values_NK1[:, 1:].isfinite()
+    for row in equal_NK.any(1).nonzero().squeeze(1).tolist():
+        values, ids = values_NK1[row, :-1], ids_NK[row]
+        if equal_NK[row, -1]:
+            bound = values[-1]
+            z_NV[row].scatter_(0, ids, values)
+            candidates = (z_NV[row] == bound).nonzero().squeeze(1)
+            ids[values == bound] = candidates[: int((values == bound).sum())]
+        ids, order = ids.sort()
+        ids_NK[row] = ids[values[order].sort(descending=True, stable=True).indices]
 
 
-class LogitSource:
-    """Float32 logits of the real tokens of a batch, a few rows at a time, so that [B, T, V] float32 never exists.
+def _tail_sums(
+    z_RV: Tensor, shift_R1: Tensor, temperatures: Sequence[float], scratch: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Σ exp((z − shift)/T) for the grid `[R, G]`, and Σ exp(z − shift) · (z − shift) `[R]`.
 
-    Fused: backbone → hidden states of real tokens → head in float32. Where the model does more around its head than
-    a linear map (scaling, soft caps, offloading), its own logits are taken instead; `notice` then says why.
+    Args:
+        z_RV: logits, −inf where they do not belong to the tail.
+        shift_R1: their maximum, 0 where there is none.
+        temperatures: the grid.
+        scratch: four tensors that z fits into, overwritten: memory fresh from the system costs more than the sums.
     """
-
-    def __init__(self, model: Any, chunk_rows: int) -> None:
-        self.model, self.chunk_rows = model, chunk_rows
-        self.notice = _why_not_fused(model)
-        self.head_width: int = model.get_output_embeddings().weight.shape[0] if self.notice is None else 0
-        if self.notice is None:
-            head = model.get_output_embeddings()
-            self._weight = head.weight.float()
-            self._bias = None if head.bias is None else head.bias.float()
-            self._buffer = self._weight.new_empty(chunk_rows, self.head_width)  # fresh pages cost as much as the matmul
-        else:
-            self.head_width = model.config.get_text_config().vocab_size
-
-    @torch.inference_mode()
-    def chunks(self, ids_BT: Tensor, real_BT: Tensor) -> Iterator[Tensor]:
-        """Yield logits of the positions marked in `real_BT`, in row-major order; each is valid until the next.
-
-        Padding stands at the right, out of sight of every real token under a causal mask: no attention mask is needed.
-        """
-        if self.notice is not None:
-            logits_NV = self.model(input_ids=ids_BT, use_cache=False).logits
-            for part in logits_NV[real_BT.to(logits_NV.device)].split(self.chunk_rows):
-                yield part.float()
-            return
-        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-        for part in hidden_BTD[real_BT.to(hidden_BTD.device)].split(self.chunk_rows):
-            yield self._project(part)
-
-    def _project(self, hidden_ND: Tensor) -> Tensor:
-        hidden_ND = hidden_ND.to(self._weight.device, torch.float32)
-        out = self._buffer[: len(hidden_ND)]
-        if self._bias is None:
-            return torch.mm(hidden_ND, self._weight.T, out=out)
-        return torch.addmm(self._bias, hidden_ND, self._weight.T, out=out)
+    distance, unit, u, product = (buffer[: len(z_RV)] for buffer in scratch)
+    sums = z_RV.new_empty(len(temperatures), len(z_RV))
+    torch.sub(z_RV, shift_R1, out=distance).clamp_(min=_FLOOR)
+    for rate, chains in _powers(tuple(temperatures)):
+        torch.mul(distance, rate, out=unit).exp_()
+        for odd, columns in chains:
+            torch.pow(unit, odd, out=u)
+            for doublings, column in enumerate(columns):
+                if doublings:
+                    torch.mul(u, u, out=u)
+                if column is not None:
+                    torch.sum(u, 1, out=sums[column])
+                    if temperatures[column] == 1.0:
+                        weighted = torch.mul(u, distance, out=product).sum(1)
+    return sums.T, weighted
 
 
-@torch.inference_mode()
-def _why_not_fused(model: Any) -> str | None:
-    """Run the model once on a few ids and look at its head's input and output; None where the head is a plain map.
+@functools.cache
+def _powers(temperatures: tuple[float, ...]) -> list[tuple[float, list[tuple[int, list[int | None]]]]]:
+    """How to reach exp(x/T) for a grid with few exp(): rates r, for each odd powers of exp(r·x), squared repeatedly.
 
-    The head's output is replaced by a ramp over ±64, so that a soft cap shows that a small random logit would not.
+    Where all 1/T are small multiples of one rate, as 2, 1, ⅔ and ½ are of ⅙, that rate is enough: exp(x/6)³ and its
+    squares are T = 2, 1 and ½, exp(x/6)⁴ is T = 1.5. A multiplication costs a tenth of an exp(). The columns of a
+    chain are the places in the grid of its powers odd, 2·odd, 4·odd, …
     """
-    head, backbone = model.get_output_embeddings(), model.base_model
-    if type(head) is not nn.Linear or backbone is model:
-        return f"{type(model).__name__} has no backbone with a linear head"
-    if head.weight.is_meta:
-        return f"the head of {type(model).__name__} is offloaded"
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def replace(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        ramp = torch.linspace(-64, 64, output.numel(), device=output.device, dtype=output.dtype).view_as(output)
-        seen.append((arguments[0], output, ramp))
-        return ramp
-
-    ids_BT = torch.arange(8, device=model.get_input_embeddings().weight.device)[None] % head.weight.shape[0]
-    handle = head.register_forward_hook(replace)
-    try:
-        logits = model(input_ids=ids_BT, use_cache=False).logits
-    finally:
-        handle.remove()
-    if len(seen) != 1:
-        return f"{type(model).__name__} does not call its head once"
-    (head_input, head_output, ramp) = seen[0]
-    if not torch.equal(logits.float(), ramp.float()):
-        return f"{type(model).__name__} scales or caps its logits after the head"
-    hidden = backbone(input_ids=ids_BT, use_cache=False).last_hidden_state.to(head_input.device)
-    if not torch.equal(hidden, head_input):
-        return f"{type(model).__name__} changes the hidden states before the head"
-    ours = nn.functional.linear(
-        head_input.float(), head.weight.float(), None if head.bias is None else head.bias.float()
-    )
-    tolerance = 4 * torch.finfo(head_output.dtype).eps * ours.abs().max()
-    if not torch.allclose(ours, head_output.float(), rtol=0, atol=max(float(tolerance), 1e-5)):
-        return f"the head of {type(model).__name__} is not the linear map of its weights"
-    return None
+    inverse = [1 / Fraction(t).limit_denominator(1000) for t in temperatures]
+    common = math.lcm(*(r.denominator for r in inverse))
+    unit = Fraction(math.gcd(*(int(r * common) for r in inverse)), common)
+    powers = [int(r / unit) for r in inverse]
+    exact = all(math.isclose(power * unit * t, 1, rel_tol=1e-12) for power, t in zip(powers, temperatures, strict=True))
+    if not exact or max(powers) > _MAX_POWER:
+        return [(1 / t, [(1, [column])]) for column, t in enumerate(temperatures)]
+    chains: dict[int, list[int | None]] = {}
+    for power, column in sorted(zip(powers, range(len(powers)), strict=True)):
+        doublings = (power & -power).bit_length() - 1
+        columns = chains.setdefault(power >> doublings, [])
+        columns += [None] * (doublings - len(columns)) + [column]
+    return [(float(unit), sorted(chains.items()))]
