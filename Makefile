@@ -4,7 +4,9 @@
 #   CACHE     where the student side finds the logit cache: the folder that holds cache-train/ and
 #             cache-validation/, or one cache alone. Default: artifacts/<profile>
 #   TEACHER, DATASET, VALIDATION_DATASET   instead of the profile's
+#   ART       where everything is made. Default: artifacts/<profile>
 #   RUN, SET  `make student RUN=name SET="alpha=0.5 seed=1"` trains one student under a name of its own
+#   HUMANEVAL options of `eval humaneval`, for teacher and students alike: HUMANEVAL="--limit 20"
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -94,11 +96,15 @@ cache: setup $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) $(TRAIN)/teach
 
 build = $(DISTILL) teacher build --config stage1_teacher/configs/$(PROFILE).toml --teacher $(TEACHER)
 
-$(ART)/cache-train/manifest.json: | $(VENV)/.installed
+# Where these are named, the command itself is asked about what is there: it finds it up to date, or refuses.
+named = $(if $(filter command environment,$(foreach v,$1,$(firstword $(origin $v)))),FORCE)
+.PHONY: FORCE
+
+$(ART)/cache-train/manifest.json: $(call named,TEACHER DATASET) | $(VENV)/.installed
 	$(FETCH)
 	$(build) $(DATASET:%=--dataset %) --split train $(TRAIN_LIMIT) --out $(@D)
 
-$(ART)/cache-validation/manifest.json: | $(VENV)/.installed
+$(ART)/cache-validation/manifest.json: $(call named,TEACHER DATASET VALIDATION_DATASET) | $(VENV)/.installed
 	$(FETCH)
 	$(build) $(VALIDATION_DATASET:%=--dataset %) --split validation $(VALIDATION_LIMIT) --out $(@D)
 
@@ -109,7 +115,7 @@ $(EVAL)/teacher/fidelity.json: | $(CACHES)
 	$(DISTILL) eval fidelity --model $(TEACHER) --cache $(ART)/cache-validation --out $@
 
 $(EVAL)/teacher/humaneval/result.json: | $(CACHES)
-	$(DISTILL) eval humaneval --model $(TEACHER) --cache $(ART)/cache-train --out $(@D)
+	$(DISTILL) eval humaneval --model $(TEACHER) --cache $(ART)/cache-train --out $(@D) $(HUMANEVAL)
 
 $(EVAL)/teacher/latency.json: | $(CACHES)
 	$(DISTILL) eval latency --model teacher=$(TEACHER) --cache $(ART)/cache-train --out $@
@@ -132,13 +138,13 @@ student: setup $(TWINS:%=$(RUNS)/%/model.safetensors)
 endif
 
 # student_ce is the twin of student_kd: the same command with alpha=0.
-$(RUNS)/student_kd/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) | $(VENV)/.installed
+$(RUNS)/student_kd/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) $(if $(RUN),,$(call named,SET)) | $(VENV)/.installed
 	$(train) --out $(@D) $(SET:%=--set %)
-	@touch -c $@
+	@$(if $(filter-out FORCE,$?),touch -c $@)
 
-$(RUNS)/student_ce/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) | $(VENV)/.installed
+$(RUNS)/student_ce/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) $(if $(RUN),,$(call named,SET)) | $(VENV)/.installed
 	$(train) --out $(@D) $(SET:%=--set %) --set alpha=0
-	@touch -c $@
+	@$(if $(filter-out FORCE,$?),touch -c $@)
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
@@ -151,7 +157,7 @@ $(EVAL)/%/fidelity.json: $(RUNS)/%/model.safetensors $(VALIDATION:=/manifest.jso
 	$(DISTILL) eval fidelity --model $(RUNS)/$* --cache $(VALIDATION) --out $@
 
 $(EVAL)/%/humaneval/result.json: $(RUNS)/%/model.safetensors | $(VENV)/.installed
-	$(DISTILL) eval humaneval --model $(RUNS)/$* --out $(@D) $(PROBLEMS:%=--problems %)
+	$(DISTILL) eval humaneval --model $(RUNS)/$* --out $(@D) $(PROBLEMS:%=--problems %) $(HUMANEVAL)
 
 $(EVAL)/latency.json: $(foreach s,$(STUDENTS),$(RUNS)/$s/model.safetensors) | $(VENV)/.installed
 	$(DISTILL) eval latency $(if $(TEACHER_HERE),--model teacher=$(TEACHER) --cache $(TRAIN)) $(foreach s,$(STUDENTS),--model $s=$(RUNS)/$s) --out $@

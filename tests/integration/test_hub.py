@@ -81,7 +81,7 @@ def test_offline_with_a_warm_home_builds_the_same_cache(hub, warm, tmp_path):
     assert (tmp_path / "cache/manifest.json").read_bytes() == (warm / "cache/manifest.json").read_bytes()
     started = time.monotonic()
     assert "up to date" in build(environment, warm / "cache")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20  # the client's own retries take 23 s or more
     cold = environment | {"HF_HOME": str(tmp_path / "home")}
     assert "not in the local Hub cache (HF_HUB_OFFLINE=1)" in build(cold, tmp_path / "other", code=1)
     message = build(environment, tmp_path / "other", "--dataset-revision", "0" * 40, code=1)
@@ -94,7 +94,7 @@ def test_no_hub_fails_at_once_and_says_what_to_do(hub, warm, tmp_path, home):
     environment = hub.environment({"cold": tmp_path, "warm": warm / "home"}[home], HF_ENDPOINT="http://127.0.0.1:9")
     started = time.monotonic()
     message = build(environment, tmp_path / "cache", code=1)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20  # the client's own retries take 23 s or more
     assert len(message.splitlines()) == 1
     for part in (TEACHER, "no answer from http://127.0.0.1:9", "HF_HUB_OFFLINE=1", "HF_ENDPOINT", "local files"):
         assert part in message
