@@ -1,6 +1,8 @@
 """HDF5 images in memory: a shard's bytes from named arrays, and back. No file is opened here."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -57,16 +59,35 @@ def from_bytes(image: bytes, where: object) -> tuple[dict[str, Array], dict[str,
         CacheCorruptError: the bytes are no HDF5 file, or a checksum in it fails; `where` names the file.
         CacheFormatError: it needs a filter that is not installed.
     """
+    with _readable(where), h5py.File(h5py.h5f.open_file_image(image)) as file:
+        load_filters(file)
+        arrays = {name: file[name][()] for name in file}
+        attributes = {key: _plain(value) for key, value in file.attrs.items()}
+    return arrays, attributes
+
+
+def read_array(path: Path, name: str) -> Array:
+    """Read one array of an HDF5 file, which is closed again.
+
+    Raises:
+        CacheCorruptError: the file is not there or no HDF5 file, or a checksum in it fails.
+        CacheFormatError: it needs a filter that is not installed.
+    """
+    with _readable(path), h5py.File(path, "r", locking=False) as file:
+        load_filters(file)
+        array: Array = file[name][()]
+    return array
+
+
+@contextlib.contextmanager
+def _readable(where: object) -> Iterator[None]:
+    """Turn whatever HDF5 meets in damaged bytes into one error."""
     try:
-        with h5py.File(h5py.h5f.open_file_image(image)) as file:
-            load_filters(file)
-            arrays = {name: file[name][()] for name in file}
-            attributes = {key: _plain(value) for key, value in file.attrs.items()}
+        yield
     except CacheFormatError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError) as error:
         raise CacheCorruptError("a shard cannot be read", where=where, got=error, fix="cache verify") from error
-    return arrays, attributes
 
 
 def load_filters(file: h5py.File) -> None:

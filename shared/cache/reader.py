@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from shared.cache import hdf5
@@ -233,13 +232,10 @@ class Cache:
 
     def _read_indptr(self, shard: int) -> Array:
         file = self.path / f"{shard_name(shard)}.h5"
-        try:
-            with h5py.File(file, "r", locking=False) as handle:
-                hdf5.load_filters(handle)
-                borders: Array = handle["doc_indptr"][()]
-                return borders
-        except (OSError, KeyError, RuntimeError) as error:
-            raise CacheCorruptError("a shard cannot be read", where=file, got=error, fix="cache verify") from error
+        borders = hdf5.read_array(file, "doc_indptr")
+        if borders.ndim != 1 or borders.dtype != np.int64 or np.any(np.diff(borders) < 1):
+            raise CacheCorruptError("a shard's doc_indptr does not ascend", where=file, fix="codedistill cache verify")
+        return borders
 
     def _locate(self, doc: int) -> tuple[Shard, int, int, int]:
         """A document's shard, the borders of its tokens in it, and its number in it."""

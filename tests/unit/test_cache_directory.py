@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import platform
 import resource
 import shutil
 import signal
@@ -158,89 +157,6 @@ def test_a_read_only_folder_is_read_and_left_alone(cache):
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing that follows runs."""
-
-
-def kill_at(monkeypatch, step):
-    """Stop at the step-th boundary of durable writing: each write of a temporary file, rename and folder sync."""
-    state = {"left": step}
-
-    def tick():
-        state["left"] -= 1
-        if state["left"] < 0:
-            raise Killed
-
-    def wrap(function):
-        def wrapped(*args, **kwargs):
-            tick()
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    monkeypatch.setattr(os, "fsync", wrap(os.fsync))
-    monkeypatch.setattr(os, "replace", wrap(os.replace))
-    monkeypatch.setattr(Path, "replace", wrap(Path.replace))
-    monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None if state["left"] < 0 else unlink(*args, **kwargs))
-    return state
-
-
-unlink = Path.unlink
-
-
-def leave_a_dead_claim(path):
-    """What SIGKILL leaves of a claim."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    claim = path / "claim.json"
-    if claim.exists():
-        claim.write_text(json.dumps({"pid": process.pid, "host": platform.node(), "token": "x"}))
-
-
-def test_a_build_killed_at_any_boundary_ends_equal(tmp_path):
-    build(tmp_path / "whole")
-    expected = contents(tmp_path / "whole")
-    for step in range(200):
-        path = tmp_path / f"killed-{step}"
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            kill_at(monkeypatch, step)
-            try:
-                build(path)
-            except Killed:
-                done = False
-            else:
-                done = True
-        if path.exists():
-            leave_a_dead_claim(path)
-        build(path)
-        assert contents(path) == expected, step
-        assert verify_cache(path) == []
-        if done:
-            break
-    assert done and step > 15
-
-
-def test_adding_files_killed_at_any_boundary_never_loses_the_cache(tmp_path):
-    build(tmp_path / "base")
-    add_files(tmp_path / "base", {"teacher_eval/a.json": b"old", "teacher_eval/b.json": b"same"})
-    new = {"teacher_eval/a.json": b"new", "teacher_eval/b.json": b"same", "teacher_eval/deep/c.json": b"c"}
-    for step in range(200):
-        path = tmp_path / f"killed-{step}"
-        shutil.copytree(tmp_path / "base", path)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            kill_at(monkeypatch, step)
-            try:
-                add_files(path, new)
-            except Killed:
-                done = False
-            else:
-                done = True
-        assert Cache(path).num_tokens == 26
-        leave_a_dead_claim(path)
-        add_files(path, new)
-        assert verify_cache(path) == []
-        assert {name: contents(path)[name] for name in new} == new
-        if done:
-            break
-    assert done and step > 15
 
 
 def test_a_build_completes_what_a_killed_change_left(cache):
