@@ -1,12 +1,14 @@
 """Extending a finished cache: valid throughout, killed anywhere, and mended after damage."""
 
 import copy
+import itertools
 import json
 import shutil
 
 import pytest
+from cache_faults import contents, killed_at
 from cache_rows import IDENTITY, build_options, small_shard
-from test_cache_directory import build, contents, kill_at, leave_a_dead_claim
+from test_cache_directory import build
 
 from shared.cache.extend import CacheExtender
 from shared.cache.reader import Cache
@@ -64,23 +66,17 @@ def test_killed_at_any_boundary(tmp_path):
     shutil.copytree(tmp_path / "base", tmp_path / "whole")
     extend(tmp_path / "whole")
     expected = contents(tmp_path / "whole")
-    for step in range(200):
-        path = tmp_path / f"killed-{step}"
+    for boundary in itertools.count():
+        path = tmp_path / f"killed-{boundary}"
         shutil.copytree(tmp_path / "base", path)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            state = kill_at(monkeypatch, step)
-            try:
-                extend(path)
-            except BaseException as error:
-                assert type(error).__name__ == "Killed"
+        killed = killed_at(boundary, extend, path)
         assert Cache(path).num_documents in (6, 12)
         Cache(path).targets(5, 1.0)
-        leave_a_dead_claim(path)
         extend(path)
-        assert contents(path) == expected, step
-        if state["left"] >= 0:
+        assert contents(path) == expected, boundary
+        if not killed:
             break
-    assert state["left"] >= 0 and step > 15
+    assert boundary > 15
 
 
 def test_an_unfinished_extension_is_reported_and_no_other_one_begun(cache):

@@ -1,15 +1,16 @@
 """`cache merge` and `cache slice`: documents, bytes, statistics and identities of what comes out."""
 
+import itertools
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from cache_faults import contents, killed_at
 from cache_rows import GRID, IDENTITY, build_options, shard_of_logits
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache_directory import contents, kill_at, leave_a_dead_claim
 
 from shared.cache.cli import cache as command
 from shared.cache.identity import label_identity
@@ -150,21 +151,14 @@ def test_killed_at_any_boundary_the_same_command_ends_equal(tmp_path, work):
 
     run(tmp_path / "whole")
     expected = contents(tmp_path / "whole")
-    for step in range(0, 100, 3):
-        path = tmp_path / f"killed-{step}"
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            state = kill_at(monkeypatch, step)
-            try:
-                run(path)
-            except BaseException as error:
-                assert type(error).__name__ == "Killed"
-        if path.exists():
-            leave_a_dead_claim(path)
+    for boundary in itertools.count(0, 3):
+        path = tmp_path / f"killed-{boundary}"
+        killed = killed_at(boundary, run, path)
         run(path)
-        assert contents(path) == expected, step
-        if state["left"] >= 0:
-            return
-    raise AssertionError("never ran to its end")
+        assert contents(path) == expected, boundary
+        if not killed:
+            break
+    assert boundary > 15
 
 
 @pytest.mark.parametrize("codec", ["f16", "q"])
