@@ -17,7 +17,9 @@ COMMANDS: Commands = {
     "eval": ("shared.eval.cli", "evaluate", "Measure teacher and students; write the report."),
 }
 # What a group takes from layers above its own.
-MOUNTED: dict[str, Commands] = {}
+MOUNTED: dict[str, Commands] = {
+    "cache": {"import": ("data.cli", "import_command", "Make a cache of top-k logprobs that were recorded elsewhere.")},
+}
 
 
 class LazyGroup(click.Group):

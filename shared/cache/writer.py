@@ -26,6 +26,7 @@ from shared.cache.directory import (
     remove_leftovers,
     seal,
 )
+from shared.cache.documents import document_rows, join
 from shared.cache.layout import (
     BUILD,
     FORMAT,
@@ -42,6 +43,8 @@ from shared.cache.manifest import read_manifest, write_manifest
 from shared.cache.statistics import measure
 from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, ResumeError
 from shared.runtime import fsync_directory, log, write_bytes, write_json
+
+SHARD_TOKENS = 32_768
 
 
 def encode_shard(
@@ -153,6 +156,8 @@ class CacheWriter:
         self.build = resolved(build)
         self._options = shard_options(self.build)
         self._claim: Claim | None = None
+        self._buffer: list[ShardArrays] = []
+        self._next_shard = self._added = 0
         self._check_folder()
         self.finished = self._is_finished()
         if self.finished and not has_leftovers(self.path):
@@ -200,6 +205,56 @@ class CacheWriter:
         }
         return self._write_pair(shard, data, record)
 
+    def add_document(
+        self,
+        tokens: Sequence[int] | Array,
+        ids: Sequence[Sequence[int] | Array],
+        logprobs: Sequence[Sequence[float] | Array],
+        *,
+        loss_mask: Sequence[int] | Array | None = None,
+        gold_logprobs: Sequence[float] | Array | None = None,
+        meta: Mapping[str, Any],
+    ) -> None:
+        """Add a document of top-k log-probabilities; shards are cut as they fill (`shard_tokens` in the build).
+
+        Run again after a kill, add the same documents in the same order: shards that are there are kept. The build
+        should hold a digest of what they are made from. The grid must be [1], since tails at other temperatures are not
+        known. Arguments: see `documents.document_rows`.
+
+        Raises:
+            CacheFormatError: rows that may not be written, with document and position.
+            ResumeError: a shard that is there holds other documents.
+        """
+        self._claimed()
+        if list(self.build["temperatures"]) != [1.0]:
+            raise CacheFormatError("rows of logprobs at T = 1", expected="the grid [1]", got=self.build["temperatures"])
+        document = document_rows(
+            tokens,
+            ids,
+            logprobs,
+            tokenizer_size=self.build["tokenizer_size"],
+            loss_mask=loss_mask,
+            gold_logprobs=gold_logprobs,
+            meta=meta,
+        )
+        buffered = sum(len(other.tokens) for other in self._buffer)
+        if self._buffer and buffered + len(document.tokens) > self.build.get("shard_tokens", SHARD_TOKENS):
+            self._flush()
+        self._buffer.append(document)
+
+    def _flush(self) -> None:
+        """Write the buffered documents as the next shard, unless it is there."""
+        shard, documents, self._buffer = self._next_shard, self._buffer, []
+        self._next_shard += 1
+        record = read_record(self.path, shard)
+        names = [document.doc_meta[0].get("id") for document in documents]
+        if record is None:
+            self.write_shard(shard, join(documents), {"first_document": self._added})
+        elif record.get("documents") != names:
+            where = self.path / f"{shard_name(shard)}.json"
+            raise ResumeError("the shard holds other documents", where=where, fix="name another --out")
+        self._added += len(documents)
+
     def copy_shard(self, shard: int, data: bytes, record: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Take over another cache's shard byte for byte under a new number.
 
@@ -235,6 +290,8 @@ class CacheWriter:
             CacheFormatError: no shard, a shard that is missing or damaged, or an identity without its digests.
         """
         self._claimed()
+        if self._buffer:
+            self._flush()
         self._check_folder()
         found = {int(m[1]) for entry in self.path.iterdir() if (m := SHARD_PATTERN.fullmatch(entry.name))}
         found -= {shard for part in extensions(self.path) for shard in part.shards()}

@@ -1,0 +1,40 @@
+"""`codedistill cache import`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("import")
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--tokenizer", required=True, metavar="DIR", help="The tokenizer that the token ids are of.")
+@click.option("--teacher-name", required=True, metavar="NAME", help="Who made the logprobs; recorded as declared.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The cache's directory.")
+@click.option(
+    "--top-k", metavar="K", type=click.IntRange(1, 65_535), help="Most entries of a row.  [default: the longest's]"
+)
+@click.option("--codec", metavar="q|f16", default="q", show_default=True, help="How the entries are encoded.")
+@click.option(
+    "--filter", "compression", metavar="gzip|zstd", default="gzip", show_default=True, help="How the shards are packed."
+)
+@click.option(
+    "--shard-tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    default=32_768,
+    show_default=True,
+    help="Tokens per shard, about.",
+)
+def import_command(file: Path, out: Path, **options: Any) -> None:
+    """Make a cache of top-k logprobs that were recorded elsewhere, FILE.jsonl or FILE.parquet.
+
+    Takes vLLM's prompt_logprobs with prompt_token_ids, and DistillKit's uncompressed rows (input_ids, token_ids,
+    top_values). The cache holds the temperature 1 alone. Columns: shared/cache/FORMAT.md, "Importing". Interrupted, the
+    same command continues.
+    """
+    from data.imports import import_cache
+    from shared.cache.info import summary
+
+    import_cache(file, out, **options)
+    click.echo(summary(out))

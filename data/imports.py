@@ -1,0 +1,252 @@
+"""Caches from top-k logprobs that were recorded elsewhere: vLLM's `prompt_logprobs`, DistillKit's uncompressed rows."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.tabular import Row, read_rows
+from shared.cache.documents import MASS_TOLERANCE
+from shared.cache.writer import CacheWriter
+from shared.errors import CacheFormatError, ConfigError
+from shared.runtime import progress, sha256_file
+from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
+
+TOKEN_FIELDS = ("prompt_token_ids", "input_ids", "tokens")
+PACKED = ("compressed_logprobs", "bytepacked_indices", "packed_indices", "exact_values", "coeffs")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recorded:
+    """A document as it was recorded; row t holds the entries for token t + 1.
+
+    Args:
+        where: file and line.
+        id: the document's.
+        tokens: n token ids.
+        loss_mask: n values, 1 where the next token is a target.
+        rows: n − 1 lists of (id, logprob), the most likely first.
+        gold_logprobs: n − 1, of the next tokens; NaN where the row does not tell.
+    """
+
+    where: str
+    id: str
+    tokens: list[int]
+    loss_mask: list[int]
+    rows: list[list[tuple[int, float]]]
+    gold_logprobs: list[float]
+
+
+def import_cache(
+    file: Path,
+    out: Path,
+    *,
+    tokenizer: str,
+    teacher_name: str,
+    top_k: int | None = None,
+    codec: str = "q",
+    compression: str = "gzip",
+    shard_tokens: int = 32_768,
+) -> None:
+    """Make a cache with the grid {1} from recorded rows; run again after a kill it continues.
+
+    Teacher and tokenizer are recorded as declared: nothing proves that they made these rows.
+
+    Args:
+        file: `.jsonl` or `.parquet`; the columns are described in shared/cache/FORMAT.md, "Importing".
+        out: the cache's directory.
+        tokenizer: directory (or Hub id) of the tokenizer that the ids are of.
+        teacher_name: the teacher's name.
+        top_k: most entries of a row; by default the longest row's, without vLLM's extra entry for the next token.
+        codec, compression, shard_tokens: as for `teacher build`.
+
+    Raises:
+        ConfigError: a malformed row, with file, line and field.
+        ResumeError: `out` was begun with other options or from another file.
+    """
+    loaded = load_tokenizer(tokenizer)
+    size, digest = len(loaded), tokenizer_digest(loaded)
+    file_digest = sha256_file(file) if file.is_file() else ""
+    num_documents, shortest, longest = 0, math.inf, 1
+    for document in read_recorded(file, size):
+        num_documents += 1
+        lengths = [len(row) for row in document.rows]
+        shortest, longest = min([shortest, *lengths]), max([longest, *lengths])
+    if num_documents == 0:
+        raise ConfigError("an empty data set", where=file, expected="at least one row")
+    # vLLM records k entries, and k + 1 where the next token ranks last: that one is not among the k.
+    kept = top_k or (longest - 1 if longest == shortest + 1 else longest)
+    labels = {"temperatures": [1.0], "top_k": kept, "codec": codec}
+    build = {
+        "command": "cache import",
+        "sources": [{"name": file.name, "digest": file_digest}],
+        "teacher": teacher_name,
+        "tokenizer_digest": digest,
+        "tokenizer_size": size,
+        "head_width": size,
+        "shard_tokens": shard_tokens,
+        "filter": compression,
+        **labels,
+    }
+    with CacheWriter(out, build) as writer:
+        if writer.finished:
+            return
+        with progress("importing", num_documents, "documents") as bar:
+            for document in read_recorded(file, size):
+                _add(writer, document, kept, file.name)
+                bar.advance(1)
+        save_tokenizer(loaded, out / "tokenizer")
+        declared = f"declared: {teacher_name}"
+        identity = {
+            "declared": True,
+            "teacher": {
+                "name": teacher_name,
+                "commit": None,
+                "licence": None,
+                "weights_digest": declared,
+                "config_digest": declared,
+            },
+            "tokenizer": {"digest": digest, **special_ids(loaded)},
+            "labels": labels,
+        }
+        source = {"name": file.name, "split": "train", "revision": None, "licence": None, "digest": file_digest}
+        writer.finish(identity, [source | {"num_documents": num_documents}])
+
+
+def read_recorded(file: Path, tokenizer_size: int) -> Iterator[Recorded]:
+    """Read recorded documents one by one.
+
+    Raises:
+        ConfigError: the file cannot be read, or a row is malformed (file, line and field).
+    """
+    for number, row in enumerate(read_rows(file), start=1):
+        if packed := [name for name in PACKED if name in row.fields]:
+            raise row.error(
+                packed[0],
+                expected="uncompressed rows: input_ids, token_ids and top_values",
+                got="DistillKit's packed columns, whose layout is in a configuration beside the file",
+            )
+        field = next((name for name in TOKEN_FIELDS if name in row.fields), TOKEN_FIELDS[0])
+        tokens = _integers(row, field, row.fields.get(field), tokenizer_size)
+        if not tokens:
+            raise row.error(field, expected="at least one token id", got="none")
+        id = str(row.fields.get("id", number))
+        if "prompt_logprobs" in row.fields:
+            rows, gold = _vllm(row, tokens, tokenizer_size)
+        else:
+            rows, gold = _lists(row, tokens, tokenizer_size)
+        for at, entries in enumerate(rows):
+            mass = math.fsum(math.exp(logprob) for _, logprob in entries)
+            if mass > 1 + MASS_TOLERANCE:
+                where = f"{field}, position {at}"
+                raise row.error(
+                    where, expected=f"probabilities that add up to 1 at most, not {mass:.4f}", got=entries[:3]
+                )
+        mask = _loss_mask(row, len(tokens))
+        yield Recorded(where=row.where, id=id, tokens=tokens, loss_mask=mask, rows=rows, gold_logprobs=gold)
+
+
+def _add(writer: CacheWriter, document: Recorded, top_k: int, name: str) -> None:
+    rows = [row[:top_k] for row in document.rows]
+    try:
+        writer.add_document(
+            document.tokens,
+            [[id for id, _ in row] for row in rows],
+            [[logprob for _, logprob in row] for row in rows],
+            loss_mask=document.loss_mask,
+            gold_logprobs=document.gold_logprobs,
+            meta={"id": document.id, "source": name},
+        )
+    except CacheFormatError as error:
+        where = f"{document.where}, {error.where}"
+        raise ConfigError(error.what, where=where, expected=error.expected, got=error.got) from error
+
+
+def _vllm(row: Row, tokens: list[int], size: int) -> tuple[list[list[tuple[int, float]]], list[float]]:
+    """vLLM's `prompt_logprobs`: null first, then for each token {id: {"logprob", "rank", …}} of what could stand there.
+
+    The token that does stand there is always among them, with its rank, also where that is beyond the top-k.
+    """
+    positions = row.fields["prompt_logprobs"]
+    field = "prompt_logprobs"
+    if not isinstance(positions, list) or len(positions) != len(tokens):
+        got = len(positions) if isinstance(positions, list) else type(positions).__name__
+        raise row.error(field, expected=f"a list of {len(tokens)} positions, one for each token", got=got)
+    if positions[0] is not None:
+        raise row.error(f"{field}[0]", expected="null: nothing predicts the first token", got="entries")
+    rows, gold = [], []
+    for at, entries in enumerate(positions[1:], start=1):
+        place = f"{field}[{at}]"
+        if not isinstance(entries, dict) or not entries:
+            raise row.error(place, expected="an object of token ids", got=repr(entries)[:60])
+        found = []
+        for key, value in entries.items():
+            if not (key.isascii() and key.isdigit() and int(key) < size):
+                raise row.error(place, expected=f"token ids from 0 to {size - 1} as keys", got=repr(key))
+            if not isinstance(value, dict):
+                raise row.error(f"{place}.{key}", expected="an object with logprob", got=repr(value)[:60])
+            rank = value.get("rank")
+            if rank is not None and (type(rank) is not int or rank < 1):
+                raise row.error(f"{place}.{key}.rank", expected="an integer from 1, or null", got=repr(rank))
+            found.append((rank, int(key), _logprob(row, f"{place}.{key}.logprob", value.get("logprob"))))
+        if len({id for _, id, _ in found}) < len(found):
+            raise row.error(place, expected="each token id once", got="one of them in two spellings")
+        gold.append(next((logprob for _, id, logprob in found if id == tokens[at]), math.nan))
+        found.sort(key=lambda entry: (-entry[2], entry[1]))
+        # The next token's own entry comes on top of the k: where its rank is beyond the row's length, it is the extra.
+        found = [entry for entry in found if entry[1] != tokens[at] or (entry[0] or 0) <= len(found)]
+        rows.append([(id, logprob) for _, id, logprob in found])
+    return rows, gold
+
+
+def _lists(row: Row, tokens: list[int], size: int) -> tuple[list[list[tuple[int, float]]], list[float]]:
+    """DistillKit's uncompressed rows: `token_ids` and `top_values`, [n or n − 1][k]; row t is for token t + 1."""
+    columns = {}
+    for field in ("token_ids", "top_values"):
+        value = row.fields.get(field)
+        if not isinstance(value, list) or len(value) not in (len(tokens) - 1, len(tokens)):
+            got = len(value) if isinstance(value, list) else f"fields {', '.join(sorted(row.fields))}"
+            raise row.error(field, expected=f"a list of {len(tokens) - 1} rows for {len(tokens)} tokens", got=got)
+        columns[field] = value[: len(tokens) - 1]
+    rows = []
+    for at, (ids, values) in enumerate(zip(columns["token_ids"], columns["top_values"], strict=True)):
+        known = _integers(row, f"token_ids[{at}]", ids, size)
+        if not isinstance(values, list) or len(values) != len(known):
+            got = len(values) if isinstance(values, list) else repr(values)[:60]
+            raise row.error(f"top_values[{at}]", expected=f"as many values as ids, {len(known)}", got=got)
+        pairs = [(id, _logprob(row, f"top_values[{at}]", value)) for id, value in zip(known, values, strict=True)]
+        rows.append(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
+    return rows, [math.nan] * len(rows)
+
+
+def _loss_mask(row: Row, n: int) -> list[int]:
+    """What each row learns, from `loss_mask` (1 for each token to be learnt) or `prompt_tokens`; else all of it."""
+    if "loss_mask" in row.fields:
+        learnt = row.fields["loss_mask"]
+        if not isinstance(learnt, list) or len(learnt) != n or any(value not in (0, 1) for value in learnt):
+            raise row.error("loss_mask", expected=f"{n} values, each 0 or 1", got=repr(learnt)[:60])
+    elif "prompt_tokens" in row.fields:
+        length = row.integer("prompt_tokens")
+        if not 0 <= length <= n:
+            raise row.error("prompt_tokens", expected=f"0 to {n}", got=length)
+        learnt = [int(at >= length) for at in range(n)]
+    else:
+        learnt = [1] * n
+    return [*map(int, learnt[1:]), 0]
+
+
+def _integers(row: Row, field: str, value: Any, size: int) -> list[int]:
+    if not isinstance(value, list):
+        raise row.error(field, expected="a list of token ids", got="none" if value is None else repr(value)[:60])
+    for at, id in enumerate(value):
+        if type(id) is not int or not 0 <= id < size:
+            raise row.error(f"{field}[{at}]", expected=f"a token id from 0 to {size - 1}", got=repr(id)[:60])
+    return value
+
+
+def _logprob(row: Row, field: str, value: Any) -> float:
+    """A natural log-probability; rounding may lift it above 0 by a little."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value > 1e-3:
+        raise row.error(field, expected="a log-probability, at most 0", got=repr(value)[:60])
+    return float(value)
