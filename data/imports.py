@@ -139,10 +139,8 @@ def read_recorded(file: Path, tokenizer_size: int) -> Iterator[Recorded]:
         for at, entries in enumerate(rows):
             mass = math.fsum(math.exp(logprob) for _, logprob in entries)
             if mass > 1 + MASS_TOLERANCE:
-                where = f"{field}, position {at}"
-                raise row.error(
-                    where, expected=f"probabilities that add up to 1 at most, not {mass:.4f}", got=entries[:3]
-                )
+                name = f"prompt_logprobs[{at + 1}]" if "prompt_logprobs" in row.fields else f"top_values[{at}]"
+                raise row.error(name, expected="probabilities that add up to 1 at most", got=f"{mass:.4f}")
         mask = _loss_mask(row, len(tokens))
         yield Recorded(where=row.where, id=id, tokens=tokens, loss_mask=mask, rows=rows, gold_logprobs=gold)
 

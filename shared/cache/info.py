@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.claim import is_dead
-from shared.cache.directory import walk
-from shared.cache.layout import BUILD, CLAIM, FORMAT, TEACHER_EVAL, TOKENIZER
+from shared.cache.layout import BUILD, CLAIM, FORMAT, MANIFEST, MANIFEST_SHA256, TEACHER_EVAL, TOKENIZER
 from shared.cache.manifest import read_manifest
 from shared.errors import CacheFormatError
 
@@ -25,18 +24,14 @@ def cache_info(path: Path | str) -> dict[str, Any]:
         options = _build_options(directory)
         if options is None:
             raise
-        names = {entry.name for entry in directory.iterdir()}
-        claim = directory / CLAIM
-        return {
-            "finished": False,
-            "shards_done": _pairs(names),
-            "num_shards": options.get("num_shards"),
-            "in_progress": claim.exists() and not is_dead(claim),
-            "build": options,
-        }
+        return _unfinished(directory, options.get("num_shards"), options)
+    missing = [name for name in manifest["files"] if not (directory / name).is_file()]
+    if missing:  # a repair took out what was damaged
+        return _unfinished(directory, manifest["num_shards"], _build_options(directory)) | {"missing": missing}
     statistics = manifest["statistics"]
     kl, mass = statistics["codec_kl_nats"], statistics["captured_mass"]
-    sizes = {name: file.stat().st_size for name, file in walk(directory)}
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    sizes |= {name: (directory / name).stat().st_size for name in (MANIFEST, MANIFEST_SHA256)}
     label_bytes = sum(size for name, size in sizes.items() if name.split("/")[0] not in (TOKENIZER, TEACHER_EVAL))
     keys = ("codec", "filter", "temperatures", "top_k", "tokenizer_size", "head_width")
     counts = ("num_shards", "num_documents", "num_tokens", "num_entries")
@@ -52,8 +47,21 @@ def cache_info(path: Path | str) -> dict[str, Any]:
         "teacher": manifest["identity"].get("teacher"),
         "tokenizer": manifest["identity"].get("tokenizer"),
         "labels": manifest["identity"].get("labels"),
+        "declared": bool(manifest["identity"].get("declared")),
+        "derived_from": manifest.get("derived_from"),
         "sources": manifest["sources"],
         "statistics": statistics,
+    }
+
+
+def _unfinished(directory: Path, num_shards: int | None, options: dict[str, Any] | None) -> dict[str, Any]:
+    names, claim = {entry.name for entry in directory.iterdir()}, directory / CLAIM
+    return {
+        "finished": False,
+        "shards_done": _pairs(names),
+        "num_shards": num_shards,
+        "in_progress": claim.exists() and not is_dead(claim),
+        "build": options,
     }
 
 
@@ -62,7 +70,7 @@ def summary(path: Path | str) -> str:
     info = cache_info(path)
     if not info["finished"]:
         of = "" if info["num_shards"] is None else f" of {info['num_shards']}"
-        state = "being built" if info["in_progress"] else "unfinished; run the same build again to continue"
+        state = "being built" if info["in_progress"] else "unfinished; run the same command again to continue"
         return f"{path}: {state}, {info['shards_done']}{of} shards done"
     statistics = info["statistics"]
     lines = [
@@ -83,6 +91,14 @@ def summary(path: Path | str) -> str:
         lines.append(f"  {T:<10} {head:<34} {_figure(kl['mean'], '.1e')} / {_figure(kl['max'], '.1e')}")
     for part in ("teacher", "tokenizer", "labels"):
         lines.append(f"  {part:<10} {_pairs_of(info[part] or {})}")
+    if info["declared"]:
+        lines.append("  declared   teacher and tokenizer are what the import was told; nothing proves them")
+    if info["derived_from"]:
+        lines.append(f"  made by    {info['derived_from'].get('command')}")
+    if (info["derived_from"] or {}).get("codec_kl_nats"):
+        lines.append(
+            "             its encoding KL is measured against the rows it was cut from, which have one of their own"
+        )
     lines += [f"  source     {_pairs_of(source)}" for source in info["sources"]]
     return "\n".join(lines)
 
