@@ -18,7 +18,10 @@ COMMANDS: Commands = {
 }
 # What a group takes from layers above its own.
 MOUNTED: dict[str, Commands] = {
-    "cache": {"import": ("data.cli", "import_command", "Make a cache of top-k logprobs that were recorded elsewhere.")},
+    "cache": {
+        "import": ("data.cli", "import_command", "Make a cache of top-k logprobs that were recorded elsewhere."),
+        "simulate": ("stage1_teacher.simulate_cli", "simulate", "Weigh fewer entries and other codecs on a sample."),
+    }
 }
 
 

@@ -103,17 +103,18 @@ def document_rows(
     )
 
 
-def join(documents: Sequence[ShardArrays]) -> ShardArrays:
-    """Several documents' rows as one shard's; a figure that one of them lacks is unknown for all."""
-    gold = [document.gold_logprob for document in documents]
-    known = [part for part in gold if part is not None]
+def join_rows(parts: Sequence[ShardArrays]) -> ShardArrays:
+    """Several shards' rows as one's, without samples; a figure that one of them lacks is unknown for all."""
     names = ("tokens", "loss_mask", "k", "topk_ids", "topk_margins", "tail_log", "gold_in_topk")
-    joined: dict[str, Any] = {n: np.concatenate([getattr(document, n) for document in documents]) for n in names}
+    joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    gold = [part.gold_logprob for part in parts if part.gold_logprob is not None]
     return replace(
-        documents[0],
-        doc_indptr=indptr(np.array([len(document.tokens) for document in documents])),
-        doc_meta=[meta for document in documents for meta in document.doc_meta],
-        gold_logprob=np.concatenate(known) if len(known) == len(gold) else None,
+        parts[0],
+        doc_indptr=indptr(np.concatenate([np.diff(part.doc_indptr) for part in parts])),
+        doc_meta=[meta for part in parts for meta in part.doc_meta],
+        gold_logprob=np.concatenate(gold) if len(gold) == len(parts) else None,
+        entropy_nats=None,
+        samples=None,
         **joined,
     )
 

@@ -26,7 +26,7 @@ from shared.cache.directory import (
     remove_leftovers,
     seal,
 )
-from shared.cache.documents import document_rows, join
+from shared.cache.documents import document_rows, join_rows
 from shared.cache.layout import (
     BUILD,
     FORMAT,
@@ -249,7 +249,7 @@ class CacheWriter:
         record = read_record(self.path, shard)
         names = [document.doc_meta[0].get("id") for document in documents]
         if record is None:
-            self.write_shard(shard, join(documents), {"first_document": self._added})
+            self.write_shard(shard, join_rows(documents), {"first_document": self._added})
         elif record.get("documents") != names:
             where = self.path / f"{shard_name(shard)}.json"
             raise ResumeError("the shard holds other documents", where=where, fix="name another --out")
