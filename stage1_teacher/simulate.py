@@ -35,7 +35,8 @@ def gradient_errors(
         column: of T = 1 in the grid.
 
     Returns:
-        For each variant the mean `angle_degrees` between both and the mean `relative_error`, |sparse − dense| / |dense|.
+        For each variant, as means over all rows: `angle_degrees` between both, and `relative_error`, which is
+        |sparse − dense| / |dense|.
 
     Raises:
         CacheMismatchError: the teacher's or student's tokenizer is not the cache's.

@@ -362,6 +362,67 @@ def test_every_kind_of_damage_is_found(cache, tmp_path):
     assert len(swapped) == 2
 
 
+def replace_by_link(path):
+    path.rename(path.with_name("aside"))
+    path.symlink_to("aside")
+
+
+def test_links_folders_and_pipes_in_odd_places(cache, tmp_path):
+    def problems(edit):
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        shutil.copytree(cache, tmp_path / "d")
+        edit(tmp_path / "d")
+        return verify_cache(tmp_path / "d")
+
+    assert problems(lambda d: (d / "empty").mkdir()) == ["empty: a folder that is not of the cache"]
+    assert problems(lambda d: (d / "tokenizer" / "a" / "b").mkdir(parents=True)) == [
+        "tokenizer/a: a folder that is not of the cache", "tokenizer/a/b: a folder that is not of the cache"
+    ]  # fmt: skip
+    assert problems(lambda d: (d / "loop").symlink_to(".")) == ["loop: not listed in the manifest"]
+    assert problems(lambda d: (d / "nothing").symlink_to("nowhere")) == ["nothing: not listed in the manifest"]
+    assert problems(lambda d: os.mkfifo(d / "pipe")) == ["pipe: not listed in the manifest"]
+    assert problems(lambda d: replace_by_link(d / "build.json")) == ["aside: not listed in the manifest"]
+    assert problems(lambda d: (d / "a\nb\udcff").write_text("")) == ["'a\\nb\\udcff': not listed in the manifest"]
+
+    def instead(make):
+        def edit(directory):
+            (directory / "shard-00000.h5").unlink()
+            make(directory / "shard-00000.h5")
+
+        return edit
+
+    for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name), lambda path: path.symlink_to("/dev")):
+        assert problems(instead(make))[0] == "shard-00000.h5: no regular file"
+    for name in ("manifest.json", "manifest.sha256"):
+        assert len(problems(lambda d, n=name: [(d / n).unlink(), (d / n).mkdir()])) == 1
+        (line,) = problems(lambda d, n=name: [(d / n).unlink(), (d / n).symlink_to(n)])
+        assert "cannot be read" in line
+    (tmp_path / "file").write_text("")
+    for path in ("file", "nowhere"):
+        assert "there is no cache here" in verify_cache(tmp_path / path)[0]
+
+
+def test_hostile_manifests_give_one_line(cache):
+    original = (cache / "manifest.json").read_bytes()
+    for edit in (
+        lambda m: m.update(num_shards=10**12),
+        lambda m: m["files"]["build.json"].update(bytes="many"),
+        lambda m: m["files"].update({"a\0b": {"bytes": 0, "sha256": ""}}),
+        lambda m: m["files"].update({"./build.json": m["files"]["build.json"]}),
+        lambda m: m["files"].update({"": {"bytes": 0, "sha256": ""}}),
+        lambda m: m.update(num_tokens=m["num_tokens"] + 1),
+        lambda m: m["identity"]["teacher"].update(weights_digest="other"),
+        lambda m: m.update(identity={}),
+    ):
+        rewrite_manifest(cache, edit)
+        (line,) = verify_cache(cache)
+        assert "\n" not in line
+        (cache / "manifest.json").write_bytes(original)
+    (cache / "manifest.json").write_bytes(b"[" * 100_000)
+    (cache / "manifest.sha256").write_text(hashlib.sha256(b"[" * 100_000).hexdigest())
+    assert "not JSON" in verify_cache(cache)[0]
+
+
 def test_the_reader_names_what_is_wrong(cache):
     shard = cache / "shard-00001.h5"
     data = bytearray(shard.read_bytes())
