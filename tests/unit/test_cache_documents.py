@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from cache_faults import contents, killed_at
 from cache_rows import IDENTITY, build_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache_directory import SOURCES, contents, kill_at, leave_a_dead_claim
+from test_cache_directory import SOURCES
 
 from shared.cache.documents import document_rows
 from shared.cache.reader import Cache
@@ -76,19 +77,12 @@ def test_rows_of_unequal_length_come_back(tmp_path):
 
 def test_killed_anywhere_the_same_documents_end_equal(tmp_path):
     write(tmp_path / "whole")
-    for step in range(0, 60, 4):
-        path = tmp_path / f"killed-{step}"
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            state = kill_at(monkeypatch, step)
-            try:
-                write(path)
-            except BaseException as error:
-                assert type(error).__name__ == "Killed"
-        if path.exists():
-            leave_a_dead_claim(path)
+    for boundary in range(0, 200, 5):
+        path = tmp_path / f"killed-{boundary}"
+        killed = killed_at(boundary, write, path)
         write(path)
-        assert contents(path) == contents(tmp_path / "whole"), step
-        if state["left"] >= 0:
+        assert contents(path) == contents(tmp_path / "whole"), boundary
+        if not killed:
             return
     raise AssertionError("never ran to its end")
 
