@@ -8,8 +8,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from shared.cache.reader import Cache
 from shared.config import load_config
-from shared.errors import ConfigError
+from shared.errors import CacheMismatchError, ConfigError
 from shared.model.gpt import PRESETS
 
 # TrainingArguments that codedistill sets itself, or that would undo what it promises.
@@ -28,7 +29,13 @@ class StudentConfig:
         preset: the student's sizes, by name (`shared.model.gpt.PRESETS`).
         alpha: weight of the distillation term; the rest is cross-entropy. 0 reads no soft labels.
         temperature: T of the distillation term, one of the cache's grid.
-        loss: `ghost` keeps the teacher's tail as one bucket beside the K ids.
+        loss: `ghost` keeps the teacher's tail as one bucket beside the K ids; `truncated` drops it (biased); `sampled`
+            uses the cache's samples of the full distribution alone, `hybrid` the K ids and its samples of the tail.
+        divergence: of teacher p and student q: `forward` KL(p‖q), `reverse` KL(q‖p), `jsd`, or against their mixture m
+            `skewed-forward` KL(p‖m) and `skewed-reverse` KL(q‖m). `sampled` and `hybrid` have the forward one alone.
+        beta: the teacher's share of the mixture in `jsd`, which is beta·KL(p‖m) + (1 − beta)·KL(q‖m).
+        skew: the teacher's share of the mixture in the skewed divergences.
+        k: use the best k entries of each row, the others' mass joins the tail; 0 uses all that the cache holds.
         targets: `completion` trains where the cache's loss mask says so, `all` on every token that has a next one.
         block_size: tokens of a packed block.
         num_train_epochs: passes over the cache's documents, each packed anew.
@@ -43,7 +50,11 @@ class StudentConfig:
     preset: str = "gpt-125m"
     alpha: float = 0.7
     temperature: float = 1.0
-    loss: Literal["ghost"] = "ghost"
+    loss: Literal["ghost", "truncated", "sampled", "hybrid"] = "ghost"
+    divergence: Literal["forward", "reverse", "jsd", "skewed-forward", "skewed-reverse"] = "forward"
+    beta: float = 0.5
+    skew: float = 0.1
+    k: int = 0
     targets: Literal["completion", "all"] = "completion"
     block_size: int = 512
     per_device_train_batch_size: int = 8
@@ -74,13 +85,40 @@ class StudentConfig:
         for name in [*positive.split(), "num_train_epochs", "logging_steps", "save_total_limit"]:
             if getattr(self, name) < 1:
                 raise ConfigError("a value out of range", where=name, expected="at least 1", got=getattr(self, name))
-        for name in ("eval_steps", "save_steps", "dataloader_num_workers", "seed", "learning_rate", "warmup_steps"):
+        for name in (
+            "k",
+            "eval_steps",
+            "save_steps",
+            "dataloader_num_workers",
+            "seed",
+            "learning_rate",
+            "warmup_steps",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError("a value out of range", where=name, expected="at least 0", got=getattr(self, name))
         if not 0 <= self.alpha <= 1:
             raise ConfigError("a value out of range", where="alpha", expected="0 to 1", got=self.alpha)
         if self.temperature <= 0:
             raise ConfigError("a value out of range", where="temperature", expected="above 0", got=self.temperature)
+        for name in ("beta", "skew"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(
+                    "a value out of range", where=name, expected="above 0, below 1", got=getattr(self, name)
+                )
+        if self.uses_samples and self.divergence != "forward":
+            raise ConfigError(
+                "samples estimate the forward divergence alone",
+                where="loss, divergence",
+                expected="divergence=forward, or loss=ghost or truncated",
+                got=f"loss={self.loss}, divergence={self.divergence}",
+            )
+        if self.uses_samples and self.k:
+            raise ConfigError(
+                "samples were drawn beside all entries of a row, or in place of them",
+                where="loss, k",
+                expected="k=0, or loss=ghost or truncated",
+                got=f"loss={self.loss}, k={self.k}",
+            )
         if self.block_size > PRESETS[self.preset].max_position_embeddings:
             raise ConfigError(
                 "blocks are longer than the student's positions",
@@ -88,6 +126,48 @@ class StudentConfig:
                 expected=f"at most {PRESETS[self.preset].max_position_embeddings} for preset {self.preset}",
                 got=self.block_size,
             )
+
+    @property
+    def uses_samples(self) -> bool:
+        """Whether the loss needs the cache's sampled targets."""
+        return self.loss in ("sampled", "hybrid")
+
+
+def require_labels(config: StudentConfig, cache: Cache) -> None:
+    """Check that a cache holds what the loss needs.
+
+    Raises:
+        ConfigError: fewer entries per row than `k`, no samples, samples from elsewhere, or at a temperature below T.
+    """
+    if config.k > cache.width:
+        raise ConfigError(
+            "the cache holds fewer entries per row", where=cache.path, expected=f"k at most {cache.width}", got=config.k
+        )
+    if not config.uses_samples:
+        return
+    wanted = {"sampled": "full", "hybrid": "tail"}[config.loss]
+    try:
+        samples = cache.samples(0, 0, 0)
+    except CacheMismatchError as error:
+        raise ConfigError(
+            f"loss={config.loss} needs sampled targets, and the cache holds none",
+            where=cache.path,
+            fix=f"build the cache with samples of the {wanted} distribution, or loss=ghost",
+        ) from error
+    if samples.drawn_from != wanted:
+        raise ConfigError(
+            f"loss={config.loss} needs other samples than the cache holds",
+            where=cache.path,
+            expected=f"samples_from={wanted}",
+            got=f"samples_from={samples.drawn_from}",
+        )
+    if config.temperature > samples.temperature:
+        raise ConfigError(
+            "samples cannot stand for a flatter distribution: a few of them would carry all the weight",
+            where=cache.path,
+            expected=f"temperature at most samples_temperature={samples.temperature:g}",
+            got=f"temperature={config.temperature:g}",
+        )
 
 
 def student_config(*layers: Mapping[str, Any]) -> StudentConfig:

@@ -14,6 +14,7 @@ from shared.cache.reader import Cache
 from shared.errors import ConfigError
 from shared.model.gpt import IGNORE
 from stage2_student.packing import Block, pack
+from stage2_student.samples import sample_weights
 
 
 class PackedBlocks(Dataset[dict[str, Tensor]]):
@@ -28,6 +29,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         num_epochs: passes over the documents, or with weights over as many rows, each packed anew.
         min_blocks: at least so many blocks, with as many epochs as that takes.
         temperature: T of the soft labels; None leaves them out.
+        with_samples: add the sampled targets to the soft labels.
         all_targets: every token that has a next one is a target, whatever the loss mask says.
 
     Raises:
@@ -44,10 +46,12 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         num_epochs: int = 1,
         min_blocks: int = 0,
         temperature: float | None,
+        with_samples: bool = False,
         all_targets: bool = False,
     ) -> None:
         self.caches, self.weights, self.block_size, self.seed = caches, weights, block_size, seed
         self.temperature, self.all_targets = temperature, all_targets
+        self.num_samples = caches[0].samples(0, 0, 0).num if with_samples and temperature is not None else 0
         self.first_doc = np.cumsum([0, *(cache.num_documents for cache in caches)])
         cache_rows = [int(np.maximum(cache.doc_lengths - 1, 0).sum()) for cache in caches]
         self.num_rows = sum(cache_rows)
@@ -69,8 +73,9 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
 
         Returns:
             `input_ids`, `position_ids`, `labels` [T] int64 and, with a temperature, `soft_ids` [T, K] int64,
-            `soft_logp` [T, K] float32, `soft_log_tail` [T] float32, `soft_k` [T] int64. What is left of the block is
-            padding: id 0, positions that count on from 0, no labels and no teacher rows.
+            `soft_logp` [T, K] float32, `soft_log_tail` [T] float32, `soft_k` [T] int64; with samples `soft_sample_ids`
+            [T, S] int64, `soft_sample_weights` [T, S] float32. What is left of the block is padding: id 0, positions
+            that count on from 0, no labels and no teacher rows.
         """
         epoch = int(np.searchsorted(self.first_block, index, side="right")) - 1
         block = self._plan(epoch)[index - self.first_block[epoch]]
@@ -85,6 +90,9 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
             arrays["soft_logp"] = np.full((T, K), -np.inf, np.float32)
             arrays["soft_log_tail"] = np.full(T, -np.inf, np.float32)
             arrays["soft_k"] = np.zeros(T, np.int64)
+        if self.num_samples:
+            arrays["soft_sample_ids"] = np.zeros((T, self.num_samples), np.int64)
+            arrays["soft_sample_weights"] = np.zeros((T, self.num_samples), np.float32)
         at = 0
         for number, start, stop in block:
             which = int(np.searchsorted(self.first_doc, number, side="right")) - 1
@@ -99,6 +107,11 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
                 soft = cache.targets(doc, self.temperature, start, stop)
                 arrays["soft_ids"][rows], arrays["soft_logp"][rows] = soft.ids, soft.logp
                 arrays["soft_log_tail"][rows], arrays["soft_k"][rows] = soft.log_tail, soft.k
+                if self.num_samples:
+                    samples = cache.samples(doc, start, stop)
+                    drawn = cache.targets(doc, samples.temperature, start, stop)
+                    arrays["soft_sample_ids"][rows] = samples.ids
+                    arrays["soft_sample_weights"][rows] = sample_weights(samples, soft, drawn, self.temperature)
             at = rows.stop
         arrays["position_ids"][at:] = np.arange(T - at)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}

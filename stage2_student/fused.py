@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shared.model.gpt import IGNORE
-from stage2_student.losses import ChunkLoss, SoftLabels, cross_entropy_, ghost_
+from stage2_student.config import StudentConfig
+from stage2_student.losses import ChunkLoss, SoftLabels, cross_entropy_, distill_
 
 CHUNK_ROWS = 256
 
@@ -22,12 +23,11 @@ class HeadLoss:
     """The training loss of one run, called by `GPT.forward` with the final hidden states.
 
     Args:
-        alpha: weight of the distillation term in [0, 1]; 0 is plain cross-entropy.
-        temperature: T of the distillation term.
+        config: what `distill_` reads of it, and `k`.
     """
 
-    def __init__(self, *, alpha: float, temperature: float) -> None:
-        self.alpha, self.temperature = alpha, temperature
+    def __init__(self, config: StudentConfig) -> None:
+        self.config = config
         self._scratch: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(
@@ -46,20 +46,18 @@ class HeadLoss:
         evaluation) the loss alone is computed.
         """
         labels = None
-        if self.alpha > 0 or soft:
-            labels = SoftLabels(
-                ids=soft["soft_ids"].flatten(0, 1),
-                logp=soft["soft_logp"].flatten(0, 1),
-                log_tail=soft["soft_log_tail"].flatten(),
-                k=soft["soft_k"].flatten(),
-            )
+        if self.config.alpha > 0 or soft:
+            names = [name for name in SoftLabels._fields if self.config.uses_samples or not name.startswith("sample")]
+            labels = SoftLabels(**{name: soft[f"soft_{name}"].flatten(0, 1) for name in names})
+            if self.config.k:
+                labels = labels.first(self.config.k)
         total, kd, ce = _FusedHeadLoss.apply(hidden_NH, weight_VH, labels_N, labels, self, torch.is_grad_enabled())
         num_targets = (labels_N != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / max(num_targets, 1), "kd": kd, "ce": ce}
 
     def combine(self, kd: float, ce: float) -> float:
         """The loss that belongs to both terms."""
-        return self.alpha * self.temperature**2 * kd + (1 - self.alpha) * ce
+        return self.config.alpha * self.config.temperature**2 * kd + (1 - self.config.alpha) * ce
 
     def scratch(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory kept from step to step: fresh pages cost a processor as much as the arithmetic."""
@@ -72,7 +70,7 @@ class HeadLoss:
         """Loss sums of a chunk; `logits_CV` becomes the gradient."""
         if soft is None:
             return cross_entropy_(logits_CV, labels_C)
-        return ghost_(logits_CV, labels_C, soft, alpha=self.alpha, temperature=self.temperature)
+        return distill_(logits_CV, labels_C, soft, self.config)
 
 
 class _FusedHeadLoss(torch.autograd.Function):
@@ -108,7 +106,10 @@ class _FusedHeadLoss(torch.autograd.Function):
                     continue
                 g_CV.copy_(z_CV)
                 gradient_NH[start : start + CHUNK_ROWS] = g_CV @ w_VH
-                gradient_VH += torch.mm(g_CV.T, x_CH, out=scratch(V, H, dtype=dtype))
+                if g_CV is z_CV:
+                    gradient_VH.addmm_(g_CV.T, x_CH)
+                else:
+                    gradient_VH += torch.mm(g_CV.T, x_CH, out=scratch(V, H, dtype=dtype))
         ctx.save_for_backward(gradient_NH, gradient_VH)
         ctx.weight_dtype = weight_VH.dtype
         total, kd, ce = sums.unbind()
@@ -118,5 +119,7 @@ class _FusedHeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: a copy of the matrix's gradient would be the largest tensor of all. A second backward pass through
+        # the same graph fails, as autograd sees that what was saved has changed.
         gradient_NH, gradient_VH = ctx.saved_tensors
-        return gradient_NH * gradient, (gradient_VH * gradient).to(ctx.weight_dtype), None, None, None, None
+        return gradient_NH.mul_(gradient), gradient_VH.mul_(gradient).to(ctx.weight_dtype), None, None, None, None

@@ -5,15 +5,23 @@ of all other ids, at T. With a_k = s_k, r = logsumexp of s without the K ids, �
 log q_k = a_k − ℓ and log q_τ = r − ℓ. The tail is never formed as 1 − Σq, which is invalid in most rows at a tail of
 1e-7.
 
-Shapes: C rows of a chunk, K padded entries of a row, V vocabulary. Everything is float32; logs are natural.
+A loss is a function of the cells of a row: the K ids and, last, one bucket of all other ids. With g = dL/ds over the
+cells, dL/dz_k = g_k/T for the K ids and dL/dz_j = g_τ·exp(s_j − r)/T for every other id.
+
+Shapes: C rows of a chunk, K padded entries of a row, M = K + 1 cells, S padded samples of a row, V vocabulary.
+Everything is float32; logs are natural.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shared.model.gpt import IGNORE
+from stage2_student.config import StudentConfig
+
+LOG_ZERO = -745.0  # mass below e^-745 is 0 in float64 too; what the cache stores for an underflown tail lies below
 
 
 class SoftLabels(NamedTuple):
@@ -21,19 +29,35 @@ class SoftLabels(NamedTuple):
 
     Attributes:
         ids: token ids [C, K], int64; only the first `k` of a row count, the rest may hold anything.
-        logp: log p_k [C, K], float32.
+        logp: log p_k [C, K], float32, descending.
         log_tail: log p_τ [C], float32; −inf where a row has no tail.
         k: entries of each row [C], int64; 0 where there is no teacher row.
+        sample_ids: sampled ids [C, S], int64, distinct within a row; for `hybrid` outside the row's K ids.
+        sample_weights: their weights [C, S], float32; ids of weight 0 may hold anything.
     """
 
     ids: Tensor
     logp: Tensor
     log_tail: Tensor
     k: Tensor
+    sample_ids: Tensor | None = None
+    sample_weights: Tensor | None = None
 
     def rows(self, chunk: slice) -> "SoftLabels":
         """The labels of some rows."""
-        return SoftLabels(*(field[chunk] for field in self))
+        return SoftLabels._make(field if field is None else field[chunk] for field in self)
+
+    def first(self, k: int) -> "SoftLabels":
+        """The labels with at most `k` entries per row; the mass of the others joins the tail."""
+        at_K = torch.arange(self.ids.shape[1], device=self.k.device)
+        dropped_CK = (at_K >= k) & (at_K < self.k[:, None])
+        log_dropped_C = self.logp.masked_fill(~dropped_CK, -torch.inf).logsumexp(1)
+        return self._replace(
+            ids=self.ids[:, :k],
+            logp=self.logp[:, :k],
+            log_tail=torch.logaddexp(self.log_tail, log_dropped_C),
+            k=self.k.clamp(max=k),
+        )
 
 
 class ChunkLoss(NamedTuple):
@@ -67,18 +91,24 @@ def _targets(labels_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return valid_C1.to(dtype), labels_C[:, None].where(valid_C1, 0)
 
 
-def ghost_(logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels, *, alpha: float, temperature: float) -> ChunkLoss:
-    """α·T²·KL(p‖q) over the K+1 partition plus (1−α)·CE, summed; `logits_CV` becomes the gradient.
+def distill_(logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels, config: StudentConfig) -> ChunkLoss:
+    """α·T²·KD plus (1−α)·CE, summed; `logits_CV` becomes the gradient.
 
-    With g = q − p over the partition: dL/dz_k = g_k/T for the K ids and g_τ·exp(s_j − r)/T for every other id.
+    KD by `config.loss`, all at temperature T:
+    - `ghost`: the divergence of the teacher's and the student's distributions over the K ids and the tail's bucket.
+    - `truncated`: the same, both renormalised over the K ids. Its gradient is biased.
+    - `sampled`: −Σ w_i log softmax(s)_i over sampled ids (arXiv 2503.16870): unbiased, and up to a constant, the
+      teacher's entropy, the forward KL over all V ids.
+    - `hybrid`: the same with the exact K ids, of weights p_k, beside samples of the tail.
 
     Args:
         logits_CV: float32, overwritten with dL/dz.
-        labels_C: int64 target ids, `IGNORE` where there is none; the divergence counts the same positions.
-        soft: the teacher's rows at `temperature`.
-        alpha: weight of the divergence, in (0, 1].
-        temperature: T, a grid temperature of the cache.
+        labels_C: int64 target ids, `IGNORE` where there is none; KD counts the same positions, where the row is not
+            empty.
+        soft: the teacher's rows at `config.temperature`.
+        config: `loss`, `divergence`, `skew`, `beta`, `alpha` and `temperature` count.
     """
+    alpha, temperature = config.alpha, config.temperature
     hard_CV = None
     if temperature != 1:  # cross-entropy lives at T = 1, so it needs its own exponentials
         hard_CV = logits_CV.clone()
@@ -87,16 +117,14 @@ def ghost_(logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels, *, alpha: floa
 
     valid_C1, safe_C1 = _targets(labels_C, logits_CV.dtype)
     valid_C = valid_C1[:, 0]
-    taught_C = valid_C * (soft.k > 0)
     label_C = logits_CV.gather(1, safe_C1)[:, 0]
-
-    # A row without teacher entries is handled as one of the single id 0, whose share of the student's mass counts.
-    real_CK = torch.arange(soft.ids.shape[1], device=logits_CV.device) < soft.k.clamp(min=1)[:, None]
-    first_C1 = soft.ids[:, :1].where(soft.k[:, None] > 0, 0)
-    ids_CK = soft.ids.where(real_CK, first_C1).where(soft.k[:, None] > 0, first_C1)
-    logp_CK = soft.logp.masked_fill(~real_CK | (taught_C == 0)[:, None], -torch.inf)
-    logp_tail_C = soft.log_tail.masked_fill(taught_C == 0, -torch.inf)
-    p_CK, p_tail_C = logp_CK.exp(), logp_tail_C.exp()
+    ids_CK, real_CK, logp_CK, logp_tail_C = _cells(soft, config.loss)
+    empty_C1 = ~real_CK.any(1, keepdim=True)
+    taught_C = valid_C * ~empty_C1[:, 0]
+    # What is no entry stands for the row's first one; a row without entries is handled as one of the single id 0.
+    first_C1 = ids_CK.gather(1, real_CK.int().argmax(1, keepdim=True)).masked_fill(empty_C1, 0)
+    ids_CK = ids_CK.where(real_CK, first_C1)
+    real_CK[:, :1] |= empty_C1
 
     # From here on a, r and ℓ are relative to the row's largest logit, so that differences of large logits stay exact.
     a_CK = logits_CV.gather(1, ids_CK).masked_fill_(~real_CK, -torch.inf)
@@ -108,21 +136,100 @@ def ghost_(logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels, *, alpha: floa
     sum_C = logits_CV.sub_(outside_C[:, None]).exp_().sum(1)
     r_C = outside_C - top_C + sum_C.log()
     normaliser_C = torch.logaddexp(a_CK.logsumexp(1), r_C)
-    logq_CK, logq_tail_C = a_CK - normaliser_C[:, None], r_C - normaliser_C
-    q_CK, q_tail_C = logq_CK.exp(), logq_tail_C.exp()
+    logq_CM = torch.cat((a_CK, r_C[:, None]), 1) - normaliser_C[:, None]
+    logp_CM = torch.cat((logp_CK, logp_tail_C[:, None]), 1)
 
-    kd = torch.where(p_CK > 0, p_CK * (logp_CK - logq_CK), 0).sum()
-    kd += torch.where(p_tail_C > 0, p_tail_C * (logp_tail_C - logq_tail_C), 0).sum()
+    if config.loss in ("sampled", "hybrid"):
+        kd_C, g_CM = _weighted(logp_CM, logq_CM)
+    elif config.loss == "truncated":
+        kd_C, g_CM = _divergence(_renormalised(logp_CM), _renormalised(logq_CM), config)
+    else:
+        kd_C, g_CM = _divergence(logp_CM, logq_CM, config)
+    kd = (kd_C * taught_C).sum()
     if hard_CV is None:
         ce = ((normaliser_C - (label_C - top_C)) * valid_C).sum()
 
     # At T = 1 the gradient of cross-entropy is q − 1 at the label: its q joins here, its label below.
     soft_C, hard_C = alpha * temperature * taught_C, (1 - alpha) * valid_C if hard_CV is None else 0 * valid_C
-    tail_gradient_C = soft_C * (q_tail_C - p_tail_C) + hard_C * q_tail_C
-    logits_CV.mul_((tail_gradient_C / sum_C.clamp(min=torch.finfo(torch.float32).tiny))[:, None])
-    head_gradient_CK = soft_C[:, None] * (q_CK - p_CK) + hard_C[:, None] * q_CK
-    logits_CV.scatter_add_(1, ids_CK, head_gradient_CK.masked_fill_(~real_CK, 0))
+    gradient_CM = soft_C[:, None] * g_CM + hard_C[:, None] * logq_CM.exp()
+    logits_CV.mul_((gradient_CM[:, -1] / sum_C.clamp(min=torch.finfo(torch.float32).tiny))[:, None])
+    logits_CV.scatter_add_(1, ids_CK, gradient_CM[:, :-1].masked_fill(~real_CK, 0))
     logits_CV.scatter_add_(1, safe_C1, -hard_C[:, None])
     if hard_CV is not None:
         logits_CV.add_(hard_CV, alpha=1 - alpha)
     return ChunkLoss(alpha * temperature**2 * kd + (1 - alpha) * ce, kd, ce)
+
+
+def _cells(soft: SoftLabels, loss: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A loss's ids [C, K], which of them are entries, and the logs of their probabilities or weights and the tail's."""
+    real_CK = torch.arange(soft.ids.shape[1], device=soft.ids.device) < soft.k[:, None]
+    ids_CK, logp_CK = soft.ids, soft.logp.masked_fill(~real_CK, -torch.inf)
+    if loss not in ("sampled", "hybrid"):
+        return ids_CK, real_CK, logp_CK, soft.log_tail.masked_fill(soft.k == 0, -torch.inf)
+    assert soft.sample_ids is not None and soft.sample_weights is not None
+    log_weights_CS = soft.sample_weights.log()
+    sampled_CS = log_weights_CS > -torch.inf
+    no_bucket_C = torch.full_like(soft.log_tail, -torch.inf)
+    if loss == "sampled":
+        return soft.sample_ids, sampled_CS, log_weights_CS, no_bucket_C
+    pairs = ((ids_CK, soft.sample_ids), (real_CK, sampled_CS), (logp_CK, log_weights_CS))
+    ids_CK, real_CK, logp_CK = (torch.cat(pair, 1) for pair in pairs)
+    return ids_CK, real_CK, logp_CK, no_bucket_C
+
+
+def _renormalised(log_CM: Tensor) -> Tensor:
+    """The cells without the bucket of the tail, scaled to sum to 1; rows of −inf stay."""
+    log_CM = log_CM.clone()
+    log_CM[:, -1] = -torch.inf
+    total_C1 = log_CM.logsumexp(1, keepdim=True)
+    return log_CM - total_C1.masked_fill(total_C1 == -torch.inf, 0)
+
+
+def _weighted(logw_CM: Tensor, logq_CM: Tensor) -> tuple[Tensor, Tensor]:
+    """−Σ w log q of each row [C], and its gradient by s over the cells."""
+    w_CM = logw_CM.exp()
+    value_C = -torch.where(w_CM > 0, w_CM * logq_CM, 0).sum(1)
+    return value_C, w_CM.sum(1, keepdim=True) * logq_CM.exp() - w_CM
+
+
+def _divergence(logp_CM: Tensor, logq_CM: Tensor, config: StudentConfig) -> tuple[Tensor, Tensor]:
+    """The divergence of each row [C], and its gradient by s over the cells [C, M]: g_i = q_i (c_i − Σ_m q_m c_m).
+
+    Reverse KL is infinite where the teacher has no mass and the student always has some. Such cells are left out, as
+    is the bucket of a teacher row without a tail; the value is then no divergence of distributions and may be negative.
+    All others are finite there: in JSD_β an empty cell adds −(1−β) log(1−β) q.
+    """
+    q_CM = logq_CM.exp()
+    if config.divergence == "forward":
+        return _kl(logp_CM, logq_CM), q_CM - logp_CM.exp()
+    if config.divergence == "reverse":
+        left_out_CM = logp_CM < LOG_ZERO
+        value_C = _kl(logq_CM.masked_fill(left_out_CM, -torch.inf), logp_CM)
+        c_CM = (logq_CM - logp_CM + 1).masked_fill(left_out_CM, 0)
+    elif config.divergence == "jsd":
+        beta = config.beta
+        logm_CM = _mixture(beta, logp_CM, logq_CM)
+        value_C = beta * _kl(logp_CM, logm_CM) + (1 - beta) * _kl(logq_CM, logm_CM)
+        c_CM = (1 - beta) * (logq_CM - logm_CM)
+    else:
+        skew = config.skew
+        logm_CM = _mixture(skew, logp_CM, logq_CM)
+        if config.divergence == "skewed-forward":
+            value_C = _kl(logp_CM, logm_CM)
+            c_CM = -(1 - skew) * (logp_CM - logm_CM).exp()
+        else:
+            value_C = _kl(logq_CM, logm_CM)
+            c_CM = logq_CM - logm_CM + 1 - (1 - skew) * (logq_CM - logm_CM).exp()
+    weighted_CM = torch.where(q_CM > 0, q_CM * c_CM, 0)
+    return value_C, weighted_CM - q_CM * weighted_CM.sum(1, keepdim=True)
+
+
+def _mixture(share: float, logp_CM: Tensor, logq_CM: Tensor) -> Tensor:
+    """log(share·p + (1 − share)·q)."""
+    return torch.logaddexp(logp_CM + math.log(share), logq_CM + math.log1p(-share))
+
+
+def _kl(log_a_CM: Tensor, log_b_CM: Tensor) -> Tensor:
+    """Σ a (log a − log b) of each row; cells of no mass add nothing."""
+    a_CM = log_a_CM.exp()
+    return torch.where(a_CM > 0, a_CM * (log_a_CM - log_b_CM), 0).sum(1)

@@ -41,7 +41,8 @@ def estimate_memory(sizes: GPTConfig, num_parameters: int, micro_batch_tokens: i
     # Per token and layer: two norms' inputs in float32; their outputs, q, k and v (also turned and repeated for the
     # query heads), attention's output, the MLP's hidden layer before and after its non-linearity as product inputs.
     per_token = 2 * 4 * H + product_bytes * (2 * H + 2 * kept + 3 * H + H + 2 * F)
-    head = CHUNK_ROWS * V * (4 + (2 if bf16 else 0)) + V * H * (4 + 2 * product_bytes)
+    # Logits and the matrix's gradient; under mixed precision their bfloat16 twins and the matrix's bfloat16 copy too.
+    head = CHUNK_ROWS * V * (4 + (2 if bf16 else 0)) + V * H * (4 + (4 if bf16 else 0))
     return MemoryEstimate(
         state_bytes=16 * num_parameters,
         activation_bytes=micro_batch_tokens

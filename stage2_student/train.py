@@ -34,7 +34,7 @@ from shared.runtime import (
 )
 from shared.tokenizer import load_tokenizer, special_ids
 from stage2_student.checkpoint import RUN_FORMAT, RUN_VERSION, is_leftover, latest_complete, remove_incomplete
-from stage2_student.config import StudentConfig
+from stage2_student.config import StudentConfig, require_labels
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
 from stage2_student.memory import estimate_memory
@@ -67,6 +67,7 @@ def train(
 
     Raises:
         ResumeError: the folder holds another run.
+        ConfigError: a cache is given twice, or the caches lack the labels that the loss needs.
         CacheMismatchError: the temperature is off the caches' grid, or the caches are not all one teacher's.
         NonFiniteLossError: the loss is NaN or infinite.
         Terminated: SIGTERM came; a checkpoint was saved.
@@ -94,7 +95,7 @@ def train(
         num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
     _announce_memory(config, sizes, num_parameters)
     model = GPT(sizes)
-    model.head_loss = head_loss = HeadLoss(alpha=config.alpha, temperature=config.temperature)
+    model.head_loss = head_loss = HeadLoss(config)
     record |= {"initial_weights_sha256": _weights_digest(model), "parameters": num_parameters}
 
     blocks = PackedBlocks(
@@ -105,6 +106,7 @@ def train(
         num_epochs=1 if config.max_steps > 0 else config.num_train_epochs,
         min_blocks=max(config.max_steps, 0) * _blocks_per_step(config),
         temperature=config.temperature if config.alpha > 0 else None,
+        with_samples=config.uses_samples,
         all_targets=config.targets == "all",
     )
     waste = 1 - blocks.num_rows * blocks.num_epochs / (len(blocks) * config.block_size)
@@ -133,7 +135,13 @@ def train(
             head_loss=head_loss,
             train_dataset=blocks,
             eval_dataset=validation
-            and PackedBlocks([validation], block_size=config.block_size, seed=0, temperature=config.temperature),
+            and PackedBlocks(
+                [validation],
+                block_size=config.block_size,
+                seed=0,
+                temperature=config.temperature,
+                with_samples=config.uses_samples,
+            ),
             callbacks=[recorder, stop],
         )
         trainer.remove_callback(PrinterCallback)
@@ -187,6 +195,7 @@ def _describe(
             expected=f"temperature one of {', '.join(f'{T:g}' for T in cache.temperatures)}",
             got=config.temperature,
         )
+    require_labels(config, cache)
     return {
         "format": RUN_FORMAT,
         "version": RUN_VERSION,

@@ -60,7 +60,7 @@ class DistillTrainer(Trainer):
         if "train_runtime" in logs:  # the Trainer's summary, which counts only what ran since the start or resume
             return
         if "loss" in logs:
-            logs |= self._averages(self._window, with_kd=self._head_loss.alpha > 0)
+            logs |= self._averages(self._window, with_kd=self._head_loss.config.alpha > 0)
             self._window.zero_()
         epoch = self.state.epoch
         self.state.epoch = epoch and epoch * self.train_dataset.num_epochs

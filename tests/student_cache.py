@@ -1,7 +1,9 @@
 """A small cache with a real tokenizer, for the student's tests."""
 
+import dataclasses
+
 import numpy as np
-from cache_rows import IDENTITY, build_options, shard_of_logits
+from cache_rows import IDENTITY, build_options, samples_of_logits, shard_of_logits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,8 +24,11 @@ def save_tokenizer(directory):
     tokenizer.save_pretrained(directory)
 
 
-def make_cache(path, *, lengths=(21, 9, 1, 34, 2, 55, 13, 40), seed=0, k=6, teacher="random", prompt=3):
-    """Documents of given lengths in two shards; rows of ragged k; the first `prompt` rows are no targets."""
+def make_cache(path, *, lengths=(21, 9, 1, 34, 2, 55, 13, 40), seed=0, k=6, teacher="random", prompt=3, samples=None):
+    """Documents of given lengths in two shards; rows of ragged k; the first `prompt` rows are no targets.
+
+    `samples` are the options of `samples_of_logits`: every row has sampled targets too.
+    """
     identity = IDENTITY | {"teacher": IDENTITY["teacher"] | {"name": teacher, "weights_digest": teacher}}
     build = build_options(top_k=k, head_width=VOCABULARY, tokenizer_size=VOCABULARY)
     rng = np.random.default_rng(seed)
@@ -37,6 +42,8 @@ def make_cache(path, *, lengths=(21, 9, 1, 34, 2, 55, 13, 40), seed=0, k=6, teac
         at = np.concatenate([np.arange(n) for n in part])
         last = np.concatenate([np.arange(n) == n - 1 for n in part])
         shard = shard_of_logits(logits, part, rng.integers(1, k + 1, S), tokens, loss_mask=~last & (at >= prompt))
+        if samples:
+            shard = dataclasses.replace(shard, samples=samples_of_logits(logits, shard, seed=seed, **samples))
         writer.write_shard(number, shard, {})
     writer.finish(identity, [SOURCE | {"num_documents": len(lengths)}])
     return Cache(path)

@@ -287,6 +287,36 @@ def test_several_caches_mixed_by_weight(caches, tmp_path):
     assert "- made (train, 3 documents, in a cache of weight 0.3), licence" in card
 
 
+@pytest.mark.parametrize(("loss", "drawn_from"), [("sampled", "full"), ("hybrid", "tail")])
+def test_a_run_on_sampled_targets(tmp_path, loss, drawn_from):
+    from shared.model.gpt import GPT, IGNORE, PRESETS
+    from stage2_student.dataset import PackedBlocks
+
+    samples = {"temperature": 1.5, "num": 6, "drawn_from": drawn_from}
+    cache = make_cache(tmp_path / "train", samples=samples)
+    held_out = make_cache(tmp_path / "validation", samples=samples, seed=1, lengths=(30, 20, 10, 5))
+    out = tmp_path / "run"
+    command = arguments(cache.path, out, held_out.path, loss=loss, temperature=1.0, max_steps=4, save_steps=0)
+    assert run_here(command) is None
+    record = json.loads((out / "run.json").read_text())
+    assert (record["state"], record["config"]["loss"]) == ("finished", loss)
+    model = GPT(dataclasses.replace(PRESETS["tiny"], vocab_size=VOCABULARY))
+    model.load_state_dict(load_file(out / "model.safetensors"))
+    kd, num_targets = 0.0, 0
+    for item in PackedBlocks([held_out], block_size=48, seed=0, temperature=1.0, with_samples=True):
+        with torch.no_grad():
+            log_q = model(item["input_ids"][None], item["position_ids"][None]).logits[0].double().log_softmax(1)
+        valid = item["labels"] != IGNORE
+        rows = -(item["soft_sample_weights"] * log_q.gather(1, item["soft_sample_ids"])).sum(1)
+        if loss == "hybrid":
+            rows -= (item["soft_logp"].double().exp() * log_q.gather(1, item["soft_ids"])).sum(1)
+        kd, num_targets = kd + rows[valid].sum().item(), num_targets + int(valid.sum())
+    assert record["metrics"]["eval_kd"] == pytest.approx(kd / num_targets, rel=1e-5)
+    refusal = refused(arguments(cache.path, tmp_path / "none", loss=loss, temperature=2.0))
+    assert "samples_temperature=1.5; got: temperature=2" in refusal
+    assert not (tmp_path / "none").exists()
+
+
 def test_caches_that_do_not_go_together_are_refused(caches, tmp_path):
     train, stranger = caches / "train", caches / "stranger"
     line = refused([*arguments(train, tmp_path / "run"), "--cache", str(stranger)])

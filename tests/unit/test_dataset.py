@@ -13,6 +13,7 @@ from shared.errors import ConfigError
 from shared.model.gpt import IGNORE
 from stage2_student.dataset import PackedBlocks
 from stage2_student.packing import pack
+from stage2_student.samples import sample_weights
 
 SIZE = 32
 
@@ -52,6 +53,26 @@ def test_items_are_the_plans_pieces_as_the_reader_has_them(cache, all_targets):
         assert not item["input_ids"][at:].any()
     targets = sum(int(cache.loss_mask(doc).sum()) for doc in range(cache.num_documents))
     assert num_labels == 2 * (cache.num_tokens - cache.num_documents if all_targets else targets)
+
+
+@pytest.mark.parametrize("drawn_from", ["full", "tail"])
+def test_sampled_targets_with_their_weights(tmp_path, drawn_from):
+    cache = make_cache(tmp_path / "cache", samples={"temperature": 1.5, "num": 5, "drawn_from": drawn_from})
+    data = blocks_of(cache, temperature=1.0, with_samples=True)
+    for item, block in zip(
+        (data[i] for i in range(len(data))), pack([cache.doc_lengths], SIZE, seed=0, epoch=0), strict=True
+    ):
+        at = 0
+        for doc, start, stop in block:
+            rows = slice(at, at + stop - start)
+            samples = cache.samples(doc, start, stop)
+            weights = sample_weights(samples, *(cache.targets(doc, T, start, stop) for T in (1.0, 1.5)), 1.0)
+            assert np.array_equal(item["soft_sample_ids"][rows].numpy(), samples.ids)
+            assert np.array_equal(item["soft_sample_weights"][rows].numpy(), weights)
+            assert ((item["soft_sample_weights"][rows] > 0).numpy() == (samples.counts > 0)).all()
+            at = rows.stop
+        assert item["soft_sample_weights"].shape == (SIZE, 5)
+        assert not item["soft_sample_weights"][at:].any()
 
 
 def test_without_a_temperature_there_are_no_soft_labels_and_the_rest_is_equal(cache):

@@ -1,29 +1,40 @@
 """The fused head and loss equal plain autograd through a full logits tensor, for every chunk size."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from shared.model.gpt import IGNORE
 from stage2_student import fused
+from stage2_student.config import StudentConfig
 from stage2_student.fused import HeadLoss
 
 N, H, V, K = 13, 8, 30, 4
+LEGAL = [
+    *itertools.product(("ghost", "truncated"), ("forward", "reverse", "jsd", "skewed-forward", "skewed-reverse")),
+    ("sampled", "forward"),
+    ("hybrid", "forward"),
+]
 SETTINGS = [(0.0, 1.0), (0.7, 1.0), (0.7, 1.5), (1.0, 2.0)]
 
 
-def inputs(dtype=torch.float32):
+def inputs(dtype=torch.float32, *, num_rows=N, num_ids=V, hidden_size=H):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(N, H, generator=generator, dtype=dtype, requires_grad=True)
-    weight = torch.randn(V, H, generator=generator, dtype=dtype, requires_grad=True)
-    labels = torch.randint(0, V, (N,), generator=generator)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(num_ids, hidden_size, generator=generator, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, num_ids, (num_rows,), generator=generator)
     labels[::5] = IGNORE
-    logp, ids = (torch.randn(N, V, generator=generator, dtype=dtype) * 2).log_softmax(1).topk(K)
+    teacher = (torch.randn(num_rows, num_ids, generator=generator, dtype=dtype) * 2).log_softmax(1)
+    logp, ids = teacher.topk(K + 2)
     soft = {
-        "soft_ids": ids[None],  # as in a batch: [B, T, K]
-        "soft_logp": logp[None],
-        "soft_log_tail": torch.log1p(-logp.exp().sum(1))[None],
-        "soft_k": torch.full((1, N), K),
+        "soft_ids": ids[None, :, :K],  # as in a batch: [B, T, K]
+        "soft_logp": logp[None, :, :K],
+        "soft_log_tail": torch.log1p(-logp[:, :K].exp().sum(1))[None],
+        "soft_k": torch.full((1, num_rows), K),
+        "soft_sample_ids": ids[None, :, K:],
+        "soft_sample_weights": torch.rand(1, num_rows, 2, generator=generator, dtype=dtype),
     }
     return hidden, weight, labels, soft
 
@@ -48,7 +59,7 @@ def test_fused_equals_unfused_for_every_chunk_size(monkeypatch, chunk, alpha, te
     hidden, weight, labels, soft = inputs()
     loss, kd, ce = unfused(hidden, weight, labels, soft, alpha=alpha, temperature=temperature)
     expected = torch.autograd.grad(loss, (hidden, weight))
-    out = HeadLoss(alpha=alpha, temperature=temperature)(hidden, weight, labels, **soft)
+    out = HeadLoss(StudentConfig(alpha=alpha, temperature=temperature))(hidden, weight, labels, **soft)
     torch.testing.assert_close(out["loss"], loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(out["ce"], ce.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(out["kd"], kd.detach(), rtol=1e-6, atol=0)
@@ -61,18 +72,55 @@ def test_fused_equals_unfused_for_every_chunk_size(monkeypatch, chunk, alpha, te
 def test_a_tied_weight_gets_the_gradient_of_both_its_uses():
     _, weight, labels, soft = inputs()
     ids = torch.arange(N)
-    loss = HeadLoss(alpha=0.7, temperature=1.5)(F.embedding(ids, weight) * 2, weight, labels, **soft)["loss"]
+    loss = HeadLoss(StudentConfig(alpha=0.7, temperature=1.5))(F.embedding(ids, weight) * 2, weight, labels, **soft)[
+        "loss"
+    ]
     expected = unfused(F.embedding(ids, weight) * 2, weight, labels, soft, alpha=0.7, temperature=1.5)[0]
     ours, theirs = (torch.autograd.grad(x, weight)[0] for x in (loss, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("alpha", "temperature"), SETTINGS)
-def test_gradcheck_in_float64(monkeypatch, alpha, temperature):
-    monkeypatch.setattr(fused, "CHUNK_ROWS", 5)
-    hidden, weight, labels, soft = inputs(torch.float64)
-    head_loss = HeadLoss(alpha=alpha, temperature=temperature)
-    assert torch.autograd.gradcheck(lambda h, w: head_loss(h, w, labels, **soft)["loss"], (hidden, weight))
+class Repeatable(torch.autograd.Function):
+    """A loss whose backward pass may run more than once, as gradcheck asks: the gradients are taken at once."""
+
+    @staticmethod
+    def forward(ctx, function, *inputs):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            loss = function(*leaves)
+        ctx.save_for_backward(*torch.autograd.grad(loss, leaves))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, *(gradient * x for x in ctx.saved_tensors)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+@pytest.mark.parametrize(("loss", "divergence"), LEGAL)
+def test_gradcheck_in_float64(monkeypatch, loss, divergence, temperature):
+    monkeypatch.setattr(fused, "CHUNK_ROWS", 3)
+    hidden, weight, labels, soft = inputs(torch.float64, num_rows=5, num_ids=9, hidden_size=3)
+    head_loss = HeadLoss(StudentConfig(loss=loss, divergence=divergence, alpha=0.7, temperature=temperature))
+    assert torch.autograd.gradcheck(
+        lambda h, w: Repeatable.apply(lambda h, w: head_loss(h, w, labels, **soft)["loss"], h, w), (hidden, weight)
+    )
+
+
+def test_a_second_backward_pass_fails_loudly():
+    hidden, weight, labels, soft = inputs()
+    loss = HeadLoss(StudentConfig(alpha=0.7))(hidden, weight, labels, **soft)["loss"]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_matrix_gradient_is_handed_over_not_copied():
+    hidden, weight, labels, soft = inputs()
+    loss = HeadLoss(StudentConfig(alpha=0.7))(hidden, weight, labels, **soft)["loss"]
+    saved = [tensor.data_ptr() for tensor in loss.grad_fn.next_functions[0][0].saved_tensors]
+    loss.backward()
+    assert [hidden.grad.data_ptr(), weight.grad.data_ptr()] == saved
 
 
 @pytest.mark.parametrize(("alpha", "temperature"), SETTINGS)
@@ -80,7 +128,7 @@ def test_under_bf16_autocast_the_softmax_stays_in_float32(alpha, temperature):
     hidden, weight, labels, soft = inputs()
     expected, _, _ = unfused(hidden, weight, labels, soft, alpha=alpha, temperature=temperature)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = HeadLoss(alpha=alpha, temperature=temperature)(hidden, weight, labels, **soft)["loss"]
+        loss = HeadLoss(StudentConfig(alpha=alpha, temperature=temperature))(hidden, weight, labels, **soft)["loss"]
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
     ours = torch.autograd.grad(loss, (hidden, weight))
@@ -93,7 +141,7 @@ def test_under_bf16_autocast_the_softmax_stays_in_float32(alpha, temperature):
 @pytest.mark.parametrize("number", [100, torch.tensor(100)])
 def test_the_sum_is_divided_by_the_number_of_items_in_the_window(number):
     hidden, weight, labels, soft = inputs()
-    head_loss = HeadLoss(alpha=0.7, temperature=1.0)
+    head_loss = HeadLoss(StudentConfig(alpha=0.7, temperature=1.0))
     here = head_loss(hidden, weight, labels, **soft)["loss"]
     window = head_loss(hidden, weight, labels, num_items_in_batch=number, **soft)["loss"]
     torch.testing.assert_close(window * 100, here * (labels != IGNORE).sum())
@@ -103,14 +151,16 @@ def test_the_sum_is_divided_by_the_number_of_items_in_the_window(number):
 def test_blocks_without_targets_add_exactly_nothing(number):
     hidden, weight, labels, soft = inputs()
     labels = torch.full_like(labels, IGNORE)
-    loss = HeadLoss(alpha=0.7, temperature=1.0)(hidden, weight, labels, num_items_in_batch=number, **soft)["loss"]
+    loss = HeadLoss(StudentConfig(alpha=0.7, temperature=1.0))(
+        hidden, weight, labels, num_items_in_batch=number, **soft
+    )["loss"]
     assert loss.item() == 0
     assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (hidden, weight)))
 
 
 def test_alpha_0_needs_no_soft_labels_and_only_measures_those_it_gets():
     hidden, weight, labels, soft = inputs()
-    head_loss = HeadLoss(alpha=0, temperature=1.0)
+    head_loss = HeadLoss(StudentConfig(alpha=0, temperature=1.0))
     expected = F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=IGNORE)
     kd = unfused(hidden, weight, labels, soft, alpha=1.0, temperature=1.0)[1]
     theirs = torch.autograd.grad(expected, (hidden, weight))
@@ -123,7 +173,7 @@ def test_alpha_0_needs_no_soft_labels_and_only_measures_those_it_gets():
 
 def test_without_gradients_the_figures_are_the_same():
     hidden, weight, labels, soft = inputs()
-    head_loss = HeadLoss(alpha=0.7, temperature=1.5)
+    head_loss = HeadLoss(StudentConfig(alpha=0.7, temperature=1.5))
     expected = head_loss(hidden, weight, labels, **soft)
     with torch.no_grad():
         out = head_loss(hidden, weight, labels, **soft)
@@ -134,4 +184,4 @@ def test_without_gradients_the_figures_are_the_same():
 def test_alpha_above_0_needs_soft_labels():
     hidden, weight, labels, _ = inputs()
     with pytest.raises(KeyError, match="soft_ids"):
-        HeadLoss(alpha=0.1, temperature=1.0)(hidden, weight, labels)
+        HeadLoss(StudentConfig(alpha=0.1, temperature=1.0))(hidden, weight, labels)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shared.model.gpt import GPT, PRESETS
+from stage2_student.config import StudentConfig
 from stage2_student.fused import CHUNK_ROWS, HeadLoss
 from stage2_student.memory import estimate_memory
 
@@ -43,7 +44,7 @@ def test_state_and_head_are_exact():
     model = GPT(sizes)
     num_parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters())
-    head_loss = HeadLoss(alpha=0, temperature=1.0)
+    head_loss = HeadLoss(StudentConfig(alpha=0, temperature=1.0))
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None])
         weight = model.model.embed_tokens.weight

@@ -1,9 +1,10 @@
 """Keys and values of the student's configuration."""
 
 import pytest
+from student_cache import make_cache
 
 from shared.errors import ConfigError
-from stage2_student.config import StudentConfig, student_config
+from stage2_student.config import StudentConfig, require_labels, student_config
 
 
 def test_later_layers_win_and_defaults_fill_the_rest():
@@ -49,6 +50,8 @@ def test_an_unknown_key_far_from_all_lists_the_choices(key):
         ("bf16", 1),
         ("preset", 1),
         ("loss", "reverse"),
+        ("divergence", "kl"),
+        ("k", 1.5),
         ("targets", "prompt"),
         ("adam_epsilon", "small"),
         ("logging_first_step", "yes"),
@@ -81,6 +84,11 @@ def test_what_codedistill_sets_itself_is_refused(key):
         ("alpha", 1.1),
         ("alpha", -0.1),
         ("temperature", 0.0),
+        ("skew", 0.0),
+        ("skew", 1.0),
+        ("beta", 0.0),
+        ("beta", 1.0),
+        ("k", -1),
         ("block_size", 0),
         ("block_size", 2049),
         ("num_train_epochs", 0),
@@ -92,6 +100,62 @@ def test_what_codedistill_sets_itself_is_refused(key):
 def test_values_out_of_range_name_the_key(key, value):
     with pytest.raises(ConfigError, match=f"where: {key};"):
         student_config({key: value})
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "jsd", "skewed-forward", "skewed-reverse"])
+@pytest.mark.parametrize("loss", ["sampled", "hybrid"])
+def test_samples_have_the_forward_divergence_alone(loss, divergence):
+    with pytest.raises(ConfigError, match=f"loss={loss}, divergence={divergence}"):
+        student_config({"loss": loss, "divergence": divergence})
+    assert student_config({"loss": "truncated", "divergence": divergence}).divergence == divergence
+
+
+@pytest.mark.parametrize("loss", ["sampled", "hybrid"])
+def test_samples_cannot_be_cut(loss):
+    with pytest.raises(ConfigError, match=f"loss={loss}, k=4"):
+        student_config({"loss": loss, "k": 4})
+    assert student_config({"loss": loss}).uses_samples
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("caches")
+    sampled = {"temperature": 1.5, "num": 4}
+    return {
+        None: make_cache(directory / "none", lengths=(5, 7)),
+        "full": make_cache(directory / "full", lengths=(5, 7), samples=sampled | {"drawn_from": "full"}),
+        "tail": make_cache(directory / "tail", lengths=(5, 7), samples=sampled | {"drawn_from": "tail"}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn_from", "message"),
+    [
+        ({"loss": "sampled"}, None, "loss=sampled needs sampled targets, and the cache holds none"),
+        ({"loss": "hybrid"}, None, "loss=hybrid needs sampled targets, and the cache holds none"),
+        ({"loss": "sampled"}, "tail", "loss=sampled.*expected: samples_from=full; got: samples_from=tail"),
+        ({"loss": "hybrid"}, "full", "loss=hybrid.*expected: samples_from=tail; got: samples_from=full"),
+        ({"loss": "sampled", "temperature": 2.0}, "full", "samples_temperature=1.5; got: temperature=2"),
+        ({"loss": "hybrid", "temperature": 2.0}, "tail", "samples_temperature=1.5; got: temperature=2"),
+        ({"k": 7}, None, "expected: k at most 6; got: 7"),
+    ],
+)
+def test_a_loss_that_the_cache_has_no_labels_for_is_refused(caches, options, drawn_from, message):
+    with pytest.raises(ConfigError, match=message):
+        require_labels(StudentConfig(**options), caches[drawn_from])
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn_from"),
+    [
+        ({"loss": "sampled", "temperature": 1.5}, "full"),
+        ({"loss": "hybrid", "temperature": 0.5}, "tail"),
+        ({"loss": "truncated", "k": 6}, None),
+        ({}, "tail"),
+    ],
+)
+def test_a_loss_that_the_cache_has_labels_for_passes(caches, options, drawn_from):
+    require_labels(StudentConfig(**options), caches[drawn_from])
 
 
 def test_the_profiles_load():
