@@ -12,6 +12,7 @@ import numpy as np
 from data.load import load_documents
 from data.records import Document, DocumentSet
 from shared import tracking
+from shared.batching import plan_batches
 from shared.cache.assemble import extensions
 from shared.cache.derive import Input
 from shared.cache.directory import has_leftovers, is_finished
@@ -24,7 +25,7 @@ from shared.cache.writer import CacheWriter
 from shared.config import to_dict
 from shared.errors import CacheFormatError, ConfigError, DistillError, ResumeError
 from shared.runtime import log, progress, read_json, sha256_json, versions, world_size, write_json
-from stage1_teacher.batching import plan_batches, plan_shards
+from stage1_teacher.batching import plan_shards
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.teacher import TeacherFiles, head_and_positions, load_teacher, locate_teacher
 
@@ -47,6 +48,10 @@ OPTIONS = (
     "head_rows",
     "max_length",
     "on_long",
+    "load_in",
+    "samples",
+    "samples_from",
+    "samples_temperature",
 )
 
 
@@ -216,6 +221,8 @@ def _build(
                 "codec": config.codec,
                 "dtype": config.dtype,
                 "head": head,
+                **({"load_in": config.load_in} if config.load_in else {}),
+                **({"samples": [config.samples, *config.sampled()]} if config.samples else {}),
             },
         }
 
@@ -266,7 +273,7 @@ def _label(
     """Load the teacher and write the shards, each by the positions of its pieces."""
     from stage1_teacher.logits import LogitSource
 
-    teacher = load_teacher(files.path, dtype=config.dtype, device_map=config.device_map)
+    teacher = load_teacher(files.path, dtype=config.dtype, device_map=config.device_map, load_in=config.load_in)
     log(
         f"teacher {files.name}: {teacher.num_parameters / 1e6:,.1f} M parameters, {config.dtype} on "
         f"{', '.join(teacher.devices)}; licence {files.licence or 'unknown'}"
@@ -341,7 +348,7 @@ def label_shard(
     Args:
         source: the teacher's logits.
         pieces: the shard's documents in order.
-        config: batches, top-k, top-p and grid.
+        config: batches, top-k, top-p, grid and samples.
         tokenizer_size: ids beyond it are masked.
         advance: told of tokens done.
 
@@ -354,6 +361,7 @@ def label_shard(
     import torch
 
     from stage1_teacher.head import label_rows
+    from stage1_teacher.sampling import draw, to_samples, uniforms
 
     lengths = [len(piece.ids) for piece in pieces]
     ends = np.cumsum([0, *lengths])
@@ -363,6 +371,13 @@ def label_shard(
     ids_SK, margins_SK = np.zeros((S, K), np.int32), np.zeros((S, K), np.float32)
     tail_log = np.full((S, len(config.temperatures)), -np.inf)
     gold_logprob, entropy, excess = np.full(S, np.nan, np.float32), np.zeros(S, np.float32), np.zeros(S, np.float32)
+
+    drawn_from, samples_temperature = config.sampled()
+    M = config.samples or 0
+    uniform_SM = np.zeros((S, M))
+    drawn_SM, drawn_margins_SM = np.full(uniform_SM.shape, -1, np.int64), np.zeros(uniform_SM.shape, np.float32)
+    for piece, start, stop in zip(pieces, ends, ends[1:], strict=False) if M else ():
+        uniform_SM[start : stop - 1] = uniforms(piece.meta, stop - start - 1, M)
 
     def where(row: int) -> str:
         piece = int(np.searchsorted(ends, row, side="right")) - 1
@@ -377,6 +392,9 @@ def label_shard(
         for logits_NV in source.chunks(ids_BT, real_BT) if len(rows_N) else ():
             rows, rows_N = rows_N[: len(logits_NV)], rows_N[len(logits_NV) :]
             gold = torch.from_numpy(tokens[rows + 1]).to(logits_NV.device)
+            uniform_NM = torch.from_numpy(uniform_SM[rows]).to(logits_NV.device)
+            if M and drawn_from == "full":
+                drawn, drawn_logits = draw(logits_NV[:, :tokenizer_size], uniform_NM, samples_temperature)
             part = label_rows(
                 logits_NV, gold, top_k=config.top_k, temperatures=config.temperatures, tokenizer_size=tokenizer_size
             )
@@ -390,6 +408,11 @@ def label_shard(
                     got=f"a largest logit of {float(part.top_logit[bad])}",
                     fix="another --dtype, such as float32, may help",
                 )
+            if M and drawn_from == "tail":
+                tail_NV = logits_NV[:, :tokenizer_size].scatter_(1, part.ids, -torch.inf)
+                drawn, drawn_logits = draw(tail_NV, uniform_NM, samples_temperature)
+            if M:
+                drawn_SM[rows], drawn_margins_SM[rows] = drawn.cpu(), (part.top_logit[:, None] - drawn_logits).cpu()
             width = part.ids.shape[1]
             ids_SK[rows, :width], margins_SK[rows, :width] = part.ids.cpu(), part.margins.cpu()
             k[rows], tail_log[rows], gold_in_topk[rows] = (
@@ -423,6 +446,9 @@ def label_shard(
         gold_logprob=gold_logprob,
         gold_in_topk=gold_in_topk,
         entropy_nats=entropy,
+        samples=to_samples(drawn_SM, drawn_margins_SM, temperature=samples_temperature, drawn_from=drawn_from)
+        if M
+        else None,
     )
     if config.top_p is not None:
         arrays = truncate(arrays, config.temperatures, top_p=config.top_p)

@@ -45,6 +45,10 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @click.option("--max-length", metavar="N", type=int, help="Longest document.  [default: the teacher's positions]")
 @click.option("--on-long", metavar="split|truncate|drop", help="What becomes of longer documents.  [default: split]")
 @click.option("--dtype", metavar="NAME", help="bfloat16, float16 or float32; the head is float32.  [default: bfloat16]")
+@click.option("--load-in", metavar="8bit|4bit", help="Quantise the teacher's weights; needs bitsandbytes.")
+@click.option("--samples", metavar="S", type=int, help="Also draw S ids per token.")
+@click.option("--samples-from", metavar="full|tail", help="From all ids, or those outside the row.  [default: full]")
+@click.option("--samples-temperature", metavar="T", type=float, help="A temperature of the grid.  [default: 1.0]")
 @click.option("--device-map", metavar="MAP", help="Where layers go: auto, cpu, cuda:0, …  [default: auto]")
 @click.option(
     "--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="Overrides by TeacherConfig's names."

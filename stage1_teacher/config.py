@@ -6,6 +6,7 @@ from typing import Literal
 from shared.errors import ConfigError
 
 MAX_TOP_K = 65_535  # `k` is stored in at most 16 bits
+MAX_SAMPLES = 65_535  # `samples_counts` likewise
 MAX_TEMPERATURE = 50.0  # the tail's lower clamp in head.py is exactly 0 after exp() up to here
 
 
@@ -33,6 +34,10 @@ class TeacherConfig:
         on_long: what becomes of a longer document.
         dtype: the backbone's precision. The head always runs in float32.
         device_map: where the layers go, as transformers reads it.
+        load_in: quantise the teacher's weights as it loads; needs bitsandbytes.
+        samples: ids drawn of each row besides, with their counts; None for none.
+        samples_from: draw from the whole distribution, or from what is outside the row.
+        samples_temperature: the temperature of the grid that they are drawn at.
     """
 
     teacher: str = ""
@@ -54,9 +59,13 @@ class TeacherConfig:
     on_long: Literal["split", "truncate", "drop"] = "split"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device_map: str = "auto"
+    load_in: Literal["8bit", "4bit"] | None = None
+    samples: int | None = None
+    samples_from: Literal["full", "tail"] = "full"
+    samples_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("limit_docs", "top_k", "shard_tokens", "batch_tokens", "head_rows"):
+        for name in ("limit_docs", "top_k", "shard_tokens", "batch_tokens", "head_rows", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(
@@ -81,4 +90,33 @@ class TeacherConfig:
                 where="TeacherConfig.temperatures",
                 expected=f"ascending values above 0, at most {MAX_TEMPERATURE:g}, 1 among them",
                 got=list(grid),
+            )
+        self._check_samples()
+
+    def sampled(self) -> tuple[str, float]:
+        """Where samples are drawn from, and at which temperature."""
+        return self.samples_from, self.samples_temperature
+
+    def _check_samples(self) -> None:
+        if self.samples is not None and self.samples > MAX_SAMPLES:
+            raise ConfigError(
+                "a value out of range",
+                where="TeacherConfig.samples",
+                expected=f"at most {MAX_SAMPLES:,}",
+                got=self.samples,
+            )
+        if self.samples_temperature not in self.temperatures:
+            raise ConfigError(
+                "samples off the temperature grid",
+                where="TeacherConfig.samples_temperature",
+                expected=list(self.temperatures),
+                got=self.samples_temperature,
+            )
+        if self.samples is not None and self.samples_from == "tail" and self.top_p is not None:
+            raise ConfigError(
+                "samples of the tail with top_p",
+                where="TeacherConfig.samples_from",
+                expected="rows of a fixed top_k, whose tail is drawn from",
+                got=f"top_p {self.top_p}",
+                fix="leave top_p out, or draw from the full distribution",
             )

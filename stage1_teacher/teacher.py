@@ -133,13 +133,18 @@ def head_and_positions(path: Path) -> tuple[int, int | None]:
     return config.vocab_size, limit
 
 
-def load_teacher(path: Path, *, dtype: str, device_map: str) -> Teacher:
+def load_teacher(path: Path, *, dtype: str, device_map: str, load_in: str | None = None) -> Teacher:
     """Load a teacher from a directory: safetensors only, no code of its own, frozen.
 
     Args:
         path: directory with `config.json` and safetensors weights.
         dtype: `bfloat16`, `float16` or `float32`.
         device_map: as transformers reads it; `auto` means the CPU where there is no accelerator.
+        load_in: `8bit` or `4bit` quantises the weights (bitsandbytes).
+
+    Raises:
+        ConfigError: bitsandbytes is missing.
+        DistillError: files that transformers cannot load.
     """
     import torch
     from safetensors import SafetensorError
@@ -147,6 +152,7 @@ def load_teacher(path: Path, *, dtype: str, device_map: str) -> Teacher:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    quantised = {"quantization_config": quantization_config(load_in, dtype)} if load_in else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -154,9 +160,34 @@ def load_teacher(path: Path, *, dtype: str, device_map: str) -> Teacher:
             device_map=device_map,
             use_safetensors=True,
             trust_remote_code=False,
+            **quantised,
         )
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise DistillError("cannot load the teacher", where=path, got=f"{type(error).__name__}: {error}") from error
     model.eval().requires_grad_(False)
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {"": model.device}).values()})
     return Teacher(model=model, num_parameters=model.num_parameters(), devices=devices)
+
+
+def quantization_config(load_in: str, dtype: str) -> Any:
+    """What transformers is told to quantise the weights: `8bit` (LLM.int8) or `4bit` (NF4), computing in `dtype`.
+
+    Raises:
+        ConfigError: bitsandbytes is missing.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ConfigError(
+            f"--load-in {load_in} needs bitsandbytes",
+            expected="the package bitsandbytes and a device it supports",
+            got="no such package",
+            fix="pip install bitsandbytes, or leave --load-in out",
+        )
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shared.batching import plan_batches
 from shared.cache.reader import Cache
 from shared.errors import CacheMismatchError, ConfigError
 from shared.eval.models import dtype_name, hub_commit, load_model, num_parameters, weight_bytes
@@ -199,21 +200,9 @@ def cache_batches(cache: Cache, batch_tokens: int, positions: int) -> Iterator[l
             for doc, length in enumerate(lengths)
             for start in range(0, length - 1, positions)
         ]
-        for batch in batches([stop + 1 - start for _, start, stop in pieces], batch_tokens):
+        for batch in plan_batches([stop + 1 - start for _, start, stop in pieces], batch_tokens):
             yield [pieces[i] for i in batch]
         first += len(lengths)
-
-
-def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Cut documents, longest first, into batches of at most `batch_tokens` tokens, padding included; one at least."""
-    batch: list[int] = []
-    for doc in sorted(range(len(lengths)), key=lambda doc: (-lengths[doc], doc)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(doc)
-    if batch:
-        yield batch
 
 
 class _Float32Head(nn.Module):

@@ -387,3 +387,27 @@ def test_a_killed_and_resumed_build_is_one_wandb_run(teacher, rows, tmp_path):
     made = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     build(teacher, rows, tmp_path / "plain", "--shard-tokens", "60")
     assert made == {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("drawn_from", ["full", "tail"])
+def test_samples_follow_from_the_document_alone(drawn_from, teacher, rows, tmp_path):
+    options = ("--top-k", "12", "--samples", "9", "--samples-from", drawn_from, "--samples-temperature", "2")
+    cache, _ = build(teacher, rows, tmp_path / "cache", *options)
+    assert verify_cache(cache.path) == []
+    assert cache.manifest["identity"]["labels"]["samples"] == [9, drawn_from, 2.0]
+    other, _ = build(teacher, rows, tmp_path / "other", *options, "--batch-tokens", "40", "--shard-tokens", "90")
+    assert other.num_shards > cache.num_shards
+    drawn = 0
+    for document in range(cache.num_documents):
+        ours, theirs = cache.samples(document), other.samples(document)
+        assert (ours.num, ours.drawn_from, ours.temperature) == (9, drawn_from, 2.0)
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+        np.testing.assert_array_equal(ours.counts, theirs.counts)
+        np.testing.assert_allclose(ours.margins, theirs.margins, atol=1e-4)
+        drawn += int(ours.counts.sum())
+    assert drawn == 9 * (cache.num_tokens - cache.num_documents)
+
+
+def test_quantisation_without_its_package_is_refused(teacher, rows, tmp_path):
+    with pytest.raises(ConfigError, match=r"--load-in 4bit needs bitsandbytes.*pip install"):
+        build(teacher, rows, tmp_path / "cache", "--load-in", "4bit")

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.eval.fidelity import batches, compare_rows
-from stage1_teacher.batching import plan_batches
+from shared.eval.fidelity import compare_rows
 
 
 def reference(z, gold, k, ids, p, tail):
@@ -64,17 +63,3 @@ def test_a_full_row_has_no_tail():
     assert nll.item() == pytest.approx(-logp[0, 2].item(), rel=1e-6)
     assert kl.item() == pytest.approx(0, abs=1e-7)
     assert agreed.item()
-
-
-def test_batches_hold_each_document_once_and_stay_within_the_budget():
-    lengths = [5, 100, 7, 7, 30, 1, 29]
-    made = list(batches(lengths, 60))
-    assert made == [[1], [4, 6], [2, 3, 0, 5]]
-    assert list(batches([], 60)) == []
-
-
-def test_batches_are_those_of_stage_1():
-    random = np.random.default_rng(0)
-    for budget in (1, 700, 1024, 4096):
-        lengths = random.integers(2, 900, 120).tolist()
-        assert list(batches(lengths, budget)) == plan_batches(lengths, budget)

@@ -37,6 +37,11 @@ def test_profiles_hold_overrides_only(path):
         ("temperatures", [2.0, 1.0]),
         ("temperatures", [0.0, 1.0]),
         ("top_kk", 3),
+        ("load_in", "3bit"),
+        ("samples", 0),
+        ("samples", 65_536),
+        ("samples_from", "head"),
+        ("samples_temperature", 3.0),
     ],
 )
 def test_what_cannot_be_used_is_named(field, value):
@@ -52,4 +57,10 @@ def test_help_states_the_configs_defaults():
             shown[option.name] = found[1]
     default = TeacherConfig()
     assert shown == {name: str(getattr(default, name)) for name in shown}
-    assert len(shown) == 9
+    assert len(shown) == 11
+
+
+def test_samples_of_a_ragged_rows_tail_are_refused():
+    with pytest.raises(ConfigError, match="samples of the tail with top_p"):
+        TeacherConfig(samples=4, samples_from="tail", top_p=0.9)
+    assert TeacherConfig(samples=4, samples_from="full", top_p=0.9).sampled() == ("full", 1.0)

@@ -2,10 +2,11 @@ import hashlib
 import json
 
 import pytest
+import torch
 
 from shared.errors import ConfigError
 from shared.runtime import sha256_json
-from stage1_teacher.teacher import locate_teacher
+from stage1_teacher.teacher import locate_teacher, quantization_config
 
 
 @pytest.fixture
@@ -70,3 +71,14 @@ def test_neither_directory_nor_hub_id(model):
         locate_teacher(str(model / "config.json"))
     with pytest.raises(ConfigError, match="no revision"):
         locate_teacher(str(model), "main")
+
+
+def test_quantised_teachers_compute_in_the_builds_dtype(monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: True)
+    eight, four = quantization_config("8bit", "bfloat16"), quantization_config("4bit", "float16")
+    assert (eight.load_in_8bit, eight.load_in_4bit) == (True, False)
+    assert (four.load_in_8bit, four.load_in_4bit) == (False, True)
+    assert (four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == ("nf4", torch.float16)
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ConfigError, match="--load-in 8bit needs bitsandbytes"):
+        quantization_config("8bit", "bfloat16")
