@@ -1,4 +1,7 @@
-"""Every command in README.md is run here or by `.ci/run`, or stands in a section that says what it needs."""
+"""Every command in README.md is run here or by `.ci/run`, or stands in a section that says what it needs.
+
+Those of the cache tools are parsed here, and run by the tests of the tools.
+"""
 
 import json
 import os
@@ -17,6 +20,7 @@ from shared.cli import codedistill
 from shared.runtime import read_json
 
 RUN_HERE = ("Step by step", "Bring your own teacher and data")
+PARSED_HERE = ("Cache tools",)  # what they do is in test_cache_*.py, test_teacher_extend.py
 RUN_BY_CI = ("all", "check", "test")  # `make check` runs `make test`
 
 
@@ -47,6 +51,9 @@ def test_every_command_is_accounted_for(section):
     for words in commands_of(section):
         if section in RUN_HERE:
             assert words[0] == "codedistill"  # and the tests below run it
+            continue
+        if section in PARSED_HERE:
+            parse(words)
             continue
         if words[0] == "make":
             dry_run(words)

@@ -16,6 +16,7 @@ from shared.cache.cli import cache as command
 from shared.cache.identity import label_identity
 from shared.cache.merge import merge_caches
 from shared.cache.reader import Cache
+from shared.cache.repair import repair_cache
 from shared.cache.slice import slice_cache
 from shared.cache.verify import verify_cache
 from shared.cache.writer import CacheWriter, add_files
@@ -252,3 +253,18 @@ def test_the_commands(tmp_path):
     assert Cache(tmp_path / "s").manifest["identity"]["labels"] == {
         "top_k": 4, "top_p": 0.5, "codec": "q", "derived_from": Cache(a).label_identity
     }  # fmt: skip
+
+
+def test_a_damaged_merge_is_made_again_by_the_same_merge(tmp_path):
+    a, b = make(tmp_path / "a", [[1, 2]]), make(tmp_path / "b", [[2, 3]])
+    merge_caches([a, b], tmp_path / "c")
+    before = contents(tmp_path / "c")
+    (tmp_path / "c" / "shard-00001.h5").write_bytes(b"")
+    (tmp_path / "c" / "tokenizer" / "tokenizer.json").unlink()
+    lines = repair_cache(tmp_path / "c")
+    assert lines == [
+        "tokenizer/tokenizer.json: missing; removed: the same `codedistill cache merge` writes it again",
+        'shard-00001: damaged; removed, with documents ["made/3"]: the same `codedistill cache merge` makes it again',
+    ]
+    merge_caches([a, b], tmp_path / "c")
+    assert contents(tmp_path / "c") == before
