@@ -11,7 +11,7 @@ import numpy as np
 
 from shared.cache.assemble import Extension, assemble, extensions
 from shared.cache.claim import Claim
-from shared.cache.derive import Input, Part, document_ids, head_options, write_derived
+from shared.cache.derive import Input, Part, head_options, write_derived
 from shared.cache.directory import has_leftovers, plain_errors, read_json_object, read_record, remove_leftovers, seal
 from shared.cache.layout import (
     BUILD,
@@ -175,10 +175,9 @@ def _documents(directory: Path, shard: int) -> list[Any] | None:
     record = _sealed(directory, shard)
     if record is not None and isinstance(record.get("documents"), list):
         return list(record["documents"])
-    file = directory / f"{shard_name(shard)}.h5"
     try:
-        return document_ids(file.read_bytes(), file)
-    except OSError:
+        return [meta.get("id") for meta in Input(path=directory, manifest={}).documents(shard)]
+    except (CacheCorruptError, CacheFormatError, AttributeError):
         return None
 
 
