@@ -95,6 +95,23 @@ class Claim:
                     os.utime(self.path)
 
 
+class SharedClaim(Claim):
+    """The claim that another process of the same job holds for all of them; it refreshes it and gives it back.
+
+    Raises:
+        ResumeError: nobody holds the directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / CLAIM
+        self._text = _read(self.path) or ""
+        if not self._text:
+            raise ResumeError("nobody has claimed this cache", where=directory)
+
+    def release(self) -> None:
+        """Leave the claim to its holder."""
+
+
 def is_dead(path: Path) -> bool:
     """Whether a claim file no longer protects its directory."""
     try:

@@ -23,6 +23,7 @@ class CacheExtender(CacheWriter):
         path: a finished cache.
         build: as for `CacheWriter`, with `num_shards` new ones.
         source: the record of the data set that they come from.
+        leads: as for `CacheWriter`.
 
     Raises:
         CacheFormatError: there is no cache, or an unfinished one.
@@ -30,7 +31,9 @@ class CacheExtender(CacheWriter):
         ResumeError: another extension is unfinished, or another process changes the cache.
     """
 
-    def __init__(self, path: Path | str, build: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path | str, build: Mapping[str, Any], source: Mapping[str, Any], *, leads: bool = True
+    ) -> None:
         self.source = dict(source)
         manifest = read_manifest(Path(path))
         self.first_shard = manifest["num_shards"]
@@ -38,7 +41,7 @@ class CacheExtender(CacheWriter):
         for part in extensions(Path(path)):
             if part.name in manifest["files"] and not [*option_differences(part.options, resolved(build))]:
                 self.first_shard = part.first_shard
-        super().__init__(path, build)
+        super().__init__(path, build, leads=leads)
 
     def _check_folder(self) -> None:
         """Refuse a damaged cache, and one whose unfinished extension is another one."""

@@ -14,7 +14,7 @@ from shared.cache import codec as codecs
 from shared.cache import hdf5
 from shared.cache.assemble import assemble, extensions
 from shared.cache.checks import check_arrays, check_options
-from shared.cache.claim import Claim
+from shared.cache.claim import Claim, SharedClaim
 from shared.cache.directory import (
     FOLDERS,
     damaged_files,
@@ -143,6 +143,8 @@ class CacheWriter:
         build: every option that decides the cache's bytes, as JSON values: at least `codec`, `temperatures`, `top_k`,
             `head_width`, `tokenizer_size`; `filter` unless it is `gzip`; `num_shards` (for `cache info`) where known.
 
+        leads: false in a process that only writes shards, into a directory that another one of its job has claimed.
+
     Raises:
         ResumeError: an existing build has other options, the folder holds something else, or another process builds.
         CacheFormatError: options that no shard can be written with.
@@ -151,7 +153,7 @@ class CacheWriter:
     first_shard = 0
     num_documents_before = 0  # in earlier shards of another build
 
-    def __init__(self, path: Path | str, build: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | str, build: Mapping[str, Any], *, leads: bool = True) -> None:
         self.path = Path(path)
         self.build = resolved(build)
         self._options = shard_options(self.build)
@@ -159,6 +161,9 @@ class CacheWriter:
         self._buffer: list[ShardArrays] = []
         self._next_shard = self._added = 0
         self._check_folder()
+        if not leads:
+            self.finished, self._claim = False, SharedClaim(self.path)
+            return
         self.finished = self._is_finished()
         if self.finished and not has_leftovers(self.path):
             return
