@@ -60,6 +60,10 @@ class ResumeError(DistillError, RuntimeError):
     """Work that cannot be continued under the options given."""
 
 
+class PeerEndedError(DistillError, RuntimeError):
+    """Another process of the same job has ended; its own message says why."""
+
+
 class NonFiniteLossError(DistillError, RuntimeError):
     """A loss that is NaN or infinite."""
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from shared.errors import ConfigError, DistillError
+from shared.errors import ConfigError, DistillError, PeerEndedError
 
 # --- durable files ---------------------------------------------------------------------------------------------------
 
@@ -231,8 +231,11 @@ def run_cli(command: Any) -> NoReturn:
     except Terminated:
         log("terminated; nothing finished is lost, the same command continues")
         code = 143
-    except DistillError as error:
+    except PeerEndedError as error:
         log(f"error: {error}")
+        code = 1
+    except DistillError as error:  # from whichever rank it comes
+        sys.stderr.write(f"error: {error}\n")
         code = 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -39,6 +39,18 @@ class Run:
         """Record final figures."""
         self._attempt(lambda: self._run.summary.update(dict(metrics)))
 
+    def refer_to(self, kind: str, name: str, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Record an artifact that stays where it is, by its address and what identifies it."""
+
+        def record() -> None:
+            from wandb import Artifact
+
+            artifact = Artifact(name, type=kind, metadata=dict(metadata))
+            artifact.add_reference(path.resolve().as_uri(), checksum=False)
+            self._run.log_artifact(artifact)
+
+        self._attempt(record)
+
     def finish(self, exit_code: int) -> None:
         """End the run; a code other than 0 marks it failed."""
         self._attempt(lambda: self._run.finish(exit_code=exit_code))

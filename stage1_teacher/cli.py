@@ -50,6 +50,7 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @click.option("--samples-from", metavar="full|tail", help="From all ids, or those outside the row.  [default: full]")
 @click.option("--samples-temperature", metavar="T", type=float, help="A temperature of the grid.  [default: 1.0]")
 @click.option("--device-map", metavar="MAP", help="Where layers go: auto, cpu, cuda:0, …  [default: auto]")
+@click.option("--gpus-per-teacher", metavar="G", type=int, help="GPUs that each process spreads its teacher over.")
 @click.option(
     "--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="Overrides by TeacherConfig's names."
 )

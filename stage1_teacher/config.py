@@ -59,13 +59,14 @@ class TeacherConfig:
     on_long: Literal["split", "truncate", "drop"] = "split"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device_map: str = "auto"
+    gpus_per_teacher: int | None = None
     load_in: Literal["8bit", "4bit"] | None = None
     samples: int | None = None
     samples_from: Literal["full", "tail"] = "full"
     samples_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("limit_docs", "top_k", "shard_tokens", "batch_tokens", "head_rows", "samples"):
+        for name in ("limit_docs", "top_k", "shard_tokens", "batch_tokens", "head_rows", "gpus_per_teacher", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(

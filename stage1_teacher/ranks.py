@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import ConfigError, DistillError
+from shared.errors import ConfigError, PeerEndedError
 from shared.runtime import rank, world_size
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Ranks:
         """What rank 0 says, on every rank; returns once all have asked.
 
         Raises:
-            DistillError: another rank has ended.
+            PeerEndedError: another rank has ended.
         """
         if self._group is None:
             return list(numbers)
@@ -67,7 +67,7 @@ class Ranks:
             distributed.broadcast(said, 0, group=self._group)
             distributed.barrier(group=self._group)
         except RuntimeError as error:
-            raise DistillError(
+            raise PeerEndedError(
                 "another process of this build has ended",
                 where=f"rank {self.rank} of {self.world_size}",
                 fix="see its own message; the same command continues",
@@ -78,7 +78,7 @@ class Ranks:
         """Return once every rank has come here.
 
         Raises:
-            DistillError: another rank has ended.
+            PeerEndedError: another rank has ended.
         """
         self.agree([])
 

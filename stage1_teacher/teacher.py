@@ -114,7 +114,7 @@ def _attribution(card: Mapping[str, Any], hub_id: str | None) -> str | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Teacher:
-    """A loaded teacher: evaluation mode, no gradients."""
+    """A loaded teacher: evaluation mode, no gradients; `devices` are the kinds it lies on, such as `cuda`."""
 
     model: Any
     num_parameters: int
@@ -133,14 +133,15 @@ def head_and_positions(path: Path) -> tuple[int, int | None]:
     return config.vocab_size, limit
 
 
-def load_teacher(path: Path, *, dtype: str, device_map: str, load_in: str | None = None) -> Teacher:
+def load_teacher(path: Path, *, dtype: str, load_in: str | None = None, **placement: Any) -> Teacher:
     """Load a teacher from a directory: safetensors only, no code of its own, frozen.
 
     Args:
         path: directory with `config.json` and safetensors weights.
         dtype: `bfloat16`, `float16` or `float32`.
-        device_map: as transformers reads it; `auto` means the CPU where there is no accelerator.
         load_in: `8bit` or `4bit` quantises the weights (bitsandbytes).
+        placement: `device_map`, as transformers reads it (`auto` means the CPU where there is no accelerator), and
+            `max_memory`.
 
     Raises:
         ConfigError: bitsandbytes is missing.
@@ -157,7 +158,7 @@ def load_teacher(path: Path, *, dtype: str, device_map: str, load_in: str | None
         model = AutoModelForCausalLM.from_pretrained(
             str(path),
             dtype=getattr(torch, dtype),
-            device_map=device_map,
+            **placement,
             use_safetensors=True,
             trust_remote_code=False,
             **quantised,
@@ -165,7 +166,8 @@ def load_teacher(path: Path, *, dtype: str, device_map: str, load_in: str | None
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise DistillError("cannot load the teacher", where=path, got=f"{type(error).__name__}: {error}") from error
     model.eval().requires_grad_(False)
-    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {"": model.device}).values()})
+    placed = getattr(model, "hf_device_map", {"": model.device}).values()
+    devices = sorted({"cuda" if isinstance(device, int) else str(device).partition(":")[0] for device in placed})
     return Teacher(model=model, num_parameters=model.num_parameters(), devices=devices)
 
 

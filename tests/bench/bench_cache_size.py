@@ -24,8 +24,8 @@ from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
 from shared.runtime import versions
 from stage1_teacher.batching import plan_shards
-from stage1_teacher.build import label_shard
 from stage1_teacher.config import TeacherConfig
+from stage1_teacher.label import label_shard
 
 K = 128
 LIMITS = {"K=16": 35, "K=50": 92, "K=64": 116, "top-p 0.98 within 64": 43}  # bytes per token, codec q with gzip

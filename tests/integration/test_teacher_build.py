@@ -144,22 +144,22 @@ def test_a_second_call_finds_it_done_without_torch(teacher, rows, tmp_path):
 
 def test_resumes_to_the_same_bytes(teacher, rows, tmp_path, monkeypatch):
     whole, _ = build(teacher, rows, tmp_path / "whole")
-    from stage1_teacher import build as module
+    from stage1_teacher import pipeline as module
 
-    label_shard, done = module.label_shard, []
+    capture, done = module.capture, []
 
     def stop_at_the_third(*arguments):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(1)
-        return label_shard(*arguments)
+        return capture(*arguments)
 
-    monkeypatch.setattr(module, "label_shard", stop_at_the_third)
+    monkeypatch.setattr(module, "capture", stop_at_the_third)
     with pytest.raises(SystemExit):  # click turns the interrupt into an abort
         build(teacher, rows, tmp_path / "resumed")
     assert len(shards(tmp_path / "resumed")) == 4
     done.clear()
-    monkeypatch.setattr(module, "label_shard", label_shard)
+    monkeypatch.setattr(module, "capture", capture)
     resumed, _ = build(teacher, rows, tmp_path / "resumed")
     assert shards(tmp_path / "resumed") == shards(tmp_path / "whole")
     assert resumed.label_identity == whole.label_identity
@@ -255,7 +255,7 @@ def test_unusable_requests_are_named(teacher, rows, tmp_path, monkeypatch):
         build(teacher, rows, tmp_path / "cache", "--on-long", "cut")
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="one process"):
+    with pytest.raises(ConfigError, match="do not come together"):
         build(teacher, rows, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
