@@ -1,6 +1,7 @@
 """`teacher build` through the command line with a tiny StarCoder2, killed at random moments of its work."""
 
 import json
+import os
 import subprocess
 import time
 
@@ -28,7 +29,8 @@ class Builds:
         dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
         options = ["teacher", "build", "--teacher", str(teacher), "--dataset", str(dataset), "--top-k", "8"]
         options += ["--dtype", "float32", "--shard-tokens", "150", "--batch-tokens", "100", "--out"]
-        result = CliRunner().invoke(codedistill, [*options, str(folder / "whole")])
+        self.environment = os.environ | {"WANDB_MODE": "disabled"}
+        result = CliRunner(env=self.environment).invoke(codedistill, [*options, str(folder / "whole")])
         assert result.exit_code == 0, result.output
         self.command = [*CLI, *options]
         self.expected = contents(folder / "whole")
@@ -37,7 +39,7 @@ class Builds:
     def run(self, path, *, kill_at_shard=None, seconds=0.0):
         """One build, killed so many seconds after there are so many shards; its exit status and what it said."""
         with self.log.open("w") as log:
-            process = subprocess.Popen([*self.command, str(path)], stdout=log, stderr=log)
+            process = subprocess.Popen([*self.command, str(path)], stdout=log, stderr=log, env=self.environment)
             while process.poll() is None and not (_claims(path, process.pid) and kill_at_shard is not None):
                 time.sleep(0.01)
             while process.poll() is None and num_shards(path) < kill_at_shard:

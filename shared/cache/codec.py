@@ -32,6 +32,7 @@ from shared.cache.layout import MAX_MARGIN, Array, indptr
 
 KNEE = 5 * math.log(4.8)
 ESCAPE = 255
+BLOCK_ROWS = 4_096
 NO_TAIL = -32_768
 MAX_TAIL = 32_767
 HALF_FLOATS = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
@@ -87,19 +88,21 @@ def decode_codes(arrays: Mapping[str, Array], k: Array, codec: str) -> tuple[Arr
     """
     if codec == "f16":
         return arrays["topk_margins"].view(np.uint16), HALF_FLOATS
-    codebook, differences = arrays["codebook"], arrays["topk_codes"]
-    kind = np.min_scalar_type(max(len(codebook) - 1, 0))
-    if len(arrays["esc_pos"]):
-        differences = differences.astype(kind)
-        differences[arrays["esc_pos"]] = arrays["esc_value"]
-    # One running sum over all rows may wrap around; taking each row's first sum off undoes that.
-    codes = np.cumsum(differences, dtype=kind)
+    codebook, kind = arrays["codebook"], np.min_scalar_type(max(len(arrays["codebook"]) - 1, 0))
+    codes = arrays["topk_codes"].astype(kind)
+    codes[arrays["esc_pos"]] = arrays["esc_value"]
     rows = k[k > 0]
-    first = codes[_row_starts(k)]
-    if len(rows) and np.all(rows == rows[0]):  # as with a fixed k: no array of repeats
-        codes.reshape(len(rows), -1)[...] -= first[:, None]
+    if len(rows) and np.all(rows == rows[0]):
+        # A fixed k: column by column, in blocks that stay in cache, which beats one long running sum.
+        codes_NK = codes.reshape(len(rows), rows[0])
+        for start in range(0, len(rows), BLOCK_ROWS):
+            block = codes_NK[start : start + BLOCK_ROWS]
+            for column in range(1, rows[0]):
+                block[:, column] += block[:, column - 1]
     else:
-        codes -= np.repeat(first, rows)
+        # One running sum over all rows may wrap around; taking each row's first sum off undoes that.
+        np.cumsum(codes, dtype=kind, out=codes)
+        codes -= np.repeat(codes[_row_starts(k)], rows)
     return codes, codebook
 
 

@@ -1,5 +1,6 @@
 """Reading a cache: by document, decoded at a temperature of its grid. Writes nothing; keeps no file open."""
 
+import bisect
 import hashlib
 import json
 from collections import OrderedDict
@@ -215,10 +216,10 @@ class Cache:
                 )
 
     @cached_property
-    def _index(self) -> tuple[Array, Array]:
-        """Lengths of all documents, and the first document of each shard `[num_shards + 1]`."""
+    def _index(self) -> tuple[Array, list[int]]:
+        """Lengths of all documents, and the first document of each shard, and of one beyond the last."""
         lengths = [np.diff(self._read_indptr(shard)) for shard in range(self.num_shards)]
-        first = indptr(np.array([len(part) for part in lengths], np.int64))
+        first = indptr(np.array([len(part) for part in lengths], np.int64)).tolist()
         joined = np.concatenate(lengths)
         if (len(joined), int(joined.sum())) != (self.num_documents, self.num_tokens):
             raise CacheCorruptError(
@@ -242,9 +243,9 @@ class Cache:
         if not 0 <= doc < self.num_documents:
             raise IndexError(f"document {doc} of {self.num_documents}")
         first = self._index[1]
-        number = int(np.searchsorted(first, doc, side="right")) - 1
+        number = bisect.bisect_right(first, doc) - 1
         shard = self.load_shard(number)
-        local = doc - int(first[number])
+        local = doc - first[number]
         return shard, int(shard.doc_indptr[local]), int(shard.doc_indptr[local + 1]), local
 
     def _read_shard(self, shard: int) -> Shard:
