@@ -51,8 +51,10 @@ class HeadLoss:
             labels = SoftLabels(**{name: soft[f"soft_{name}"].flatten(0, 1) for name in names})
             if self.config.k:
                 labels = labels.first(self.config.k)
+        targets_N = (labels_N != IGNORE).nonzero().squeeze(1)  # prompts and padding need no logits
+        hidden_NH, labels_N, labels = hidden_NH[targets_N], labels_N[targets_N], labels and labels.rows(targets_N)
         total, kd, ce = _FusedHeadLoss.apply(hidden_NH, weight_VH, labels_N, labels, self, torch.is_grad_enabled())
-        num_targets = (labels_N != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+        num_targets = len(targets_N) if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / max(num_targets, 1), "kd": kd, "ce": ce}
 
     def combine(self, kd: float, ce: float) -> float:

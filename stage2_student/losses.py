@@ -43,9 +43,9 @@ class SoftLabels(NamedTuple):
     sample_ids: Tensor | None = None
     sample_weights: Tensor | None = None
 
-    def rows(self, chunk: slice) -> "SoftLabels":
+    def rows(self, chosen: slice | Tensor) -> "SoftLabels":
         """The labels of some rows."""
-        return SoftLabels._make(field if field is None else field[chunk] for field in self)
+        return SoftLabels._make(field if field is None else field[chosen] for field in self)
 
     def first(self, k: int) -> "SoftLabels":
         """The labels with at most `k` entries per row; the mass of the others joins the tail."""
