@@ -19,6 +19,7 @@ COMMANDS: Commands = {
 # What a group takes from layers above its own.
 MOUNTED: dict[str, Commands] = {
     "cache": {
+        "audit": ("stage1_teacher.cli", "audit", "Check that a cache comes from the teacher it names."),
         "import": ("data.cli", "import_command", "Make a cache of top-k logprobs that were recorded elsewhere."),
         "simulate": ("stage1_teacher.simulate_cli", "simulate", "Weigh fewer entries and other codecs on a sample."),
     }

@@ -23,6 +23,7 @@ from shared.runtime import log, read_json
 from stage1_teacher.batching import plan_shards
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.ranks import Ranks, joined
+from stage1_teacher.room import least_bytes_per_token, require_room
 from stage1_teacher.teacher import TeacherFiles, head_and_positions, locate_teacher
 
 if TYPE_CHECKING:  # torch and transformers load only where there is something to label
@@ -59,10 +60,28 @@ def build_cache(config: TeacherConfig, out: Path, *, extend: bool = False) -> No
             throughout; its teacher, tokenizer and label options must be these.
 
     Raises:
-        ConfigError: options, teacher or documents that cannot be used.
+        ConfigError: options, teacher or documents that cannot be used, or a disk that cannot hold the cache.
         ResumeError: `out` was begun with other options, teacher or documents, or holds something else.
         CacheFormatError: labels that may not be written, such as NaN logits; with `extend`, no finished cache.
         CacheMismatchError: with `extend`, a cache of other labels.
+    """
+    files, documents = find_inputs(config)
+    request = _request(config, files, documents)
+    with joined() as ranks:
+        if ranks.agree([ranks.leads and _is_done(out, request, extend)]) == [1]:
+            log(f"{out} is up to date")
+        elif not extend:
+            _refuse_moved(out, request)
+            _build(config, out, files, documents, documents.documents, request, ranks)
+        elif new := _new_documents(documents, out):
+            _build(config, out, files, documents, new, request, ranks, extends=read_manifest(out))
+
+
+def find_inputs(config: TeacherConfig) -> tuple[TeacherFiles, DocumentSet]:
+    """The teacher's files and the documents that a configuration names.
+
+    Raises:
+        ConfigError: either is not named, or cannot be used.
     """
     for name in ("teacher", "dataset"):
         if not getattr(config, name):
@@ -75,15 +94,7 @@ def build_cache(config: TeacherConfig, out: Path, *, extend: bool = False) -> No
         columns=config.columns,
         revision=config.dataset_revision,
     )
-    request = _request(config, files, documents)
-    with joined() as ranks:
-        if ranks.agree([ranks.leads and _is_done(out, request, extend)]) == [1]:
-            log(f"{out} is up to date")
-        elif not extend:
-            _refuse_moved(out, request)
-            _build(config, out, files, documents, documents.documents, request, ranks)
-        elif new := _new_documents(documents, out):
-            _build(config, out, files, documents, new, request, ranks, extends=read_manifest(out))
+    return files, documents
 
 
 def _request(config: TeacherConfig, files: TeacherFiles, documents: DocumentSet) -> dict[str, Any]:
@@ -168,12 +179,13 @@ def _build(
     corpus = cut_documents(
         documents,
         tokenizer,
-        max_length=_max_length(config.max_length, limit),
+        max_length=max_length(config.max_length, limit),
         on_long=config.on_long,
         head_width=head_width,
     )
     _report(corpus, data, len(documents), config)
-    shards = plan_shards([len(piece.ids) for piece in corpus.pieces], config.shard_tokens)
+    lengths = [len(piece.ids) for piece in corpus.pieces]
+    shards = plan_shards(lengths, config.shard_tokens)
     digest = tokenizer_digest(tokenizer)
     derived = {
         "tokenizer_digest": digest,
@@ -222,6 +234,8 @@ def _build(
     if extends:  # all but the head's precision is known before anything is labelled
         wanted = identity(extends["identity"]["labels"].get("head", "none"))
         require_same_labels(extends["identity"], wanted, ours_name=out, theirs_name="the extension")
+    present = 0 if extends else sum(file.stat().st_size for file in out.glob("shard-*.h5"))
+    require_room(out, sum(lengths), least_bytes_per_token(config), present_bytes=present)
     options = request | derived
 
     def open_writer(leads: bool) -> CacheWriter:
@@ -257,7 +271,12 @@ def _build(
             run_file(out).unlink(missing_ok=True)
 
 
-def _max_length(asked: int | None, limit: int | None) -> int | None:
+def max_length(asked: int | None, limit: int | None) -> int | None:
+    """The longest piece: what was asked for, else the teacher's positions; None where neither says.
+
+    Raises:
+        ConfigError: more than the teacher's positions is asked for.
+    """
     if asked is not None and limit is not None and asked > limit:
         raise ConfigError("--max-length is beyond the teacher's positions", expected=f"at most {limit}", got=asked)
     return asked or limit

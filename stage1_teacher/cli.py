@@ -1,4 +1,4 @@
-"""`codedistill teacher fetch-demo|build`."""
+"""`codedistill teacher fetch-demo|build|plan`, and `cache audit`, which the root command mounts."""
 
 from pathlib import Path
 from typing import Any
@@ -82,3 +82,54 @@ def build(out: Path, profile: Path | None, extend: bool, **options: Any) -> None
     given = {name: value for name, value in options.items() if value is not None}
     build_cache(load_config(TeacherConfig, *layers, given), out, extend=extend)
     click.echo(summary(out))
+
+
+@teacher.command(params=[option for option in build.params if option.name != "extend"])
+@click.option("--pilot-docs", metavar="N", type=click.IntRange(min=1), default=64, show_default=True,
+              help="Documents to label on trial.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def plan(out: Path, profile: Path | None, pilot_docs: int, as_json: bool, **options: Any) -> None:
+    """Tell what a build will take before it is run: tokens, size, hours, memory, and what other K would hold.
+
+    Takes the options of `teacher build`. All documents are tokenised; some, evenly spaced in order of length, are
+    labelled on trial and encoded. Nothing is written.
+    """
+    from shared.config import load_config, read_toml
+    from shared.runtime import to_json
+    from stage1_teacher.config import TeacherConfig
+    from stage1_teacher.plan import plan_build
+    from stage1_teacher.plan_text import print_plan
+
+    layers = [read_toml(profile)] if profile else []
+    given = {name: value for name, value in options.items() if value is not None}
+    made = plan_build(load_config(TeacherConfig, *layers, given), out, pilot_docs=pilot_docs)
+    if as_json:
+        click.echo(to_json(made), nl=False)
+    else:
+        print_plan(made)
+
+
+@click.command()
+@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@click.option("--teacher", "teacher_id", metavar="ID|DIR", required=True, help="The teacher that it should be from.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@click.option("--documents", metavar="N", type=click.IntRange(min=1), default=20, show_default=True,
+              help="Documents to run again.")  # fmt: skip
+@click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True, help="Of their choice.")
+@click.option("--device-map", metavar="MAP", default="auto", show_default=True, help="Where the teacher's layers go.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a line.")
+def audit(
+    path: Path, teacher_id: str, revision: str | None, documents: int, seed: int, device_map: str, as_json: bool
+) -> None:
+    """Check that a cache comes from the teacher it names: run random documents again and compare their rows.
+
+    Rows may deviate by the codec's bound and by what the dtype rounds differently in other kernels. Digests of weights,
+    configuration and tokenizer are compared, too. Exit 1, with document and position, where anything differs.
+    """
+    from shared.runtime import to_json
+    from stage1_teacher.audit import audit_cache, verdict
+
+    result = audit_cache(path, teacher_id, revision=revision, num_documents=documents, seed=seed, device_map=device_map)
+    click.echo(to_json(result) if as_json else verdict(path, teacher_id, result), nl=not as_json)
+    if not result["passed"]:
+        raise click.exceptions.Exit(1)

@@ -17,6 +17,7 @@ from stage1_teacher.config import TeacherConfig
 from stage1_teacher.label import Rows, capture, to_arrays
 from stage1_teacher.logits import LogitSource
 from stage1_teacher.ranks import Ranks
+from stage1_teacher.room import least_bytes_per_token, require_room
 from stage1_teacher.teacher import TeacherFiles, load_teacher
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def label_shards(
     """Load the teacher, label shards and write them, each by the positions of its pieces.
 
     Raises:
-        DistillError: what labelling or writing a shard raises; shards before it are kept.
+        ConfigError: the disk cannot hold what is left, at the bytes per token of what is written.
+        DistillError: what else labelling or writing a shard raises; shards before it are kept.
     """
     placement = ranks.placement(config.device_map, config.gpus_per_teacher)
     teacher = load_teacher(files.path, dtype=config.dtype, load_in=config.load_in, **placement)
@@ -92,14 +94,22 @@ def label_shards(
     tokenizer_size = writer.build["tokenizer_size"]
     tokens = sum(len(all_pieces[i].ids) for positions in shards.values() for i in positions)
 
+    written_tokens, bytes_per_token = 0, least_bytes_per_token(config)
+
     def write(shard: int, positions: range, pieces: Sequence["Piece"], rows: Rows, token_budget: int) -> None:
+        nonlocal written_tokens, bytes_per_token
+        require_room(writer.path, (tokens - written_tokens) * ranks.world_size, bytes_per_token)
         arrays, excess_mass = to_arrays(rows, pieces, config, tokenizer_size)
         own = {
             "token_budget": token_budget,
             "excess_mass": excess_mass,
             "first_document": writer.num_documents_before + positions.start,
         }
-        statistics = writer.write_shard(shard, arrays, extra | own)["statistics"]
+        record = writer.write_shard(shard, arrays, extra | own)
+        statistics = record["statistics"]
+        written_bytes = written_tokens * bytes_per_token if written_tokens else 0
+        written_tokens += statistics["tokens"]
+        bytes_per_token = (written_bytes + record["bytes"]) / written_tokens
         run.log(
             {
                 "tokens_per_second": bar.rate(),

@@ -76,6 +76,11 @@ class Cache:
         """Tokens per document in shard order: i64 `[D]`."""
         return self._index[0]
 
+    @property
+    def shard_indptr(self) -> Array:
+        """First document of each shard: i64 `[num_shards + 1]`."""
+        return self._index[1]
+
     @cached_property
     def doc_indptr(self) -> Array:
         """First token of each document, all documents laid end to end: i64 `[D+1]`."""

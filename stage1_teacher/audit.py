@@ -1,0 +1,319 @@
+"""Does a cache come from the teacher that it names? Random documents are run through that teacher again and compared.
+
+**What runs again.** A document runs in the very batch of its build (a function of the shard and its recorded token
+budget), since a batch's shape changes half-precision logits; alone, where the shard records no budget.
+
+**What is compared.** The teacher's logits z are read at the cache's own ids, so that ids which tie within the tolerance
+may be swapped, at the row's boundary too. A row's deviation, in logits, is the largest of
+
+- |z_1 − z_i − m̂_i| beyond the codec's bound, over its entries, and over its samples, whose margins are exact;
+- how far the best id outside the row exceeds the last one inside;
+- T · |log tail_T − log tail̂_T| beyond the codec's bound, over the grid.
+
+The next token's probability follows from these; the cache stores no other figure of it per row.
+
+**Tolerance.** Roundings with unit roundoff u after each of the 2L residual additions, independent of one another, move
+the last hidden state by u √(2L) of its length, and a logit by that share of σ, the row's standard deviation over the
+vocabulary. Sums of D terms in float32 add √D · 2⁻²⁴ to u. A row may deviate by 16 σ √(2L) (u + √D · 2⁻²⁴), and
+KL(cache‖teacher) over head and tail at T = 1 may on average be ½ (σ √(2L) (u + √D · 2⁻²⁴))² beyond the codec's bound.
+
+Measured on SmolLM2-135M (L = 30, D = 576, σ = 3.2 nats) in bfloat16, where these are 0.48 σ and 4.7e-3: in the batch of
+the build nothing at all; in other batches at most 0.20 σ and 8e-5; with other kernels for attention and matrices, as
+another machine has, at most 0.23 σ and 1.1e-3. In float32, where 1.8e-4 σ is allowed: 1.2e-5 σ.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.batching import plan_batches
+from shared.cache.codec import decode_tail
+from shared.cache.layout import MAX_MARGIN, Array, shard_name
+from shared.cache.reader import Cache
+from shared.cache.shard import Shard
+from shared.errors import CacheMismatchError
+from shared.runtime import progress, read_json
+from shared.tokenizer import load_tokenizer, tokenizer_digest
+from stage1_teacher.logits import LogitSource
+from stage1_teacher.teacher import TeacherFiles, load_teacher, locate_teacher
+
+MAX_DEVIATION = 16.0
+CODEC_KL = 2.6e-3  # codec.py, for K ≤ 256
+HEAD_ROWS = 256
+NO_WEIGHT = -80.0  # the log of a tail that no figure in float32 notices
+UNIT_ROUNDOFF = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedRows:
+    """Rows as the cache holds them: N rows with entries, K and R the most entries and samples of one, G temperatures.
+
+    Args:
+        k: i64 `[N]`; ids: i64 `[N, K]`, padded with the row's first id; margins: f32 `[N, K]`, z_1 − z_i.
+        tail_log: f64 `[N, G]`, log Σ_{j∉K} exp((z_j − z_1)/T).
+        sample_k: i64 `[N]`; sample_ids: i64 `[N, R]`; sample_margins: f32 `[N, R]`; R = 0 without samples.
+    """
+
+    k: Tensor
+    ids: Tensor
+    margins: Tensor
+    tail_log: Tensor
+    sample_k: Tensor
+    sample_ids: Tensor
+    sample_margins: Tensor
+
+    def part(self, rows: slice, device: torch.device) -> "CachedRows":
+        """Some of the rows, on a device."""
+        return CachedRows(**{name: getattr(self, name)[rows].to(device) for name in self.__dataclass_fields__})
+
+
+def audit_cache(
+    path: Path,
+    teacher: str,
+    *,
+    revision: str | None = None,
+    num_documents: int,
+    seed: int = 0,
+    device_map: str = "auto",
+) -> dict[str, Any]:
+    """Run random documents of a cache through a teacher and compare its rows with the cache's.
+
+    Args:
+        path: a finished cache.
+        teacher: a directory or a Hub id; revision: branch, tag or commit of a Hub id.
+        num_documents: documents to choose; all where there are fewer.
+        seed: of the choice.
+        device_map: where the teacher's layers go, as transformers reads it.
+
+    Returns:
+        JSON values: `passed`, the figures behind it, and the worst row by document and position.
+
+    Raises:
+        CacheMismatchError: the teacher's head is narrower than the cache's vocabulary, or the labels' dtype is unknown.
+        CacheFormatError, CacheCorruptError: the cache cannot be read.
+    """
+    cache = Cache(path)
+    files = locate_teacher(teacher, revision)
+    identity = cache.manifest["identity"]
+    dtype = identity["labels"].get("dtype", "bfloat16")  # an import does not say; most teachers run in it
+    if dtype not in UNIT_ROUNDOFF:
+        raise CacheMismatchError("the labels have a dtype that no teacher runs in", where=path, got=dtype)
+    load_in = identity["labels"].get("load_in")
+    model = load_teacher(files.path, dtype=dtype, device_map=device_map, load_in=load_in).model
+    source = LogitSource(model, HEAD_ROWS)
+    if source.head_width < cache.tokenizer_size:
+        raise CacheMismatchError(
+            "the teacher's head is narrower than the cache's vocabulary",
+            where=f"{teacher} and {path}",
+            expected=f"at least {cache.tokenizer_size}",
+            got=source.head_width,
+        )
+    config = model.config.get_text_config()
+    roundoff = UNIT_ROUNDOFF[dtype] + config.hidden_size**0.5 * UNIT_ROUNDOFF["float32"]
+    share = (2 * config.num_hidden_layers) ** 0.5 * roundoff
+
+    with_rows = np.flatnonzero(cache.doc_lengths > 1)
+    if not len(with_rows):
+        raise CacheMismatchError("the cache has no rows to compare", where=path)
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(with_rows, min(num_documents, len(with_rows)), replace=False))
+    deviations: list[Tensor] = []  # per document f64 [3, N]: deviation and σ in logits, KL in nats
+    with progress("auditing", int(cache.doc_lengths[chosen].sum()), "tokens") as bar:
+        for document in chosen:
+            deviations.append(_audit_document(cache, int(document), source))
+            bar.advance(int(cache.doc_lengths[document]))
+    deviation, sigma, kl = torch.cat(deviations, 1)
+    allowed = MAX_DEVIATION * share * sigma
+    ratio = (deviation / allowed).nan_to_num(nan=torch.inf)
+    mean_kl_allowed = CODEC_KL + 0.5 * float((share * sigma).square().mean())
+    mean_kl = float(kl.mean())
+    rows_pass = bool((ratio <= 1).all()) and mean_kl <= mean_kl_allowed
+    worst = int(ratio.argmax())
+    ends = np.cumsum([part.shape[1] for part in deviations])
+    number = int(np.searchsorted(ends, worst, side="right"))
+    digests = _differing_digests(identity, files)
+    return {
+        "passed": rows_pass and not digests,
+        "digests_that_differ": digests,
+        "declared": bool(identity.get("declared")),
+        "rows_pass": rows_pass,
+        "documents": len(chosen),
+        "rows": len(ratio),
+        "rows_that_deviate": int((ratio > 1).sum()),
+        "worst": {
+            "document": str(cache.meta(int(chosen[number])).get("id", int(chosen[number]))),
+            "position": worst - int(ends[number]) + deviations[number].shape[1],
+            "deviation_logits": _finite(deviation[worst]),
+            "allowed_logits": _finite(allowed[worst]),
+        },
+        "kl_nats": {"mean": _finite(kl.mean()), "max": _finite(kl.max()), "mean_allowed": mean_kl_allowed},
+        "dtype": dtype,
+    }
+
+
+def verdict(path: Path, teacher: str, result: dict[str, Any]) -> str:
+    """What an audit found, in one line."""
+    worst, kl = result["worst"], result["kl_nats"]
+    figures = (
+        f"{result['documents']:,} documents, {result['rows']:,} rows; largest deviation "
+        f"{_text(worst['deviation_logits'])} of {_text(worst['allowed_logits'])} logits allowed, "
+        f"KL mean {_text(kl['mean'])} of {_text(kl['mean_allowed'])} nats allowed, max {_text(kl['max'])}"
+    )
+    declared = "; the cache declares its teacher without proof (no digests)" if result["declared"] else ""
+    if result["passed"]:
+        return f"{path}: its rows are those of {teacher}: {figures}{declared}"
+    reasons = [f"the digest of its {part} differs" for part in result["digests_that_differ"]]
+    if not result["rows_pass"]:
+        reasons.append(
+            f"{result['rows_that_deviate']:,} rows deviate, most at document {worst['document']!r}, "
+            f"position {worst['position']}"
+        )
+    return f"{path}: NOT from {teacher}: {', and '.join(reasons)}; {figures}{declared}"
+
+
+def _differing_digests(identity: dict[str, Any], files: TeacherFiles) -> list[str]:
+    """The parts of the teacher whose digest is not the recorded one; a declared teacher has that of its tokenizer."""
+    parts = {"tokenizer": (identity["tokenizer"]["digest"], tokenizer_digest(load_tokenizer(files.path)))}
+    if not identity.get("declared"):
+        parts["weights"] = (identity["teacher"]["weights_digest"], files.weights_digest)
+        parts["config"] = (identity["teacher"]["config_digest"], files.config_digest)
+    return [part for part, (recorded, found) in parts.items() if recorded != found]
+
+
+def _audit_document(cache: Cache, document: int, source: LogitSource) -> Tensor:
+    """Deviation and σ in logits and KL in nats of a document's rows: f64 `[3, N]`."""
+    number = int(np.searchsorted(cache.shard_indptr, document, side="right")) - 1
+    first = int(cache.shard_indptr[number])
+    shard, local = cache.load_shard(number), document - first
+    lengths = np.diff(shard.doc_indptr)
+    budget = read_json(cache.path / f"{shard_name(number)}.json").get("token_budget")
+    batch = [local]
+    if budget is not None:
+        batch = next(batch for batch in plan_batches(lengths.tolist(), budget) if local in batch)
+    real_BT = torch.arange(lengths[batch[0]] - 1) < torch.from_numpy(lengths[batch] - 1)[:, None]
+    ids_BT = torch.zeros(real_BT.shape, dtype=torch.int64)
+    ids_BT[real_BT] = torch.cat([torch.from_numpy(cache.tokens(first + i)[:-1]) for i in batch])
+    wanted_BT = torch.zeros_like(real_BT)  # the head runs over this document alone
+    wanted_BT[batch.index(local)] = real_BT[batch.index(local)]
+
+    start, stop = int(shard.doc_indptr[local]), int(shard.doc_indptr[local + 1]) - 1
+    rows = cached_rows(shard, start, stop, cache.temperatures)
+    parts, done = [], 0
+    for logits_NV in source.chunks(ids_BT, wanted_BT):
+        part = rows.part(slice(done, done + len(logits_NV)), logits_NV.device)
+        deviations = compare(
+            logits_NV[:, : cache.tokenizer_size],
+            part,
+            temperatures=cache.temperatures,
+            codec=cache.manifest["codec"],
+            tail_scale=shard.tail_scale,
+            num_codings=2 if "derived_from" in cache.manifest else 1,
+        )
+        parts.append(deviations.cpu())
+        done += len(logits_NV)
+    return torch.cat(parts, 1)
+
+
+def cached_rows(shard: Shard, start: int, stop: int, temperatures: Sequence[float]) -> CachedRows:
+    """Rows `start` to `stop` of a shard, none of them empty."""
+    k = shard.k[start:stop]
+    entries = slice(int(shard.row_indptr[start]), int(shard.row_indptr[stop]))
+    last = shard.last_margins[start:stop]
+    tails = [
+        decode_tail(shard.tail[start:stop, column], last, T, shard.tail_scale) for column, T in enumerate(temperatures)
+    ]
+    samples = shard.sampled(start, stop)
+    none = np.zeros((stop - start, 0), np.int64)
+    arrays = {
+        "k": k,
+        "ids": _pad(shard.id_table[shard.ranks[entries]], k),
+        "margins": _pad(shard.codebook[shard.codes[entries]], k),
+        "tail_log": np.stack(tails, 1),
+        "sample_k": np.zeros(len(k), np.int64) if samples is None else samples.k,
+        "sample_ids": none if samples is None else samples.ids,
+        "sample_margins": none.astype(np.float32) if samples is None else samples.margins,
+    }
+    return CachedRows(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+@torch.inference_mode()
+def compare(
+    z_NV: Tensor, rows: CachedRows, *, temperatures: Sequence[float], codec: str, tail_scale: int, num_codings: int = 1
+) -> Tensor:
+    """Deviation and σ in logits, and KL(cache‖teacher) over head and tail at T = 1 in nats: f64 `[3, N]`.
+
+    Args:
+        z_NV: f32, the teacher's logits of the tokenizer's ids.
+        rows: the cache's.
+        temperatures: the cache's grid; codec: its codec; tail_scale: steps of its tails per nat.
+        num_codings: how often rows were rounded: twice where they were cut out of another cache.
+    """
+    finite_NV = z_NV.isfinite()
+    count = finite_NV.sum(1)
+    mean = torch.where(finite_NV, z_NV, 0.0).sum(1) / count
+    sigma = (torch.where(finite_NV, z_NV - mean[:, None], 0.0).square().sum(1) / count).sqrt()
+
+    inside_NK = torch.arange(rows.ids.shape[1], device=z_NV.device) < rows.k[:, None]
+    head_NK = z_NV.gather(1, rows.ids)
+    first_N1 = head_NK[:, :1]
+    margins_NK = (first_N1 - head_NK).clamp(max=MAX_MARGIN)
+    bound_NK = num_codings * _codec_bound(torch.maximum(margins_NK, rows.margins), codec)
+    deviation = torch.where(inside_NK, (margins_NK - rows.margins).abs() - bound_NK, 0.0).amax(1)
+
+    outside_NV = z_NV.scatter(1, rows.ids, -torch.inf)
+    excess = outside_NV.amax(1) - head_NK.gather(1, rows.k[:, None] - 1)[:, 0]
+    deviation = torch.maximum(deviation, excess).clamp(min=0).double()
+
+    tail_NG = torch.stack([((outside_NV - first_N1) / T).logsumexp(1).double() for T in temperatures], 1)
+    weighty_NG = torch.maximum(tail_NG, rows.tail_log) > NO_WEIGHT
+    T_G = torch.tensor(temperatures, device=z_NV.device, dtype=torch.float64)
+    # What was cut off a row and joined its tail had been rounded as an entry, by up to 0.1.
+    tail_bound_G = 0.5 * num_codings / tail_scale + (num_codings - 1) * 0.1 / T_G
+    tail_error_NG = T_G * ((tail_NG - rows.tail_log).abs() - tail_bound_G)
+    deviation = torch.maximum(deviation, torch.where(weighty_NG, tail_error_NG, 0.0).amax(1))
+
+    if rows.sample_ids.shape[1]:
+        inside_NR = torch.arange(rows.sample_ids.shape[1], device=z_NV.device) < rows.sample_k[:, None]
+        # The margins are relative to the row's largest logit, which is its first entry's.
+        sampled_NR = first_N1 - z_NV.gather(1, rows.sample_ids)
+        errors_NR = torch.where(inside_NR, (sampled_NR - rows.sample_margins).abs(), 0.0)
+        deviation = torch.maximum(deviation, errors_NR.amax(1).double())
+
+    unit = list(temperatures).index(1.0)
+    ours = _log_partition(rows.margins, inside_NK, rows.tail_log[:, unit])
+    theirs = _log_partition(margins_NK, inside_NK, tail_NG[:, unit])
+    kl = torch.where(ours > -torch.inf, ours.exp() * (ours - theirs), 0.0).sum(1)
+    return torch.stack([deviation, sigma.double(), kl])
+
+
+def _log_partition(margins_NK: Tensor, inside_NK: Tensor, tail_log_N: Tensor) -> Tensor:
+    """Log-probabilities of a row's entries and its tail: f64 `[N, K+1]`."""
+    weights_NK = torch.where(inside_NK, -margins_NK.double(), -torch.inf)
+    return torch.cat([weights_NK, tail_log_N[:, None]], 1).log_softmax(1)
+
+
+def _codec_bound(margins: Tensor, codec: str) -> Tensor:
+    """How far a decoded margin may be from the exact one; see codec.py."""
+    if codec == "f16":
+        return margins.abs() * 2**-11 + 2**-25
+    return 0.5 * ((margins / 5).exp() / 24).clamp(max=0.2)
+
+
+def _pad(values: Array, k: Array) -> Array:
+    """Rows of lengths k as `[N, K]`, each filled up with its own first value."""
+    starts = np.cumsum(k) - k
+    column = np.arange(k.max())
+    return values[starts[:, None] + np.where(column < k[:, None], column, 0)]
+
+
+def _finite(value: Tensor) -> float | None:
+    return float(value) if value.isfinite() else None
+
+
+def _text(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.2g}"
