@@ -94,10 +94,11 @@ def label_shards(
     tokenizer_size = writer.build["tokenizer_size"]
     tokens = sum(len(all_pieces[i].ids) for positions in shards.values() for i in positions)
 
-    written_tokens, bytes_per_token = 0, least_bytes_per_token(config)
+    written_bytes = written_tokens = 0
 
     def write(shard: int, positions: range, pieces: Sequence["Piece"], rows: Rows, token_budget: int) -> None:
-        nonlocal written_tokens, bytes_per_token
+        nonlocal written_bytes, written_tokens
+        bytes_per_token = written_bytes / written_tokens if written_tokens else least_bytes_per_token(config)
         require_room(writer.path, (tokens - written_tokens) * ranks.world_size, bytes_per_token)
         arrays, excess_mass = to_arrays(rows, pieces, config, tokenizer_size)
         own = {
@@ -107,9 +108,8 @@ def label_shards(
         }
         record = writer.write_shard(shard, arrays, extra | own)
         statistics = record["statistics"]
-        written_bytes = written_tokens * bytes_per_token if written_tokens else 0
+        written_bytes += record["bytes"]
         written_tokens += statistics["tokens"]
-        bytes_per_token = (written_bytes + record["bytes"]) / written_tokens
         run.log(
             {
                 "tokens_per_second": bar.rate(),
