@@ -77,8 +77,8 @@ class Cache:
         return self._index[0]
 
     @property
-    def shard_indptr(self) -> Array:
-        """First document of each shard: i64 `[num_shards + 1]`."""
+    def shard_indptr(self) -> list[int]:
+        """First document of each shard, and the number of all: `num_shards + 1` values."""
         return self._index[1]
 
     @cached_property
