@@ -323,7 +323,7 @@ def shard_overhead(
     """What of a shard's bytes does not grow with its tokens, and how far the rest per token may be off, relatively.
 
     The first is what two halves take more than the whole (tables of ids, HDF5's own). The second is twice the standard
-    error over eighths and 1 % for the straight line itself: on 32,768 tokens of real labels it was off by 0.1 %.
+    error over eighths and 1 % for the straight line itself: pilots of 64 documents foretold 102,091 tokens to 0.5 %.
 
     Args:
         whole: bytes and tokens of the pilot as one shard; halves, eighths: of its parts, each a shard of its own.
