@@ -10,7 +10,7 @@ from stage1_teacher.config import TeacherConfig
 def least_bytes_per_token(config: TeacherConfig) -> float:
     """What a token of the cache takes at least, known before anything is labelled.
 
-    Real caches over a vocabulary of 49,152 take about 6 + 1.5 K bytes per token with codec `q` and 6 + 2.6 K with
+    Real caches over a vocabulary of 49,152 take about 6 + 1.5 K bytes per token with codec `q` and 6 + 2.4 K with
     `f16`; fewer distinct ids need less. With top-p a row may have one entry alone.
     """
     entries = config.top_k if config.top_p is None else 1
