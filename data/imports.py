@@ -13,6 +13,7 @@ from shared.errors import CacheFormatError, ConfigError
 from shared.runtime import progress, sha256_file
 from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
 
+MAX_DIGITS = 10  # of a token id
 TOKEN_FIELDS = ("prompt_token_ids", "input_ids", "tokens")
 PACKED = ("compressed_logprobs", "bytepacked_indices", "packed_indices", "exact_values", "coeffs")
 
@@ -28,6 +29,7 @@ class Recorded:
         loss_mask: n values, 1 where the next token is a target.
         rows: n − 1 lists of (id, logprob), the most likely first.
         gold_logprobs: n − 1, of the next tokens; NaN where the row does not tell.
+        has_own: whether a row may hold the next token on top of the most likely ones, as vLLM's do.
     """
 
     where: str
@@ -36,6 +38,7 @@ class Recorded:
     loss_mask: list[int]
     rows: list[list[tuple[int, float]]]
     gold_logprobs: list[float]
+    has_own: bool
 
 
 def import_cache(
@@ -68,15 +71,15 @@ def import_cache(
     loaded = load_tokenizer(tokenizer)
     size, digest = len(loaded), tokenizer_digest(loaded)
     file_digest = sha256_file(file) if file.is_file() else ""
-    num_documents, shortest, longest = 0, math.inf, 1
+    num_documents, shortest, longest, has_own = 0, math.inf, 1, True
     for document in read_recorded(file, size):
         num_documents += 1
-        lengths = [len(row) for row in document.rows]
+        lengths, has_own = [len(row) for row in document.rows], has_own and document.has_own
         shortest, longest = min([shortest, *lengths]), max([longest, *lengths])
     if num_documents == 0:
         raise ConfigError("an empty data set", where=file, expected="at least one row")
     # vLLM records k entries, and k + 1 where the next token ranks last: that one is not among the k.
-    kept = top_k or (longest - 1 if longest == shortest + 1 else longest)
+    kept = top_k or (longest - 1 if has_own and longest == shortest + 1 else longest)
     labels = {"temperatures": [1.0], "top_k": kept, "codec": codec}
     build = {
         "command": "cache import",
@@ -131,18 +134,27 @@ def read_recorded(file: Path, tokenizer_size: int) -> Iterator[Recorded]:
         tokens = _integers(row, field, row.fields.get(field), tokenizer_size)
         if not tokens:
             raise row.error(field, expected="at least one token id", got="none")
-        id = str(row.fields.get("id", number))
-        if "prompt_logprobs" in row.fields:
+        id = row.fields.get("id")
+        has_own = "prompt_logprobs" in row.fields
+        if has_own:
             rows, gold = _vllm(row, tokens, tokenizer_size)
         else:
             rows, gold = _lists(row, tokens, tokenizer_size)
         for at, entries in enumerate(rows):
             mass = math.fsum(math.exp(logprob) for _, logprob in entries)
             if mass > 1 + MASS_TOLERANCE:
-                name = f"prompt_logprobs[{at + 1}]" if "prompt_logprobs" in row.fields else f"top_values[{at}]"
+                name = f"prompt_logprobs[{at + 1}]" if has_own else f"top_values[{at}]"
                 raise row.error(name, expected="probabilities that add up to 1 at most", got=f"{mass:.4f}")
         mask = _loss_mask(row, len(tokens))
-        yield Recorded(where=row.where, id=id, tokens=tokens, loss_mask=mask, rows=rows, gold_logprobs=gold)
+        yield Recorded(
+            where=row.where,
+            id=str(number if id is None else id),
+            tokens=tokens,
+            loss_mask=mask,
+            rows=rows,
+            gold_logprobs=gold,
+            has_own=has_own,
+        )
 
 
 def _add(writer: CacheWriter, document: Recorded, top_k: int, name: str) -> None:
@@ -180,7 +192,7 @@ def _vllm(row: Row, tokens: list[int], size: int) -> tuple[list[list[tuple[int, 
             raise row.error(place, expected="an object of token ids", got=repr(entries)[:60])
         found = []
         for key, value in entries.items():
-            if not (key.isascii() and key.isdigit() and int(key) < size):
+            if not (key.isascii() and key.isdigit() and len(key) <= MAX_DIGITS and int(key) < size):
                 raise row.error(place, expected=f"token ids from 0 to {size - 1} as keys", got=repr(key))
             if not isinstance(value, dict):
                 raise row.error(f"{place}.{key}", expected="an object with logprob", got=repr(value)[:60])
@@ -245,6 +257,8 @@ def _integers(row: Row, field: str, value: Any, size: int) -> list[int]:
 
 def _logprob(row: Row, field: str, value: Any) -> float:
     """A natural log-probability; rounding may lift it above 0 by a little."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value > 1e-3:
+    known = type(value) is float or (type(value) is int and abs(value) < 1 << 64)
+    number = float(value) if known else math.nan
+    if not number <= 1e-3:
         raise row.error(field, expected="a log-probability, at most 0", got=repr(value)[:60])
-    return float(value)
+    return number

@@ -46,8 +46,12 @@ def fsync_directory(path: Path) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Strict JSON (no NaN or Infinity), readable, keys in the order given."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Strict JSON (no NaN or Infinity), readable, keys in the order given; UTF-8 can hold it.
+
+    Lone surrogates (ids in data, bytes of file names that are no UTF-8) become their escapes.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def write_json(path: Path, value: Any) -> None:

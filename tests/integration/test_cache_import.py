@@ -110,6 +110,18 @@ def test_distillkits_rows(tokenizer, tmp_path, cut):
         import_cache(tmp_path / "rows.parquet", tmp_path / "c", tokenizer=str(tokenizer), teacher_name="u")
 
 
+def test_rows_of_unequal_lengths_and_any_id(tokenizer, tmp_path):
+    ids, values = [[5, 6, 7], [6, 7]], [[-0.5, -2.0, -3.0], [-0.3, -3.0]]
+    document = {"input_ids": [1, 5, 6], "token_ids": ids, "top_values": values}
+    file = write(tmp_path / "rows.jsonl", [document | {"id": "a\ud800"}, document | {"id": None}, document])
+    import_cache(file, tmp_path / "c", tokenizer=str(tokenizer), teacher_name="t")
+    cache = Cache(tmp_path / "c")
+    assert [cache.meta(number)["id"] for number in range(3)] == ["a\ud800", "2", "3"]
+    assert cache.manifest["top_k"] == 3  # the third entry is no extra one: only vLLM has such
+    assert cache.targets(0, 1.0).k.tolist() == [3, 2, 0]
+    assert verify_cache(cache.path) == []
+
+
 ROW = {"prompt_token_ids": [5, 6], "prompt_logprobs": [None, {"6": {"logprob": -0.5, "rank": 1}}]}
 
 
@@ -131,9 +143,11 @@ def changed(**fields):
         (changed(prompt_logprobs=[None, {}]), r"prompt_logprobs\[1\]'"),
         (changed(prompt_logprobs=[None, {"x": {"logprob": -1}}]), r"prompt_logprobs\[1\]'.*got: 'x'"),
         (changed(prompt_logprobs=[None, {"257": {"logprob": -1}}]), r"prompt_logprobs\[1\]'.*got: '257'"),
+        (changed(prompt_logprobs=[None, {"9" * 5000: {"logprob": -1}}]), r"prompt_logprobs\[1\]'.*got: '999"),
         (changed(prompt_logprobs=[None, {"6": {"logprob": -1}, "06": {"logprob": -2}}]), "in two spellings"),
         (changed(prompt_logprobs=[None, {"6": -1}]), r"prompt_logprobs\[1\]\.6'; expected: an object"),
         (changed(prompt_logprobs=[None, {"6": {"logprob": "-1"}}]), r"\[1\]\.6\.logprob'.*got: '-1'"),
+        (changed(prompt_logprobs=[None, {"6": {"logprob": -(10**400)}}]), r"\.logprob'.*at most 0; got: -1000"),
         (changed(prompt_logprobs=[None, {"6": {"logprob": None}}]), r"\.logprob'.*got: None"),
         (changed(prompt_logprobs=[None, {"6": {"logprob": 0.5}}]), r"at most 0; got: 0\.5"),
         (changed(prompt_logprobs=[None, {"6": {"logprob": -1, "rank": 0}}]), r"rank'.*got: 0"),
