@@ -1,5 +1,6 @@
 """A cache made from the shards of others: copied byte for byte, or decoded, cut and encoded again."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -44,18 +45,25 @@ class Input:
         digests = [files[f"{shard_name(shard)}.h5"]["sha256"] for shard in shards]
         return sha256_json([self.manifest["label_identity"], self.manifest["sources"], digests])
 
+    def record(self) -> dict[str, Any]:
+        """What a cache that is made from it says of it: its digest, and what it was made from itself."""
+        own = self.manifest.get("derived_from")
+        return {"digest": self.digest()} | ({"derived_from": own} if own else {})
+
     def read(self, name: str) -> bytes:
         """A file's bytes.
 
         Raises:
             CacheCorruptError: it is missing, or its bytes are not those of the manifest.
         """
-        expected = self.manifest["files"].get(name, {}).get("sha256")
+        expected, file = self.manifest["files"].get(name, {}).get("sha256"), self.path / name
         try:
-            data = (self.path / name).read_bytes()
+            if file.exists() and not file.is_file():  # a pipe would block
+                raise OSError(errno.EINVAL, "no regular file")
+            data = file.read_bytes()
         except OSError as error:
             raise CacheCorruptError(
-                "a file of a cache cannot be read", where=self.path / name, got=error.strerror, fix="cache repair"
+                "a file of a cache cannot be read", where=file, got=error.strerror, fix="cache repair"
             ) from error
         digest = hashlib.sha256(data).hexdigest()
         if digest != expected:

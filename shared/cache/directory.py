@@ -75,9 +75,9 @@ def shown(name: str) -> str:
 
 
 def read_json_object(file: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None where there is no such file, or something else is in it."""
+    """A JSON object from a file; None where there is no such file (a pipe would block), or something else is in it."""
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes()) if file.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from shared.cache.layout import IDENTITY_PARTS
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.runtime import sha256_json
 
@@ -46,7 +47,7 @@ def require_same_labels(
 def _counted(identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The part of an identity that its digest is taken of."""
     counted: dict[str, Any] = {}
-    for part in ("teacher", "tokenizer", "labels"):
+    for part in IDENTITY_PARTS:
         if not isinstance(identity.get(part), Mapping):
             raise CacheFormatError("the identity lacks a part", expected=part, got=", ".join(identity) or "nothing")
         keys = IDENTIFYING.get(part, tuple(identity[part]))

@@ -22,7 +22,7 @@ def cache_info(path: Path | str) -> dict[str, Any]:
         manifest = read_manifest(directory)
     except CacheFormatError:
         options = _build_options(directory)
-        if options is None:
+        if options is None or (directory / MANIFEST).exists():  # it is finished, but not by what is known here
             raise
         return _unfinished(directory, options.get("num_shards"), options)
     missing = [name for name in manifest["files"] if not (directory / name).is_file()]
@@ -95,7 +95,7 @@ def summary(path: Path | str) -> str:
         lines.append("  declared   teacher and tokenizer are what the import was told; nothing proves them")
     if info["derived_from"]:
         lines.append(f"  made by    {info['derived_from'].get('command')}")
-    if (info["derived_from"] or {}).get("codec_kl_nats"):
+    if (info["labels"] or {}).get("derived_from"):
         lines.append(
             "             its encoding KL is measured against the rows it was cut from, which have one of their own"
         )

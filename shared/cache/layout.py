@@ -18,6 +18,7 @@ SAMPLES = (  # all or none
     *("samples_k", "samples_ids", "samples_counts", "samples_margins"),
     *("samples_temperature", "samples_from", "samples_num"),
 )
+IDENTITY_PARTS = ("teacher", "tokenizer", "labels")
 RECORD_FIELDS = ("format", "version", "shard", "bytes", "sha256", "statistics", "record_sha256")
 FILTERS = ("gzip", "zstd")
 TEMPERATURES_DEFAULT = (0.5, 1.0, 1.5, 2.0)

@@ -9,6 +9,7 @@ command that writes to the cache then completes the rename.
 import contextlib
 import hashlib
 import json
+import math
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,11 +17,14 @@ from shared.cache.layout import (
     CODECS,
     FILTERS,
     FORMAT,
+    IDENTITY_PARTS,
     MANIFEST,
     MANIFEST_PENDING,
     MANIFEST_SHA256,
+    MAX_TOP_K,
     SHARD_PATTERN,
     VERSION,
+    temperature_key,
 )
 from shared.errors import CacheCorruptError, CacheFormatError
 from shared.runtime import fsync_directory, to_json, write_bytes
@@ -69,6 +73,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     for key, kind in REQUIRED.items():
         if not isinstance(manifest.get(key), kind):
             raise CacheFormatError("the manifest lacks a field", where=directory, expected=f"{key} ({kind.__name__})")
+    _check_values(directory, manifest)
     for key, known in (("codec", tuple(CODECS)), ("filter", FILTERS)):
         if manifest[key] not in known:
             fix = "read it with a newer codedistill"
@@ -84,6 +89,25 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             "the manifest lists another number of shards", where=directory, expected=manifest["num_shards"], got=shards
         )
     return manifest
+
+
+def _check_values(directory: Path, manifest: dict[str, Any]) -> None:
+    """Refuse values that no writer makes, so that nobody who reads them further on stumbles."""
+    grid, sources, statistics = manifest["temperatures"], manifest["sources"], manifest["statistics"]
+    if not all(type(T) in (int, float) and 0 < T < math.inf for T in grid) or 1.0 not in grid:
+        raise CacheFormatError("the manifest's temperatures cannot be used", where=directory, got=grid)
+    for key in ("top_k", "tokenizer_size", "head_width", "num_shards", "num_documents", "num_tokens"):
+        if manifest[key] < 1 or (key == "top_k" and manifest[key] > MAX_TOP_K):
+            raise CacheFormatError(f"the manifest's {key} is out of range", where=directory, got=manifest[key])
+    parts: dict[str, Any] = {f"identity.{key}": manifest["identity"].get(key) for key in IDENTITY_PARTS}
+    parts |= {f"sources[{at}]": source for at, source in enumerate(sources)}
+    for name in ("captured_mass", "codec_kl_nats"):
+        by_temperature = statistics.get(name)
+        for T in map(temperature_key, grid):
+            parts[f"statistics.{name}.{T}"] = by_temperature.get(T) if isinstance(by_temperature, dict) else None
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise CacheFormatError("the manifest lacks a field", where=directory, expected=f"{name} (dict)")
 
 
 def _is_relative(name: str) -> bool:
@@ -150,8 +174,10 @@ def _current(directory: Path) -> tuple[str, bytes]:
 
 def _read(path: Path) -> bytes | None:
     try:
+        if path.exists() and not path.is_file():  # a folder; a pipe, which would block
+            return None
         return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:  # no rights, a loop of links
         raise CacheCorruptError("a file of the cache cannot be read", where=path, got=error.strerror) from error

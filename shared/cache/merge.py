@@ -49,7 +49,7 @@ def merge_caches(paths: Sequence[Path | str], out: Path | str) -> int:
     provenance = {
         "derived_from": {
             "command": "cache merge",
-            "inputs": [{"digest": cache.digest(), "sources": len(cache.manifest["sources"])} for cache in inputs],
+            "inputs": [cache.record() | {"sources": len(cache.manifest["sources"])} for cache in inputs],
             "num_duplicates": num_duplicates,
         }
     }

@@ -12,7 +12,15 @@ import numpy as np
 from shared.cache.assemble import Extension, assemble, extensions
 from shared.cache.claim import Claim
 from shared.cache.derive import Input, Part, head_options, write_derived
-from shared.cache.directory import has_leftovers, plain_errors, read_json_object, read_record, remove_leftovers, seal
+from shared.cache.directory import (
+    has_leftovers,
+    plain_errors,
+    read_json_object,
+    read_record,
+    remove_leftovers,
+    seal,
+    shown,
+)
 from shared.cache.layout import (
     BUILD,
     CLAIM,
@@ -53,7 +61,7 @@ def repair_cache(path: Path | str) -> list[str]:
         raise CacheFormatError("there is no cache here", where=directory)
     manifest = _manifest(directory)
     if manifest is not None and not has_leftovers(directory) and not check_files(directory, manifest["files"]):
-        return [f"{name}: {what}; left alone" for name, what in foreign_files(directory, manifest["files"])]
+        return [f"{shown(name)}: {what}; left alone" for name, what in foreign_files(directory, manifest["files"])]
     with plain_errors(directory):
         claim = Claim(directory)
         try:
@@ -79,7 +87,7 @@ def copy_whole_shards(path: Path | str, out: Path | str) -> list[int]:
     kept = [shard for shard in range(source.manifest["num_shards"]) if shard not in lost]
     if not kept:
         raise CacheCorruptError("no shard of the cache is whole", where=path)
-    provenance = {"command": "cache repair", "inputs": [{"digest": source.digest()}], "lost_shards": lost}
+    provenance = {"command": "cache repair", "inputs": [source.record()], "lost_shards": lost}
     write_derived(
         Path(out),
         [Part(source=source, shard=shard, keep=np.ones(len(source.documents(shard)), bool)) for shard in kept],
@@ -136,7 +144,7 @@ def _repair(directory: Path, manifest: dict[str, Any] | None) -> Iterator[str]:
     elif unlisted:
         write_manifest(directory, manifest | {"files": files})
     foreign = ((name, what) for name, what in foreign_files(directory, files) if name != CLAIM)  # the claim is ours
-    yield from (f"{name}: {what}; left alone" for name, what in foreign)
+    yield from (f"{shown(name)}: {what}; left alone" for name, what in foreign)
 
 
 def _repair_unfinished(directory: Path, parts: list[Extension]) -> Iterator[str]:

@@ -78,9 +78,9 @@ def slice_cache(
         provenance={
             "derived_from": {
                 "command": "cache slice",
-                "inputs": [{"digest": whole.digest(), "label_identity": manifest["label_identity"]}],
+                "inputs": [whole.record() | {"label_identity": manifest["label_identity"]}],
                 "options": options,
-                "codec_kl_nats": manifest["statistics"]["codec_kl_nats"],
+                **({"codec_kl_nats": manifest["statistics"]["codec_kl_nats"]} if changes else {}),
             }
         },
         cut=cut if changes else None,

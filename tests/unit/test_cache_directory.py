@@ -21,6 +21,7 @@ from click.testing import CliRunner
 
 import shared.cache.manifest
 from shared.cache.cli import cache as cache_command
+from shared.cache.derive import Input
 from shared.cache.identity import label_identity, require_same
 from shared.cache.info import cache_info
 from shared.cache.reader import Cache
@@ -413,14 +414,37 @@ def test_hostile_manifests_give_one_line(cache):
         lambda m: m.update(num_tokens=m["num_tokens"] + 1),
         lambda m: m["identity"]["teacher"].update(weights_digest="other"),
         lambda m: m.update(identity={}),
+        lambda m: m.update(statistics={}),
+        lambda m: m["statistics"].update(codec_kl_nats=[]),
+        lambda m: m["statistics"]["captured_mass"].pop("0.5"),
+        lambda m: m.update(sources=[1]),
+        lambda m: m.update(temperatures=["1"]),
+        lambda m: m.update(temperatures=[0.5]),
+        lambda m: m.update(num_tokens=0),
+        lambda m: m.update(top_k=65_536),
     ):
         rewrite_manifest(cache, edit)
         (line,) = verify_cache(cache)
         assert "\n" not in line
+        shown = CliRunner().invoke(cache_command, ["info", str(cache)]).exception
+        assert shown is None or isinstance(shown, CacheFormatError)
         (cache / "manifest.json").write_bytes(original)
     (cache / "manifest.json").write_bytes(b"[" * 100_000)
     (cache / "manifest.sha256").write_text(hashlib.sha256(b"[" * 100_000).hexdigest())
     assert "not JSON" in verify_cache(cache)[0]
+
+
+def test_pipes_in_the_place_of_files_block_nobody(cache):
+    for name in ("shard-00000.json", "manifest.sha256"):
+        data = (cache / name).read_bytes()
+        (cache / name).unlink()
+        os.mkfifo(cache / name)
+        assert len(verify_cache(cache)) == 1
+        with pytest.raises(CacheCorruptError):
+            Input.open(cache).shard(0)
+        (cache / name).unlink()
+        (cache / name).write_bytes(data)
+    assert verify_cache(cache) == []
 
 
 def test_the_reader_names_what_is_wrong(cache):
@@ -453,8 +477,9 @@ def test_manifests_that_are_refused(cache):
     with pytest.raises(CacheCorruptError, match="does not match its digest"):
         Cache(cache)
     rewrite_manifest(cache, lambda m: m.update(version=2))
-    with pytest.raises(CacheFormatError, match=r"unknown version.*expected: 1; got: 2"):
-        Cache(cache)
+    for read in (Cache, cache_info):
+        with pytest.raises(CacheFormatError, match=r"unknown version.*expected: 1; got: 2"):
+            read(cache)
     rewrite_manifest(cache, lambda m: m.update(version=1) or m.pop("head_width"))
     with pytest.raises(CacheFormatError, match=r"lacks a field.*head_width"):
         Cache(cache)

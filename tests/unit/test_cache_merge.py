@@ -205,6 +205,22 @@ def test_fewer_documents_keep_the_label_identity(tmp_path):
         assert contents(tmp_path / "again")[name] == contents(tmp_path / "c")[name]
 
 
+def test_what_a_cache_was_made_from_survives_merging_and_slicing(tmp_path):
+    """`info` says what its encoding KL is measured against, whatever was done since the rows were cut."""
+    a, b = make(tmp_path / "a", [[1, 2]]), make(tmp_path / "b", [[3]])
+    for path in (a, b):
+        slice_cache(path, path.with_name(f"{path.name}2"), top_k=2)
+    merge_caches([tmp_path / "a2", tmp_path / "b2"], tmp_path / "merged")
+    slice_cache(tmp_path / "merged", tmp_path / "first", documents=2)
+    told = Cache(tmp_path / "first").manifest["derived_from"]
+    assert "codec_kl_nats" not in told  # these rows are as they were
+    for path, cut in zip((a, b), told["inputs"][0]["derived_from"]["inputs"], strict=True):
+        assert cut["derived_from"]["codec_kl_nats"] == Cache(path).statistics["codec_kl_nats"]
+    for name, derived in (("a", False), ("a2", True), ("merged", True), ("first", True)):
+        text = CliRunner().invoke(command, ["info", str(tmp_path / name)]).stdout
+        assert ("KL is measured against the rows it was cut from" in text) == derived
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=3), min_size=1, max_size=3),
