@@ -38,7 +38,7 @@ PEERS = (
 def capture(teacher: str, dataset: str, split: str, shard_tokens: int) -> tuple[list[ShardArrays], int, int]:
     """The exact rows of a build, shard by shard, with the tokenizer's size and the head's width."""
     from shared.tokenizer import load_tokenizer
-    from stage1_teacher.head import LogitSource
+    from stage1_teacher.logits import LogitSource
     from stage1_teacher.pieces import cut_documents
     from stage1_teacher.teacher import head_and_positions, load_teacher, locate_teacher
 
