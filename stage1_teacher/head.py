@@ -12,9 +12,6 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-# Rows that go through all passes together: on a CPU a few rows of a 49,152-word vocabulary stay in the second-level
-# cache, on a GPU a block is large against the cost of a launch and its scratch memory small against the chunk.
-_BLOCK_ROWS = {"cpu": 8, "cuda": 256}
 # torch.topk on a CPU looks at every column with a heap; the maxima of groups of this many columns leave few of them.
 _GROUP = 16
 # Below this distance from the tail's maximum exp() is exactly 0 in float32 at every allowed temperature. Being finite
@@ -63,7 +60,7 @@ def label_rows(
     values_NK = z_NV.new_full((N, K + 1), -torch.inf)
     ids_NK = gold_N.new_empty(N, K)
     sums_NG, weighted_N = z_NV.new_empty(N, len(temperatures)), z_NV.new_empty(N)
-    block = min(_BLOCK_ROWS[z_NV.device.type], N)
+    block = min(block_rows(z_NV.device), N)
     scratch = [z_NV.new_empty(block, tokenizer_size) for _ in range(4)]
     for start in range(0, N, block):
         part = slice(start, start + block)
@@ -106,6 +103,15 @@ def label_rows(
         excess_mass=excess,
         top_logit=top,
     )
+
+
+def block_rows(device: torch.device) -> int:
+    """Rows that go through all passes together.
+
+    On a CPU a few rows of a 49,152-word vocabulary stay in the caches; on a GPU a block is large against the cost of a
+    launch, and its scratch memory small against the chunk.
+    """
+    return 8 if device.type == "cpu" else 256
 
 
 def _topk(z_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.cache.layout import Samples
-
-_BLOCK_ROWS = {"cpu": 8, "cuda": 256}
+from stage1_teacher.head import block_rows
 
 
 def uniforms(meta: Mapping[str, Any], num_rows: int, num: int) -> NDArray[np.float64]:
@@ -46,7 +45,7 @@ def draw(z_NV: Tensor, uniforms_NM: Tensor, temperature: float) -> tuple[Tensor,
         logits: f32 `[N, M]`, those of the ids.
     """
     ids = torch.empty(uniforms_NM.shape, dtype=torch.int64, device=z_NV.device)
-    rows = _BLOCK_ROWS[z_NV.device.type]
+    rows = block_rows(z_NV.device)
     for start in range(0, len(z_NV), rows):
         part = slice(start, start + rows)
         top = z_NV[part].amax(1, keepdim=True)
