@@ -62,7 +62,8 @@ def test_every_command_is_accounted_for(section):
             assert needs, words
             assert words[0] in ("rsync", "srun")
             if words[0] == "srun":
-                parse(words[1:])
+                options = words[words.index("stage1_teacher") + 1 :]
+                parse(["codedistill", "teacher", *options])
 
 
 def test_every_block_is_checked_and_so_is_every_make_command_in_the_text():
