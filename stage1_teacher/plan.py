@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.batching import plan_batches
+from shared.cache.encode import encode_shard
 from shared.cache.layout import Array, ShardArrays, indptr
 from shared.cache.rows import truncate
-from shared.cache.writer import encode_shard
 from shared.errors import ConfigError
 from shared.runtime import machine, progress, to_json, world_size
 from stage1_teacher.batching import plan_shards

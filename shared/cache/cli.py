@@ -116,7 +116,7 @@ def attach(path: Path, folder: Path) -> None:
     They travel with it: the machine that trains and measures students needs no teacher for its report. The manifest is
     replaced last; labels and label identity stay as they are.
     """
-    from shared.cache.writer import add_files
+    from shared.cache.attach import add_files
 
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     if not files:

@@ -14,12 +14,13 @@ import numpy as np
 
 from shared.cache.assemble import HEAD_KEYS
 from shared.cache.directory import plain_errors, read_json_object
+from shared.cache.encode import encode_shard, shard_options
 from shared.cache.hdf5 import load_filters
 from shared.cache.layout import TEACHER_EVAL, TOKENIZER, Array, Samples, ShardArrays, indptr, shard_name
 from shared.cache.manifest import read_manifest
 from shared.cache.rows import exact
 from shared.cache.shard import decode_shard
-from shared.cache.writer import CacheWriter, encode_shard, shard_options
+from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheFormatError
 from shared.runtime import progress, sha256_json, write_bytes
 

@@ -62,11 +62,12 @@ def repair_cache(path: Path | str) -> list[str]:
     manifest = _manifest(directory)
     if manifest is not None and not has_leftovers(directory) and not check_files(directory, manifest["files"]):
         return [f"{shown(name)}: {what}; left alone" for name, what in foreign_files(directory, manifest["files"])]
+    cleared = ["what a killed process left: cleared"] if has_leftovers(directory) else []
     with plain_errors(directory):
         claim = Claim(directory)
         try:
             remove_leftovers(directory)
-            return [*_repair(directory, _manifest(directory))]
+            return [*cleared, *_repair(directory, _manifest(directory))]
         finally:
             claim.release()
 

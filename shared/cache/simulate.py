@@ -9,10 +9,10 @@ import numpy as np
 
 from shared.cache.derive import Input, select
 from shared.cache.documents import join_rows
+from shared.cache.encode import encode_shard
 from shared.cache.layout import CODECS, Array, ShardArrays, temperature_key
 from shared.cache.rows import exact, truncate
 from shared.cache.shard import Shard, decode_shard
-from shared.cache.writer import encode_shard
 from shared.errors import ConfigError
 from shared.runtime import progress
 

@@ -14,13 +14,13 @@ import torch
 from click.testing import CliRunner
 from test_teacher_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
 
+from shared.cache.encode import encode_shard
 from shared.cache.identity import label_identity
 from shared.cache.layout import shard_name
 from shared.cache.manifest import read_manifest, write_manifest
 from shared.cache.reader import Cache
 from shared.cache.rows import exact, gold_in_rows
 from shared.cache.verify import verify_cache
-from shared.cache.writer import encode_shard
 from shared.runtime import to_json
 from stage1_teacher.cli import audit as command
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.cache.codec import MAX_TAIL, NO_TAIL, decode_margins, decode_tail, encode_margins, encode_tail, tail_scale
+from shared.cache.encode import encode_shard
 from shared.cache.shard import decode_shard
-from shared.cache.writer import encode_shard
 
 BOUND_NATS = 1.7e-3
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_codec import rows
 
+from shared.cache.encode import encode_shard
 from shared.cache.rows import exact, truncate
 from shared.cache.shard import decode_shard
 from shared.cache.statistics import combine
-from shared.cache.writer import encode_shard
 from shared.errors import ConfigError
 
 

@@ -20,10 +20,11 @@ from cache_faults import (
 )
 from cache_rows import IDENTITY, build_options, small_shard
 
+from shared.cache.attach import add_files
 from shared.cache.directory import read_record
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
-from shared.cache.writer import CacheWriter, add_files
+from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheFormatError, ResumeError
 
 SOURCES = [{"name": "s", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 6}]

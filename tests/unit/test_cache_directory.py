@@ -20,13 +20,14 @@ from cache_rows import GRID, IDENTITY, build_options, small_shard
 from click.testing import CliRunner
 
 import shared.cache.manifest
+from shared.cache.attach import add_files
 from shared.cache.cli import cache as cache_command
 from shared.cache.derive import Input
 from shared.cache.identity import label_identity, require_same
 from shared.cache.info import cache_info
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
-from shared.cache.writer import CacheWriter, add_files
+from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, ConfigError, ResumeError
 
 SOURCES = [{"name": "s", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 6}]

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from cache_faults import contents, killed_at
+from cache_faults import contents, fast_folder, killed_at
 from cache_rows import IDENTITY, build_options, small_shard
 from test_cache_directory import build
 
@@ -61,14 +61,20 @@ def test_shards_and_source_are_added(cache):
     assert Cache(cache).num_documents == 15
 
 
-def test_killed_at_any_boundary(tmp_path):
-    build(tmp_path / "base")
-    shutil.copytree(tmp_path / "base", tmp_path / "whole")
-    extend(tmp_path / "whole")
-    expected = contents(tmp_path / "whole")
-    for boundary in itertools.count():
-        path = tmp_path / f"killed-{boundary}"
-        shutil.copytree(tmp_path / "base", path)
+@pytest.fixture
+def folder():
+    with fast_folder() as folder:
+        yield folder
+
+
+def test_killed_at_any_boundary(folder):
+    build(folder / "base")
+    shutil.copytree(folder / "base", folder / "whole")
+    extend(folder / "whole")
+    expected = contents(folder / "whole")
+    for boundary in itertools.count(0, 2):
+        path = folder / f"killed-{boundary}"
+        shutil.copytree(folder / "base", path)
         killed = killed_at(boundary, extend, path)
         assert Cache(path).num_documents in (6, 12)
         Cache(path).targets(5, 1.0)

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cache_faults import contents, killed_at
+from cache_faults import contents, fast_folder, killed_at
 from cache_rows import GRID, IDENTITY, build_options, shard_of_logits
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.cache.attach import add_files
 from shared.cache.cli import cache as command
 from shared.cache.identity import label_identity
 from shared.cache.merge import merge_caches
@@ -19,7 +20,7 @@ from shared.cache.reader import Cache
 from shared.cache.repair import repair_cache
 from shared.cache.slice import slice_cache
 from shared.cache.verify import verify_cache
-from shared.cache.writer import CacheWriter, add_files
+from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, ConfigError
 
 V, K = 40, 6
@@ -140,9 +141,15 @@ def test_a_damaged_input_is_named(tmp_path):
         merge_caches([a, b], tmp_path / "c")
 
 
+@pytest.fixture
+def folder():
+    with fast_folder() as folder:
+        yield folder
+
+
 @pytest.mark.parametrize("work", ["merge", "slice"])
-def test_killed_at_any_boundary_the_same_command_ends_equal(tmp_path, work):
-    a, b = make(tmp_path / "a", [[1, 2]]), make(tmp_path / "b", [[2, 3]])
+def test_killed_at_any_boundary_the_same_command_ends_equal(folder, work):
+    a, b = make(folder / "a", [[1, 2]]), make(folder / "b", [[2, 3]])
 
     def run(out):
         if work == "merge":
@@ -150,10 +157,10 @@ def test_killed_at_any_boundary_the_same_command_ends_equal(tmp_path, work):
         else:
             slice_cache(a, out, top_k=3)
 
-    run(tmp_path / "whole")
-    expected = contents(tmp_path / "whole")
+    run(folder / "whole")
+    expected = contents(folder / "whole")
     for boundary in itertools.count(0, 3):
-        path = tmp_path / f"killed-{boundary}"
+        path = folder / f"killed-{boundary}"
         killed = killed_at(boundary, run, path)
         run(path)
         assert contents(path) == expected, boundary

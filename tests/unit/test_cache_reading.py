@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from cache_rows import GRID, IDENTITY, build_options, shard_of_logits, small_shard
 
+from shared.cache.encode import encode_shard
 from shared.cache.order import POOL_WINDOWS, WINDOW_DOCUMENTS, shuffled_pools
 from shared.cache.reader import Cache
 from shared.cache.shard import decode_shard
-from shared.cache.writer import CacheWriter, encode_shard
+from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheMismatchError
 
 SOURCES = [{"name": "s", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 6}]

@@ -8,11 +8,12 @@ from cache_rows import IDENTITY, build_options, small_shard
 from click.testing import CliRunner
 from test_cache_directory import SOURCES, contents
 
+from shared.cache.attach import add_files
 from shared.cache.cli import cache as command
 from shared.cache.reader import Cache
 from shared.cache.repair import copy_whole_shards, repair_cache
 from shared.cache.verify import verify_cache
-from shared.cache.writer import CacheWriter, add_files
+from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheFormatError, DistillError, ResumeError
 
 LENGTHS = ((5, 1, 7), (4,), (3, 3))
@@ -163,10 +164,22 @@ def test_an_unfinished_build(tmp_path):
     assert sorted(contents(path)) == ["build.json", "shard-00000.h5", "shard-00000.json"]
 
 
+def test_what_a_killed_process_left_is_cleared_and_said(cache):
+    before = contents(cache)
+    (cache / "manifest.json.new").write_text("{")
+    (cache / ".shard-00002.h5.tmp-999999999").write_text("x")
+    assert repair_cache(cache) == ["what a killed process left: cleared"]
+    assert contents(cache) == before and repair_cache(cache) == []
+
+
 def test_foreign_files_are_named_and_left(cache):
     (cache / "notes").write_text("mine")
     flip(cache / "shard-00000.h5")
-    assert repair_cache(cache)[-1] == "notes: not listed in the manifest; left alone"
+    (cache / "a\nb").write_text("mine")
+    assert repair_cache(cache)[-2:] == [
+        "'a\\nb': not listed in the manifest; left alone",
+        "notes: not listed in the manifest; left alone",
+    ]
     assert (cache / "notes").read_text() == "mine"
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from cache_rows import GRID, IDENTITY, build_options, samples_of_logits, shard_of_logits, small_shard
 
+from shared.cache.encode import encode_shard
 from shared.cache.reader import Cache
 from shared.cache.rows import exact, truncate
 from shared.cache.shard import decode_shard
-from shared.cache.writer import CacheWriter, encode_shard
+from shared.cache.writer import CacheWriter
 from shared.errors import CacheFormatError, CacheMismatchError, ConfigError
 
 OPTIONS = {"codec": "q", "temperatures": GRID, "top_k": 4, "head_width": 64, "tokenizer_size": 64}

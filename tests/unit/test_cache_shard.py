@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from cache_rows import GRID, shard_of_logits, small_shard
 
+from shared.cache.encode import encode_shard
 from shared.cache.shard import decode_shard
-from shared.cache.writer import encode_shard
 from shared.errors import CacheCorruptError, CacheFormatError
 
 OPTIONS = {"temperatures": GRID, "top_k": 4, "head_width": 64, "tokenizer_size": 64}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from cache_rows import GRID, shard_of_logits
 
+from shared.cache.encode import encode_shard
 from shared.cache.reader import decode_shard
-from shared.cache.writer import encode_shard
 from stage1_teacher.audit import cached_rows, compare
 from stage1_teacher.plan import predict_seconds, shard_overhead, spread_by_length, take_documents
 

@@ -7,8 +7,9 @@ import pytest
 from cache_faults import CLI, contents, fast_folder, random_damage, read_all, unnoticed
 from cache_rows import IDENTITY, build_options, random_shard, small_shard
 
+from shared.cache.attach import add_files
 from shared.cache.verify import verify_cache
-from shared.cache.writer import CacheWriter, add_files
+from shared.cache.writer import CacheWriter
 
 SOURCES = [{"name": "s", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 6}]
 NUM_DAMAGED, NUM_COMMANDS = 2_000, 60

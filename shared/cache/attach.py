@@ -1,0 +1,58 @@
+"""Adding files about the teacher to a finished cache."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from shared.cache.claim import Claim
+from shared.cache.directory import FOLDERS, plain_errors, remove_leftovers
+from shared.cache.manifest import read_manifest, write_manifest
+from shared.errors import ConfigError
+from shared.runtime import fsync_directory, write_bytes
+
+
+def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
+    """Add files such as `teacher_eval/fidelity.json` to a finished cache, or replace them; the manifest comes last.
+
+    Killed at any point the cache stays readable: files that change leave the manifest first, and each replacement of
+    the manifest is recoverable. Running the command again completes it.
+
+    Args:
+        path: a finished cache.
+        files: contents by name, relative, below `teacher_eval/` or `tokenizer/`.
+
+    Raises:
+        ConfigError: a name outside these folders.
+        ResumeError: another process is changing the cache.
+    """
+    directory = Path(path)
+    for name in files:
+        parts = PurePosixPath(name).parts
+        if len(parts) < 2 or parts[0] not in FOLDERS or ".." in parts:
+            raise ConfigError(
+                "a file cannot be added to a cache", got=name, expected=" or ".join(f"{f}/…" for f in FOLDERS)
+            )
+    read_manifest(directory)
+    with plain_errors(directory):
+        claim = Claim(directory)
+        try:
+            _replace_files(directory, files, claim)
+        finally:
+            claim.release()
+
+
+def _replace_files(directory: Path, files: Mapping[str, bytes], claim: Claim) -> None:
+    remove_leftovers(directory)
+    manifest = read_manifest(directory)
+    new = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    listed = manifest["files"]
+    kept = {name: entry for name, entry in listed.items() if new.get(name, entry) == entry}
+    if kept != listed:
+        write_manifest(directory, manifest | {"files": kept})
+    for name, data in files.items():
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(target, data)
+        fsync_directory(directory)
+    claim.check()
+    write_manifest(directory, manifest | {"files": dict(sorted((kept | new).items()))})
