@@ -63,7 +63,7 @@ def test_only_new_documents_are_labelled_and_a_kill_changes_no_byte(teacher, row
         os.kill(process.pid, signal.SIGKILL)
     assert first_shard.exists()
     assert Cache(out).num_documents in (20, 32)
-    subprocess.run([*PROGRAM, *arguments], check=True, capture_output=True, timeout=120)
+    build(teacher, grown, out, "--extend")
     assert files(out) == expected
 
 

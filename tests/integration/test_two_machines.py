@@ -1,5 +1,6 @@
 """The set-up the project is for: StarCoder2 from the Hub on one machine, students on another, from the cache alone."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,16 +13,29 @@ from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.runtime import read_json
 
-PROGRAM = "from shared.cli import main; main()"
+# Command lines from standard input, one after the other: a machine's commands share the start of one process.
+PROGRAM = """
+import json, sys
+from shared.cli import codedistill
+for arguments in json.load(sys.stdin):
+    codedistill.main(arguments, standalone_mode=False)
+"""
 # The student's machine: no teacher code, and whoever opens a connection fails.
 STUDENT_PROGRAM = "import sys; sys.modules['stage1_teacher'] = None; " + PROGRAM
 QUIET = {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "2"}
 NAMESPACE = ["unshare", "--net", "--map-root-user"]
 
 
-def run(environment, *arguments, program=PROGRAM, prefix=()):
-    command = [*prefix, sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, env={**environment, **QUIET}, capture_output=True, text=True, timeout=280)
+def run(environment, commands, program=PROGRAM, prefix=()):
+    lines = json.dumps([[str(argument) for argument in command] for command in commands])
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", program],
+        env={**environment, **QUIET},
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -31,18 +45,18 @@ def caches(hub, tmp_path_factory):
     """What `make cache PROFILE=starcoder2` leaves, on a small scale."""
     folder = tmp_path_factory.mktemp("large-gpu")
     environment = hub.environment(folder / "home")
-    profile = ["--config", "stage1_teacher/configs/starcoder2.toml"]
-    for split in ("train", "validation"):
-        options = ["--teacher", TEACHER, "--split", split, "--limit-docs", 24, "--out", folder / f"cache-{split}"]
-        run(environment, "teacher", "build", *profile, *options)
-    results = folder / "eval" / "teacher"
-    validation = folder / "cache-validation"
-    run(environment, "eval", "fidelity", "--model", TEACHER, "--cache", validation, "--out", results / "fidelity.json")
-    run(environment, "eval", "humaneval", "--model", TEACHER, "--out", results / "humaneval", "--limit", 3,
-        "--max-new-tokens", 4)  # fmt: skip
-    run(environment, "eval", "latency", "--model", f"teacher={TEACHER}", "--out", results / "latency.json",
-        "--prompt-tokens", 8, "--new-tokens", 2)  # fmt: skip
-    print(run(environment, "cache", "attach", folder / "cache-train", "--teacher-eval", results))
+    profile = ["--config", "stage1_teacher/configs/starcoder2.toml", "--teacher", TEACHER, "--limit-docs", 24]
+    results, train, validation = folder / "eval" / "teacher", folder / "cache-train", folder / "cache-validation"
+    commands = [
+        ("teacher", "build", *profile, "--split", "train", "--out", train),
+        ("teacher", "build", *profile, "--split", "validation", "--out", validation),
+        ("eval", "fidelity", "--model", TEACHER, "--cache", validation, "--out", results / "fidelity.json"),
+        ("eval", "humaneval", "--model", TEACHER, "--out", results / "humaneval", "--limit", 3, "--max-new-tokens", 4),
+        ("eval", "latency", "--model", f"teacher={TEACHER}", "--out", results / "latency.json",
+         "--prompt-tokens", 8, "--new-tokens", 2),
+        ("cache", "attach", train, "--teacher-eval", results),
+    ]  # fmt: skip
+    print(run(environment, commands))
     return folder
 
 
@@ -80,20 +94,22 @@ def test_a_student_needs_the_cache_alone(caches, tmp_path):
     # Where the system allows no namespaces, the closed proxy below stands in for the missing network.
     namespaces = subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode == 0
     environment |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
-    options = {"program": STUDENT_PROGRAM, "prefix": NAMESPACE if namespaces else ()}
     model, results = tmp_path / "runs" / "kd", tmp_path / "eval"
-    said = run(environment, "student", "train", "--cache", train, "--validation", validation, "--preset", "tiny",
-               "--out", model, "--set", "max_steps=2", **options)  # fmt: skip
-    assert "memory, about:" in said
-    run(environment, "eval", "fidelity", "--model", model, "--cache", validation,
-        "--out", results / "kd" / "fidelity.json", **options)  # fmt: skip
     problems = train / "teacher_eval" / "humaneval" / "problems.jsonl"
-    run(environment, "eval", "humaneval", "--model", model, "--out", results / "kd" / "humaneval",
-        "--problems", problems, "--max-new-tokens", 4, **options)  # fmt: skip
-    run(environment, "eval", "latency", "--model", f"kd={model}", "--prompt-tokens", 8, "--new-tokens", 2,
-        "--out", results / "latency.json", **options)  # fmt: skip
-    run(environment, "eval", "report", "--eval", results, "--student", f"kd={model}", "--cache", train,
-        "--cache", validation, "--out", tmp_path / "report", **options)  # fmt: skip
+    commands = [
+        ("student", "train", "--cache", train, "--validation", validation, "--preset", "tiny", "--out", model,
+         "--set", "max_steps=2"),
+        ("eval", "fidelity", "--model", model, "--cache", validation, "--out", results / "kd" / "fidelity.json"),
+        ("eval", "humaneval", "--model", model, "--out", results / "kd" / "humaneval", "--problems", problems,
+         "--max-new-tokens", 4),
+        ("eval", "latency", "--model", f"kd={model}", "--prompt-tokens", 8, "--new-tokens", 2,
+         "--out", results / "latency.json"),
+        ("eval", "report", "--eval", results, "--student", f"kd={model}", "--cache", train, "--cache", validation,
+         "--out", tmp_path / "report"),
+        ("student", "export", model, "--out", tmp_path / "exported"),
+    ]  # fmt: skip
+    said = run(environment, commands, STUDENT_PROGRAM, NAMESPACE if namespaces else ())
+    assert "memory, about:" in said
     models = read_json(tmp_path / "report" / "report.json")["models"]
     assert list(models) == ["teacher", "kd"]
     assert models["teacher"]["heldout_nll_nats"] == read_json(train / "teacher_eval" / "fidelity.json")["nll_nats"]
@@ -102,7 +118,6 @@ def test_a_student_needs_the_cache_alone(caches, tmp_path):
     assert models["teacher"]["prefill_ms"] == timed["prefill_ms"]
     assert not any(figures["reasons"] for figures in models.values())
 
-    run(environment, "student", "export", model, "--out", tmp_path / "exported", **options)
     card = (tmp_path / "exported" / "README.md").read_text()
     for words in ("bigcode-openrail-m", "CC-BY-4.0", Cache(train).label_identity, TEACHER, "mbpp"):
         assert words in card
