@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,8 +65,18 @@ def load_tokenizer(path_or_id: str | Path, revision: str = "main") -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write the tokenizer's files; `load_tokenizer(directory)` gives the same digest."""
-    tokenizer.save_pretrained(str(directory))
+    """Write the tokenizer's files; `load_tokenizer(directory)` gives the same digest.
+
+    Raises:
+        OSError: the system refuses, as on a full disk.
+    """
+    try:
+        tokenizer.save_pretrained(str(directory))
+    except Exception as error:  # the tokenizers library raises no narrower one for what the system refuses
+        refusal = re.search(r"\(os error (\d+)\)", str(error))
+        if refusal is None:
+            raise
+        raise OSError(int(refusal[1]), os.strerror(int(refusal[1])), str(directory)) from error
 
 
 def encode_document(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:

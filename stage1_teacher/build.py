@@ -11,7 +11,7 @@ from data.load import load_documents
 from data.records import Document, DocumentSet
 from shared.cache.assemble import extensions
 from shared.cache.derive import Input
-from shared.cache.directory import has_leftovers, is_finished
+from shared.cache.directory import has_leftovers, is_finished, plain_errors
 from shared.cache.extend import CacheExtender
 from shared.cache.identity import require_same_labels
 from shared.cache.layout import BUILD, shard_name
@@ -264,7 +264,8 @@ def _build(
             if not ranks.leads:
                 return
             if not extends:
-                save_tokenizer(tokenizer, out / "tokenizer")
+                with plain_errors(out):
+                    save_tokenizer(tokenizer, out / "tokenizer")
             fused = all(read_json(out / f"{shard_name(shard)}.json")["fused_head"] for shard in numbers)
             writer.finish(identity("float32" if fused else config.dtype), [source])
             run.refer_to("logit-cache", out.name, out, {"label_identity": read_manifest(out)["label_identity"]})

@@ -48,16 +48,19 @@ class Builds:
             process.kill()
             return process.wait(), self.log.read_text()
 
-    def kill_until_done(self, path, rng):
-        """Build with random kills until a build gets through; after each, the shards that were whole are as before."""
-        status = -9
-        while status == -9:
+    def kill_and_finish(self, path, rng, num_kills):
+        """Builds killed at random moments until one gets through; the shards that were whole stay as they are."""
+        status, target = -9, 0
+        for left in reversed(range(num_kills + 1)):
             kept = whole_shards(path)
-            target = int(rng.integers(len(kept) // 2, self.num_shards + 1))
-            status, said = self.run(path, kill_at_shard=target, seconds=rng.choice([0.003, 0.03, 1.0]) * rng.random())
-            assert whole_shards(path).items() >= kept.items(), said
-            assert "Traceback" not in said, said
+            # Somewhere in the next few shards, a moment after one appears; near the end anywhere in finishing.
+            target += int(rng.integers(0, 2 * self.num_shards // num_kills))
+            seconds = 10 ** rng.uniform(-3, 0.5 if target >= self.num_shards else -1)
+            status, said = self.run(path, kill_at_shard=min(target, self.num_shards) if left else None, seconds=seconds)
+            assert whole_shards(path).items() >= kept.items() and "Traceback" not in said, said
             self.kills += status == -9
+            if status != -9:
+                break
         assert status == 0, said
         assert contents(path) == self.expected
 

@@ -120,9 +120,10 @@ class Shard:
         np.divide(logp, np.float32(-temperature), out=logp)
         tail, last_margins = self.tail[start:stop, column], self.last_margins[start:stop]
         log_tail = decode_tail(tail, last_margins, temperature, self.tail_scale)
-        head = np.einsum("ij->i", np.exp(logp))
-        head[k == 0] = 1  # with no tail either, the sum's logarithm is 0
-        log_total = np.logaddexp(np.log(head, dtype=np.float64), log_tail)
+        # Weights are relative to the row's first entry: the sum is at least 1 and at most V, but in an empty row.
+        total = np.einsum("ij->i", np.exp(logp)) + np.exp(log_tail)
+        total[k == 0] = 1
+        log_total = np.log(total)
         logp -= log_total.astype(np.float32)[:, None]
         return Targets(k=k, ids=ids, logp=logp, log_tail=(log_tail - log_total).astype(np.float32))
 

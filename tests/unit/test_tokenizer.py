@@ -1,5 +1,6 @@
 """Text to ids and back, on a small byte-level BPE trained here."""
 
+import errno
 import json
 
 import pytest
@@ -223,3 +224,15 @@ def test_code_beside_a_tokenizer_is_never_run(tokenizer, tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     assert tokenizer_digest(load_tokenizer(tmp_path)) == tokenizer_digest(tokenizer)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_is_a_system_error(tmp_path):
+    """The tokenizers library itself raises a bare Exception."""
+
+    class Full:
+        def save_pretrained(self, directory):
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left on device") as error:
+        save_tokenizer(Full(), tmp_path)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path))
