@@ -115,7 +115,9 @@ def _from_rows(rows: Iterator[Row], split: str, name: str, names: Mapping[str, s
     if form is None:
         expected = "prompt and completion, or messages, or text, or MBPP's (task_id, text or prompt, code, test_list)"
         got = ", ".join(sorted(first.fields))
-        raise ConfigError("unknown columns", where=name, expected=expected, got=got, fix="name them with --columns")
+        raise ConfigError(
+            "unknown columns", where=name, expected=expected, got=got, fix="--columns prompt=THEIRS,completion=THEIRS"
+        )
     id_column = names.get("id", "id" if "id" in first.fields else None)
     return name, list(_plain_documents(rows, name, form, [names.get(column, column) for column in form], id_column))
 

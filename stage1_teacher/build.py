@@ -287,6 +287,9 @@ def _report(corpus: "Corpus", data: DocumentSet, num_documents: int, config: Tea
     """Say what was read, and what happened to documents that are not simply kept."""
     tokens = sum(len(piece.ids) for piece in corpus.pieces)
     log(f"{data.name} {data.split}: {num_documents:,} documents, {tokens:,} tokens")
+    first = data.documents[0]
+    if first.prompt:
+        log(f"prompt and completion meet as in {first.id}: {first.prompt[-30:]!r} + {first.completion[:30]!r}")
     verb = {"split": "split", "truncate": "truncated", "drop": "dropped"}[config.on_long]
     for what, ids in ((f"too long and {verb}", corpus.long), ("not restored by the tokenizer", corpus.lossy)):
         if ids:

@@ -303,9 +303,17 @@ class CacheWriter:
         # Other sources also change the number of shards, which tells nobody anything.
         differences = sorted(option_differences(old["options"], self.build), key=lambda found: found[0] == "num_shards")
         for key, before, now in differences:
-            more = ", or add to a finished cache with --extend" if key == "sources" else ""
+            more = ""
+            if key == "sources":
+                more = ", or add to a finished cache with --extend"
+                before, now = (
+                    ", ".join(f"{s.get('name')} {s.get('split')}, digest {s.get('digest')}" for s in sources)
+                    for sources in (before, now)
+                )
             raise ResumeError(
-                f"the cache was begun with another {key}",
+                f"the cache was begun with another {key}"
+                if key != "sources"
+                else "the cache was begun with other sources",
                 where=self.path,
                 expected=before,
                 got=now,

@@ -46,7 +46,10 @@ def fidelity(model: str, cache_dir: Path, out: Path, dtype: str, batch_tokens: i
     from shared.eval.models import locate_model
 
     model_dir = locate_model(model, cache_dir)
-    _write(out, evaluate_fidelity(model_dir, cache_dir, dtype=dtype, batch_tokens=batch_tokens))
+    result = evaluate_fidelity(model_dir, cache_dir, dtype=dtype, batch_tokens=batch_tokens)
+    _write(out, result)
+    keys = ("nll_nats", "kl_to_teacher_nats", "top1_agreement")
+    click.echo(", ".join(f"{key} {'unknown' if result[key] is None else format(result[key], '.4f')}" for key in keys))
 
 
 @evaluate.command()
@@ -142,6 +145,8 @@ def report(eval_dir: Path, students: tuple[tuple[str, str], ...], caches: tuple[
         for name, figures in result["models"].items():
             figures |= {f"humaneval/{key}": value for key, value in figures["humaneval"].items()}
             run.summary({f"{name}/{key}": v for key, v in figures.items() if isinstance(v, int | float)})
+    for line in (*result["headline"], f"wrote {out / 'report.html'}, report.md and report.json"):
+        click.echo(line)
 
 
 def _quieten() -> None:

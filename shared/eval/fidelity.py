@@ -16,7 +16,7 @@ from shared.batching import plan_batches
 from shared.cache.reader import Cache
 from shared.errors import CacheMismatchError, ConfigError
 from shared.eval.models import dtype_name, hub_commit, load_model, num_parameters, weight_bytes
-from shared.runtime import machine, progress, sha256_file, versions
+from shared.runtime import log, machine, progress, read_json, sha256_file, versions
 from shared.tokenizer import load_tokenizer, tokenizer_digest
 
 _CHUNK_ROWS = 256  # rows whose float32 log-softmax is formed at once
@@ -43,8 +43,8 @@ def evaluate_fidelity(model_dir: Path, cache_dir: Path, *, dtype: str, batch_tok
 
     Returns:
         `nll_nats`, `bits_per_byte`, `perplexity`, `kl_to_teacher_nats` (K+1 partition at T=1), `top1_agreement`,
-        `teacher_nll_nats` (from the cache), counts, and what was measured on what. A figure that is not finite or not
-        known is null, with the reason in `reasons`.
+        `teacher_nll_nats` (from the cache), counts, `seen_in_training`, and what was measured on what. A figure that
+        is not finite or not known is null, with the reason in `reasons`.
 
     Raises:
         CacheMismatchError: model and cache have different tokenizers, or the model's head is too narrow.
@@ -94,12 +94,28 @@ def evaluate_fidelity(model_dir: Path, cache_dir: Path, *, dtype: str, batch_tok
             "manifest_sha256": sha256_file(cache_dir / "manifest.json"),
             "codec": cache.manifest["codec"],
         },
+        "seen_in_training": _seen_in_training(model_dir, cache),
         "dtype": dtype_name(model),
         "device": model.device.type,
         "seconds": round(time.monotonic() - start, 3),
         "machine": machine(),
         "versions": versions("torch", "transformers", "numpy", "h5py", "codedistill"),
     }
+
+
+def _seen_in_training(model_dir: Path, cache: Cache) -> bool:
+    """Whether the model is a run that was trained on any of this cache's shards or data sets."""
+    record = model_dir / "run.json"
+    if not record.is_file():
+        return False
+    trained_on = read_json(record).get("caches", [])
+    shards = {digest for part in trained_on for digest in part["shards"].values()}
+    sources = {source["digest"] for part in trained_on for source in part["sources"]}
+    ours = {entry["sha256"] for name, entry in cache.manifest["files"].items() if name.endswith(".h5")}
+    seen = bool(shards & ours or sources & {source.get("digest") for source in cache.manifest["sources"]})
+    if seen:
+        log(f"warning: {model_dir} was trained on documents of {cache.path}: these are no held-out figures")
+    return seen
 
 
 @torch.inference_mode()

@@ -88,7 +88,7 @@ def caveats(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"The teacher is small ({count(teacher['parameters'])} parameters). The run shows that the pipeline works, "
             "not what a strong teacher would give."
         )
-    if any("fidelity" in m["settings"] for m in models.values()):
+    if any(m["settings"].get("fidelity", {}).get("seen_in_training") is False for m in models.values()):
         sentences.append(
             "The held-out text was kept from the students. Whether the teacher saw it in its own training is not "
             "known; if it did, its figures are flattered."

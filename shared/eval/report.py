@@ -33,13 +33,24 @@ def build_report(eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path
         out_dir: where the report goes; made if absent.
 
     Raises:
-        ConfigError: a file that exists but cannot be read as what it should be.
+        ConfigError: a file that exists but cannot be read as what it should be, or a student's name that is not its
+        results'.
     """
     source = _Files(out_dir.parent)
     shared_latency = source.read(eval_dir / "latency.json") or {}
     found = sorted(p.name for p in eval_dir.iterdir() if p.is_dir()) if eval_dir.is_dir() else []
     names = list(dict.fromkeys(["teacher", *runs, *shared_latency.get("models", {}), *found]))
     folders = {name: eval_dir / name for name in names}
+    unnamed = [name for name in names if name not in runs and name != "teacher"]
+    for name in runs:
+        if unnamed and name not in found and name not in shared_latency.get("models", {}):
+            raise ConfigError(
+                "a student has no results, and there are results that no student is named for",
+                where=eval_dir,
+                expected=" or ".join(unnamed),
+                got=name,
+                fix="name the student as its results are, or measure it with `codedistill eval`",
+            )
     if "teacher" not in found:  # measured where the cache was made
         attached = [cache / "teacher_eval" for cache in caches if (cache / "teacher_eval").is_dir()]
         folders["teacher"] = next(iter(attached), folders["teacher"])
@@ -128,6 +139,9 @@ def _model(
     def figure(key: str, result: Mapping[str, Any] | None, result_key: str, file: str) -> Any:
         if result is None:
             reasons[key] = f"not measured: there is no {file} for this model"
+            return None
+        if key in FIDELITY and result.get("seen_in_training"):
+            reasons[key] = "not held out: the model was scored on documents that it was trained on"
             return None
         value = result.get(result_key)
         if isinstance(value, dict):  # a timing with its spread

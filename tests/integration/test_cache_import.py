@@ -88,7 +88,7 @@ def test_vllms_rows(tokenizer, tmp_path):
     import_cache(file, cache.path, tokenizer=str(tokenizer), teacher_name="far/teacher")
     assert Cache(cache.path).manifest == cache.manifest
     write(file, rows[:2])
-    with pytest.raises(ResumeError, match="begun with another sources"):
+    with pytest.raises(ResumeError, match="begun with other sources"):
         import_cache(file, cache.path, tokenizer=str(tokenizer), teacher_name="far/teacher")
 
 

@@ -85,8 +85,9 @@ def workplace(tmp_path_factory):
     starcoder2(teacher)
     rows = [mbpp_row(i) for i in (*range(511, 517), *range(601, 625))]
     (folder / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}."} for i in range(30)]
-    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    for name, numbers in (("mine.jsonl", range(30)), ("heldout.jsonl", range(30, 35))):
+        own = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}."} for i in numbers]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in own))
     return folder
 
 
@@ -117,6 +118,7 @@ def test_bring_your_own_teacher_and_data(workplace, monkeypatch):
         "Bring your own teacher and data", workplace, monkeypatch, instead={"DIR_OR_ID": "artifacts/teachers/demo"}
     )
     assert Cache(workplace / "caches" / "mine").num_documents == 30
+    assert read_json(workplace / "eval/mine/fidelity.json")["seen_in_training"] is False
     from transformers import AutoModelForCausalLM
 
     exported = AutoModelForCausalLM.from_pretrained(workplace / "exported" / "mine")

@@ -38,7 +38,7 @@ def files(out):
 def test_only_new_documents_are_labelled_and_a_kill_changes_no_byte(teacher, rows, grown, tmp_path):  # noqa: F811
     base, _ = build(teacher, rows, tmp_path / "whole")
     build(teacher, rows, tmp_path / "killed")
-    with pytest.raises(ResumeError, match=r"another sources;.*add to a finished cache with --extend"):
+    with pytest.raises(ResumeError, match=r"other sources;.*add to a finished cache with --extend"):
         build(teacher, grown, tmp_path / "whole")
     whole, result = build(teacher, grown, tmp_path / "whole", "--extend")
     assert "20 of 32 documents are there already" in result.stderr

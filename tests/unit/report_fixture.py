@@ -37,6 +37,7 @@ def write(path: Path, value) -> Path:
 def write_fidelity(root: Path, name: str) -> Path:
     nll, bits, kl, agreement = FIDELITY[name]
     return write(root / "eval" / name / "fidelity.json", {
+        "seen_in_training": False,
         "nll_nats": nll, "bits_per_byte": bits, "perplexity": math.exp(nll), "kl_to_teacher_nats": kl,
         "top1_agreement": agreement, "num_targets": 60_412, "num_documents": 420, "teacher_nll_nats": 1.411,
         "kind": "partition K=64", "model": dict(zip(("parameters", "bytes"), SIZES[name], strict=True)),

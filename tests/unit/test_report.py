@@ -195,6 +195,23 @@ def test_an_incomplete_humaneval_has_no_score(tmp_path):
     assert "| HumanEval solved (greedy pass@1) ↑ | – |" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_figures_of_training_text_are_not_called_held_out(tmp_path):
+    arguments = write_everything(tmp_path)
+    file = tmp_path / "eval" / "student_kd" / "fidelity.json"
+    write(file, json.loads(file.read_text()) | {"seen_in_training": True})
+    student = build_report(**arguments)["models"]["student_kd"]
+    assert student["heldout_nll_nats"] is None
+    assert "scored on documents that it was trained on" in student["reasons"]["heldout_nll_nats"]
+    assert student["decode_tokens_per_second"] == 214.6
+
+
+def test_a_student_named_otherwise_than_its_results_is_refused(tmp_path):
+    arguments = write_everything(tmp_path)
+    arguments["runs"]["student_dk"] = arguments["runs"].pop("student_kd")
+    with pytest.raises(ConfigError, match="expected: student_kd; got: student_dk"):
+        build_report(**arguments)
+
+
 def test_different_held_out_caches_are_said(tmp_path):
     write_fidelity(tmp_path, "student_kd")
     path = write_fidelity(tmp_path, "student_ce")
