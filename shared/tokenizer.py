@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, DistillError
-from shared.runtime import sha256_json
+from shared.runtime import fsync_directory, sha256_json
 
 Tokenizer = Any  # a transformers tokenizer with the `tokenizers` backend
 
@@ -77,6 +77,10 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         if refusal is None:
             raise
         raise OSError(int(refusal[1]), os.strerror(int(refusal[1])), str(directory)) from error
+    for file in directory.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    fsync_directory(directory)
 
 
 def encode_document(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:

@@ -1,7 +1,8 @@
 """The labelling loop: while one shard's rows are encoded and written, the teacher computes the next."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,8 @@ def label_shards(
     extra = {
         "fused_head": source.notice is None,
         "devices": teacher.devices,
-        "versions": versions("codedistill", "torch", "transformers", "tokenizers", "numpy", "h5py"),
+        "versions": versions("codedistill", "torch", "transformers", "tokenizers", "numpy", "h5py")
+        | {"zlib": zlib.ZLIB_RUNTIME_VERSION},  # it decides the bytes of gzip
     }
     tokenizer_size = writer.build["tokenizer_size"]
     tokens = sum(len(all_pieces[i].ids) for positions in shards.values() for i in positions)
@@ -176,7 +178,7 @@ def run_file(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def tracked(writer: CacheWriter, config: TeacherConfig):
+def tracked(writer: CacheWriter, config: TeacherConfig) -> Iterator[tracking.Run]:
     """The build's W&B run: the one it had before it was stopped, if any."""
     file, build = run_file(writer.path), sha256_json(writer.build)
     earlier = read_json(file) if file.is_file() else {"build": None}
