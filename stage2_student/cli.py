@@ -26,6 +26,14 @@ class Weighted(click.ParamType[tuple[Path, float | None]]):
         return Path(found[1]), weight
 
 
+def _split_weights(caches: tuple[tuple[Path, float | None], ...]) -> tuple[list[Path], list[float] | None]:
+    """Paths and weights; all caches have one or none has."""
+    weights = [weight for _, weight in caches if weight is not None]
+    if weights and len(weights) < len(caches):
+        raise click.UsageError("some caches have a weight and some have none; give all of them one, as CACHE:WEIGHT")
+    return [path for path, _ in caches], weights or None
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def student() -> None:
     """Stage 2: train and export students from a cache."""
@@ -36,6 +44,8 @@ def student() -> None:
               help="A logit cache to train on; may be given several times.")  # fmt: skip
 @click.option("--validation", type=click.Path(path_type=Path), help="A cache of held-out documents, same teacher.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
+@click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path),
+              help="Start from the weights of a run, an export or a like checkpoint.")  # fmt: skip
 @click.option("--preset", metavar="NAME", help="The student's size: gpt-125m or tiny.  [default: gpt-125m]")
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="A file of overrides.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One override; may be repeated.")
@@ -43,6 +53,7 @@ def train(
     caches: tuple[tuple[Path, float | None], ...],
     validation: Path | None,
     out: Path,
+    init_from: Path | None,
     preset: str | None,
     profile: Path | None,
     assignments: tuple[str, ...],
@@ -52,6 +63,10 @@ def train(
     --set wins over --config, which wins over the defaults (stage2_student/config.py). Keys are the config's names,
     such as alpha, temperature, block_size, and those of transformers' TrainingArguments, such as learning_rate,
     max_steps. alpha=0 trains the same student on the raw data: same initial weights, data order and steps.
+    Any size: hidden_size, intermediate_size, num_hidden_layers and so on override the preset's.
+
+    --init-from takes the weights of a directory with equal sizes and tokenizer (Starcoder2's architecture), not its
+    optimizer: training begins anew.
 
     Several caches must be one teacher's, with equal options. An epoch is every document of every cache once. With
     weights (all or none) it has as many tokens in all, of which each cache gives its weight's share; no document of a
@@ -68,14 +83,12 @@ def train(
     from stage2_student.config import student_config
     from stage2_student.train import train
 
-    weights = [weight for _, weight in caches if weight is not None]
-    if weights and len(weights) < len(caches):
-        raise click.UsageError("some caches have a weight and some have none; give all of them one, as CACHE:WEIGHT")
     layers = [read_toml(profile)] if profile else []
     if preset:
         layers.append({"preset": preset})
     config = student_config(*layers, parse_assignments(assignments))
-    train(config, [path for path, _ in caches], out, weights=weights or None, validation_path=validation)
+    paths, weights = _split_weights(caches)
+    train(config, paths, out, weights=weights, validation_path=validation, init_from=init_from)
 
 
 @student.command()

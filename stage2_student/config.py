@@ -11,7 +11,7 @@ from typing import Any, Literal
 from shared.cache.reader import Cache
 from shared.config import load_config
 from shared.errors import CacheMismatchError, ConfigError
-from shared.model.gpt import PRESETS
+from shared.model.gpt import PRESETS, GPTConfig
 
 # TrainingArguments that codedistill sets itself, or that would undo what it promises.
 FIXED = {
@@ -19,6 +19,8 @@ FIXED = {
     "prediction_loss_only", "average_tokens_across_devices", "ignore_data_skip", "load_best_model_at_end",
     "label_smoothing_factor", "train_sampling_strategy", "save_only_model", "push_to_hub",
 }  # fmt: skip
+
+SIZES = tuple(field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,9 @@ class StudentConfig:
         save_total_limit: complete checkpoints kept.
         bf16: mixed precision; weights and optimizer stay in float32.
         seed: initial weights and data order.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+            max_position_embeddings, rope_theta, norm_epsilon, initializer_range: sizes (`shared.model.gpt.GPTConfig`);
+            None is the preset's. The vocabulary is the cache's.
         training: further `TrainingArguments`, passed on as they are.
     """
 
@@ -76,6 +81,15 @@ class StudentConfig:
     bf16: bool = True
     dataloader_num_workers: int = 0
     seed: int = 0
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int | None = None
+    rope_theta: float | None = None
+    norm_epsilon: float | None = None
+    initializer_range: float | None = None
     training: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,13 +133,23 @@ class StudentConfig:
                 expected="k=0, or loss=ghost or truncated",
                 got=f"loss={self.loss}, k={self.k}",
             )
-        if self.block_size > PRESETS[self.preset].max_position_embeddings:
+        positions = self.student_sizes().max_position_embeddings
+        if self.block_size > positions:
             raise ConfigError(
                 "blocks are longer than the student's positions",
                 where="block_size",
-                expected=f"at most {PRESETS[self.preset].max_position_embeddings} for preset {self.preset}",
+                expected=f"at most max_position_embeddings = {positions}",
                 got=self.block_size,
             )
+
+    def student_sizes(self, **changes: Any) -> GPTConfig:
+        """The sizes to build, and `changes` to them, such as the cache's `vocab_size`.
+
+        Raises:
+            ConfigError: sizes that do not go together.
+        """
+        given = {name: value for name in SIZES if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(PRESETS[self.preset], **given | changes)
 
     @property
     def uses_samples(self) -> bool:
@@ -186,6 +210,8 @@ def student_config(*layers: Mapping[str, Any]) -> StudentConfig:
     for key, value in {key: value for layer in layers for key, value in layer.items()}.items():
         if key in ours:
             merged[key] = value
+        elif key == "vocab_size":
+            raise ConfigError("the student's vocabulary is the cache's; it cannot be set", where=key, got=repr(value))
         elif key in FIXED or key.startswith("hub_"):
             raise ConfigError("this training argument cannot be set", where=key, got=repr(value))
         elif key not in theirs:

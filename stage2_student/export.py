@@ -8,6 +8,7 @@ from typing import Any
 from shared.errors import ConfigError, ResumeError
 from shared.runtime import fsync_directory, log, read_json, write_bytes
 from stage2_student.checkpoint import RUN_FORMAT, RUN_VERSION
+from stage2_student.config import SIZES
 
 PRIVATE = {"run.json", "training_log.jsonl", "training_args.bin"}
 
@@ -69,13 +70,19 @@ def _card(name: str, record: dict[str, Any]) -> str:
         f"  Attribution: {s.get('attribution') or 'unknown'}"
         for s in _sources(record)
     )
+    share = {"jsd": ", beta = {beta}", "skewed-forward": ", skew = {skew}", "skewed-reverse": ", skew = {skew}"}
+    kept = f", k = {config['k']}" if config["k"] else ""
     objective = (
-        f"{config['alpha']} x forward KL to the teacher's top-k rows with a tail bucket (T = {config['temperature']}) "
+        f"{config['alpha']} x distillation (loss `{config['loss']}`, divergence `{config['divergence']}`"
+        f"{share.get(config['divergence'], '').format(**config)}, T = {config['temperature']}{kept}) "
         f"+ {1 - config['alpha']:.3g} x cross-entropy"
         if config["alpha"] > 0
         else "cross-entropy (no soft labels)"
     )
+    sizes = "".join(f", {name} = {config[name]}" for name in SIZES if config[name] is not None)
     metrics = "\n".join(f"- {key}: {value:.6g}" for key, value in record["metrics"].items())
+    start = record["init_from"]
+    started = f"from weights `{start['weights_sha256']}`, whose licence passes on too," if start else "from scratch"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -83,8 +90,10 @@ tags: [distillation, code]
 ---
 # {name}
 
-A {record["parameters"]:,}-parameter decoder (architecture Starcoder2, preset `{config["preset"]}`), trained from
-scratch with codedistill {record["versions"]["codedistill"]} {
+A {record["parameters"]:,}-parameter decoder (architecture Starcoder2, preset `{config["preset"]}`{sizes}), trained {
+        started
+    }
+with codedistill {record["versions"]["codedistill"]} {
         "on cached soft labels" if config["alpha"] > 0 else "as a twin, on the raw data"
     }.
 

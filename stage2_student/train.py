@@ -1,6 +1,5 @@
 """One training run: from caches and a config to a run folder."""
 
-import dataclasses
 import hashlib
 import itertools
 import shutil
@@ -19,7 +18,7 @@ from shared.cache.identity import require_same
 from shared.cache.reader import DECODED_BYTES, Cache
 from shared.config import to_dict
 from shared.errors import CacheMismatchError, ConfigError, ResumeError
-from shared.model.gpt import GPT, PRESETS, GPTConfig
+from shared.model.gpt import GPT, GPTConfig
 from shared.runtime import (
     Terminated,
     log,
@@ -38,6 +37,7 @@ from stage2_student.config import StudentConfig, require_labels
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
 from stage2_student.memory import estimate_memory
+from stage2_student.start import Start
 from stage2_student.trainer import DistillTrainer, RunRecorder, StopOnSigterm
 
 WEIGHTS = "model.safetensors"
@@ -52,6 +52,7 @@ def train(
     *,
     weights: Sequence[float] | None = None,
     validation_path: Path | None = None,
+    init_from: Path | None = None,
 ) -> None:
     """Train a student on one or more caches, or continue a run that was stopped.
 
@@ -64,37 +65,34 @@ def train(
         out: the run's folder.
         weights: one per cache, the shares of rows that come from each; None takes every document once per epoch.
         validation_path: a cache of held-out documents, of the same label identity.
+        init_from: a directory of weights to start from (see `Start`); None draws them from the seed.
 
     Raises:
         ResumeError: the folder holds another run.
-        ConfigError: a cache is given twice, or the caches lack the labels that the loss needs.
+        ConfigError: a cache is given twice, the caches lack the labels that the loss needs, or the weights to start
+            from do not fit.
         CacheMismatchError: the temperature is off the caches' grid, or the caches are not all one teacher's.
         NonFiniteLossError: the loss is NaN or infinite.
         Terminated: SIGTERM came; a checkpoint was saved.
     """
-    if len({path.resolve() for path in cache_paths}) < len(cache_paths):
-        raise ConfigError("a cache is given twice", where="--cache", got=", ".join(map(str, cache_paths)))
-    caches = [Cache(path, decoded_bytes=DECODED_BYTES // len(cache_paths)) for path in cache_paths]
-    validation = Cache(validation_path) if validation_path else None
-    record = _describe(config, caches, weights, validation)
-    earlier = _earlier_run(out, record)
-    if earlier and earlier["state"] == "finished":
-        student = out / WEIGHTS
-        if student.is_file() and sha256_file(student) == earlier.get("weights_sha256"):
-            log(f"{out} is up to date")
-            return
-        log(f"{student} is missing or damaged; it is made again")
+    planned = Run(config, cache_paths, out, weights=weights, validation_path=validation_path, init_from=init_from)
+    caches, validation, record, earlier = planned.caches, planned.validation, planned.record, planned.earlier
+    if planned.is_up_to_date():
+        log(f"{out} is up to date")
+        return
     arguments = _training_arguments(config, out, has_validation=validation is not None)
     out.mkdir(parents=True, exist_ok=True)
     remove_incomplete(out)
     checkpoint = latest_complete(out)
 
     set_seed(config.seed)
-    sizes = dataclasses.replace(PRESETS[config.preset], vocab_size=caches[0].tokenizer_size)
+    sizes = planned.sizes
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
     _announce_memory(config, sizes, num_parameters)
     model = GPT(sizes)
+    if planned.start:
+        planned.start.load_into(model)
     model.head_loss = head_loss = HeadLoss(config)
     record |= {"initial_weights_sha256": _weights_digest(model), "parameters": num_parameters}
 
@@ -161,6 +159,48 @@ def train(
         _write_student(model, sizes, caches[0], out)
         write_json(out / "run.json", record | {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)})
         log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
+
+
+class Run:
+    """One run as it was asked for, checked against the caches, the weights to start from and what its folder holds.
+
+    Nothing is allocated or written. Arguments and errors are those of `train`.
+
+    Attributes:
+        record: what `run.json` says of what the run is made from.
+        earlier: the `run.json` of the same run in the folder; None in a new one.
+    """
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        cache_paths: Sequence[Path],
+        out: Path,
+        *,
+        weights: Sequence[float] | None = None,
+        validation_path: Path | None = None,
+        init_from: Path | None = None,
+    ) -> None:
+        if len({path.resolve() for path in cache_paths}) < len(cache_paths):
+            raise ConfigError("a cache is given twice", where="--cache", got=", ".join(map(str, cache_paths)))
+        self.out = out
+        self.caches = [Cache(path, decoded_bytes=DECODED_BYTES // len(cache_paths)) for path in cache_paths]
+        self.validation = Cache(validation_path) if validation_path else None
+        self.sizes = config.student_sizes(vocab_size=self.caches[0].tokenizer_size)
+        self.record = _describe(config, self.caches, weights, self.validation)
+        self.start = Start(init_from, self.sizes, self.caches[0]) if init_from else None
+        self.record["init_from"] = self.start.describe() if self.start else None
+        self.earlier = _earlier_run(out, self.record)
+
+    def is_up_to_date(self) -> bool:
+        """Whether the folder holds the finished run with its weights whole."""
+        if not self.earlier or self.earlier["state"] != "finished":
+            return False
+        student = self.out / WEIGHTS
+        if student.is_file() and sha256_file(student) == self.earlier.get("weights_sha256"):
+            return True
+        log(f"{student} is missing or damaged; it is made again")
+        return False
 
 
 def _announce_memory(config: StudentConfig, sizes: GPTConfig, num_parameters: int) -> None:
@@ -238,6 +278,7 @@ def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
             "cache.label_identity": r["caches"][0]["label_identity"],
             "cache.shards": sha256_json([cache["shards"] for cache in r["caches"]]),
             "cache.weight": [cache["weight"] for cache in r["caches"]],
+            "init_from": (r.get("init_from") or {}).get("weights_sha256"),
         }
         for r in (record, earlier)
     )
