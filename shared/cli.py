@@ -13,7 +13,7 @@ Commands = dict[str, tuple[str, str, str]]
 COMMANDS: Commands = {
     "teacher": ("stage1_teacher.cli", "teacher", "Stage 1: capture a frozen teacher's top-k logits into a cache."),
     "cache": ("shared.cache.cli", "cache", "Inspect, check, mend, join and cut logit caches."),
-    "student": ("stage2_student.cli", "student", "Stage 2: train and export students from a cache."),
+    "student": ("stage2_student.cli", "student", "Stage 2: train, sweep and export students from a cache."),
     "eval": ("shared.eval.cli", "evaluate", "Measure teacher and students; write the report."),
 }
 # What a group takes from layers above its own.

@@ -1,4 +1,4 @@
-"""`codedistill student train|export`."""
+"""`codedistill student train|sweep|export`."""
 
 import math
 import re
@@ -89,6 +89,53 @@ def train(
     config = student_config(*layers, parse_assignments(assignments))
     paths, weights = _split_weights(caches)
     train(config, paths, out, weights=weights, validation_path=validation, init_from=init_from)
+
+
+@student.command()
+@click.option("--cache", "caches", required=True, multiple=True, type=Weighted(), metavar="CACHE[:WEIGHT]",
+              help="A logit cache to train on; may be given several times.")  # fmt: skip
+@click.option("--validation", type=click.Path(path_type=Path), help="A cache of held-out documents, same teacher.")
+@click.option("--grid", required=True, metavar="F.toml", type=click.Path(path_type=Path), help="What to vary.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The sweep's folder.")
+@click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path), help="As for `train`, for every member.")
+@click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
+              help="Students trained side by side: one GPU each, or a share of the processor's threads.")  # fmt: skip
+def sweep(
+    caches: tuple[tuple[Path, float | None], ...],
+    validation: Path | None,
+    grid: Path,
+    out: Path,
+    init_from: Path | None,
+    jobs: int,
+) -> None:
+    """Train the students of a grid from one cache and compare them.
+
+    The grid is a training config (keys of `train --set`) with a table [grid] of lists, of which every combination is
+    one student, or tables [[run]] that describe one more each:
+
+    \b
+      preset = "tiny"
+      max_steps = 500
+      [grid]
+      alpha = [0.5, 0.7, 1.0]
+      learning_rate = [1e-3, 2e-3]
+      [[run]]
+      alpha = 0.0
+      num_hidden_layers = 6
+
+    All are checked before the first is trained. A student that fails is recorded and the others go on. The same
+    command continues: what is finished is kept. At the end sweep.json, sweep.md and sweep.svg rank the students by
+    NLL on the validation cache.
+
+    \b
+    Example:
+      codedistill student sweep --cache caches/train --validation caches/validation --grid grid.toml --out sweeps/first
+    """
+    from stage2_student.sweep import Sweep
+
+    paths, weights = _split_weights(caches)
+    members = Sweep(grid, paths, out, weights=weights, validation_path=validation, init_from=init_from, jobs=jobs)
+    click.echo(members.run(), nl=False)
 
 
 @student.command()

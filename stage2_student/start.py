@@ -98,7 +98,7 @@ def _require_architecture(directory: Path, sizes: GPTConfig) -> None:
     except Exception as error:  # transformers raises many unrelated types here
         got = f"{type(error).__name__}: {error}"
         raise ConfigError("transformers refuses the config to start from", where=directory, got=got) from error
-    ours = Starcoder2Config(**sizes.to_dict())
+    ours = Starcoder2Config(**sizes.to_dict(), bos_token_id=None, eos_token_id=None)
     pairs = {key: (getattr(ours, key), getattr(theirs, key)) for key in DECISIVE}
     pairs["rope_parameters"] = (ours.rope_parameters, theirs.rope_parameters)
     for key, (our_value, their_value) in pairs.items():

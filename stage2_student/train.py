@@ -1,5 +1,6 @@
 """One training run: from caches and a config to a run folder."""
 
+import dataclasses
 import hashlib
 import itertools
 import shutil
@@ -75,24 +76,26 @@ def train(
         NonFiniteLossError: the loss is NaN or infinite.
         Terminated: SIGTERM came; a checkpoint was saved.
     """
-    planned = Run(config, cache_paths, out, weights=weights, validation_path=validation_path, init_from=init_from)
-    caches, validation, record, earlier = planned.caches, planned.validation, planned.record, planned.earlier
-    if planned.is_up_to_date():
+    task = check(config, cache_paths, out, weights, validation_path, init_from)
+    if task.is_done(out):
         log(f"{out} is up to date")
         return
+    caches, validation, record, earlier = task.caches, task.validation, task.record, task.earlier
+    if earlier and earlier["state"] == "finished":
+        log(f"{out / WEIGHTS} is missing or damaged; it is made again")
     arguments = _training_arguments(config, out, has_validation=validation is not None)
     out.mkdir(parents=True, exist_ok=True)
     remove_incomplete(out)
     checkpoint = latest_complete(out)
 
     set_seed(config.seed)
-    sizes = planned.sizes
+    sizes = task.sizes
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
     _announce_memory(config, sizes, num_parameters)
     model = GPT(sizes)
-    if planned.start:
-        planned.start.load_into(model)
+    if task.start:
+        task.start.load_into(model)
     model.head_loss = head_loss = HeadLoss(config)
     record |= {"initial_weights_sha256": _weights_digest(model), "parameters": num_parameters}
 
@@ -161,46 +164,48 @@ def train(
         log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
 
 
-class Run:
-    """One run as it was asked for, checked against the caches, the weights to start from and what its folder holds.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What is to be trained, checked, and the `run.json` of an earlier start."""
 
-    Nothing is allocated or written. Arguments and errors are those of `train`.
+    caches: Sequence[Cache]
+    validation: Cache | None
+    sizes: GPTConfig
+    start: Start | None
+    record: dict[str, Any]
+    earlier: dict[str, Any] | None
 
-    Attributes:
-        record: what `run.json` says of what the run is made from.
-        earlier: the `run.json` of the same run in the folder; None in a new one.
-    """
-
-    def __init__(
-        self,
-        config: StudentConfig,
-        cache_paths: Sequence[Path],
-        out: Path,
-        *,
-        weights: Sequence[float] | None = None,
-        validation_path: Path | None = None,
-        init_from: Path | None = None,
-    ) -> None:
-        if len({path.resolve() for path in cache_paths}) < len(cache_paths):
-            raise ConfigError("a cache is given twice", where="--cache", got=", ".join(map(str, cache_paths)))
-        self.out = out
-        self.caches = [Cache(path, decoded_bytes=DECODED_BYTES // len(cache_paths)) for path in cache_paths]
-        self.validation = Cache(validation_path) if validation_path else None
-        self.sizes = config.student_sizes(vocab_size=self.caches[0].tokenizer_size)
-        self.record = _describe(config, self.caches, weights, self.validation)
-        self.start = Start(init_from, self.sizes, self.caches[0]) if init_from else None
-        self.record["init_from"] = self.start.describe() if self.start else None
-        self.earlier = _earlier_run(out, self.record)
-
-    def is_up_to_date(self) -> bool:
-        """Whether the folder holds the finished run with its weights whole."""
-        if not self.earlier or self.earlier["state"] != "finished":
+    def is_done(self, out: Path) -> bool:
+        """Whether the folder holds the finished student."""
+        if self.earlier is None or self.earlier["state"] != "finished":
             return False
-        student = self.out / WEIGHTS
-        if student.is_file() and sha256_file(student) == self.earlier.get("weights_sha256"):
-            return True
-        log(f"{student} is missing or damaged; it is made again")
-        return False
+        student = out / WEIGHTS
+        return student.is_file() and sha256_file(student) == self.earlier.get("weights_sha256")
+
+
+def check(
+    config: StudentConfig,
+    cache_paths: Sequence[Path],
+    out: Path,
+    weights: Sequence[float] | None,
+    validation_path: Path | None,
+    init_from: Path | None,
+) -> Task:
+    """Hold a run against the caches, the weights to start from and its folder; nothing is allocated or written.
+
+    Arguments and errors are those of `train`.
+    """
+    if len({path.resolve() for path in cache_paths}) < len(cache_paths):
+        raise ConfigError("a cache is given twice", where="--cache", got=", ".join(map(str, cache_paths)))
+    caches = [Cache(path, decoded_bytes=DECODED_BYTES // len(cache_paths)) for path in cache_paths]
+    validation = Cache(validation_path) if validation_path else None
+    record = _describe(config, caches, weights, validation)
+    sizes = config.student_sizes(vocab_size=caches[0].tokenizer_size)
+    start = Start(init_from, sizes, caches[0]) if init_from else None
+    record["init_from"] = start and start.describe()
+    earlier = _earlier_run(out, record)
+    _training_arguments(config, out, has_validation=validation is not None)  # what transformers refuses, it says now
+    return Task(caches=caches, validation=validation, sizes=sizes, start=start, record=record, earlier=earlier)
 
 
 def _announce_memory(config: StudentConfig, sizes: GPTConfig, num_parameters: int) -> None:
