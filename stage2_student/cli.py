@@ -26,6 +26,20 @@ class Weighted(click.ParamType[tuple[Path, float | None]]):
         return Path(found[1]), weight
 
 
+class BatchTokens(click.ParamType[int | str]):
+    """A number of tokens, or `auto`."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Keep `auto`; anything else is a number above 0."""
+        if value == "auto":
+            return "auto"
+        if not re.fullmatch(r"[1-9]\d*", str(value)):
+            self.fail(f"{value!r} is neither a number of tokens nor 'auto'", param, ctx)
+        return int(value)
+
+
 def _split_weights(caches: tuple[tuple[Path, float | None], ...]) -> tuple[list[Path], list[float] | None]:
     """Paths and weights; all caches have one or none has."""
     weights = [weight for _, weight in caches if weight is not None]
@@ -48,6 +62,8 @@ def student() -> None:
               help="Start from the weights of a run, an export or a like checkpoint.")  # fmt: skip
 @click.option("--preset", metavar="NAME", help="The student's size: gpt-125m or tiny.  [default: gpt-125m]")
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="A file of overrides.")
+@click.option("--batch-tokens", type=BatchTokens(), metavar="N|auto",
+              help="Most tokens of a micro-batch, or what memory allows; no step changes.")  # fmt: skip
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One override; may be repeated.")
 def train(
     caches: tuple[tuple[Path, float | None], ...],
@@ -56,6 +72,7 @@ def train(
     init_from: Path | None,
     preset: str | None,
     profile: Path | None,
+    batch_tokens: int | str | None,
     assignments: tuple[str, ...],
 ) -> None:
     """Train a student on cached soft labels; needs no teacher and no network.
@@ -88,7 +105,8 @@ def train(
         layers.append({"preset": preset})
     config = student_config(*layers, parse_assignments(assignments))
     paths, weights = _split_weights(caches)
-    train(config, paths, out, weights=weights, validation_path=validation, init_from=init_from)
+    train(config, paths, out, weights=weights, validation_path=validation, init_from=init_from,
+          batch_tokens=batch_tokens)  # fmt: skip
 
 
 @student.command()

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import enum
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -16,9 +17,13 @@ from shared.model.gpt import PRESETS, GPTConfig
 # TrainingArguments that codedistill sets itself, or that would undo what it promises.
 FIXED = {
     "output_dir", "data_seed", "label_names", "remove_unused_columns", "resume_from_checkpoint", "report_to",
-    "prediction_loss_only", "average_tokens_across_devices", "ignore_data_skip", "load_best_model_at_end",
-    "label_smoothing_factor", "train_sampling_strategy", "save_only_model", "push_to_hub",
+    "prediction_loss_only", "average_tokens_across_devices", "ignore_data_skip",
+    "label_smoothing_factor", "train_sampling_strategy", "save_only_model", "push_to_hub", "auto_find_batch_size",
 }  # fmt: skip
+INSTEAD = {
+    "push_to_hub": "push what is finished: `codedistill student export RUN --out DIR`, then `hf upload REPO DIR`",
+    "auto_find_batch_size": "`--batch-tokens auto`, which keeps the blocks per optimizer step",
+}
 
 SIZES = tuple(field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size")
 
@@ -40,12 +45,15 @@ class StudentConfig:
         k: use the best k entries of each row, the others' mass joins the tail; 0 uses all that the cache holds.
         targets: `completion` trains where the cache's loss mask says so, `all` on every token that has a next one.
         block_size: tokens of a packed block.
-        num_train_epochs: passes over the cache's documents, each packed anew.
+        num_train_epochs: passes over the cache's documents, each packed anew; the last may be a part of one.
+        validation_fraction: without a validation cache, the share of the documents of each cache that is held out.
         max_steps: optimizer steps; above 0 it wins over `num_train_epochs`.
         eval_steps, save_steps: 0 evaluates, or saves, at the end alone.
         save_total_limit: complete checkpoints kept.
         bf16: mixed precision; weights and optimizer stay in float32.
-        seed: initial weights and data order.
+        seed: initial weights, data order and held-out documents.
+        early_stopping_patience: evaluations without a better `eval_loss` after which training stops; 0 never stops it.
+        early_stopping_threshold: by how much a loss must be lower to be better, in nats.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
             max_position_embeddings, rope_theta, norm_epsilon, initializer_range: sizes (`shared.model.gpt.GPTConfig`);
             None is the preset's. The vocabulary is the cache's.
@@ -65,7 +73,8 @@ class StudentConfig:
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
-    num_train_epochs: int = 4
+    num_train_epochs: float = 4
+    validation_fraction: float = 0.0
     max_steps: int = -1
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine"
@@ -81,6 +90,8 @@ class StudentConfig:
     bf16: bool = True
     dataloader_num_workers: int = 0
     seed: int = 0
+    early_stopping_patience: int = 0
+    early_stopping_threshold: float = 0.0
     hidden_size: int | None = None
     intermediate_size: int | None = None
     num_hidden_layers: int | None = None
@@ -96,7 +107,7 @@ class StudentConfig:
         if self.preset not in PRESETS:
             raise ConfigError("unknown preset", where="preset", expected=" | ".join(PRESETS), got=self.preset)
         positive = "block_size per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
-        for name in [*positive.split(), "num_train_epochs", "logging_steps", "save_total_limit"]:
+        for name in [*positive.split(), "logging_steps", "save_total_limit"]:
             if getattr(self, name) < 1:
                 raise ConfigError("a value out of range", where=name, expected="at least 1", got=getattr(self, name))
         for name in (
@@ -107,9 +118,22 @@ class StudentConfig:
             "seed",
             "learning_rate",
             "warmup_steps",
+            "early_stopping_patience",
+            "early_stopping_threshold",
         ):
             if getattr(self, name) < 0:
                 raise ConfigError("a value out of range", where=name, expected="at least 0", got=getattr(self, name))
+        if not 0 < self.num_train_epochs < math.inf:
+            raise ConfigError(
+                "a value out of range", where="num_train_epochs", expected="above 0", got=self.num_train_epochs
+            )
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(
+                "a value out of range",
+                where="validation_fraction",
+                expected="0 or more, below 1",
+                got=self.validation_fraction,
+            )
         if not 0 <= self.alpha <= 1:
             raise ConfigError("a value out of range", where="alpha", expected="0 to 1", got=self.alpha)
         if self.temperature <= 0:
@@ -213,7 +237,8 @@ def student_config(*layers: Mapping[str, Any]) -> StudentConfig:
         elif key == "vocab_size":
             raise ConfigError("the student's vocabulary is the cache's; it cannot be set", where=key, got=repr(value))
         elif key in FIXED or key.startswith("hub_"):
-            raise ConfigError("this training argument cannot be set", where=key, got=repr(value))
+            fix = INSTEAD.get("push_to_hub" if key.startswith("hub_") else key)
+            raise ConfigError("this training argument cannot be set", where=key, got=repr(value), fix=fix)
         elif key not in theirs:
             near = difflib.get_close_matches(key, ours | (theirs.keys() - FIXED), n=1)
             fix = (

@@ -1,9 +1,21 @@
-"""How much device memory a training run takes, before anything is allocated."""
+"""How much device memory a training run takes, before anything is allocated, and the micro-batch that fits."""
 
+import contextlib
+import dataclasses
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+from shared.errors import ConfigError
 from shared.model.gpt import GPTConfig
+from shared.runtime import log
+from stage2_student.config import StudentConfig
 from stage2_student.fused import CHUNK_ROWS
+from stage2_student.ranks import smallest
+
+USABLE = 0.9  # of the free memory; the rest is for the device's own needs and fragmentation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +38,9 @@ class MemoryEstimate:
         return self.state_bytes + self.activation_bytes + self.head_bytes
 
 
-def estimate_memory(sizes: GPTConfig, num_parameters: int, micro_batch_tokens: int, *, bf16: bool) -> MemoryEstimate:
+def estimate_memory(
+    sizes: GPTConfig, num_parameters: int, micro_batch_tokens: int, *, bf16: bool, recomputed: bool = False
+) -> MemoryEstimate:
     """Estimate the memory of training; attention matrices are not kept (flash or memory-efficient attention).
 
     Args:
@@ -34,6 +48,7 @@ def estimate_memory(sizes: GPTConfig, num_parameters: int, micro_batch_tokens: i
         num_parameters: its parameters, tied tensors once.
         micro_batch_tokens: rows of one forward pass, padding included.
         bf16: mixed precision: matrix products keep bfloat16 inputs, norms and the residual stream float32.
+        recomputed: gradient checkpointing: the layers' inputs are kept, and all of one layer at a time.
     """
     H, F, V = sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size
     kept = H + 2 * sizes.num_key_value_heads * sizes.head_dim  # q, k, v
@@ -41,11 +56,84 @@ def estimate_memory(sizes: GPTConfig, num_parameters: int, micro_batch_tokens: i
     # Per token and layer: two norms' inputs in float32; their outputs, q, k and v (also turned and repeated for the
     # query heads), attention's output, the MLP's hidden layer before and after its non-linearity as product inputs.
     per_token = 2 * 4 * H + product_bytes * (2 * H + 2 * kept + 3 * H + H + 2 * F)
+    layers = sizes.num_hidden_layers * (4 * H) + per_token if recomputed else sizes.num_hidden_layers * per_token
     # Logits and the matrix's gradient; under mixed precision their bfloat16 twins and the matrix's bfloat16 copy too.
     head = CHUNK_ROWS * V * (4 + (2 if bf16 else 0)) + V * H * (4 + (4 if bf16 else 0))
     return MemoryEstimate(
         state_bytes=16 * num_parameters,
-        activation_bytes=micro_batch_tokens
-        * (sizes.num_hidden_layers * per_token + 4 * H),  # and the last norm's input
+        activation_bytes=micro_batch_tokens * (layers + 4 * H),  # and the last norm's input
         head_bytes=head,
+    )
+
+
+def announce(config: StudentConfig, sizes: GPTConfig, num_parameters: int) -> None:
+    """Say what training will take, before it is allocated."""
+    tokens = config.per_device_train_batch_size * config.block_size
+    memory = _estimate(config, sizes, num_parameters)
+    log(
+        f"memory, about: {memory.total_bytes / 2**30:.2f} GiB per device "
+        f"({memory.state_bytes / 2**30:.2f} weights, gradients and optimizer, "
+        f"{memory.activation_bytes / 2**30:.2f} activations of {tokens:,} tokens, {memory.head_bytes / 2**30:.2f} head)"
+    )
+
+
+def fit_micro_batch(
+    config: StudentConfig, sizes: GPTConfig, num_parameters: int, batch_tokens: int | str | None
+) -> StudentConfig:
+    """Choose the largest micro-batch within a limit; accumulation makes up for it, so that no step changes.
+
+    Args:
+        config: says how many blocks each process has per step, as micro-batch times accumulation.
+        sizes, num_parameters: the student's.
+        batch_tokens: most tokens of a micro-batch; `auto` for what the estimate says fits the free memory of every
+            process; None leaves the config as it is.
+
+    Raises:
+        ConfigError: not even one block fits.
+    """
+    if batch_tokens is None:
+        return config
+    blocks = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    free_bytes = smallest(free_memory())
+    for size in (size for size in range(blocks, 0, -1) if blocks % size == 0):
+        fitted = dataclasses.replace(
+            config, per_device_train_batch_size=size, gradient_accumulation_steps=blocks // size
+        )
+        if batch_tokens == "auto":
+            needed, limit = _estimate(fitted, sizes, num_parameters).total_bytes, int(free_bytes * USABLE)
+        else:
+            needed, limit = size * config.block_size, int(batch_tokens)
+        if needed <= limit:
+            log(f"micro-batches of {size} x {config.block_size} tokens, {blocks // size} per step and process")
+            return fitted
+    unit = "bytes of memory" if batch_tokens == "auto" else "tokens"
+    raise ConfigError(
+        "not even one block fits into a micro-batch",
+        where="--batch-tokens",
+        expected=f"at most {limit:,} {unit}",
+        got=f"{needed:,}",
+        fix="a smaller block_size or preset, or gradient_checkpointing=true",
+    )
+
+
+def free_memory() -> int:
+    """Free bytes of this process's device; on a processor its share of the main memory that is available."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # in a container; "max" where it has no limit of its own
+        cgroup = Path("/sys/fs/cgroup")
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _estimate(config: StudentConfig, sizes: GPTConfig, num_parameters: int) -> MemoryEstimate:
+    return estimate_memory(
+        sizes,
+        num_parameters,
+        config.per_device_train_batch_size * config.block_size,
+        bf16=config.bf16,
+        recomputed=config.training.get("gradient_checkpointing", False),
     )

@@ -1,5 +1,6 @@
 """One training run: from caches and a config to a run folder."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from shared import tracking
+from shared.cache.claim import Claim
 from shared.cache.identity import require_same
 from shared.cache.reader import DECODED_BYTES, Cache
 from shared.config import to_dict
@@ -24,6 +27,7 @@ from shared.runtime import (
     Terminated,
     log,
     machine,
+    rank,
     read_json,
     sha256_file,
     sha256_json,
@@ -33,17 +37,29 @@ from shared.runtime import (
     write_json,
 )
 from shared.tokenizer import load_tokenizer, special_ids
-from stage2_student.checkpoint import RUN_FORMAT, RUN_VERSION, is_leftover, latest_complete, remove_incomplete
+from stage2_student.checkpoint import (
+    RUN_FORMAT,
+    RUN_VERSION,
+    is_leftover,
+    latest_complete,
+    remove_incomplete,
+    step_of,
+)
 from stage2_student.config import StudentConfig, require_labels
-from stage2_student.dataset import PackedBlocks
+from stage2_student.dataset import PackedBlocks, hold_out
 from stage2_student.fused import HeadLoss
-from stage2_student.memory import estimate_memory
+from stage2_student.memory import announce, fit_micro_batch
+from stage2_student.ranks import agree, joined
 from stage2_student.start import Start
-from stage2_student.trainer import DistillTrainer, RunRecorder, StopOnSigterm
+from stage2_student.trainer import DistillTrainer, RunRecorder, StopEarly, StopOnSigterm
 
 WEIGHTS = "model.safetensors"
 # May change between a kill and the resume without changing what is learnt.
-FREE_ON_RESUME = ("eval_steps", "save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers")
+FREE_ON_RESUME = (
+    "eval_steps", "save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",  # see BLOCKS
+)  # fmt: skip
+BLOCKS = "number of blocks per optimizer step (per_device_train_batch_size x gradient_accumulation_steps x processes)"
 
 
 def train(
@@ -54,11 +70,13 @@ def train(
     weights: Sequence[float] | None = None,
     validation_path: Path | None = None,
     init_from: Path | None = None,
+    batch_tokens: int | str | None = None,
 ) -> None:
     """Train a student on one or more caches, or continue a run that was stopped.
 
     The run folder holds the student as a transformers directory (`config.json`, `model.safetensors`, tokenizer),
     `run.json` with everything the run was made from and its final figures, `training_log.jsonl`, and `checkpoint-N/`.
+    Under torchrun all processes train one student together, and rank 0 alone writes.
 
     Args:
         config: what to train and how.
@@ -67,108 +85,43 @@ def train(
         weights: one per cache, the shares of rows that come from each; None takes every document once per epoch.
         validation_path: a cache of held-out documents, of the same label identity.
         init_from: a directory of weights to start from (see `Start`); None draws them from the seed.
+        batch_tokens: most tokens of a micro-batch, or `auto` for what memory allows; see `fit_micro_batch`.
 
     Raises:
-        ResumeError: the folder holds another run.
-        ConfigError: a cache is given twice, the caches lack the labels that the loss needs, or the weights to start
-            from do not fit.
+        ResumeError: the folder holds another run, or another process trains in it.
+        ConfigError: a cache is given twice, the caches lack the labels that the loss needs, the weights to start from
+            do not fit, or under torchrun the processes do not come together.
         CacheMismatchError: the temperature is off the caches' grid, or the caches are not all one teacher's.
         NonFiniteLossError: the loss is NaN or infinite.
+        PeerEndedError: another process of the run has ended.
         Terminated: SIGTERM came; a checkpoint was saved.
     """
-    task = check(config, cache_paths, out, weights, validation_path, init_from)
-    if task.is_done(out):
-        log(f"{out} is up to date")
-        return
-    caches, validation, record, earlier = task.caches, task.validation, task.record, task.earlier
-    if earlier and earlier["state"] == "finished":
-        log(f"{out / WEIGHTS} is missing or damaged; it is made again")
-    arguments = _training_arguments(config, out, has_validation=validation is not None)
-    out.mkdir(parents=True, exist_ok=True)
-    remove_incomplete(out)
-    checkpoint = latest_complete(out)
-
-    set_seed(config.seed)
-    sizes = task.sizes
-    with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
-    _announce_memory(config, sizes, num_parameters)
-    model = GPT(sizes)
-    if task.start:
-        task.start.load_into(model)
-    model.head_loss = head_loss = HeadLoss(config)
-    record |= {"initial_weights_sha256": _weights_digest(model), "parameters": num_parameters}
-
-    blocks = PackedBlocks(
-        caches,
-        weights=weights,
-        block_size=config.block_size,
-        seed=config.seed,
-        num_epochs=1 if config.max_steps > 0 else config.num_train_epochs,
-        min_blocks=max(config.max_steps, 0) * _blocks_per_step(config),
-        temperature=config.temperature if config.alpha > 0 else None,
-        with_samples=config.uses_samples,
-        all_targets=config.targets == "all",
-    )
-    waste = 1 - blocks.num_rows * blocks.num_epochs / (len(blocks) * config.block_size)
-    log(
-        f"student {config.preset}: {num_parameters:,} parameters; {blocks.num_rows:,} rows x {blocks.num_epochs} "
-        f"epochs in {len(blocks):,} blocks of {config.block_size} ({waste:.1%} padding)"
-    )
-    record["data"] = {
-        "rows_per_epoch": blocks.num_rows,
-        "epochs": blocks.num_epochs,
-        "blocks": len(blocks),
-        "padding": waste,
-    }
-
-    run_id = earlier["wandb_run_id"] if earlier else None
-    with tracking.start("train", name=out.name, config=record, directory=out.parent, run_id=run_id) as run:
-        record["wandb_run_id"] = run.id
-        write_json(out / "run.json", record | {"state": "running"})
-        arguments.report_to = ["wandb"] if run.active else []
-        tokens_per_step = blocks.num_rows * blocks.num_epochs / len(blocks) * _blocks_per_step(config)
-        recorder = RunRecorder(out, save_total_limit=config.save_total_limit, tokens_per_step=tokens_per_step)
-        stop = StopOnSigterm()
-        trainer = DistillTrainer(
-            model=model,
-            args=arguments,
-            head_loss=head_loss,
-            train_dataset=blocks,
-            eval_dataset=validation
-            and PackedBlocks(
-                [validation],
-                block_size=config.block_size,
-                seed=0,
-                temperature=config.temperature,
-                with_samples=config.uses_samples,
-            ),
-            callbacks=[recorder, stop],
-        )
-        trainer.remove_callback(PrinterCallback)
-        if checkpoint:
-            log(f"continuing from {checkpoint}")
-            trainer.restore_window(checkpoint)
-        start = time.monotonic()
-        with stop:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if stop.requested:
-            raise Terminated
-        seconds = time.monotonic() - start
-        metrics = trainer.final_evaluation() if validation else {}
-        record["metrics"] = metrics | {"steps": trainer.state.global_step, "seconds_since_start_or_resume": seconds}
-        run.summary(record["metrics"])
-    if trainer.is_world_process_zero():
-        _write_student(model, sizes, caches[0], out)
-        write_json(out / "run.json", record | {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)})
-        log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
+    with joined(), contextlib.ExitStack() as held:
+        task = None
+        if rank() == 0:  # alone it looks at everything first, and says what is wrong
+            task = check(config, cache_paths, out, weights, validation_path, init_from)
+            if not task.is_done(out):
+                out.mkdir(parents=True, exist_ok=True)
+                held.callback(Claim(out, "training in this folder").release)
+                task = check(
+                    config, cache_paths, out, weights, validation_path, init_from
+                )  # nobody can change it any more
+        (goes_on,) = agree([task is not None and not task.is_done(out)])
+        if not goes_on:
+            log(f"{out} is up to date")
+            return
+        if task is None:
+            task = check(config, cache_paths, out, weights, validation_path, init_from)
+        _train(task, out, batch_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """What is to be trained, checked, and the `run.json` of an earlier start."""
 
+    config: StudentConfig
     caches: Sequence[Cache]
+    weights: Sequence[float] | None
     validation: Cache | None
     sizes: GPTConfig
     start: Start | None
@@ -197,6 +150,14 @@ def check(
     """
     if len({path.resolve() for path in cache_paths}) < len(cache_paths):
         raise ConfigError("a cache is given twice", where="--cache", got=", ".join(map(str, cache_paths)))
+    if validation_path and config.validation_fraction:
+        raise ConfigError("held-out documents are given twice", where="--validation, validation_fraction")
+    if config.early_stopping_patience and not (config.eval_steps and (validation_path or config.validation_fraction)):
+        raise ConfigError(
+            "stopping early needs evaluations",
+            where="early_stopping_patience",
+            fix="eval_steps above 0, and --validation or validation_fraction",
+        )
     caches = [Cache(path, decoded_bytes=DECODED_BYTES // len(cache_paths)) for path in cache_paths]
     validation = Cache(validation_path) if validation_path else None
     record = _describe(config, caches, weights, validation)
@@ -204,18 +165,121 @@ def check(
     start = Start(init_from, sizes, caches[0]) if init_from else None
     record["init_from"] = start and start.describe()
     earlier = _earlier_run(out, record)
-    _training_arguments(config, out, has_validation=validation is not None)  # what transformers refuses, it says now
-    return Task(caches=caches, validation=validation, sizes=sizes, start=start, record=record, earlier=earlier)
+    has_validation = validation is not None or config.validation_fraction > 0
+    _training_arguments(config, out, has_validation=has_validation)  # so that transformers says now what it refuses
+    return Task(config=config, caches=caches, weights=weights, validation=validation, sizes=sizes, start=start,
+                record=record, earlier=earlier)  # fmt: skip
 
 
-def _announce_memory(config: StudentConfig, sizes: GPTConfig, num_parameters: int) -> None:
-    """Say what training will take, before it is allocated."""
-    tokens = config.per_device_train_batch_size * config.block_size
-    memory = estimate_memory(sizes, num_parameters, tokens, bf16=config.bf16)
+def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
+    caches, record, earlier = task.caches, task.record, task.earlier
+    if earlier and earlier["state"] == "finished":
+        log(f"{out / WEIGHTS} is missing or damaged; it is made again")
+    newest = None
+    if rank() == 0:
+        remove_incomplete(out)
+        newest = latest_complete(out)
+    (step,) = agree([-1 if newest is None else step_of(newest)])
+    checkpoint = None if step < 0 else out / f"checkpoint-{step}"
+
+    set_seed(task.config.seed)
+    sizes = task.sizes
+    with torch.device("meta"):
+        num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
+    config = fit_micro_batch(task.config, sizes, num_parameters, batch_tokens)
+    announce(config, sizes, num_parameters)
+    model = GPT(sizes)
+    if task.start:
+        task.start.load_into(model)
+    model.head_loss = head_loss = HeadLoss(config)
+    record |= {
+        "config": to_dict(config),
+        "initial_weights_sha256": _weights_digest(model),
+        "parameters": num_parameters,
+    }
+
+    blocks, held_out_blocks = _data(task, config)
+    arguments = _training_arguments(config, out, has_validation=held_out_blocks is not None)
+    waste = 1 - blocks.num_rows * blocks.num_epochs / (blocks.num_blocks * config.block_size)
     log(
-        f"memory, about: {memory.total_bytes / 2**30:.2f} GiB per device "
-        f"({memory.state_bytes / 2**30:.2f} weights, gradients and optimizer, "
-        f"{memory.activation_bytes / 2**30:.2f} activations of {tokens:,} tokens, {memory.head_bytes / 2**30:.2f} head)"
+        f"student {config.preset}: {num_parameters:,} parameters; {blocks.num_rows:,} rows x {blocks.num_epochs:.4g} "
+        f"epochs in {blocks.num_blocks:,} blocks of {config.block_size} ({waste:.1%} padding)"
+    )
+    record["data"] = {
+        "rows_per_epoch": blocks.num_rows,
+        "epochs": blocks.num_epochs,
+        "blocks": blocks.num_blocks,
+        "padding": waste,
+    }
+
+    run_id = earlier["wandb_run_id"] if earlier else None
+    with tracking.start("train", name=out.name, config=record, directory=out.parent, run_id=run_id) as run:
+        record["wandb_run_id"] = run.id
+        if rank() == 0:
+            write_json(out / "run.json", record | {"state": "running"})
+        arguments.report_to = ["wandb"] if run.active else []
+        tokens_per_step = blocks.num_rows * blocks.num_epochs / blocks.num_blocks * _blocks_per_step(config)
+        recorder = RunRecorder(out, save_total_limit=config.save_total_limit, tokens_per_step=tokens_per_step)
+        stop, early = StopOnSigterm(), StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
+        trainer = DistillTrainer(
+            model=model,
+            args=arguments,
+            head_loss=head_loss,
+            train_dataset=blocks,
+            eval_dataset=held_out_blocks,
+            callbacks=[recorder, early, stop],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if checkpoint:
+            log(f"continuing from {checkpoint}")
+            trainer.restore_window(checkpoint)
+        start = time.monotonic()
+        with stop:
+            if checkpoint and early.is_due(read_json(checkpoint / TRAINER_STATE_NAME)["log_history"]):
+                trainer.take_up(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.requested:
+            raise Terminated
+        seconds = time.monotonic() - start
+        metrics = trainer.final_evaluation() if held_out_blocks else {}
+        record["metrics"] = metrics | {"steps": trainer.state.global_step, "seconds_since_start_or_resume": seconds}
+        run.summary(record["metrics"])
+    if rank() == 0:
+        _write_student(model, sizes, caches[0], out)
+        write_json(out / "run.json", record | {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)})
+        log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
+    agree([0])  # the claim holds until all are here
+
+
+def _data(task: Task, config: StudentConfig) -> tuple[PackedBlocks, PackedBlocks | None]:
+    """Training blocks and held-out blocks; every step and rank has equally many."""
+    held_out = None
+    if config.validation_fraction:
+        held_out = [hold_out(cache, config.validation_fraction, config.seed) for cache in task.caches]
+    blocks = PackedBlocks(
+        task.caches,
+        weights=task.weights,
+        held_out=held_out,
+        block_size=config.block_size,
+        seed=config.seed,
+        num_epochs=config.num_train_epochs,
+        num_blocks=config.max_steps * _blocks_per_step(config) if config.max_steps > 0 else None,
+        multiple=_blocks_per_step(config),
+        temperature=config.temperature if config.alpha > 0 else None,
+        with_samples=config.uses_samples,
+        all_targets=config.targets == "all",
+    )
+    if task.validation is None and held_out is None:
+        return blocks, None
+    return blocks, PackedBlocks(
+        task.caches if task.validation is None else [task.validation],
+        held_out=None if task.validation else [~mask for mask in held_out or ()],
+        block_size=config.block_size,
+        seed=0,
+        multiple=config.per_device_eval_batch_size * world_size(),
+        temperature=config.temperature,
+        with_samples=config.uses_samples,
     )
 
 
@@ -284,6 +348,9 @@ def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
             "cache.shards": sha256_json([cache["shards"] for cache in r["caches"]]),
             "cache.weight": [cache["weight"] for cache in r["caches"]],
             "init_from": (r.get("init_from") or {}).get("weights_sha256"),
+            BLOCKS: r["world_size"]
+            * r["config"]["per_device_train_batch_size"]
+            * r["config"]["gradient_accumulation_steps"],
         }
         for r in (record, earlier)
     )
@@ -312,6 +379,8 @@ def _training_arguments(config: StudentConfig, out: Path, *, has_validation: boo
         **{name: getattr(config, name) for name in same},
         num_train_epochs=1,  # the data set holds all epochs
         eval_strategy="steps" if has_validation and config.eval_steps > 0 else "no",
+        logging_nan_inf_filter=False,  # it waits for the device after each micro-batch; what is not finite is refused
+        ddp_find_unused_parameters=False,
         eval_steps=config.eval_steps or None,
         save_strategy="steps" if config.save_steps > 0 else "no",
         save_steps=config.save_steps or 500,

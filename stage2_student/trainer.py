@@ -1,6 +1,7 @@
 """HF `Trainer` with the few things distillation needs: exact order, exact averages, sealed checkpoints, a JSONL log."""
 
 import json
+import math
 import signal
 import time
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
-from shared.errors import NonFiniteLossError
+from shared.errors import NonFiniteLossError, PeerEndedError
 from shared.model.gpt import IGNORE
-from shared.runtime import log, read_json, write_bytes, write_json
+from shared.runtime import log, rank, read_json, world_size, write_bytes, write_json
 from stage2_student.checkpoint import rotate, seal
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
+from stage2_student.ranks import gathered, on_any, summed
 
 WINDOW = "window.json"  # in a checkpoint: the loss sums since the last log
 
@@ -30,7 +33,9 @@ class DistillTrainer(Trainer):
     def __init__(self, *args: Any, head_loss: HeadLoss, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_loss = head_loss
+        self._step: list[Tensor] = []  # loss, kd, ce, targets of each micro-batch since the last step
         self._window = torch.zeros(3, dtype=torch.float64)  # kd, ce, targets since the last log
+        self.add_callback(_CheckBeforeStep(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
@@ -42,18 +47,47 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss, refused where it is not finite; its two terms are kept for the log."""
+        """The model's own loss; it and its terms are kept on the device until the step."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                "the loss is not finite; no step was taken with it",
-                where=f"step {self.state.global_step + 1}",
-                got=loss.item(),
-                fix="a lower learning_rate, or bf16=false",
-            )
-        if model.training:
-            self._window += _sums(outputs, inputs)
+        self._step.append(torch.cat((loss.detach()[None], _sums(outputs, inputs))))
         return (loss, outputs) if return_outputs else loss
+
+    def check_step(self) -> None:
+        """Called with all gradients of a step, before it is taken: refuse it where a loss or gradient is not finite.
+
+        One look at the device per step, where one per micro-batch would let it wait.
+
+        Raises:
+            NonFiniteLossError: naming the documents of the micro-batches at fault, all of them where it is a gradient.
+            PeerEndedError: the same, on all ranks but the first.
+        """
+        rows = torch.stack(self._step).double().cpu()
+        self._step.clear()
+        self._window += rows[:, 1:].sum(0)
+        wrong = (~rows[:, 0].isfinite()).nonzero().flatten().tolist()
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]  # type: ignore[union-attr]
+        # Under float16 a gradient may overflow: the scaler then leaves the step out.
+        if not wrong and self.accelerator.scaler is None and not torch.nn.utils.get_total_norm(gradients).isfinite():
+            wrong = list(range(len(rows)))
+        if not on_any(bool(wrong)):
+            return
+        documents = gathered([name for number in wrong for name in self._documents(number)])
+        step = self.state.global_step + 1
+        if rank() != 0:
+            raise PeerEndedError("the loss is not finite; rank 0 says where", where=f"step {step}")
+        raise NonFiniteLossError(
+            "the loss or its gradient is not finite; no step was taken with it",
+            where=f"step {step}, documents {', '.join(documents)}",
+            got=f"losses {', '.join(f'{value:g}' for value in rows[wrong, 0].tolist())}" if wrong else None,
+            fix="a lower learning_rate, or bf16=false",
+        )
+
+    def _documents(self, number: int) -> list[str]:
+        """The documents of one of this rank's micro-batches of the step in hand."""
+        size = self.args.per_device_train_batch_size
+        first = self.state.global_step * self.args.gradient_accumulation_steps + number
+        start = (first * world_size() + rank()) * size
+        return [name for index in range(start, start + size) for name in self.train_dataset.documents(index)]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The window's averages per target, and epochs counted as the data set does."""
@@ -72,9 +106,16 @@ class DistillTrainer(Trainer):
         if self.is_world_process_zero():
             self._window = torch.tensor(read_json(checkpoint / WINDOW), dtype=torch.float64)
 
+    def take_up(self, checkpoint: Path) -> None:
+        """Be where training was when a checkpoint that it ended with was saved."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        window = self._gathered(self._window)
+        window = summed(self._window).tolist()  # after this, what the other ranks have written is there too
         if self.is_world_process_zero():
             write_json(Path(self.args.output_dir or "", f"checkpoint-{self.state.global_step}", WINDOW), window)
 
@@ -87,36 +128,44 @@ class DistillTrainer(Trainer):
             for batch in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(batch)
                 with self.accelerator.autocast():
-                    sums += _sums(model(**inputs), inputs)
+                    sums += _sums(model(**inputs), inputs).double().cpu()
         model.train()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages(sums, with_kd=True).items()}
+        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
+            raise NonFiniteLossError("the held-out loss is not finite", where=f"step {self.state.global_step}")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def final_evaluation(self) -> dict[str, float]:
-        """The metrics at the last step, which may have been taken already."""
+        """The metrics at the step whose weights are kept, which may have been taken already."""
+        keeps_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        step = self.state.best_global_step if keeps_best else self.state.global_step
         for record in self.state.log_history:
-            if record["step"] == self.state.global_step and "eval_loss" in record:
+            if record["step"] == step and "eval_loss" in record:
                 return {key: value for key, value in record.items() if key.startswith("eval_")}
         return {key: value for key, value in self.evaluate().items() if key != "epoch"}
 
     def _averages(self, sums: Tensor, *, with_kd: bool) -> dict[str, float]:
         """Loss and its terms in nats per target over all ranks; no `kd` where no soft labels were read."""
-        kd, ce, targets = self._gathered(sums)
+        kd, ce, targets = summed(sums).tolist()
         kd, ce = kd / max(targets, 1), ce / max(targets, 1)
         loss = self._head_loss.combine(kd, ce)
         return {"loss": loss, "kd": kd, "ce": ce} if with_kd else {"loss": loss, "ce": ce}
 
-    def _gathered(self, sums: Tensor) -> list[float]:
-        if self.args.world_size == 1:
-            return sums.tolist()
-        return self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
-
 
 def _sums(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    """kd, ce and the number of targets of a batch, float32 [3] on its device."""
     targets = (inputs["labels"] != IGNORE).sum()
-    return torch.stack((outputs["kd"].detach(), outputs["ce"].detach(), targets)).double().cpu()
+    return torch.stack((outputs["kd"].detach(), outputs["ce"].detach(), targets)).float()
+
+
+class _CheckBeforeStep(TrainerCallback):
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.trainer.check_step()
 
 
 class RunRecorder(TrainerCallback):
@@ -161,7 +210,7 @@ class RunRecorder(TrainerCallback):
         """The marker goes last; only then may older checkpoints go."""
         if state.is_world_process_zero:
             seal(self.run / f"checkpoint-{state.global_step}")
-            rotate(self.run, self.save_total_limit)
+            rotate(self.run, self.save_total_limit, state.best_model_checkpoint)
 
 
 def _log_line(record: dict[str, Any]) -> str:
@@ -169,11 +218,41 @@ def _log_line(record: dict[str, Any]) -> str:
     return json.dumps({"step": record["step"], **ordered}, allow_nan=False) + "\n"
 
 
+class StopEarly(TrainerCallback):
+    """Ends training where the held-out loss no longer falls.
+
+    What it decides follows from the log alone, which a checkpoint holds, so a resume decides the same.
+
+    Args:
+        patience: so many evaluations in a row without a better loss end training; 0 never does.
+        threshold: how much lower a loss must be to be better.
+    """
+
+    def __init__(self, patience: int, threshold: float) -> None:
+        self.patience, self.threshold = patience, threshold
+
+    def is_due(self, log_history: list[dict[str, float]]) -> bool:
+        """Whether training ends with the last evaluation that was logged."""
+        best, waited = math.inf, 0
+        for loss in (record["eval_loss"] for record in log_history if "eval_loss" in record):
+            best, waited = (loss, 0) if best - loss > self.threshold else (best, waited + 1)
+        return 0 < self.patience <= waited
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop here if it is due."""
+        if self.is_due(state.log_history):
+            log(f"step {state.global_step:,}: stopped early, {self.patience} evaluations without a better eval_loss")
+            control.should_training_stop = True
+
+
 class StopOnSigterm(TrainerCallback):
-    """While entered, SIGTERM ends training after the step or evaluation in hand, with a checkpoint.
+    """While entered, SIGTERM ends training after the step or evaluation in hand, with a checkpoint, on all ranks.
+
+    Data loader workers inherit the handler and so outlive a signal to the whole process group: the step in hand needs
+    them, and they end with it.
 
     Attributes:
-        requested: whether the signal has come.
+        requested: whether the signal has come, to any rank.
     """
 
     requested = False
@@ -191,7 +270,8 @@ class StopOnSigterm(TrainerCallback):
         self.requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save and stop here if the signal has come."""
+        """Save and stop here if the signal has come; all ranks call this at the same step."""
+        self.requested = on_any(self.requested)
         if self.requested:
             control.should_save = control.should_training_stop = True
 

@@ -22,12 +22,16 @@ class Claim:
 
     A claim whose process on this host is dead does not block; any other lapses after 60 s without refresh.
 
+    Args:
+        directory: exists.
+        work: what is done there, as the refusal of another process says it.
+
     Raises:
         ResumeError: another live process holds the directory.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / CLAIM
+    def __init__(self, directory: Path, work: str = "building this cache") -> None:
+        self.path, self._work = directory / CLAIM, work
         self._text = json.dumps({"pid": os.getpid(), "host": platform.node(), "token": uuid.uuid4().hex})
         while not self._create():
             self._remove_dead()
@@ -75,7 +79,7 @@ class Claim:
         if text and not is_dead(self.path):
             holder = _parse(text)
             raise ResumeError(
-                "another process is building this cache",
+                f"another process is {self._work}",
                 where=self.path.parent,
                 got=f"process {holder.get('pid')} on {holder.get('host')}",
                 fix=f"wait for it to end; a process that is gone is forgotten after {LAPSE_SECONDS:.0f} s",

@@ -16,9 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
 from shared.errors import ConfigError
+
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # not in every build of torch; packed blocks are masked instead
+    varlen = None  # type: ignore[assignment]
 
 IGNORE = -100  # a position without a training target
 # (hidden_NH, weight_VH, labels_N, **batch) → outputs with at least "loss"
@@ -161,6 +167,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.recomputes = False
 
     def forward(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
         """Return the final hidden states [B, T, H]."""
@@ -168,7 +175,10 @@ class Backbone(nn.Module):
         rotation = rotary_angles(position_ids_BT, self.sizes)
         x_BTH = self.embed_tokens(input_ids_BT)
         for layer in self.layers:
-            x_BTH = layer(x_BTH, rotation, documents)
+            if self.recomputes and torch.is_grad_enabled():
+                x_BTH = checkpoint(layer, x_BTH, rotation, documents, use_reentrant=False)
+            else:
+                x_BTH = layer(x_BTH, rotation, documents)
         return self.norm(x_BTH)  # type: ignore[no-any-return]
 
 
@@ -200,6 +210,12 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=self.sizes.initializer_range)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
+
+    def activation_checkpointing_enable(self, **_: Any) -> None:
+        """Keep the layers' inputs for the backward pass, which computes the rest again; HF `Trainer` calls it."""
+        self.model.recomputes = True
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.2x
 
     def forward(
         self,
@@ -240,35 +256,39 @@ def cross_entropy(
 
 
 class Documents:
-    """Where documents begin in a batch of packed rows, and attention that stays inside them."""
+    """Where documents begin in a batch of packed rows, and attention that stays inside them.
 
+    Which way is the fastest depends on the device: on a processor a loop over documents; on CUDA in half precision one
+    kernel for sequences of any length; otherwise a mask over the block.
+    """
+
+    @torch.compiler.disable  # its shapes depend on the data
     def __init__(self, position_ids_BT: Tensor) -> None:
         starts_BT = position_ids_BT == 0
         starts_BT[:, 0] = True
         self.one_per_row = bool(starts_BT.sum() == starts_BT.shape[0])
-        self.mask_B1TT: Tensor | None = None
-        self.lengths: list[int] = []
+        self.starts_BT = starts_BT
         if self.one_per_row:
             return
-        if position_ids_BT.device.type == "cpu":
-            bounds = starts_BT.flatten().nonzero().flatten().tolist()
-            self.lengths = [stop - start for start, stop in zip(bounds, [*bounds[1:], starts_BT.numel()], strict=True)]
-        else:
-            document_BT = starts_BT.cumsum(1)
-            same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-            self.mask_B1TT = same_BTT.tril()[:, None]
+        bounds = starts_BT.flatten().nonzero().flatten()
+        self.bounds = F.pad(bounds, (0, 1), value=starts_BT.numel()).to(torch.int32)
+        self.lengths: list[int] = self.bounds.diff().tolist() if position_ids_BT.device.type == "cpu" else []
 
     def attend(self, q_BATD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
-        """Causal scaled dot-product attention within documents; returns [B, A, T, D].
-
-        On a processor a loop over documents is several times faster than a mask over the block.
-        """
+        """Causal scaled dot-product attention within documents; returns [B, A, T, D]."""
         groups = q_BATD.shape[1] // k_BGTD.shape[1]
         k_BATD, v_BATD = k_BGTD.repeat_interleave(groups, dim=1), v_BGTD.repeat_interleave(groups, dim=1)
         if self.one_per_row:
             return F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, is_causal=True)
-        if self.mask_B1TT is not None:
-            return F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, attn_mask=self.mask_B1TT)
+        if q_BATD.device.type == "cpu":
+            return self.attend_in_turn(q_BATD, k_BATD, v_BATD)  # type: ignore[no-any-return]
+        if q_BATD.device.type == "cuda" and v_BATD.dtype in (torch.float16, torch.bfloat16) and varlen is not None:
+            return self.attend_varlen(q_BATD, k_BATD, v_BATD)
+        return self.attend_masked(q_BATD, k_BATD, v_BATD)
+
+    @torch.compiler.disable
+    def attend_in_turn(self, q_BATD: Tensor, k_BATD: Tensor, v_BATD: Tensor) -> Tensor:
+        """Attend in one document after another."""
         B, A, T, D = q_BATD.shape
         pieces = [
             tensor.transpose(0, 1).reshape(1, A, B * T, D).split(self.lengths, dim=2)
@@ -276,6 +296,20 @@ class Documents:
         ]
         attended = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in zip(*pieces, strict=True)]
         return torch.cat(attended, dim=2).view(A, B, T, D).transpose(0, 1)
+
+    def attend_varlen(self, q_BATD: Tensor, k_BATD: Tensor, v_BATD: Tensor) -> Tensor:
+        """Attend with the kernel for sequences of any length; bfloat16 or float16 on CUDA alone."""
+        B, A, T, D = q_BATD.shape
+        q_NAD, k_NAD, v_NAD = (tensor.transpose(1, 2).reshape(B * T, A, D) for tensor in (q_BATD, k_BATD, v_BATD))
+        y_NAD = varlen.varlen_attn(q_NAD, k_NAD, v_NAD, self.bounds, self.bounds, T, T, window_size=(-1, 0))
+        assert isinstance(y_NAD, Tensor)  # alone, unless more is asked for
+        return y_NAD.view(B, T, A, D).transpose(1, 2)
+
+    def attend_masked(self, q_BATD: Tensor, k_BATD: Tensor, v_BATD: Tensor) -> Tensor:
+        """Attend everywhere, with what lies in other documents masked."""
+        document_BT = self.starts_BT.cumsum(1)
+        mask_B1TT = (document_BT[:, None, :, None] == document_BT[:, None, None, :]).tril()
+        return F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, attn_mask=mask_B1TT)
 
 
 def rotary_angles(position_ids_BT: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:

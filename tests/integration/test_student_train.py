@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from student_cache import VOCABULARY, make_cache
 
 from shared.errors import DistillError
+from stage2_student.checkpoint import seal
 from stage2_student.cli import student
 
 # Most runs are processes of their own. What needs neither signals nor equal bits runs in this one, which saves imports.
@@ -191,6 +193,91 @@ def test_a_checkpoint_without_its_marker_is_removed_and_the_one_before_used(fini
     same_student(finished, out)
 
 
+def test_a_loss_that_is_not_finite_names_its_documents(caches, tmp_path, monkeypatch):
+    """Weights that become NaN after the third step, of four micro-batches in two steps."""
+    from shared.cache.reader import Cache
+    from stage2_student.dataset import PackedBlocks
+    from stage2_student.trainer import RunRecorder
+
+    def spoil(self, args, state, control, model=None, **_):
+        if state.global_step == 3:
+            with torch.no_grad():
+                model.model.norm.bias[0] = float("nan")
+
+    monkeypatch.setattr(RunRecorder, "on_step_begin", spoil)
+    out = tmp_path / "run"
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 1}
+    line = refused(arguments(caches / "train", out, **sizes))
+    blocks = PackedBlocks([Cache(caches / "train")], block_size=48, seed=0, num_blocks=24, temperature=None)
+    names = [name for index in (6, 7) for name in blocks.documents(index)]
+    assert f"where: step 4, documents {', '.join(names)}; got: losses nan, nan" in line
+    assert sorted(path.parent.name for path in out.glob("*/COMPLETE")) == ["checkpoint-2", "checkpoint-3"]
+    assert not (out / "claim.json").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_refused_too(caches, tmp_path, monkeypatch):
+    from stage2_student.trainer import DistillTrainer
+
+    def overflow(self, *args, _step=DistillTrainer.training_step, **kwargs):
+        loss = _step(self, *args, **kwargs)
+        self.model.model.norm.bias.grad[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(DistillTrainer, "training_step", overflow)
+    line = refused(arguments(caches / "train", tmp_path / "run"))
+    assert "its gradient is not finite" in line
+    assert "where: step 1, documents " in line
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(caches, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "claim.json").write_text(json.dumps({"pid": os.getpid(), "host": platform.node(), "token": "x"}))
+    line = refused(arguments(caches / "train", out))
+    assert f"another process is training in this folder; where: {out}; got: process {os.getpid()}" in line
+    assert [path.name for path in out.iterdir()] == ["claim.json"]
+
+
+def test_training_stops_early_and_keeps_the_best_student(caches, tmp_path):
+    """A learning rate that is too high: held-out loss falls, then grows. Held out are documents of the cache itself."""
+    out = tmp_path / "run"
+    options = {
+        "early_stopping_patience": 2, "load_best_model_at_end": True, "validation_fraction": 0.3, "learning_rate": 0.05,
+        "max_steps": 60, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "lr_scheduler_type": "constant",
+        "gradient_checkpointing": True,
+    }  # fmt: skip
+    command = [*arguments(caches / "train", out, **options), "--batch-tokens", "48"]
+    assert run_here(command) is None
+    record = json.loads((out / "run.json").read_text())
+    losses = {line["step"]: line["eval_loss"] for line in log_of(out) if "eval_loss" in line}
+    best, last = min(losses, key=losses.get), max(losses)
+    assert last == best + 2 == record["metrics"]["steps"] < 60
+    assert record["metrics"]["eval_loss"] == losses[best]
+    kept = load_file(out / f"checkpoint-{best}" / "model.safetensors")
+    ours = load_file(out / "model.safetensors")
+    assert all(torch.equal(kept[name], ours[name]) for name in ours)
+    assert record["config"]["gradient_accumulation_steps"] == 2
+
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").unlink()
+    assert run_here(command) is None  # from a checkpoint at which training had stopped
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert json.loads((out / "run.json").read_text())["metrics"]["steps"] == last
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"push_to_hub": True}, "student export RUN"),
+        ({"hub_model_id": "me/mine"}, "student export RUN"),
+        ({"auto_find_batch_size": True}, "--batch-tokens auto"),
+        ({"early_stopping_patience": 2, "eval_steps": 0}, "eval_steps above 0"),
+    ],
+)
+def test_what_cannot_be_had_says_what_can(caches, tmp_path, changes, fix):
+    assert fix in refused(arguments(caches / "train", tmp_path / "run", **changes))
+
+
 def test_a_pickle_in_a_checkpoint_is_not_run(finished, caches, tmp_path):
     out, trace = tmp_path / "run", tmp_path / "trace"
     shutil.copytree(finished, out)
@@ -203,6 +290,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(finished, caches, tmp_path):
 
     torch.save(Evil(), out / "checkpoint-12" / "optimizer.pt")
     torch.save(Evil(), out / "checkpoint-12" / "training_args.bin")
+    seal(out / "checkpoint-12")
     assert "Weights only load failed" in str(run_here(arguments(caches / "train", out, caches / "validation")))
     assert not trace.exists()
 

@@ -1,6 +1,8 @@
 """Which checkpoints count."""
 
-from stage2_student.checkpoint import MARKER, checkpoints, latest_complete, remove_incomplete, rotate, seal
+import pytest
+
+from stage2_student.checkpoint import MARKER, checkpoints, damage, latest_complete, remove_incomplete, rotate, seal
 
 
 def make(run, *steps, complete=True):
@@ -55,3 +57,35 @@ def test_rotation_killed_half_way_leaves_nothing_that_counts(tmp_path, monkeypat
     rotate(tmp_path, 1)
     assert seen == [False]
     assert latest_complete(tmp_path) == tmp_path / "checkpoint-20"
+
+
+def test_the_best_checkpoint_outlives_rotation(tmp_path):
+    make(tmp_path, 10, 20, 30)
+    rotate(tmp_path, 1, best=str(tmp_path / "checkpoint-10"))
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-30"]
+
+
+def flip(path):
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda folder: flip(folder / "model.safetensors"), "model.safetensors is not what was saved"),
+        (lambda folder: (folder / "deep/state").write_bytes(b"stat"), "deep/state is not what was saved"),
+        (lambda folder: (folder / "deep/state").unlink(), "deep/state is missing"),
+        (lambda folder: (folder / "optimizer.pt").write_bytes(b""), "optimizer.pt was not there when it was saved"),
+        (lambda folder: (folder / MARKER).write_bytes(b""), "not valid JSON"),
+        (lambda folder: (folder / MARKER).write_text("[]"), "names no files"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys, harm, words):
+    make(tmp_path, 10, 20)
+    assert damage(tmp_path / "checkpoint-20") is None
+    harm(tmp_path / "checkpoint-20")
+    assert latest_complete(tmp_path) == tmp_path / "checkpoint-10"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'checkpoint-20'} is damaged and removed: ")
+    assert words in line
+    assert names(tmp_path) == ["checkpoint-10"]

@@ -1,5 +1,6 @@
 """Packed blocks hold exactly what the cache holds."""
 
+import math
 import pickle
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 from shared.cache.reader import Cache
 from shared.errors import ConfigError
 from shared.model.gpt import IGNORE
-from stage2_student.dataset import PackedBlocks
+from stage2_student.dataset import PackedBlocks, hold_out
 from stage2_student.packing import pack
 from stage2_student.samples import sample_weights
 
@@ -87,7 +88,8 @@ def test_workers_and_pickling_change_nothing(cache):
     data = blocks_of(cache, num_epochs=2)
     loads = [
         list(DataLoader(data, batch_size=2, num_workers=0)),
-        list(DataLoader(data, batch_size=2, num_workers=2)),
+        list(DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context="spawn")),
+        list(DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork", prefetch_factor=3)),
         list(DataLoader(pickle.loads(pickle.dumps(data)), batch_size=2)),
     ]
     for other in loads[1:]:
@@ -97,9 +99,44 @@ def test_workers_and_pickling_change_nothing(cache):
 
 
 def test_as_many_epochs_as_the_blocks_asked_for_take(cache):
-    one = len(blocks_of(cache))
-    data = blocks_of(cache, min_blocks=one + 1)
-    assert (data.num_epochs, len(data)) == (2, one + len(pack([cache.doc_lengths], SIZE, seed=0, epoch=1)))
+    one, two = (len(pack([cache.doc_lengths], SIZE, seed=0, epoch=epoch)) for epoch in (0, 1))
+    data = blocks_of(cache, num_blocks=one + 1)
+    assert (data.num_epochs, len(data)) == (1 + 1 / two, one + 1)
+    data = blocks_of(cache, num_epochs=1.5)
+    assert (data.num_epochs, len(data)) == (1 + math.ceil(two / 2) / two, one + math.ceil(two / 2))
+    assert blocks_of(cache, num_blocks=one + two).num_epochs == 2
+
+
+def test_the_length_is_filled_up_with_blocks_that_hold_nothing(cache):
+    data = blocks_of(cache)
+    filled = blocks_of(cache, multiple=len(data) + 1)
+    assert (len(filled), filled.num_blocks, filled.num_epochs) == (len(data) + 1, len(data), 1)
+    assert all(torch.equal(filled[0][name], data[0][name]) for name in data[0])
+    empty = filled[len(data)]
+    assert (empty["labels"] == IGNORE).all()
+    assert not empty["soft_k"].any()
+    assert filled.documents(len(data)) == []
+
+
+def test_a_block_names_its_documents(cache):
+    data = blocks_of(cache)
+    (block,) = (block for block in pack([cache.doc_lengths], SIZE, seed=0, epoch=0)[:1])
+    assert data.documents(0) == [f"{cache.meta(doc).get('id', doc)} [{a}:{b}]" for doc, a, b in block]
+
+
+def test_held_out_documents_are_in_the_other_half_and_nowhere_else(cache):
+    names = [cache.meta(doc)["id"] for doc in range(cache.num_documents)]
+    out = hold_out(cache, 0.5, seed=5)
+    drawn = {name for name, held in zip(names, out, strict=True) if held}
+    assert (len(drawn), len(set(names))) == (2, 4)
+    assert [name in drawn for name in names] == out.tolist()
+    assert np.array_equal(out, hold_out(cache, 0.5, seed=5))
+    assert any(not np.array_equal(out, hold_out(cache, 0.5, seed=seed)) for seed in range(5))
+    for left_out in (out, ~out):
+        data = blocks_of(cache, held_out=[left_out])
+        seen = {doc for i in range(len(data)) for doc, _, _ in data._block(i)}
+        assert seen == {doc for doc in range(cache.num_documents) if not left_out[doc] and cache.doc_lengths[doc] > 1}
+    assert len({name for name, held in zip(names, hold_out(cache, 1e-9, seed=0), strict=True) if held}) == 1
 
 
 def test_a_cache_without_rows_is_refused(cache, tmp_path):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import GenerationConfig, Starcoder2Config, Starcoder2ForCausalLM
 
 from shared.errors import ConfigError
-from shared.model.gpt import GPT, IGNORE, PRESETS, GPTConfig
+from shared.model.gpt import GPT, IGNORE, PRESETS, Documents, GPTConfig
 
 SMALL = GPTConfig(
     vocab_size=61,
@@ -87,19 +87,44 @@ def test_logits_of_packed_rows_equal_each_document_alone():
 
 
 def test_the_mask_for_accelerators_equals_the_loop_for_processors(monkeypatch):
-    from shared.model.gpt import Documents
+    ours, _ = pair()
+    ids, positions = packed(ROWS)
+    expected = ours(ids, positions).logits
+    monkeypatch.setattr(Documents, "attend_in_turn", Documents.attend_masked)
+    torch.testing.assert_close(ours(ids, positions).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_the_kernel_for_any_length_gets_every_document_once(monkeypatch):
+    """With a stand-in for the kernel, which does to each sequence what it documents."""
+
+    def attend(q_NAD, k_NAD, v_NAD, bounds, bounds_of_keys, longest, longest_key, *, window_size):
+        assert (bounds.dtype, window_size) == (torch.int32, (-1, 0))
+        assert torch.equal(bounds, bounds_of_keys)
+        assert longest == longest_key >= bounds.diff().max()
+        pieces = zip(
+            *(tensor.transpose(0, 1).split(bounds.diff().tolist(), 1) for tensor in (q_NAD, k_NAD, v_NAD)), strict=True
+        )
+        attended = [F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces]
+        return torch.cat(attended, 1).transpose(0, 1)
 
     ours, _ = pair()
     ids, positions = packed(ROWS)
     expected = ours(ids, positions).logits
-
-    def masked(self, position_ids):
-        document = (position_ids == 0).cumsum(1)
-        self.one_per_row, self.lengths = False, []
-        self.mask_B1TT = (document[:, :, None] == document[:, None, :]).tril()[:, None]
-
-    monkeypatch.setattr(Documents, "__init__", masked)
+    monkeypatch.setattr("shared.model.gpt.varlen.varlen_attn", attend)
+    monkeypatch.setattr(Documents, "attend_in_turn", Documents.attend_varlen)
     torch.testing.assert_close(ours(ids, positions).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_recomputed_layers_have_the_same_gradients():
+    ours, _ = pair()
+    ids, positions = packed(ROWS)
+    gradients = []
+    for _ in range(2):
+        ours.zero_grad()
+        ours(ids, positions, labels=ids)["loss"].backward()
+        gradients.append([parameter.grad.clone() for parameter in ours.parameters()])
+        ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs=None)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_gradients_of_a_step_equal_transformers():

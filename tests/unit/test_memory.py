@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from shared.errors import ConfigError
 from shared.model.gpt import GPT, PRESETS
+from stage2_student import memory
 from stage2_student.config import StudentConfig
 from stage2_student.fused import CHUNK_ROWS, HeadLoss
-from stage2_student.memory import estimate_memory
+from stage2_student.memory import estimate_memory, fit_micro_batch
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -59,3 +61,36 @@ def test_state_and_head_are_exact():
     assert scratch == CHUNK_ROWS * V * 6 + V * H * 2
     assert estimate.head_bytes == scratch + V * H * (4 + 2)  # the matrix's gradient, and its bfloat16 copy
     assert estimate.total_bytes == estimate.state_bytes + estimate.activation_bytes + estimate.head_bytes
+
+
+def test_the_micro_batch_is_the_largest_divisor_that_fits(monkeypatch):
+    config = StudentConfig(preset="tiny", per_device_train_batch_size=6, gradient_accumulation_steps=4, block_size=64)
+    sizes = PRESETS["tiny"]
+
+    def fitted(batch_tokens):
+        result = fit_micro_batch(config, sizes, 1000, batch_tokens)
+        assert result.per_device_train_batch_size * result.gradient_accumulation_steps == 24
+        return result.per_device_train_batch_size
+
+    assert fit_micro_batch(config, sizes, 1000, None) is config
+    assert [fitted(tokens) for tokens in (10_000, 1536, 1535, 64 * 5, 64)] == [24, 24, 12, 4, 1]
+    with pytest.raises(ConfigError, match=r"not even one block.*at most 63 tokens; got: 64"):
+        fitted(63)
+    for size in (24, 8, 1):
+        needed = estimate_memory(sizes, 1000, size * 64, bf16=True).total_bytes
+        monkeypatch.setattr(memory, "free_memory", lambda needed=needed: int(needed / memory.USABLE) + 1)
+        assert fitted("auto") == size
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match="at most 900 bytes"):
+        fitted("auto")
+
+
+def test_recomputed_layers_keep_their_inputs_alone():
+    sizes = PRESETS["tiny"]
+    whole, recomputed = (estimate_memory(sizes, 0, 100, bf16=True, recomputed=flag) for flag in (False, True))
+    per_layer = (whole.activation_bytes - 100 * 4 * 192) / 4
+    assert recomputed.activation_bytes == per_layer + 100 * 4 * 192 * (4 + 1)
+
+
+def test_free_memory_is_some_of_the_machine():
+    assert 0 < memory.free_memory() < 1 << 45
