@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -39,6 +39,14 @@ class DistillTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As the base class has it; its workers outlive a SIGTERM."""
+        return _with_lasting_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As the base class has it; its workers outlive a SIGTERM."""
+        return _with_lasting_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices decay; biases and norms, which have one dimension, do not."""
@@ -160,6 +168,17 @@ def _sums(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
     return torch.stack((outputs["kd"].detach(), outputs["ce"].detach(), targets)).float()
 
 
+def _with_lasting_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate wraps the one that starts workers
+        each.worker_init_fn = _block_sigterm
+    return loader
+
+
+def _block_sigterm(worker: int) -> None:
+    """Batch systems signal every process at once, and the step in hand needs its workers, which end with the loader."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
 class _CheckBeforeStep(TrainerCallback):
     def __init__(self, trainer: DistillTrainer) -> None:
         self.trainer = trainer
@@ -247,9 +266,6 @@ class StopEarly(TrainerCallback):
 
 class StopOnSigterm(TrainerCallback):
     """While entered, SIGTERM ends training after the step or evaluation in hand, with a checkpoint, on all ranks.
-
-    Data loader workers inherit the handler and so outlive a signal to the whole process group: the step in hand needs
-    them, and they end with it.
 
     Attributes:
         requested: whether the signal has come, to any rank.
