@@ -138,6 +138,8 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         return names
 
     def _block(self, index: int) -> Block:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # ends iteration
         if index >= self.num_blocks:
             return ()
         epoch = int(np.searchsorted(self.first_block, index, side="right")) - 1

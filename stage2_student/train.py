@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as to_safetensors
+from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -245,8 +246,9 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
         metrics = trainer.final_evaluation() if held_out_blocks else {}
         record["metrics"] = metrics | {"steps": trainer.state.global_step, "seconds_since_start_or_resume": seconds}
         run.summary(record["metrics"])
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # gathered on all ranks where FSDP has cut them
     if rank() == 0:
-        _write_student(model, sizes, caches[0], out)
+        _write_student(weights, sizes, caches[0], out)
         write_json(out / "run.json", record | {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)})
         log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
     agree([0])  # the claim holds until all are here
@@ -403,7 +405,7 @@ def _weights_digest(model: GPT) -> str:
     return hashlib.sha256(to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()})).hexdigest()
 
 
-def _write_student(model: GPT, sizes: GPTConfig, cache: Cache, out: Path) -> None:
+def _write_student(weights: Mapping[str, Tensor], sizes: GPTConfig, cache: Cache, out: Path) -> None:
     """The run folder as a transformers directory; the weights last."""
     for file in cache.tokenizer_path.iterdir():
         shutil.copyfile(file, out / file.name)  # content alone: the cache may be read-only
@@ -411,4 +413,4 @@ def _write_student(model: GPT, sizes: GPTConfig, cache: Cache, out: Path) -> Non
     special = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
     write_json(out / "config.json", sizes.to_dict() | special | {"dtype": "float32"})
     write_json(out / "generation_config.json", special)
-    write_bytes(out / WEIGHTS, to_safetensors(model.state_dict(), metadata={"format": "pt"}))
+    write_bytes(out / WEIGHTS, to_safetensors(dict(weights), metadata={"format": "pt"}))

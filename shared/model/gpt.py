@@ -242,7 +242,7 @@ class GPT(nn.Module):
         weight_VH = self.model.embed_tokens.weight
         if labels is None:
             return CausalLMOutput(logits=F.linear(hidden_BTH, weight_VH))
-        return self._loss(hidden_BTH.flatten(0, 1), weight_VH, labels.flatten(), **batch)
+        return self._loss(hidden_BTH.flatten(0, 1), weight_VH, labels.flatten(), **batch)  # type: ignore[no-any-return]
 
     @torch.compiler.disable  # what forms its gradients by itself gains nothing from a compiler, and takes it minutes
     def _loss(self, *args: Tensor, **batch: Any) -> dict[str, Tensor]:

@@ -116,6 +116,7 @@ def test_the_length_is_filled_up_with_blocks_that_hold_nothing(cache):
     assert (empty["labels"] == IGNORE).all()
     assert not empty["soft_k"].any()
     assert filled.documents(len(data)) == []
+    assert len(list(filled)) == len(filled)
 
 
 def test_a_block_names_its_documents(cache):
