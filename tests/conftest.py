@@ -1,6 +1,11 @@
 """Tests share the helpers that lie in this folder."""
 
+import signal
+
 import pytest
+
+# A shell's background jobs ignore SIGINT, and so would the processes that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
