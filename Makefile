@@ -5,6 +5,7 @@
 #             cache-validation/, or one cache alone. Default: artifacts/<profile>
 #   TEACHER, DATASET, VALIDATION_DATASET   instead of the profile's
 #   ART       where everything is made. Default: artifacts/<profile>
+#   BENCH_DATASET   what `make bench` measures on (default: mbpp, from the Hub)
 #   RUN, SET  `make student RUN=name SET="alpha=0.5 seed=1"` trains one student under a name of its own
 #   HUMANEVAL options of `eval humaneval`, for teacher and students alike: HUMANEVAL="--limit 20"
 
@@ -31,6 +32,7 @@ endif
 
 ART := artifacts/$(PROFILE)
 VALIDATION_DATASET ?= $(DATASET)
+BENCH_DATASET ?= mbpp
 CACHE ?= $(ART)
 EVAL := $(ART)/eval
 RUNS := $(ART)/students
@@ -185,8 +187,12 @@ check: setup ## ruff, mypy, import-linter and the tests
 soak: setup ## the long fault campaigns: kills, flipped bytes, full disks (an hour or so)
 	$(BIN)/python -m pytest tests/soak --timeout 3600
 
-bench: setup ## every measurement of tests/bench, with ours, the peer or naive way, and the limit side by side
-	for script in tests/bench/bench_*.py; do $(BIN)/python $$script; done
+bench: setup ## tests/bench: ours, peer or naive way, and limit (after `make all PROFILE=demo`; BENCH_DATASET=mbpp.jsonl)
+	$(BIN)/python tests/bench/bench_cache_size.py --dataset $(BENCH_DATASET)
+	$(BIN)/python tests/bench/bench_cache_io.py
+	$(BIN)/python tests/bench/bench_capture.py --dataset $(BENCH_DATASET) --documents 40
+	$(BIN)/python tests/bench/bench_loss.py
+	$(BIN)/python tests/bench/bench_step.py
 
 clean: ## remove .venv; artifacts/ is yours to remove
 	rm -rf $(VENV)

@@ -179,7 +179,7 @@ def show_memory(path: Path, folder: Path, num_tokens: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache")
+    parser.add_argument("--cache", default="artifacts/demo/cache-train")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     shards, vocabulary = load_rows(options.cache)

@@ -119,7 +119,7 @@ def measure(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", required=True, help="a cache of at least --k entries per row")
+    parser.add_argument("--cache", default="artifacts/demo/cache-train", help="a cache of at least --k entries per row")
     parser.add_argument("--teacher", help="its teacher, a transformers directory, for online distillation")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--k", type=int, default=64)
