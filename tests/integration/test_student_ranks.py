@@ -115,7 +115,7 @@ def test_sigterm_stops_all_ranks_after_the_same_step(caches, tmp_path, who):
     step = int(checkpoint.parent.name.partition("-")[2])
     assert log_of(out)[-1]["step"] == step
     if who == "rank 1":
-        assert errors.count("exitcode  : 143") == 2, errors  # torchrun's own account
+        assert "exitcode  : 143" in errors, errors  # torchrun may end the other while it exits by itself
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.parent.iterdir()}
 
 
