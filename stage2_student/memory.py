@@ -10,10 +10,10 @@ import torch
 
 from shared.errors import ConfigError
 from shared.model.gpt import GPTConfig
+from shared.ranks import smallest
 from shared.runtime import log
 from stage2_student.config import StudentConfig
 from stage2_student.fused import CHUNK_ROWS
-from stage2_student.ranks import smallest
 
 USABLE = 0.9  # of the free memory; the rest is for the device's own needs and fragmentation
 

@@ -24,6 +24,7 @@ from shared.cache.reader import DECODED_BYTES, Cache
 from shared.config import to_dict
 from shared.errors import CacheMismatchError, ConfigError, ResumeError
 from shared.model.gpt import GPT, GPTConfig
+from shared.ranks import agree, joined
 from shared.runtime import (
     Terminated,
     log,
@@ -50,7 +51,6 @@ from stage2_student.config import StudentConfig, require_labels
 from stage2_student.dataset import PackedBlocks, hold_out
 from stage2_student.fused import HeadLoss
 from stage2_student.memory import announce, fit_micro_batch
-from stage2_student.ranks import agree, joined
 from stage2_student.start import Start
 from stage2_student.trainer import DistillTrainer, RunRecorder, StopEarly, StopOnSigterm
 

@@ -16,11 +16,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from shared.errors import NonFiniteLossError, PeerEndedError
 from shared.model.gpt import IGNORE
+from shared.ranks import gathered, on_any, summed
 from shared.runtime import log, rank, read_json, world_size, write_bytes, write_json
 from stage2_student.checkpoint import rotate, seal
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
-from stage2_student.ranks import gathered, on_any, summed
 
 WINDOW = "window.json"  # in a checkpoint: the loss sums since the last log
 

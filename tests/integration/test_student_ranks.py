@@ -149,7 +149,7 @@ def test_processes_that_never_come_are_named(caches, tmp_path, monkeypatch):
     launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in launched.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr("stage2_student.ranks.JOIN_SECONDS", 1)
+    monkeypatch.setattr("shared.ranks.JOIN_SECONDS", 1)
     line = refused(arguments(caches / "train", tmp_path / "run"))
     assert "expected: 3 processes within 1 s (WORLD_SIZE); got: no sign of rank 1, 2" in line
     assert not (tmp_path / "run").exists()

@@ -21,8 +21,12 @@ OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORL
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(patience: datetime.timedelta | None = None) -> Iterator[None]:
     """The processes of this run as torch's default group; alone, nothing is set up.
+
+    Args:
+        patience: how long one process may work before the others, waiting for it, give up; torch's default if None. A
+            process that ends is noticed at once.
 
     Raises:
         ConfigError: fewer processes than `WORLD_SIZE` says came within 45 s.
@@ -33,7 +37,7 @@ def joined() -> Iterator[None]:
             os.environ.pop(name, None)
         yield
         return
-    _join()
+    _join(patience)
     try:
         yield
     except RuntimeError as error:
@@ -86,7 +90,7 @@ def gathered(texts: Sequence[str]) -> list[str]:
     return [text for part in parts for text in part]
 
 
-def _join() -> None:
+def _join(patience: datetime.timedelta | None) -> None:
     """Meet at the launcher's address first, where it can be seen who is missing; then connect."""
     everyone = [f"here/{number}" for number in range(world_size())]
     deadline = time.monotonic() + JOIN_SECONDS
@@ -116,4 +120,4 @@ def _join() -> None:
             fix="start all of them with torchrun; or unset RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR",
         ) from error
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+    distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=patience)
