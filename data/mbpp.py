@@ -1,12 +1,19 @@
-"""MBPP (Austin et al. 2021, CC BY 4.0): recognised by its columns, split by `task_id`."""
+"""MBPP (Austin et al. 2021, CC BY 4.0): recognised by its columns, split by `task_id`; as documents and as problems."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import ast
+import builtins
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
-from data.records import Document
-from data.tabular import Row
-from data.templates import mbpp_document
+from data.records import Document, Problem
+from data.tabular import Row, read_rows
+from data.templates import mbpp_document, normalise
 from shared.errors import ConfigError
+
+T = TypeVar("T", Document, Problem)
 
 NAME = "mbpp"
 HUB_ID = "google-research-datasets/mbpp"
@@ -28,24 +35,104 @@ def is_mbpp(fields: Mapping[str, Any]) -> bool:
     return {"task_id", "code", "test_list"} <= fields.keys()
 
 
-def read_split(rows: Iterable[Row], split: str) -> list[Document]:
-    """The documents of one split, in the rows' order; every row is checked, of whatever split.
+def load_problems(dataset: str, split: str) -> tuple[tuple[Problem, ...], str | None]:
+    """The problems of one split, and the Hub's commit that they are of (None for a file).
+
+    Args:
+        dataset: `mbpp` for the Hub's, or a `.jsonl` or `.parquet` file with MBPP's columns, full or sanitized.
+        split: a key of `SPLITS`.
+
+    Raises:
+        ConfigError: the Hub or the file cannot be read, a row is malformed, or the split has no rows.
+    """
+    if dataset == NAME:
+        from data.hub import read_hub
+
+        commit, _, rows = read_hub(HUB_ID, split)
+        return tuple(read_split(rows, split, mbpp_problem)), commit
+    if not dataset.endswith((".jsonl", ".parquet")):
+        expected = "mbpp, FILE.jsonl or FILE.parquet"
+        raise ConfigError("unknown data set", where="dataset", expected=expected, got=repr(dataset))
+    return tuple(read_split(read_rows(Path(dataset)), split, mbpp_problem)), None
+
+
+def read_split(rows: Iterable[Row], split: str, of_row: Callable[[Row], T]) -> list[T]:
+    """What `of_row` makes of the rows of one split, in their order; every row is checked, of whatever split.
 
     Raises:
         ConfigError: a malformed row, a `task_id` twice or outside MBPP, or a split without rows.
     """
     seen: dict[int, str] = {}
-    found: dict[str, list[Document]] = {}
+    found: dict[str, list[T]] = {}
     for row in rows:
-        document, task_id = mbpp_document(row), row.integer("task_id")
+        item, task_id = of_row(row), row.integer("task_id")
         if task_id in seen:
             raise row.error("task_id", expected="each id once", got=f"{task_id}, as {seen[task_id]}")
         seen[task_id] = row.where
         home = next((name for name, ids in SPLITS.items() if task_id in ids), None)
         if home is None:
             raise row.error("task_id", expected="1 to 974", got=task_id)
-        found.setdefault(home, []).append(document)
+        found.setdefault(home, []).append(item)
     if split not in found:
         available = ", ".join(name for name in SPLITS if name in found) or "none"
         raise ConfigError("no rows in the split", where="MBPP", expected=f"one of: {available}", got=repr(split))
     return found[split]
+
+
+def mbpp_problem(row: Row) -> Problem:
+    """A row as a problem: the prompt is that of its document and shows `test_list`; `check` asserts the same.
+
+    The challenge tests take no part. The entry point is what the tests call and the reference solution defines.
+
+    Raises:
+        ConfigError: code or tests are no Python, or the tests call nothing that the code defines.
+    """
+    document = mbpp_document(row)
+    setup = row.text("test_setup_code") if "test_setup_code" in row.fields else "\n".join(row.texts("test_imports"))
+    tests = normalise("\n".join(row.texts("test_list")))
+    body = f"{normalise(setup).strip()}\n{tests}".lstrip("\n")
+    tree, program = _parsed(row, "test_list", body), _parsed(row, "code", document.completion)
+    defined = {node.name for node in program.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    calls = [
+        node.func.id
+        for node in ast.walk(_parsed(row, "test_list", tests))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    ]
+    entry_point = next((name for name in calls if name in defined), None)
+    if entry_point is None:
+        raise row.error("test_list", expected=f"a call of {', '.join(sorted(defined))}", got=f"{tests!r:.60}")
+    # Bound inside `check`, so that entry points called `check` or `sum` hide nothing outside it.
+    test = f"def check(candidate):\n    {entry_point} = candidate\n{textwrap.indent(body, '    ')}\n"
+    (check,) = _parsed(row, "test_list", test).body
+    if not isinstance(check, ast.FunctionDef) or list(map(ast.dump, check.body[1:])) != list(map(ast.dump, tree.body)):
+        raise row.error("test_list", expected="statements that mean the same when indented", got=f"{body!r:.60}")
+    return Problem(
+        task_id=document.id,
+        prompt=document.prompt,
+        test=test,
+        entry_point=entry_point,
+        canonical_solution=document.completion,
+        same_process=bool(_free_names(tree) - {entry_point}),
+    )
+
+
+def _parsed(row: Row, field: str, text: str) -> ast.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes such as "\d" in a reference solution
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise row.error(field, expected="Python", got=error) from error
+
+
+def _free_names(tree: ast.Module) -> set[str]:
+    """The names that statements use and neither they nor Python's builtins define."""
+    used, bound = set[str](), set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+    return used - bound

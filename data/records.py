@@ -33,13 +33,24 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One executable benchmark problem; `test` defines `check(candidate)`, called with `entry_point`."""
+    """One executable benchmark problem.
+
+    Args:
+        task_id: unique within its benchmark.
+        prompt: what a completion continues: the head of a function, or a description that a whole program answers.
+        test: defines `check(candidate)`, which is called with what the program calls `entry_point`.
+        entry_point: an identifier.
+        canonical_solution: the published completion; None where there is none.
+        same_process: whether the test uses more of the program's names than the entry point, so that only a run in one
+            process can tell; such a verdict can be forged.
+    """
 
     task_id: str
     prompt: str
     test: str
     entry_point: str
     canonical_solution: str | None = None
+    same_process: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
