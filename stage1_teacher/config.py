@@ -54,7 +54,7 @@ class TeacherConfig:
     filter: Literal["gzip", "zstd"] = "gzip"
     shard_tokens: int = 32_768
     batch_tokens: int = 1_024
-    head_rows: int = 512
+    head_rows: int = 192
     max_length: int | None = None
     on_long: Literal["split", "truncate", "drop"] = "split"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

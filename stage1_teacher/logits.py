@@ -5,13 +5,13 @@ Shapes: B rows of a batch, T positions, N real tokens (flattened), D hidden size
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shared.errors import DistillError
+from stage1_teacher.projection import Projection
 
 
 class LogitSource:
@@ -36,13 +36,11 @@ class LogitSource:
         probe = _Probe(model, self._device)
         self.notice = probe.notice
         self.head_width: int = probe.head_width
+        self.head_bytes: int | None = None  # memory of the fused head beyond the model's own
         if self.notice is None:
-            weight, bias = _head_parameters(model.get_output_embeddings())
-            self._weight, self._bias, self._cap = weight, bias, probe.cap
-            if probe.scale != 1.0:
-                self._weight = weight * probe.scale
-                self._bias = None if bias is None else bias * probe.scale
-            self._buffer = self._weight.new_empty(chunk_rows, self.head_width)  # fresh pages cost as much as the matmul
+            head = model.get_output_embeddings()
+            self._project = Projection(head, chunk_rows, scale=probe.scale, cap=probe.cap)
+            self.head_bytes = self._project.num_bytes
 
     @torch.inference_mode()
     def chunks(self, ids_BT: Tensor, real_BT: Tensor) -> Iterator[Tensor]:
@@ -60,39 +58,12 @@ class LogitSource:
         for part in hidden_BTD[real_BT.to(hidden_BTD.device)].split(self.chunk_rows):
             yield self._project(part)
 
-    def _project(self, hidden_ND: Tensor) -> Tensor:
-        hidden_ND = hidden_ND.to(self._weight.device, torch.float32)
-        out = self._buffer[: len(hidden_ND)]
-        if self._bias is None:
-            torch.mm(hidden_ND, self._weight.T, out=out)
-        else:
-            torch.addmm(self._bias, hidden_ND, self._weight.T, out=out)
-        return out if self._cap is None else out.div_(self._cap).tanh_().mul_(self._cap)
-
 
 def _input_device(model: Any) -> torch.device:
     """Where ids go: to the embeddings, or where accelerate brings offloaded ones."""
     embeddings = model.get_input_embeddings()
     device = embeddings.weight.device
     return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device
-
-
-def _head_parameters(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias in float32, brought back for good where accelerate has offloaded them.
-
-    Raises:
-        DistillError: all weights are 0, as where a file was not read.
-    """
-    context: Any = nullcontext()
-    if head.weight.is_meta:
-        from accelerate.utils import align_module_device
-
-        context = align_module_device(head)
-    with context:
-        weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
-    if not weight.any():
-        raise DistillError("all weights of the teacher's head are zero", fix="load or fetch it anew")
-    return weight, bias
 
 
 def _refuse_absent_weights(model: Any) -> None:
@@ -174,8 +145,7 @@ class _Probe:
         again = backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
         if not _same_but_for_noise(again, hidden[0]):
             return f"{name} gives its backbone more than the ids"
-        weight, bias = _head_parameters(head)
-        ours = nn.functional.linear(head_input.to(weight.device).float(), weight, bias)
+        ours = Projection(head, ids_BT.numel())(head_input.flatten(0, 1)).view_as(head_output)
         eps = torch.finfo(head_output.dtype).eps
         rounding = 2 * eps * ours.abs() + max(eps, 1e-6) * ours.square().mean().sqrt()
         if ((ours - head_output.to(ours)).abs() > rounding).any():

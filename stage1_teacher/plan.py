@@ -194,9 +194,6 @@ def run_pilot(
         arrays, _ = label_shard(source, pieces, wide, tokenizer_size, advance)
     batches = plan_batches(lengths, config.batch_tokens)
     parameters = list(teacher.model.parameters())
-    head_bytes = None
-    if source.notice is None:
-        head_bytes = 4 * head_width * (teacher.model.get_output_embeddings().weight.shape[1] + config.head_rows)
     return Pilot(
         arrays=arrays,
         cells=np.array([len(batch) * (lengths[batch[0]] - 1) for batch in batches]),
@@ -212,7 +209,7 @@ def run_pilot(
         },
         memory={
             "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
-            "head_bytes": head_bytes,
+            "head_bytes": source.head_bytes,
             "peak_bytes_by_device": {f"cuda:{i}": torch.cuda.max_memory_allocated(i) for i in cuda},
             "peak_resident_bytes": _peak_resident_bytes(),
             "machine_bytes": machine()["memory_bytes"],

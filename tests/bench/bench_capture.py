@@ -62,7 +62,7 @@ class Bench:
         self.config = TeacherConfig(
             dtype=options.dtype,
             batch_tokens=options.batch_tokens or (8_192 if on_gpu else 1_024),
-            head_rows=options.head_rows or (2_048 if on_gpu else 512),
+            head_rows=options.head_rows or (2_048 if on_gpu else 192),
             shard_tokens=131_072 if on_gpu else 32_768,
         )
         tokenizer = load_tokenizer(Path(options.teacher))
@@ -82,6 +82,7 @@ class Bench:
                 self.model = Starcoder2ForCausalLM._from_config(config).eval().requires_grad_(False)
         else:
             self.model = load_teacher(Path(options.teacher), dtype=self.config.dtype, device_map="auto").model
+            sum(float(parameter.sum()) for parameter in self.model.parameters())  # mapped files are read when touched
 
     def source(self):
         return LogitSource(self.model, self.config.head_rows)
