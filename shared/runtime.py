@@ -102,6 +102,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if _launched() else 1
 
 
+def local_rank() -> int:
+    """This process's number on its machine under a launcher such as torchrun; 0 otherwise."""
+    return int(os.environ["LOCAL_RANK"]) if _launched() else 0
+
+
 def _launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
@@ -121,23 +126,24 @@ class Progress:
 
     def __init__(self, description: str, total: int, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
-        self.done = 0
+        self.done, self.note = 0, ""
         self._start = self._last_line = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
 
-    def advance(self, amount: int) -> None:
-        """Add `amount` units to what is done."""
+    def advance(self, amount: int, note: str = "") -> None:
+        """Add `amount` units to what is done; `note` is shown beside the speed from now on."""
         self.done += amount
+        self.note = f", {note}" if note else ""
         if self._bar is not None:
-            self._bar.update(self._task, advance=amount, speed=f"{self.rate():,.0f} {self.unit}/s")
+            self._bar.update(self._task, advance=amount, speed=f"{self.rate():,.0f} {self.unit}/s{self.note}")
         elif (now := time.monotonic()) - self._last_line >= 10:
             self._last_line = now
             left_seconds = (self.total - self.done) / max(self.rate(), 1e-9)
             share = self.done / max(self.total, 1)
             log(
                 f"{self.description}: {self.done:,}/{self.total:,} {self.unit} ({share:.0%}), "
-                f"{self.rate():,.0f} {self.unit}/s, {left_seconds:,.0f} s left"
+                f"{self.rate():,.0f} {self.unit}/s{self.note}, {left_seconds:,.0f} s left"
             )
 
     def rate(self) -> float:
@@ -167,7 +173,7 @@ def progress(description: str, total: int, unit: str) -> Iterator[Progress]:
     else:
         yield state
     seconds = time.monotonic() - state._start
-    log(f"{description}: {state.done:,} {unit} in {seconds:,.1f} s ({state.rate():,.0f} {unit}/s)")
+    log(f"{description}: {state.done:,} {unit} in {seconds:,.1f} s ({state.rate():,.0f} {unit}/s{state.note})")
 
 
 # --- what this runs on -----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`codedistill eval`: measure teacher and students alike, by directory."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import click
 
 DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
 TEACHER_OF = "Take the Hub id that is this cache's teacher at the commit that made it."
 DTYPE = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
@@ -86,43 +88,92 @@ def latency(
     )
 
 
-@evaluate.command()
-@click.option("--model", metavar="DIR|ID", required=True, help="Teacher, run or export; or a Hub id.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the results.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=192, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--limit", type=click.IntRange(1), help="Only the first problems.")
-@click.option("--problems", "problems_file", type=FILE, help="HumanEval's problems.jsonl, where nothing else has them.")
-@click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
-              help="Wall seconds of one program.")  # fmt: skip
-@click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what the model's config says.")
-@click.option("--cache", "cache_dir", type=DIRECTORY, help=TEACHER_OF)
-def humaneval(
-    model: str,
-    out: Path,
-    max_new_tokens: int,
-    batch_size: int,
-    limit: int | None,
-    problems_file: Path | None,
-    timeout_seconds: float,
-    dtype: str,
-    cache_dir: Path | None,
-) -> None:
-    """HumanEval pass@1, greedy. Runs generated programs in limited subprocesses; see `shared/eval/sandbox`."""
-    _quieten()
-    from shared.eval.humaneval import evaluate_humaneval
-    from shared.eval.models import locate_model
+def _of_a_benchmark(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that all benchmarks have."""
+    options = [
+        click.option("--model", metavar="DIR|ID", required=True, help="Teacher, run or export; or a Hub id."),
+        click.option("--out", type=FOLDER, required=True, help="Folder for the results."),
+        click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Of each problem."),
+        click.option(
+            "--temperature", type=float, default=0.0, show_default=True, help="Samples are drawn at it; 0 is greedy."
+        ),
+        click.option(
+            "--top-p", type=float, default=1.0, show_default=True, help="Draw from this share of probability."
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of all draws."),
+        click.option("--max-new-tokens", type=click.IntRange(1), default=192, show_default=True),
+        click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True),
+        click.option("--limit", type=click.IntRange(1), help="Only the first problems."),
+        click.option(
+            "--timeout",
+            "timeout_seconds",
+            type=click.FloatRange(0, min_open=True),
+            default=3.0,
+            show_default=True,
+            help="Wall seconds of one program.",
+        ),
+        click.option(
+            "--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what the model's config says."
+        ),
+        click.option("--cache", "cache_dir", type=DIRECTORY, help=TEACHER_OF),
+        click.option(
+            "--allow-host-reads", is_flag=True, help="Run programs even where they can read this machine's files."
+        ),
+        click.option("--unsafe-no-sandbox", is_flag=True, help="Run programs without walls where none can be had."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
-    evaluate_humaneval(
-        locate_model(model, cache_dir),
-        out,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        limit=limit,
-        timeout_seconds=timeout_seconds,
-        dtype=dtype,
-        problems_file=problems_file,
+
+@evaluate.command()
+@_of_a_benchmark
+@click.option("--problems", "problems_file", type=FILE, help="HumanEval's problems.jsonl, where nothing else has them.")
+@click.option(
+    "--benchmark", "benchmark_file", type=FILE, help="Other problems in HumanEval's form, such as HumanEval+."
+)
+def humaneval(problems_file: Path | None, benchmark_file: Path | None, **options: Any) -> None:
+    """pass@k on HumanEval, or on problems of its form. Interrupted, the same command continues."""
+    if problems_file and benchmark_file:
+        raise click.UsageError("--problems are HumanEval's and --benchmark others': give one")
+    from shared.eval import benchmark
+
+    _evaluate_benchmark(
+        lambda: benchmark.from_file(benchmark_file) if benchmark_file else benchmark.humaneval(problems_file), **options
     )
+
+
+@evaluate.command()
+@_of_a_benchmark
+@click.option(
+    "--dataset", default="mbpp", show_default=True, metavar="mbpp|FILE", help="The Hub's, or MBPP's own file."
+)
+def mbpp(dataset: str, **options: Any) -> None:
+    """pass@k on MBPP's test split. Interrupted, the same command continues."""
+    from shared.eval import benchmark
+
+    _evaluate_benchmark(lambda: benchmark.mbpp(dataset), **options)
+
+
+def _evaluate_benchmark(
+    load: Callable[[], Any],
+    *,
+    model: str,
+    cache_dir: Path | None,
+    samples: int,
+    unsafe_no_sandbox: bool,
+    **options: Any,
+) -> None:
+    """Run one benchmark; `load` gives it."""
+    _quieten()
+    from shared.eval.benchmark import evaluate_benchmark
+    from shared.eval.models import locate_model
+    from shared.eval.sample import Decoding
+
+    names = ("temperature", "top_p", "seed", "max_new_tokens", "batch_size")
+    decoding = Decoding(num_samples=samples, **{name: options.pop(name) for name in names})
+    model_dir = locate_model(model, cache_dir)
+    evaluate_benchmark(load, model_dir, decoding=decoding, unsafe=unsafe_no_sandbox, **options)
 
 
 @evaluate.command()

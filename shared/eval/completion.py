@@ -1,6 +1,9 @@
 """Where a completion ends: by syntax, without parsing, so that unfinished and broken code is handled too."""
 
+import ast
 import re
+import warnings
+from collections.abc import Callable, Iterator
 
 # Strings and comments are skipped whole; what is left that matters is brackets and line ends. String prefixes need no
 # care: in raw strings too, a backslash keeps the quote after it from closing the string.
@@ -19,6 +22,32 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
+Ending = Callable[[str], int | None]  # `body_end` or `program_end`
+
+# What no answer that is a whole program goes on with: its own tests, the next task, Markdown, tags.
+_AFTERMATH = re.compile(r"""(?:assert|print)(?=\W) | if\s+__name__ | ["'`<]""", re.VERBOSE)
+
+
+def ending_after(prompt: str) -> Ending:
+    """What finds the end of a prompt's completion: `body_end` where the prompt ends inside a function, a class or
+    something else unfinished, such as a head without docstring; otherwise `program_end`.
+    """
+    tree = parse(prompt)
+    unfinished = tree is None or bool(
+        tree.body and isinstance(tree.body[-1], ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    )
+    return body_end if unfinished else program_end
+
+
+def parse(program: str) -> ast.Module | None:
+    """The syntax tree of a program; None where it is no Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes such as "\d"
+            return ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
 
 def body_end(text: str) -> int | None:
     """Find where a function's body, of which `text` is the continuation, ends.
@@ -34,19 +63,26 @@ def body_end(text: str) -> int | None:
         The index of the first character after the body, or None where the text holds no such line. A later call with
         more text appended returns the same index once one is found.
     """
+    return next((start for start in _line_starts(text) if text[start] not in " \t\f\r\n#"), None)
+
+
+def program_end(text: str) -> int | None:
+    """Find where a whole program, which `text` begins on a line of its own, ends.
+
+    It ends before the first line after some text, no continuation of the one before, that begins in column 0 with
+    `assert`, `print`, `if __name__`, a string, a backtick or `<`. Arguments and result as in `body_end`.
+    """
+    starts = (start for start in _line_starts(text) if _AFTERMATH.match(text, start))
+    return next((start for start in starts if not text[:start].isspace()), None)
+
+
+def _line_starts(text: str) -> Iterator[int]:
+    """Where lines begin, the first one and those inside strings, brackets and after backslashes excepted."""
     depth = 0
     for token in _TOKEN.finditer(text):
         if token["open"]:
             depth += 1
         elif token["close"]:
             depth = max(depth - 1, 0)
-        elif token["newline"] and depth == 0:
-            following = text[token.end() : token.end() + 1]
-            if following and following not in " \t\f\r\n#":
-                return token.end()
-    return None
-
-
-def cut(text: str) -> str:
-    """The part of `text` that belongs to the function body; all of it where no end is found."""
-    return text[: body_end(text)]
+        elif token["newline"] and depth == 0 and token.end() < len(text):
+            yield token.end()

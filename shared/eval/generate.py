@@ -1,18 +1,49 @@
-"""Batched greedy generation."""
+"""Batched generation, greedy or sampled."""
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from shared.errors import ConfigError
-from shared.runtime import progress
 from shared.tokenizer import Tokenizer, decode, encode_prompt, special_ids
 
 _SEGMENT_TOKENS = 16  # tokens between looks at the text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """Tokens are drawn, not the most likely taken.
+
+    Args:
+        temperature: above 0; the logits are divided by it.
+        top_p: in (0, 1]; only the fewest most likely ids that hold this much probability are drawn from.
+    """
+
+    temperature: float
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A prompt to continue.
+
+    Args:
+        ids: the prompt's, BOS included; not empty.
+        max_new_tokens: 1 or more, and no more than the model's positions allow.
+        finished: told the text so far every few tokens, says whether more of it is of no use.
+        seed: what the sampled tokens follow from, whatever the batch; unused where greedy.
+    """
+
+    ids: list[int]
+    max_new_tokens: int
+    finished: Callable[[str], bool]
+    seed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +52,7 @@ class Generation:
 
     Args:
         text: the generated text, not yet cut.
-        finish_reason: `eos`, `finished` (the caller's criterion on the text) or `length`.
+        finish_reason: `eos`, `finished` (the request's criterion on the text) or `length`.
         num_prompt_tokens: BOS included.
         num_new_tokens: EOS included.
     """
@@ -39,106 +70,133 @@ def eos_ids(model: Any, tokenizer: Tokenizer) -> list[int]:
     return sorted(id for id in ids | {special_ids(tokenizer)["eos"]} if id is not None)
 
 
-@torch.inference_mode()
-def generate_greedy(
+def prepare(
     model: Any,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompt: str,
     *,
     max_new_tokens: int,
-    batch_size: int,
     finished: Callable[[str], bool],
-) -> list[Generation]:
-    """Continue each prompt with the most likely token at every step.
-
-    Prompts are sorted by length and padded on the left, where attention masks and positions leave the padding out: in
-    float32 the result does not depend on the batch size. Nothing of the model directory's own generation config has
-    any effect.
-
-    Args:
-        model: a transformers model with `generate`.
-        tokenizer: the model's own.
-        prompts: as `data.templates` renders them.
-        max_new_tokens: at most as many tokens are made per prompt, fewer where the model's positions run out.
-        batch_size: prompts at a time.
-        finished: told the text so far every few tokens, says whether more of it is of no use.
-
-    Returns:
-        One generation per prompt, in the order of the prompts.
+    seed: str = "",
+    where: str = "",
+) -> Request:
+    """A request for a prompt as `data.templates` renders it; fewer tokens where the model's positions run out.
 
     Raises:
-        ConfigError: a prompt leaves the model no position to write to.
+        ConfigError: the prompt is empty, or leaves the model no position to write to; it is named as `where`.
     """
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = encode_prompt(tokenizer, prompt)
     positions = getattr(model.config, "max_position_embeddings", None)
-    limits = [max_new_tokens if positions is None else min(max_new_tokens, positions - len(row)) for row in ids]
-    for index, (row, limit) in enumerate(zip(ids, limits, strict=True)):
-        if not row or limit < 1:
-            raise ConfigError("a prompt the model cannot continue", where=f"prompt {index}",
-                              expected=f"1 to {positions} tokens", got=len(row))  # fmt: skip
-    order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
-    eos = eos_ids(model, tokenizer)
-    generations: dict[int, Generation] = {}
-    with progress("Generating", len(ids), "prompts") as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rows = _generate_batch(model, tokenizer, [ids[i] for i in batch], [limits[i] for i in batch], eos, finished)
-            generations |= dict(zip(batch, rows, strict=True))
-            bar.advance(len(batch))
-    return [generations[index] for index in range(len(ids))]
+    limit = max_new_tokens if positions is None else min(max_new_tokens, positions - len(ids))
+    if not ids or limit < 1:
+        expected = f"1 to {positions - 1} tokens" if positions else "1 token or more"
+        raise ConfigError("a prompt the model cannot continue", where=where, expected=expected, got=len(ids))
+    return Request(ids=ids, max_new_tokens=limit, finished=finished, seed=seed)
 
 
-def _generate_batch(
-    model: Any,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    limits: list[int],
-    eos: list[int],
-    finished: Callable[[str], bool],
+def plan_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+    """The indices of each batch's requests: sorted by length, longest first, ties in order."""
+    order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].ids), index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: Any, tokenizer: Tokenizer, requests: Sequence[Request], sampling: Sampling | None = None
 ) -> list[Generation]:
-    """Generate in segments of a few tokens; between two, rows that are done leave the batch and the KV cache."""
-    width = max(map(len, prompts))
+    """Continue prompts with the most likely token at every step, or with drawn ones; one generation each, in order.
+
+    Prompts are padded on the left, where attention masks and positions leave the padding out: in float32 the result
+    does not depend on the batch. Between segments of a few tokens, rows that are done leave the batch and the KV cache.
+    Nothing of the model directory's own generation config has any effect.
+    """
+    width = max(len(request.ids) for request in requests)
     # Padding is masked, so any id serves; 0 exists in every vocabulary.
-    ids_BT = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=model.device)
-    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    padded = [[0] * (width - len(request.ids)) + request.ids for request in requests]
+    mask = [[0] * (width - len(request.ids)) + [1] * len(request.ids) for request in requests]
+    ids_BT = torch.tensor(padded, device=model.device)
+    mask_BT = torch.tensor(mask, device=model.device)
+    drawing = _Drawing(requests, sampling, width, model.device) if sampling else None
+    eos = eos_ids(model, tokenizer)
     cache = DynamicCache(config=model.config)
-    rows = list(range(len(prompts)))  # which prompt each row of the batch continues
+    rows = list(range(len(requests)))  # which request each row of the batch continues
     done: dict[int, Generation] = {}
     while rows:
-        segment = min(_SEGMENT_TOKENS, min(limits[row] for row in rows) - (ids_BT.shape[1] - width))
+        made = ids_BT.shape[1] - width
         config = GenerationConfig(
             do_sample=False,
             num_beams=1,
-            max_new_tokens=segment,
+            max_new_tokens=min(_SEGMENT_TOKENS, min(requests[row].max_new_tokens for row in rows) - made),
             eos_token_id=eos or None,
             pad_token_id=0,
             use_cache=True,
         )
         with _own_config(model, config):
-            ids_BT = model.generate(ids_BT, attention_mask=mask_BT, past_key_values=cache, generation_config=config)
+            ids_BT = model.generate(
+                ids_BT,
+                attention_mask=mask_BT,
+                past_key_values=cache,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([drawing] if drawing else []),
+            )
         mask_BT = torch.nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
         keep = []
         for position, (row, new_ids) in enumerate(zip(rows, ids_BT[:, width:].tolist(), strict=True)):
-            new_ids = _until_eos(new_ids[: limits[row]], eos)
+            new_ids = _until_eos(new_ids[: requests[row].max_new_tokens], eos)
             text = decode(tokenizer, new_ids)
             if new_ids[-1] in eos:
                 reason = "eos"
-            elif finished(text):
+            elif requests[row].finished(text):
                 reason = "finished"
-            elif len(new_ids) == limits[row]:
+            elif len(new_ids) == requests[row].max_new_tokens:
                 reason = "length"
             else:
                 keep.append(position)
                 continue
             done[row] = Generation(
-                text=text, finish_reason=reason, num_prompt_tokens=len(prompts[row]), num_new_tokens=len(new_ids)
+                text=text,
+                finish_reason=reason,
+                num_prompt_tokens=len(requests[row].ids),
+                num_new_tokens=len(new_ids),
             )
         if keep and len(keep) < len(rows):
             index = torch.tensor(keep, device=model.device)
             ids_BT, mask_BT = ids_BT[index], mask_BT[index]
             cache.batch_select_indices(index)
+            if drawing:
+                drawing.uniforms_BT = drawing.uniforms_BT[index]
         rows = [rows[position] for position in keep]
-    return [done[row] for row in range(len(prompts))]
+    return [done[row] for row in range(len(requests))]
+
+
+class _Drawing(LogitsProcessor):
+    """Leaves one id per row: the one drawn, so that the most likely is that one.
+
+    Step t of a row inverts the distribution at the t-th number of the row's own generator. Ids stay in their order, so
+    that rounding, which depends on the batch, moves an id's share of [0, 1) by no more than itself.
+    """
+
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, width: int, device: torch.device) -> None:
+        self.sampling, self.width = sampling, width
+        steps = max(request.max_new_tokens for request in requests)
+        generators = [random.Random(request.seed) for request in requests]  # the same in every version of Python
+        uniforms = [[generator.random() for _ in range(steps)] for generator in generators]
+        self.uniforms_BT = torch.tensor(uniforms, dtype=torch.float64, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Minus infinity for all ids but the drawn ones."""
+        below_BV = scores.double() - scores.double().amax(-1, keepdim=True)  # a small temperature must not overflow
+        probs_BV = (below_BV / self.sampling.temperature).softmax(-1)
+        if self.sampling.top_p < 1:
+            sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+            beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= self.sampling.top_p  # what comes before holds enough
+            probs_BV = probs_BV.scatter(-1, order_BV, sorted_BV.masked_fill(beyond_BV, 0))
+        shares_BV = probs_BV.cumsum(-1)
+        total_B1 = shares_BV[:, -1:]
+        point_B1 = self.uniforms_BT[:, input_ids.shape[1] - self.width, None] * total_B1
+        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # rounding may have reached the total
+        drawn_B1 = torch.searchsorted(shares_BV, torch.minimum(point_B1, below_B1), right=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn_B1, 0.0)
 
 
 def _until_eos(ids: list[int], eos: list[int]) -> list[int]:

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from shared.cache.reader import Cache
 from shared.errors import ConfigError
-from shared.runtime import log
-from shared.tokenizer import Tokenizer, load_tokenizer
+from shared.runtime import local_rank, log, sha256_file, sha256_json
+from shared.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,7 +45,7 @@ def hub_commit(directory: Path) -> str | None:
 
 
 def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
-    """Load model and tokenizer for inference, on a GPU where there is one.
+    """Load model and tokenizer for inference, on a GPU where there is one, each rank on its own.
 
     Args:
         directory: a teacher, a training run or an export; weights as safetensors. Nothing is downloaded, and code that
@@ -65,7 +65,13 @@ def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError("cannot load the model", where=directory, got=f"{type(error).__name__}: {error}") from error
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.eval().to(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def model_digest(directory: Path, tokenizer: Tokenizer) -> str:
+    """SHA-256 over what decides what a model writes: weights, configuration and tokenizer."""
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    return sha256_json([[path.name, sha256_file(path)] for path in files] + [tokenizer_digest(tokenizer)])
 
 
 def dtype_name(model: Any) -> str:

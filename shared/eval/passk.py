@@ -1,6 +1,7 @@
 """pass@k and its interval."""
 
 import math
+from collections.abc import Sequence
 
 from shared.errors import ConfigError
 
@@ -25,7 +26,8 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
         raise ConfigError("pass@k needs at least k samples", expected=f"1 <= k <= {num_samples}", got=f"k={k}")
     if not 0 <= num_passed <= num_samples:
         raise ConfigError("a count of passes that is impossible", expected=f"0 to {num_samples}", got=num_passed)
-    return 1.0 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
+    all_choices, all_failing = math.comb(num_samples, k), math.comb(num_samples - num_passed, k)
+    return (all_choices - all_failing) / all_choices  # of integers, so that a rare pass is not rounded away
 
 
 def wilson_interval(num_passed: int, num_problems: int) -> tuple[float, float]:
@@ -37,8 +39,38 @@ def wilson_interval(num_passed: int, num_problems: int) -> tuple[float, float]:
     if not 0 <= num_passed <= num_problems or num_problems == 0:
         raise ConfigError("no interval for this share", expected="0 <= passed <= problems, problems >= 1",
                           got=f"{num_passed} of {num_problems}")  # fmt: skip
-    n, share, z2 = num_problems, num_passed / num_problems, _Z_95**2
+    return _score_interval(num_passed / num_problems, num_problems)
+
+
+def mean_interval(estimates: Sequence[float], num_samples: int) -> tuple[float, float]:
+    """The 95 % interval over problems of the mean of their estimates: Wilson's, with the effective number of problems.
+
+    Estimates from several samples vary less between problems than passes and failures do. The design effect is their
+    variance over that of passes and failures with the same mean, and as many more problems is the mean worth (Franco,
+    Little, Louis and Slud 2019, "Comparative study of confidence intervals for proportions in complex sample surveys");
+    but never more than there are samples. For one sample each it is Wilson's interval. Unlike a percentile bootstrap it
+    is not empty where all problems are alike.
+
+    Args:
+        estimates: of each problem, within [0, 1].
+        num_samples: of each problem.
+
+    Raises:
+        ConfigError: there are no problems, or an estimate outside [0, 1].
+    """
+    if not estimates or not all(0 <= estimate <= 1 for estimate in estimates):
+        raise ConfigError("no interval for these estimates", expected="one or more within [0, 1]", got=estimates)
+    n, mean = len(estimates), math.fsum(estimates) / len(estimates)
+    if mean in (0, 1):
+        return _score_interval(mean, n)
+    variance = math.fsum((estimate - mean) ** 2 for estimate in estimates) / n
+    design_effect = min(max(variance / (mean * (1 - mean)), 1 / num_samples), 1.0)
+    return _score_interval(mean, n / design_effect)
+
+
+def _score_interval(share: float, n: float) -> tuple[float, float]:
+    z2 = _Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    # At 0 and at n the bound is exactly the share; rounding must not leave it on the wrong side.
-    return (0.0 if num_passed == 0 else centre - half, 1.0 if num_passed == n else centre + half)
+    # At 0 and at 1 the bound is exactly the share; rounding must not leave it on the wrong side.
+    return (0.0 if share == 0 else centre - half, 1.0 if share == 1 else centre + half)

@@ -1,15 +1,13 @@
-"""Generation, fidelity and latency on tiny models, through the code that `codedistill eval` runs."""
+"""Fidelity and latency on tiny models, through the code that `codedistill eval` runs."""
 
 import json
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from shared.cli import codedistill
-from shared.errors import CacheMismatchError, ConfigError
+from shared.errors import CacheMismatchError
 from shared.eval.fidelity import evaluate_fidelity
-from shared.eval.generate import generate_greedy
 from shared.eval.models import load_model, num_parameters
 from tests.eval_models import save_model
 
@@ -26,84 +24,6 @@ def no_tracking():
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
-
-
-def greedy_by_hand(model, tokenizer, prompt, steps):
-    """The reference: no batch, no padding, no KV cache."""
-    from shared.tokenizer import encode_prompt
-
-    ids = encode_prompt(tokenizer, prompt)
-    for made in range(steps):
-        with torch.inference_mode():
-            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        if ids[-1] == 0:
-            return ids[-made - 1 :]
-    return ids[-steps:]
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 8])
-def test_greedy_is_the_same_at_every_batch_size(directory, batch_size):
-    from shared.tokenizer import decode
-
-    model, tokenizer = load_model(directory)
-    made = generate_greedy(
-        model, tokenizer, PROMPTS, max_new_tokens=40, batch_size=batch_size, finished=lambda text: False
-    )
-    expected = [greedy_by_hand(model, tokenizer, prompt, 40) for prompt in PROMPTS]
-    assert [g.text for g in made] == [decode(tokenizer, ids) for ids in expected]
-    assert [g.num_new_tokens for g in made] == [len(ids) for ids in expected]
-    assert len({g.text for g in made}) > 1
-
-
-def test_the_directory_s_generation_config_has_no_effect(directory, tmp_path):
-    careless = save_model(
-        tmp_path,
-        do_sample=True,
-        temperature=5.0,
-        top_k=3,
-        repetition_penalty=3.0,
-        no_repeat_ngram_size=1,
-        max_length=8,
-        min_new_tokens=30,
-        forced_eos_token_id=300,
-        suppress_tokens=list(range(1, 280)),
-        begin_suppress_tokens=[7],
-    )
-    texts = []
-    for path in (directory, careless):
-        model, tokenizer = load_model(path)
-        before = model.generation_config.to_dict()
-        made = generate_greedy(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=3, finished=lambda text: False)
-        assert model.generation_config.to_dict() == before
-        texts.append([g.text for g in made])
-    assert texts[0] == texts[1]
-
-
-def test_rows_end_by_text_by_eos_and_at_the_model_s_last_position(directory, tmp_path):
-    model, tokenizer = load_model(directory)
-    run = {"max_new_tokens": 40, "batch_size": 6}
-    free = generate_greedy(model, tokenizer, PROMPTS, finished=lambda text: False, **run)
-    longest = max(range(len(free)), key=lambda row: free[row].num_new_tokens)
-    stop = free[longest].text[:10]
-    cut = generate_greedy(model, tokenizer, PROMPTS, finished=lambda text: text.startswith(stop), **run)
-    assert cut[longest].finish_reason == "finished"
-    assert cut[longest].num_new_tokens == 16
-    assert free[longest].text.startswith(cut[longest].text)
-    assert [g for row, g in enumerate(cut) if row != longest and not free[row].text.startswith(stop)] == [
-        g for row, g in enumerate(free) if row != longest and not g.text.startswith(stop)
-    ]
-    # The id a row makes third ends it there once the model's config says so; the EOS itself is no text.
-    third = tokenizer.encode(free[longest].text, add_special_tokens=False)[2]
-    model.config.eos_token_id = [third]
-    ended = generate_greedy(model, tokenizer, [PROMPTS[longest]], finished=lambda text: False, **run)[0]
-    assert (ended.finish_reason, ended.num_new_tokens <= 3) == ("eos", True)
-
-    short, tokenizer = load_model(save_model(tmp_path, positions=50))
-    made = generate_greedy(short, tokenizer, PROMPTS, finished=lambda text: False, **run)
-    assert all(g.num_new_tokens == min(40, 50 - g.num_prompt_tokens) for g in made if g.finish_reason == "length")
-    assert any(g.finish_reason == "length" and g.num_new_tokens < 40 for g in made)
-    with pytest.raises(ConfigError, match="prompt 0"):
-        generate_greedy(short, tokenizer, ["x" * 90], finished=lambda text: False, **run)
 
 
 def test_tied_parameters_count_once(directory):

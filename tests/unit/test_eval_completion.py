@@ -2,9 +2,13 @@
 
 import pytest
 
-from shared.eval.completion import body_end, cut
+from shared.eval.completion import body_end, ending_after, parse, program_end
 
 BODY = "\n    return 1\n"
+
+
+def cut(text):
+    return text[: body_end(text)]
 
 
 @pytest.mark.parametrize(
@@ -64,3 +68,68 @@ def test_an_end_once_found_stays_as_text_grows():
     end = text.index("def g")
     found = [body_end(text[:length]) for length in range(len(text) + 1)]
     assert found == [None] * (end + 1) + [end] * (len(text) - end)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ending"),
+    [
+        ("def f(x):", body_end),
+        ('import math\n\n\ndef f(x):\n    """Doc."""', body_end),
+        ("def g():\n    return 1\n\n\nasync def f(x):\n    # so\n    pass", body_end),
+        ("class A:\n    x = 1", body_end),
+        ("def f(x):\n    if x:", body_end),
+        ('"""\nWrite a function.\nassert f(1) == 2\n"""', program_end),
+        ("# Write a function.", program_end),
+        ("", program_end),
+        ("import math", program_end),
+    ],
+)
+def test_the_prompt_says_what_its_completion_is(prompt, ending):
+    assert ending_after(prompt) is ending
+
+
+PROGRAM = '''
+import re
+# a comment
+LIMIT = [
+1,
+]
+@decorated
+class Node:
+    """print(1)
+print(2)
+"""
+
+
+def f(x):
+    assert x
+    return x
+printed = """
+assert f(1)
+"""
+if LIMIT:
+    f = f
+'''
+
+
+@pytest.mark.parametrize(
+    "tail", ["assert f(1) == 1", "print(f(1))", 'if __name__ == "__main__":', '"""next"""', "```", "<|"]
+)
+def test_a_program_ends_before_what_is_no_part_of_an_answer(tail):
+    assert program_end(PROGRAM) is None
+    assert program_end(PROGRAM + tail + "\ndef g(): pass\n") == len(PROGRAM)
+    found = [program_end((PROGRAM + tail)[:length]) for length in range(len(PROGRAM + tail) + 1)]
+    first = found.index(len(PROGRAM))
+    assert found == [None] * first + [len(PROGRAM)] * (len(found) - first)
+
+
+def test_a_program_does_not_end_before_it_begins():
+    assert program_end('\n"""Doc."""\nx = 1\n') is None
+    assert program_end("\n\nassertion = 1\nprinter = 2\nif_ = 3\n") is None
+
+
+def test_what_parses(recwarn):
+    assert parse("x = '\\d'\nreturn 1") is not None  # a tree is all that is asked for
+    for text in ("def f(:", "x = 1\0", "'\ud800'", "(" * 500, "-" * 100_000 + "1"):
+        assert parse(text) is None
+    assert not recwarn.list
