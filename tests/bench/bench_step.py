@@ -33,7 +33,7 @@ def batches_of(arguments):
         [Cache(arguments.cache)],
         block_size=arguments.block_size,
         seed=0,
-        min_blocks=num_blocks,
+        num_blocks=num_blocks,
         temperature=temperature,
     )
     return DataLoader(blocks, batch_size=arguments.batch_size, shuffle=False)
@@ -80,7 +80,7 @@ def measure(arguments):
     if way == "live teacher":
         from transformers import AutoModelForCausalLM
 
-        teacher = AutoModelForCausalLM.from_pretrained(arguments.teacher, dtype=torch.float32)
+        teacher = AutoModelForCausalLM.from_pretrained(arguments.teacher, dtype=torch.bfloat16)
         model.head_loss = live(teacher.to(device).eval().requires_grad_(False))
     else:
         alpha = 0.7 if way == "soft labels" else 0.0
@@ -145,7 +145,7 @@ def main():
     for _ in range(arguments.repeats):
         for way in ways:
             command = [sys.executable, __file__, *sys.argv[1:], "--child", way]
-            output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
             results[way].append(json.loads(output.splitlines()[-1]))
     tokens = arguments.batch_size * arguments.block_size
     print(
