@@ -136,19 +136,24 @@ class Progress:
         self.done += amount
         self.note = f", {note}" if note else ""
         if self._bar is not None:
-            self._bar.update(self._task, advance=amount, speed=f"{self.rate():,.0f} {self.unit}/s{self.note}")
+            self._bar.update(self._task, advance=amount, speed=self.speed())
         elif (now := time.monotonic()) - self._last_line >= 10:
             self._last_line = now
             left_seconds = (self.total - self.done) / max(self.rate(), 1e-9)
             share = self.done / max(self.total, 1)
             log(
                 f"{self.description}: {self.done:,}/{self.total:,} {self.unit} ({share:.0%}), "
-                f"{self.rate():,.0f} {self.unit}/s{self.note}, {left_seconds:,.0f} s left"
+                f"{self.speed()}, {left_seconds:,.0f} s left"
             )
 
     def rate(self) -> float:
         """Units per second since the start."""
         return self.done / max(time.monotonic() - self._start, 1e-9)
+
+    def speed(self) -> str:
+        """The rate as it is shown, the note beside it."""
+        rate = self.rate()
+        return f"{rate:,.0f} {self.unit}/s{self.note}" if rate >= 10 else f"{rate:.2g} {self.unit}/s{self.note}"
 
 
 @contextlib.contextmanager
@@ -173,7 +178,7 @@ def progress(description: str, total: int, unit: str) -> Iterator[Progress]:
     else:
         yield state
     seconds = time.monotonic() - state._start
-    log(f"{description}: {state.done:,} {unit} in {seconds:,.1f} s ({state.rate():,.0f} {unit}/s{state.note})")
+    log(f"{description}: {state.done:,} {unit} in {seconds:,.1f} s ({state.speed()})")
 
 
 # --- what this runs on -----------------------------------------------------------------------------------------------

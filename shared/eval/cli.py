@@ -1,5 +1,6 @@
 """`codedistill eval`: measure teacher and students alike, by directory."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,8 @@ def latency(
     )
 
 
-def _of_a_benchmark(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that all benchmarks have."""
+def _of_a_benchmark(command: Callable[..., None], *, max_new_tokens: int) -> Callable[..., None]:
+    """The options that all benchmarks have; nearly all reference solutions of this one have fewer tokens than that."""
     options = [
         click.option("--model", metavar="DIR|ID", required=True, help="Teacher, run or export; or a Hub id."),
         click.option("--out", type=FOLDER, required=True, help="Folder for the results."),
@@ -101,7 +102,7 @@ def _of_a_benchmark(command: Callable[..., None]) -> Callable[..., None]:
             "--top-p", type=float, default=1.0, show_default=True, help="Draw from this share of probability."
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Of all draws."),
-        click.option("--max-new-tokens", type=click.IntRange(1), default=192, show_default=True),
+        click.option("--max-new-tokens", type=click.IntRange(1), default=max_new_tokens, show_default=True),
         click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True),
         click.option("--limit", type=click.IntRange(1), help="Only the first problems."),
         click.option(
@@ -127,7 +128,7 @@ def _of_a_benchmark(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @evaluate.command()
-@_of_a_benchmark
+@functools.partial(_of_a_benchmark, max_new_tokens=192)
 @click.option("--problems", "problems_file", type=FILE, help="HumanEval's problems.jsonl, where nothing else has them.")
 @click.option(
     "--benchmark", "benchmark_file", type=FILE, help="Other problems in HumanEval's form, such as HumanEval+."
@@ -144,7 +145,7 @@ def humaneval(problems_file: Path | None, benchmark_file: Path | None, **options
 
 
 @evaluate.command()
-@_of_a_benchmark
+@functools.partial(_of_a_benchmark, max_new_tokens=256)
 @click.option(
     "--dataset", default="mbpp", show_default=True, metavar="mbpp|FILE", help="The Hub's, or MBPP's own file."
 )

@@ -64,9 +64,13 @@ class Generation:
 
 
 def eos_ids(model: Any, tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a generation: the tokenizer's EOS and those of the model's config."""
+    """The ids that end a generation: EOS, of tokenizer and model's config, and all special tokens.
+
+    None of them is part of a program: StarCoder2, say, goes on to another file with `<file_sep>`.
+    """
     configured = getattr(model.config, "eos_token_id", None)
     ids = set(configured) if isinstance(configured, list | tuple) else {configured}
+    ids |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(id for id in ids | {special_ids(tokenizer)["eos"]} if id is not None)
 
 

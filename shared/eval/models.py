@@ -45,7 +45,7 @@ def hub_commit(directory: Path) -> str | None:
 
 
 def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
-    """Load model and tokenizer for inference, on a GPU where there is one, each rank on its own.
+    """Load model and tokenizer for inference, on a GPU where there is one; ranks take turns over several.
 
     Args:
         directory: a teacher, a training run or an export; weights as safetensors. Nothing is downloaded, and code that
@@ -65,7 +65,8 @@ def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError("cannot load the model", where=directory, got=f"{type(error).__name__}: {error}") from error
-    return model.eval().to(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"), tokenizer
+    device = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device), tokenizer
 
 
 def model_digest(directory: Path, tokenizer: Tokenizer) -> str:

@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from shared.errors import ConfigError
-from shared.eval.generate import Sampling, generate_batch, plan_batches, prepare
+from shared.eval.generate import Sampling, eos_ids, generate_batch, plan_batches, prepare
 from shared.eval.models import load_model
 from shared.tokenizer import decode, encode_prompt
 from tests.eval_models import save_model
@@ -164,6 +165,10 @@ def test_rows_end_by_text_by_eos_and_at_the_model_s_last_position(directory, tmp
     model.config.eos_token_id = [third]
     ended = generate(model, tokenizer, [PROMPTS[longest]])[0]
     assert (ended.finish_reason, ended.num_new_tokens <= 3) == ("eos", True)
+
+    # So does any special token, which StarCoder2 puts between files.
+    tokenizer.add_tokens([AddedToken("<file_sep>", special=True)])
+    assert eos_ids(model, tokenizer) == sorted([0, third, tokenizer.convert_tokens_to_ids("<file_sep>")])
 
     short, tokenizer = load_model(save_model(tmp_path, positions=50))
     made = generate(short, tokenizer)
