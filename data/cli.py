@@ -33,6 +33,8 @@ def import_command(file: Path, out: Path, **options: Any) -> None:
     top_values). The cache holds the temperature 1 alone. Columns: shared/cache/FORMAT.md, "Importing". Interrupted, the
     same command continues.
     """
+    if not options["teacher_name"].strip():
+        raise click.UsageError("--teacher-name is empty: a cache must say who made its labels")
     from data.imports import import_cache
     from shared.cache.info import summary
 

@@ -48,6 +48,14 @@ def _split_weights(caches: tuple[tuple[Path, float | None], ...]) -> tuple[list[
     return [path for path, _ in caches], weights or None
 
 
+def _open(*paths: Path) -> None:
+    """Refuse what is no cache at once: training's libraries take seconds to load."""
+    from shared.cache.reader import Cache
+
+    for path in paths:
+        Cache(path)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def student() -> None:
     """Stage 2: train and export students from a cache."""
@@ -97,14 +105,18 @@ def train(
       codedistill student train --cache caches/mbpp:0.7 --cache caches/mine:0.3 --out runs/mixed
     """
     from shared.config import parse_assignments, read_toml
+
+    paths, weights = _split_weights(caches)
+    _open(*paths, *filter(None, [validation]))
     from stage2_student.config import student_config
-    from stage2_student.train import train
 
     layers = [read_toml(profile)] if profile else []
     if preset:
         layers.append({"preset": preset})
     config = student_config(*layers, parse_assignments(assignments))
-    paths, weights = _split_weights(caches)
+
+    from stage2_student.train import train
+
     train(config, paths, out, weights=weights, validation_path=validation, init_from=init_from,
           batch_tokens=batch_tokens)  # fmt: skip
 

@@ -1,5 +1,7 @@
 """How `--cache` is read: a weight is a number behind the last colon of a path that does not exist."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ def asked(tmp_path, monkeypatch):
     """What `train` is called with."""
     calls = []
     monkeypatch.setattr(stage2_student.train, "train", lambda *given, **named: calls.append((*given, named)))
+    monkeypatch.setattr("stage2_student.cli._open", lambda *paths: None)
     monkeypatch.chdir(tmp_path)
 
     def ask(*caches):
@@ -51,3 +54,18 @@ def test_all_or_none(asked):
     done = asked("a:0.5", "b")
     assert done.exit_code == 2
     assert "some caches have a weight and some have none" in done.output
+
+
+def test_a_cache_that_is_not_there_is_refused_before_torch_is_loaded(tmp_path):
+    code = f"""
+import sys
+from shared.cli import main
+sys.argv[1:] = ["student", "train", "--cache", "{tmp_path}/none", "--out", "{tmp_path}/run"]
+try:
+    main()
+except SystemExit as stop:
+    print(stop.code, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "1 False", done.stderr
+    assert "there is no cache here" in done.stderr
