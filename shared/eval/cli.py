@@ -38,21 +38,29 @@ def evaluate() -> None:
 @evaluate.command()
 @click.option("--model", metavar="DIR|ID", required=True, help="Teacher, run or export; or a Hub id.")
 @click.option("--cache", "cache_dir", type=DIRECTORY, required=True, help="Cache of held-out documents.")
+@click.option("--teacher", metavar="DIR|ID", help="Run it too: all its ids, not the cache's K.")
 @click.option("--out", type=FILE, required=True, help="JSON file to write.")
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what the model's config says.")
 @click.option("--batch-tokens", type=click.IntRange(1), default=1024, show_default=True,
               help="At once, padding included; the default is stage 1's.")  # fmt: skip
-def fidelity(model: str, cache_dir: Path, out: Path, dtype: str, batch_tokens: int) -> None:
-    """NLL, KL to the teacher and top-1 agreement over a cache's targets."""
+def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype: str, batch_tokens: int) -> None:
+    """NLL, KL to the teacher, agreement and calibration over a cache's targets, with intervals."""
     _quieten()
     from shared.eval.fidelity import evaluate_fidelity
     from shared.eval.models import locate_model
 
-    model_dir = locate_model(model, cache_dir)
-    result = evaluate_fidelity(model_dir, cache_dir, dtype=dtype, batch_tokens=batch_tokens)
+    result = evaluate_fidelity(
+        locate_model(model, cache_dir),
+        cache_dir,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        teacher_dir=locate_model(teacher, cache_dir) if teacher else None,
+    )
     _write(out, result)
-    keys = ("nll_nats", "kl_to_teacher_nats", "top1_agreement")
-    click.echo(", ".join(f"{key} {'unknown' if result[key] is None else format(result[key], '.4f')}" for key in keys))
+    for key in ("nll_nats", "kl_to_teacher_nats", "top1_agreement", "ece"):
+        low_high = result["ci95"][key]
+        interval = f" (95 % interval {low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
+        click.echo(f"{key} {'unknown' if result[key] is None else format(result[key], '.4f')}{interval}")
 
 
 @evaluate.command()

@@ -160,7 +160,7 @@ def _model(
     model["reasons"] = reasons
     results = {"fidelity": fidelity, "latency": latency, "humaneval": humaneval, "run": run}
     model["settings"] = {
-        key: {k: v for k, v in result.items() if k not in ("models", "machine", "versions", "reasons")}
+        key: {k: v for k, v in result.items() if k not in ("models", "machine", "versions", "reasons", "per_document")}
         for key, result in results.items()
         if result is not None
     }
