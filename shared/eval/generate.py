@@ -81,7 +81,6 @@ def prepare(
     *,
     max_new_tokens: int,
     finished: Callable[[str], bool],
-    seed: str = "",
     where: str = "",
 ) -> Request:
     """A request for a prompt as `data.templates` renders it; fewer tokens where the model's positions run out.
@@ -95,7 +94,7 @@ def prepare(
     if not ids or limit < 1:
         expected = f"1 to {positions - 1} tokens" if positions else "1 token or more"
         raise ConfigError("a prompt the model cannot continue", where=where, expected=expected, got=len(ids))
-    return Request(ids=ids, max_new_tokens=limit, finished=finished, seed=seed)
+    return Request(ids=ids, max_new_tokens=limit, finished=finished)
 
 
 def plan_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:

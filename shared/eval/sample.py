@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +105,19 @@ def complete(
     settings = {**decoding.to_dict(), **settings}
     prompts = {problem.task_id: humaneval_prompt(problem) for problem in problems}
     ends = {task_id: ending_after(prompt) for task_id, prompt in prompts.items()}
-    keys = [(problem.task_id, sample) for problem in problems for sample in range(decoding.num_samples)]
-    requests = [
-        prepare(
+    prepared = {
+        task_id: prepare(
             model,
             tokenizer,
-            prompts[task_id],
+            prompt,
             max_new_tokens=decoding.max_new_tokens,
             finished=functools.partial(_has_ended, ends[task_id]),
-            seed=f"{decoding.seed}/{task_id}/{sample}",
             where=task_id,
         )
-        for task_id, sample in keys
-    ]
+        for task_id, prompt in prompts.items()
+    }
+    keys = [(task_id, sample) for task_id in prompts for sample in range(decoding.num_samples)]
+    requests = [replace(prepared[task_id], seed=f"{decoding.seed}/{task_id}/{sample}") for task_id, sample in keys]
     batches = plan_batches(requests, decoding.batch_size)
 
     kept = _gather(out, keys, settings) if rank() == 0 else {}

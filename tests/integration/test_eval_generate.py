@@ -28,10 +28,10 @@ def loaded(directory):
 
 
 def generate(model, tokenizer, prompts=PROMPTS, *, batch_size=6, steps=40, finished=lambda text: False, sampling=None):
-    requests = [
-        prepare(model, tokenizer, prompt, max_new_tokens=steps, finished=finished, seed=str(i), where=f"prompt {i}")
-        for i, prompt in enumerate(prompts)
-    ]
+    requests = []
+    for i, prompt in enumerate(prompts):
+        request = prepare(model, tokenizer, prompt, max_new_tokens=steps, finished=finished, where=f"prompt {i}")
+        requests.append(dataclasses.replace(request, seed=str(i)))
     made = {}
     for batch in plan_batches(requests, batch_size):
         made |= zip(batch, generate_batch(model, tokenizer, [requests[i] for i in batch], sampling), strict=True)
