@@ -238,8 +238,8 @@ def summarise(
             "ci95": intervals["1"],
             "pass_at_k": means,
             "pass_at_k_ci95": intervals,
-            "share_runs": _share(v.loaded for v in verdicts),
-            "share_some_assert": _share(v.asserts_passed for v in verdicts),
+            "share_runs": _share(v.verdict == "passed" or v.loaded for v in verdicts),
+            "share_some_assert": _share(v.verdict == "passed" or v.asserts_passed for v in verdicts),
         }
     return {
         **figures,

@@ -11,6 +11,7 @@ from data.mbpp import load_problems
 from data.records import Problem
 from data.templates import humaneval_prompt
 from shared.errors import ConfigError
+from shared.eval.completion import ending_after, program_end
 
 REAL_MBPP = Path(__file__).parents[3] / "shared/data/mbpp.jsonl"
 
@@ -104,6 +105,8 @@ def test_every_real_mbpp_row_is_a_problem():
     assert len(problems) == 974
     assert [p.task_id for p in problems if p.same_process] == ["mbpp/367", "mbpp/596", "mbpp/601", "mbpp/927"]
     assert {"check", "sum"} <= {p.entry_point for p in problems}
+    assert all(ending_after(humaneval_prompt(p)) is program_end for p in problems)
+    assert all(program_end(p.canonical_solution) is None for p in problems)
 
 
 ROW = {
