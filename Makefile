@@ -168,9 +168,12 @@ $(EVAL)/latency.json: $(foreach s,$(STUDENTS),$(RUNS)/$s/model.safetensors) | $(
 
 report: setup $(REPORT)/report.html ## one page: report.{html,md,json}
 
-$(REPORT)/report.html: $(RESULTS) | $(VENV)/.installed
+# The demo's arms over several seeds, where `make proof` has been run.
+PROOF := $(if $(filter demo,$(PROFILE)),$(wildcard artifacts/proof/proof.json))
+
+$(REPORT)/report.html: $(RESULTS) $(PROOF) | $(VENV)/.installed
 	$(DISTILL) eval report --eval $(EVAL) $(foreach s,$(STUDENTS),--student $s=$(RUNS)/$s) \
-	  --cache $(TRAIN) $(VALIDATION:%=--cache %) --out $(@D)
+	  --cache $(TRAIN) $(VALIDATION:%=--cache %) $(PROOF:%=--proof %) --out $(@D)
 
 # --- development -----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import signal
@@ -66,7 +67,7 @@ def read_json(path: Path) -> Any:
         ConfigError: the file is missing or is no JSON.
     """
     try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        return json.loads(path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite)
     except OSError as error:
         raise ConfigError("cannot read a file", where=path, got=error.strerror) from error
     except (ValueError, RecursionError) as error:
@@ -75,6 +76,11 @@ def read_json(path: Path) -> Any:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_constant(text)
 
 
 def sha256_json(value: Any) -> str:

@@ -189,16 +189,25 @@ def _evaluate_benchmark(
 @click.option("--eval", "eval_dir", type=DIRECTORY, required=True, help="Folder of results, one subfolder per model.")
 @click.option("--student", "students", type=Named("RUN"), multiple=True, help="A student's run folder.")
 @click.option("--cache", "caches", type=DIRECTORY, multiple=True, help="A cache whose statistics are shown.")
+@click.option("--proof", "proof_file", type=FILE, help="proof.json: arms over several seeds.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the report.")
-def report(eval_dir: Path, students: tuple[tuple[str, str], ...], caches: tuple[Path, ...], out: Path) -> None:
+def report(
+    eval_dir: Path,
+    students: tuple[tuple[str, str], ...],
+    caches: tuple[Path, ...],
+    proof_file: Path | None,
+    out: Path,
+) -> None:
     """One page of teacher and students side by side, as JSON, Markdown and HTML; its figures go to W&B too."""
     for name, folder in students:
         if not Path(folder).is_dir():
             raise click.UsageError(f"the student {name} has no folder {folder!r}")
+    if proof_file and not proof_file.is_file():
+        raise click.UsageError(f"there is no {proof_file}")
     from shared import tracking
     from shared.eval.report import build_report
 
-    result = build_report(eval_dir, {name: Path(folder) for name, folder in students}, list(caches), out)
+    result = build_report(eval_dir, {name: Path(folder) for name, folder in students}, list(caches), out, proof_file)
     with tracking.start(
         "report", name=out.parent.name, config={"caveats": result["caveats"]}, directory=out.parent
     ) as run:
@@ -207,6 +216,24 @@ def report(eval_dir: Path, students: tuple[tuple[str, str], ...], caches: tuple[
             run.summary({f"{name}/{key}": v for key, v in figures.items() if isinstance(v, int | float)})
     for line in (*result["headline"], f"wrote {out / 'report.html'}, report.md and report.json"):
         click.echo(line)
+
+
+@evaluate.command()
+@click.argument("a", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("b", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--fail-on", type=click.Choice(["worse"]), help="Exit with 1 if a figure is worse, or none was judged.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.pass_context
+def compare(context: click.Context, a: Path, b: Path, fail_on: str | None, as_json: bool) -> None:
+    """What changed beyond noise from result A to B: two fidelity, latency, HumanEval or report JSON files."""
+    from shared.eval.compare import compare_files, describe
+    from shared.runtime import to_json
+
+    result = compare_files(a, b)
+    click.echo(to_json(result) if as_json else describe(result), nl=not as_json)
+    verdicts = {row["verdict"] for row in result["rows"]}
+    if fail_on and ("worse" in verdicts or not verdicts & {"better", "noise"}):
+        context.exit(1)
 
 
 def _quieten() -> None:

@@ -1,20 +1,34 @@
-"""What the report says: the headline, the comparison's rows and the caveats, from measured figures alone."""
+"""What the report says in words: the headline, how the figures came about and what they do not show."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-LABELS = {"teacher": "Teacher", "student_kd": "Distilled student", "student_ce": "Cross-entropy twin"}
-HUMANEVAL_PROBLEMS = 164
+from shared.eval.tables import BENCHMARKS, LABELS, Models, compare, count, mapping, signed, solved
+
+FULL_SIZES = {"humaneval": 164, "mbpp": 500}
+FREE = {"alpha"}  # what may differ between a student and its twin
 
 
-def headline(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Sentences made of measured figures alone; the first one is the title."""
+def roles(models: Models) -> tuple[str | None, str | None]:
+    """The student that the report is about and its twin, the one trained without soft labels; None where missing."""
     students = [name for name in models if name != "teacher"]
-    if not students:
+
+    def alpha(name: str) -> Any:
+        return (models[name]["settings"].get("run", {}).get("config") or {}).get("alpha")
+
+    twin = "student_ce" if "student_ce" in students else next((n for n in students if alpha(n) == 0), None)
+    others = [name for name in students if name != twin]
+    student = "student_kd" if "student_kd" in others else next(iter(others), twin)
+    return student, None if twin == student else twin
+
+
+def headline(models: Models, differences: Sequence[Mapping[str, Any]], proof: Mapping[str, Any] | None) -> list[str]:
+    """Sentences made of measured figures alone; the first one is the title."""
+    name, twin_name = roles(models)
+    if name is None:
         return ["No student has been measured yet."]
-    name = "student_kd" if "student_kd" in models else students[0]
-    student, twin = models[name], models.get("student_ce")
-    label = f"The {student['label'].lower()}" if name in LABELS else student["label"]
+    student, twin = models[name], models[twin_name] if twin_name else None
+    label = _the(student)
     ratios, sentences, clauses = student["ratios_to_teacher"], [], []
     if ratios["parameters"]:
         clauses.append(f"is {compare(ratios['parameters'], 'smaller', 'larger')} than its teacher")
@@ -22,151 +36,205 @@ def headline(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
         clauses.append(f"decodes {compare(ratios['decode_tokens_per_second'], 'slower', 'faster')}")
     if clauses:
         sentences.append(f"{label} {' and '.join(clauses)}.")
-    for key, name in (("kl_to_teacher_nats", "KL to the teacher"), ("heldout_nll_nats", "held-out NLL")):
+    paired: list[dict[str, Any]] = next((d["rows"] for d in differences if d["student"] == name), [])
+    for key, words in (("kl_to_teacher_nats", "KL to the teacher"), ("heldout_nll_nats", "held-out NLL")):
         if student[key] is None:
             continue
         owner = "Its" if sentences else f"{label}'s"
-        sentence = f"{owner} {name} is {student[key]:.3f} nats per token"
+        sentence = f"{owner} {words} is {student[key]:.3f} nats per token"
         if key == "heldout_nll_nats" and models["teacher"][key] is not None:
             sentence += f", its teacher's {models['teacher'][key]:.3f}"
-        if twin is not None and twin is not student and twin[key] is not None:
+        if twin is not None and twin[key] is not None:
             sentence += f", its cross-entropy twin's {twin[key]:.3f}"
+            row = next((row for row in paired if row["figure"].lower().startswith(words.lower())), None)
+            if row and row["ci95"]:
+                low, high = row["ci95"]
+                sentence += f" (difference {signed(row['difference'])}, 95% interval {signed(low)} to {signed(high)})"
         sentences.append(f"{sentence}.")
-    scores = [f"{m['label'].lower()} {humaneval(m)}" for m in models.values() if humaneval(m)]
-    if scores:
-        sentences.append(f"HumanEval problems solved, greedy: {', '.join(scores)}.")
-    return sentences or [f"Nothing has been measured yet for {', '.join(students)}."]
+    for key, benchmark in BENCHMARKS.items():
+        scores = [f"{_plain(m)} {_scored(m[key])}" for m in models.values() if solved(m.get(key))]
+        if scores:
+            how = "pass@1" if any((m.get(key) or {}).get("sampled") for m in models.values()) else "solved, greedy"
+            sentences.append(f"{benchmark} problems {how}: {', '.join(scores)}.")
+    if student["acceptance_rate"] is not None:
+        speedup = student["draft_speedup"]
+        sentences.append(
+            f"As its teacher's draft in speculative decoding, {student['acceptance_rate']:.0%} of its tokens are "
+            "accepted" + ("" if speedup is None else f" and the teacher runs at {speedup:.2f}× its speed") + "."
+        )
+    sentences += [text for text in ((proof or {}).get("summary") or [])[:1] if isinstance(text, str)]
+    return sentences or [f"Nothing has been measured yet for {', '.join(n for n in models if n != 'teacher')}."]
 
 
-def caveats(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def background(models: Models, caches: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was done, for a reader who has never seen the project; only what the results record."""
+    name, twin_name = roles(models)
+    manifest = next((cache for cache in caches if "sources" in cache), None)
+    sentences = []
+    if manifest is not None:
+        teacher = manifest["identity"]["teacher"].get("name") if "identity" in manifest else None
+        data = ", ".join(str(s.get("name")) for s in manifest["sources"])
+        tokens = manifest.get("num_tokens")
+        sentences.append(
+            f"The teacher{f', {teacher},' if teacher else ''} read a data set ({data}) once"
+            + (f", {count(tokens)} tokens," if tokens else "")
+            + f" and the {manifest.get('top_k', '')} most likely next tokens at every position were kept: the cache."
+        )
+    ours, theirs = (_run(models[n]) if n else {} for n in (name, twin_name))
+    if ours:
+        start = "from given weights" if ours.get("init_from") else "from random weights"
+        sentences.append(
+            f"A student, a smaller network that starts {start}, learnt from that cache; the teacher took no part."
+        )
+    if ours and theirs:
+        first = ours.get("initial_weights_sha256")
+        same = f" from the same first weights ({str(first)[:12]})"
+        sentences.append(
+            f"Its twin is the same network{same if first and first == theirs.get('initial_weights_sha256') else ''}, "
+            "trained on the text of the same documents without the teacher's probabilities."
+        )
+    held_out = [m["settings"]["fidelity"] for m in models.values() if "fidelity" in m["settings"]]
+    if held_out and all(f.get("seen_in_training") is False for f in held_out if "seen_in_training" in f):
+        documents, targets = held_out[0].get("num_documents"), held_out[0].get("num_targets")
+        if documents and targets:
+            sentences.append(
+                f"Held-out figures are over {targets:,} tokens of {documents:,} documents kept from training."
+            )
+    if held_out:
+        sentences.append(
+            "NLL is how much a text surprises a model, KL how far its probabilities are from the teacher's; both are "
+            "at best 0, and worse the larger."
+        )
+    return sentences
+
+
+def caveats(models: Models, proof: Mapping[str, Any] | None = None) -> list[str]:
     """What the figures do not show, in plain sentences."""
-    teacher, student, twin = (models.get(name) for name in LABELS)
-    assert teacher is not None
+    teacher = models["teacher"]
+    name, twin_name = roles(models)
+    student, twin = (models[n] if n else None for n in (name, twin_name))
     sentences = [
         "Each student was trained once, with one seed. One seed proves nothing: a difference between two students "
-        "may be chance. A claim needs several paired seeds and an interval that excludes zero."
+        "may be chance. A claim needs several paired seeds and an interval that excludes zero"
+        + (": see “Over several seeds”." if proof else ".")
     ]
-    if student and twin and None not in (student["heldout_nll_nats"], twin["heldout_nll_nats"]):
-        ours, theirs = student["heldout_nll_nats"], twin["heldout_nll_nats"]
-        word = "worse than" if ours > theirs else "better than" if ours < theirs else "equal to"
+    if any(m["ci95"] or m["humaneval"]["ci95"] for m in models.values()):
         sentences.append(
-            f"Closeness to the teacher and likelihood of the text are different things. The distilled student's NLL is "
-            f"{ours:.3f} nats per token, {word} its twin's {theirs:.3f}."
+            "Intervals cover the choice of test documents or problems alone, not seeds, and each is 95% by itself: of "
+            "twenty, one misses."
         )
-    scored = [m for m in models.values() if humaneval(m)]
-    if scored:
-        texts = []
-        for m in scored:
-            low, high = m["humaneval"]["ci95"] or (None, None)
-            interval = "" if low is None else f" (95% interval {low:.1%} to {high:.1%})"
-            texts.append(f"{m['label'].lower()} {humaneval(m)}{interval}")
-        text = (
-            f"HumanEval is printed as it came out: {'; '.join(texts)}. The intervals cover the choice of problems only."
-        )
-        if any(m["humaneval"]["num_problems"] < HUMANEVAL_PROBLEMS for m in scored):
-            text += f" Where fewer than {HUMANEVAL_PROBLEMS} problems were run, the score is not HumanEval's."
-        if any(m["humaneval"]["pass_at_1"] == 0 for m in scored):
-            text += " A score of 0 cannot rank two students."
-        sentences.append(text)
-    kinds = {m["settings"]["fidelity"].get("kind") for m in models.values() if "fidelity" in m["settings"]}
-    for kind in sorted(filter(None, kinds)):
-        sentences.append(
-            f"KL is measured on what the cache holds ({kind}): the cached ids and one cell for all others. It is a "
-            "lower bound of the KL over the whole vocabulary."
-        )
-    tested_on = {
-        m["settings"]["fidelity"].get("cache", {}).get("manifest_sha256")
-        for m in models.values()
-        if "fidelity" in m["settings"]
-    }
-    if len(tested_on) > 1:
-        sentences.append(
-            "The models were scored on different held-out caches: NLL, KL and agreement cannot be compared."
-        )
+    if student and twin:
+        sentences += _twin_caveats(student, twin)
+    for key, benchmark in BENCHMARKS.items():
+        sentences += _benchmark_caveat(models, key, benchmark)
+    sentences += _fidelity_caveats(models)
     if teacher["parameters"] and teacher["parameters"] < 1e9:
         sentences.append(
             f"The teacher is small ({count(teacher['parameters'])} parameters). The run shows that the pipeline works, "
             "not what a strong teacher would give."
         )
-    if any(m["settings"].get("fidelity", {}).get("seen_in_training") is False for m in models.values()):
+    if any(m["settings"].get("draft", {}).get("equal_to_greedy") is False for m in models.values()):
         sentences.append(
-            "The held-out text was kept from the students. Whether the teacher saw it in its own training is not "
-            "known; if it did, its figures are flattered."
+            "Speculative decoding did not give exactly the teacher's greedy text: its speed-up is not for equal output."
         )
     machines = [m["machines"]["latency"] for m in models.values() if m["machines"].get("latency")]
     places = dict.fromkeys(
-        ", ".join([m["processor"], f"{m['cores']} cores", *(m["accelerators"] or ["no accelerator"])]) for m in machines
+        ", ".join([str(m.get("processor")), f"{m.get('cores')} cores", *(m.get("accelerators") or ["no accelerator"])])
+        for m in machines
     )
     if places:
         sentences.append(
             f"Times hold for the machine they were taken on ({'; '.join(places)}). Between models timed on different "
             "machines no ratio is given."
         )
+    dtypes = {m["settings"]["latency"].get("dtype") for m in models.values() if "latency" in m["settings"]}
+    if len(dtypes - {None}) > 1:
+        texts = [
+            f"{_plain(m)} {m['settings']['latency'].get('dtype')}"
+            for m in models.values()
+            if "latency" in m["settings"]
+        ]
+        sentences.append(f"Speeds and bytes are those of the number formats the models came in: {', '.join(texts)}.")
     return sentences
 
 
-# --- text forms ------------------------------------------------------------------------------------------------------
-
-
-def compare(ratio: float, less: str, more: str) -> str:
-    """A ratio in words: 0.04 → "25× smaller"; within half a percent of 1, "no" more or less."""
-    if abs(ratio - 1) < 0.005:
-        return f"no {more}"
-    factor = max(ratio, 1 / ratio)
-    return (
-        f"{factor:,.0f}× {less if ratio < 1 else more}"
-        if factor >= 10
-        else f"{factor:.2g}× {less if ratio < 1 else more}"
-    )
-
-
-def count(value: float) -> str:
-    """A large number in thousands, millions or billions."""
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:,.1f}{unit}"
-    return f"{value:,.0f}"
-
-
-def humaneval(model: Mapping[str, Any]) -> str | None:
-    """Problems solved of problems run, such as "0/164"; None where not measured."""
-    score = model["humaneval"]
-    if score["pass_at_1"] is None or not score["num_problems"]:
-        return None
-    return f"{round(score['pass_at_1'] * score['num_problems'])}/{score['num_problems']}"
-
-
-def table(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The comparison's rows: a label, a unit and one {value, note, reason} per model."""
-    teacher = models["teacher"]
-
-    def row(key: str, label: str, form: str, *, scale: float = 1, less: str = "", more: str = "") -> dict[str, Any]:
-        cells = []
-        for model in models.values():
-            value, ratio, note = model[key], model["ratios_to_teacher"].get(key), ""
-            if model is not teacher and ratio is not None:
-                note = compare(ratio, less, more)
-            elif model is not teacher and key == "heldout_nll_nats" and None not in (value, teacher[key]):
-                note = f"{value - teacher[key]:+.3f}"
-            text = None if value is None else count(value) if key == "parameters" else format(value * scale, form)
-            cells.append({"value": text, "note": note, "reason": model["reasons"].get(key, "")})
-        return {"label": label, "cells": cells}
-
-    rows = [
-        row("parameters", "Parameters", "", less="smaller", more="larger"),
-        row("bytes", "Weights on disk, MB", ",.1f", scale=1e-6, less="smaller", more="larger"),
-        row("heldout_nll_nats", "Held-out NLL, nats per token ↓", ".3f"),
-        row("heldout_bits_per_byte", "Held-out bits per byte ↓", ".3f"),
-        row("kl_to_teacher_nats", "KL to the teacher, nats per token ↓", ".3f"),
-        row("top1_agreement", "Top-1 agreement with the teacher ↑", ".1%"),
-        row("prefill_ms", "Prefill, ms ↓", ",.1f", less="faster", more="slower"),
-        row("decode_tokens_per_second", "Decode, tokens per second ↑", ",.1f", less="slower", more="faster"),
-    ]
-    cells = []
-    for model in models.values():
-        interval = model["humaneval"]["ci95"]
-        note = f"95% CI {interval[0]:.1%}–{interval[1]:.1%}" if humaneval(model) and interval else ""
-        cells.append(
-            {"value": humaneval(model), "note": note, "reason": model["reasons"].get("humaneval.pass_at_1", "")}
+def _twin_caveats(student: Mapping[str, Any], twin: Mapping[str, Any]) -> list[str]:
+    """Where distillation did not help, and what else differs between the two."""
+    sentences = []
+    if None not in (student["heldout_nll_nats"], twin["heldout_nll_nats"]):
+        nll, twins = student["heldout_nll_nats"], twin["heldout_nll_nats"]
+        word = "worse than" if nll > twins else "better than" if nll < twins else "equal to"
+        sentences.append(
+            f"Closeness to the teacher and likelihood of the text are different things. {_the(student)}'s NLL is "
+            f"{nll:.3f} nats per token, {word} its twin's {twins:.3f}."
         )
-    return [*rows, {"label": "HumanEval solved (greedy pass@1) ↑", "cells": cells}]
+    ours, theirs = (mapping(_run(m).get("config")) for m in (student, twin))
+    if ours and theirs:
+        other = [key for key in ours if key not in FREE and ours[key] != theirs.get(key)]
+        if other:
+            texts = ", ".join(f"{key} ({ours[key]}, the twin's {theirs.get(key)})" for key in other)
+            sentences.append(f"The two were not trained alike but for the teacher: they differ in {texts}.")
+    return sentences
+
+
+def _benchmark_caveat(models: Models, key: str, benchmark: str) -> list[str]:
+    """The scores as they came out, with intervals and how far the programs got that failed."""
+    scored = [m for m in models.values() if solved(m.get(key))]
+    if not scored:
+        return []
+    texts = []
+    for m in scored:
+        interval = m[key]["ci95"]
+        texts.append(
+            f"{_plain(m)} {_scored(m[key])}"
+            + (f" (95% interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else "")
+        )
+    text = (
+        f"{benchmark} is printed as it came out: {'; '.join(texts)}. The intervals cover the choice of problems only."
+    )
+    if any(m[key]["num_problems"] < FULL_SIZES[key] for m in scored):
+        text += f" Where fewer than {FULL_SIZES[key]} problems were run, the score is not {benchmark}'s."
+    if any(m[key]["pass_at_1"] == 0 for m in scored):
+        text += " A score of 0 cannot rank two students."
+    return [text]
+
+
+def _fidelity_caveats(models: Models) -> list[str]:
+    results = [m["settings"]["fidelity"] for m in models.values() if "fidelity" in m["settings"]]
+    sentences = []
+    for kind in sorted({str(r.get("kl_kind", r.get("kind"))) for r in results} - {"None", "dense"}):
+        sentences.append(
+            f"KL is measured on what the cache holds ({kind}): the cached ids and one cell for all others. It is a "
+            "lower bound of the KL over the whole vocabulary."
+        )
+    if len({(r.get("cache") or {}).get("manifest_sha256") for r in results}) > 1:
+        sentences.append(
+            "The models were scored on different held-out caches: NLL, KL and agreement cannot be compared."
+        )
+    if any(r.get("seen_in_training") is False for r in results):
+        sentences.append(
+            "The held-out text was kept from the students. Whether the teacher saw it in its own training is not "
+            "known; if it did, its figures are flattered."
+        )
+    return sentences
+
+
+def _run(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    run: Mapping[str, Any] = model["settings"].get("run", {})
+    return run
+
+
+def _the(model: Mapping[str, Any]) -> str:
+    return f"The {model['label'].lower()}" if model["label"] in LABELS.values() else model["label"]
+
+
+def _plain(model: Mapping[str, Any]) -> str:
+    label: str = model["label"]
+    return label.lower() if label in LABELS.values() else label
+
+
+def _scored(score: Mapping[str, Any]) -> str:
+    """A score and, beside it, how many of the programs parse and run."""
+    shares = (("share_parses", "parse"), ("share_runs", "run"))
+    told = [f"{score[key]:.0%} {verb}" for key, verb in shares if score[key] is not None]
+    return f"{solved(score)}" + (f" ({', '.join(told)})" if told else "")

@@ -10,6 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from shared.eval.tables import number
+
 # What matplotlib draws → the page's CSS variable, so that one drawing serves light, dark and print.
 INK, GRID = "#101010", "#e0e0e0"
 SERIES = ("#707070", "#2050a0", "#b06010", "#207050", "#803080", "#a02040")  # the teacher first
@@ -63,11 +65,11 @@ def training_plot(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, tit
         for colour, (label, records) in zip(_cycle(1, len(logs)), logs.items(), strict=True):
             train, held_out = _series(records, key), _series(records, f"eval_{key}")
             if train:
-                axes.plot(*zip(*train, strict=True), color=colour, label=label, alpha=0.45 if held_out else 1)
+                axes.plot(*zip(*train, strict=True), color=colour, label=_plain(label), alpha=0.45 if held_out else 1)
                 words.append(f"{label}: from {train[0][1]:.2f} to {train[-1][1]:.2f} in training")
             if held_out:
                 name = f"{label}, held out"
-                axes.plot(*zip(*held_out, strict=True), color=colour, label=name, marker="o", markersize=3)
+                axes.plot(*zip(*held_out, strict=True), color=colour, label=_plain(name), marker="o", markersize=3)
                 words.append(f"{name}: {held_out[-1][1]:.2f} at the end")
         if not words:
             return None
@@ -93,8 +95,10 @@ def mass_plot(caches: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Plot |
                 (float(temperature), mass) for temperature, mass in masses.items() if mass["mean"] is not None
             )
             x = [temperature for temperature, _ in points]
-            axes.plot(x, [m["mean"] for _, m in points], color=colour, marker="o", markersize=3.5, label=name)
-            axes.plot(x, [m["p10"] for _, m in points], color=colour, linestyle=":", label=f"{name}, 10th percentile")
+            axes.plot(x, [m["mean"] for _, m in points], color=colour, marker="o", markersize=3.5, label=_plain(name))
+            axes.plot(
+                x, [m["p10"] for _, m in points], color=colour, linestyle=":", label=f"{_plain(name)}, 10th percentile"
+            )
             words.append(f"{name}: " + ", ".join(f"{m['mean']:.3f} at T={t:g}" for t, m in points))
         axes.set(xlabel="temperature T", ylabel="mass inside the top-k", ylim=(0, 1.03), xticks=x)
         axes.grid(axis="y")
@@ -107,27 +111,32 @@ def mass_plot(caches: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Plot |
         )
 
 
-def fidelity_plot(models: Mapping[str, tuple[float | None, float | None]]) -> Plot | None:
-    """Draw held-out NLL and KL to the teacher as bars.
+def fidelity_plot(models: Mapping[str, Sequence[tuple[float | None, Sequence[float] | None]]]) -> Plot | None:
+    """Draw held-out NLL and KL to the teacher as bars with their 95 % intervals.
 
     Args:
-        models: by label, teacher first: (NLL, KL), nats per token, None where not measured.
+        models: by label, teacher first: for NLL and KL the figure in nats per token, None where not measured, and its
+            interval, None where unknown.
     """
     panels = [("NLL, nats per token", 0), ("KL to the teacher, nats per token", 1)]
-    panels = [(name, i) for name, i in panels if any(values[i] is not None for values in models.values())]
+    panels = [(name, i) for name, i in panels if any(values[i][0] is not None for values in models.values())]
     if not panels:
         return None
     words = []
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        figure = Figure(figsize=(WIDTH, len(panels) * (0.55 + 0.3 * max(len(models), 3))), layout="constrained")
         for axes, (name, i) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             for row, (colour, (label, values)) in enumerate(zip(_cycle(0, len(models)), models.items(), strict=True)):
-                value = values[i]
-                axes.barh(row, value or 0, color=colour, height=0.62)
+                value, interval = values[i]
+                end = value or 0
+                axes.barh(row, end, color=colour, height=0.62)
+                if value is not None and interval:
+                    axes.plot(interval, (row, row), color=INK, linewidth=1)
+                    end = max(end, interval[1])
                 text = "not measured" if value is None else f"{value:.3f}"
-                axes.annotate(text, (value or 0, row), (3, 0), textcoords="offset points", va="center")
-                words += [] if value is None else [f"{label} {name}: {value:.3f}"]
-            axes.set_yticks(range(len(models)), list(models))
+                axes.annotate(text, (end, row), (3, 0), textcoords="offset points", va="center")
+                words += [] if value is None else [f"{label} {name}: {value:.3f}{_interval(interval)}"]
+            axes.set_yticks(range(len(models)), [_plain(label) for label in models])
             axes.invert_yaxis()
             axes.set_title(name)
             axes.margins(x=0.18)
@@ -137,7 +146,8 @@ def fidelity_plot(models: Mapping[str, tuple[float | None, float | None]]) -> Pl
             axes.spines["bottom"].set_visible(False)
         return Plot(
             title="Held-out NLL and KL to the teacher",
-            caption="Lower is better in both: NLL against the text, KL against the teacher's cached distribution.",
+            caption="Lower is better in both: NLL against the text, KL against the teacher's distribution. "
+            "Lines: 95% intervals over documents, where known.",
             alt=f"Bars. {'; '.join(words)}.",
             svg=_svg(figure, "fidelity"),
         )
@@ -155,25 +165,110 @@ def tradeoff_plot(models: Mapping[str, tuple[float, float, int]]) -> Plot | None
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
         largest = max(parameters for _, _, parameters in models.values())
-        by_nll = sorted(models, key=lambda label: models[label][1])
         for colour, (label, (speed, nll, parameters)) in zip(_cycle(0, len(models)), models.items(), strict=True):
             area = max(1500 * parameters / largest, 20)
             axes.scatter(speed, nll, s=area, color=colour, alpha=0.8, linewidths=0)
-            below = by_nll.index(label) % 2 == 0
-            offset = (area**0.5 / 2 + 3) * (-1 if below else 1)
-            axes.annotate(f"{label}, {parameters / 1e6:,.1f} M", (speed, nll), (0, offset), textcoords="offset points",
-                          ha="center", va="top" if below else "bottom", fontsize=8)  # fmt: skip
+            axes.plot([], [], color=colour, marker="o", linestyle="", markersize=5,
+                      label=_plain(f"{label}, {parameters / 1e6:,.1f} M"))  # fmt: skip
             words.append(f"{label}: {speed:,.1f} tokens per second, NLL {nll:.3f}, {parameters:,} parameters")
         axes.set(xlabel="decoded tokens per second (right is faster)", ylabel="held-out NLL (lower is better)")
-        axes.margins(x=0.3, y=0.35)
-        axes.set_xticks([tick for tick in axes.get_xticks() if tick >= 0])
+        axes.margins(x=0.15, y=0.25)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
         axes.grid()
+        figure.legend(loc="outside upper center", fontsize=8, ncols=2)
         return Plot(
             title="Size, speed and quality",
             caption="A disc's area is the number of parameters. All speeds are from one machine.",
             alt=f"Scatter plot. {'; '.join(words)}.",
             svg=_svg(figure, "tradeoff"),
         )
+
+
+def calibration_plot(models: Mapping[str, Sequence[Mapping[str, Any]]], order: Sequence[str]) -> Plot | None:
+    """Draw how often the most likely id is right against how sure the model is of it.
+
+    Args:
+        models: by label the bins: mean `confidence`, `accuracy` and `count` of targets; the first two None where empty.
+        order: all labels of the report, teacher first, for the colours.
+    """
+    if not models:
+        return None
+    words = []
+    colours = dict(zip(order, _cycle(0, len(order)), strict=True))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure()
+        axes.plot((0, 1), (0, 1), color=INK, linestyle=":", linewidth=0.8)
+        for label, bins in models.items():
+            points = [
+                (b["confidence"], b["accuracy"], b["count"])
+                for b in bins
+                if None not in (number(b.get("confidence")), number(b.get("accuracy")), number(b.get("count")))
+            ]
+            if not points:
+                continue
+            total = sum(count for _, _, count in points)
+            x, y, counts = zip(*points, strict=True)
+            axes.plot(x, y, color=colours[label], label=_plain(label))
+            axes.scatter(x, y, s=[4 + 60 * n / total for n in counts], color=colours[label], linewidths=0)
+            sure = sum(c * n for c, _, n in points) / total
+            right = sum(a * n for _, a, n in points) / total
+            words.append(f"{label}: on average {sure:.0%} sure, {right:.0%} right")
+        axes.set(xlabel="probability of the most likely token", ylabel="share that is the text's token",
+                 xlim=(0, 1), ylim=(0, 1))  # fmt: skip
+        axes.grid()
+        axes.legend(fontsize=8, loc="upper left")
+        return Plot(
+            title="Calibration on held-out text",
+            caption="On the dotted line a model is as often right as it is sure; below it, it is too sure. "
+            "A dot's size is its share of tokens.",
+            alt=f"Reliability curves. {'; '.join(words)}.",
+            svg=_svg(figure, "calibration"),
+        )
+
+
+def proof_plot(arms: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """Draw each arm's difference to cross-entropy on the test set with its paired interval over seeds.
+
+    Args:
+        arms: in the table's order; `name`, and in `versus_ce` `difference` and `ci95` in nats, None where unknown.
+    """
+    known = [arm for arm in arms if arm["versus_ce"]["difference"] is not None]
+    if not known:
+        return None
+    words = []
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.2 * WIDTH, 0.9 + 0.28 * len(known)), layout="constrained")
+        axes = figure.subplots()
+        axes.axvline(0, color=INK, linewidth=0.8)
+        for row, arm in enumerate(known):
+            difference, interval = arm["versus_ce"]["difference"], arm["versus_ce"]["ci95"]
+            colour = SERIES[1] if arm["versus_ce"].get("significant") else SERIES[0]
+            if interval:
+                axes.plot(interval, (row, row), color=colour)
+            axes.plot(difference, row, color=colour, marker="o", markersize=4)
+            words.append(f"{arm['name']}: {difference:+.3f}{_interval(interval, '+')}")
+        axes.set_yticks(range(len(known)), [_plain(arm["name"]) for arm in known])
+        axes.invert_yaxis()
+        axes.margins(y=0.12)
+        axes.set(xlabel="test NLL minus cross-entropy's, nats per token (left is better)")
+        axes.grid(axis="x")
+        return Plot(
+            title="Against cross-entropy, over paired seeds",
+            caption="Dots: mean over seeds; lines: 95% paired t-interval. Grey where the interval holds 0.",
+            alt=f"Differences to cross-entropy. {'; '.join(words)}.",
+            svg=_svg(figure, "proof"),
+        )
+
+
+def _interval(interval: Sequence[float] | None, sign: str = "") -> str:
+    return f" ({interval[0]:{sign}.3f} to {interval[1]:{sign}.3f})" if interval else ""
+
+
+def _plain(text: str) -> str:
+    """A name as text and not as matplotlib's mathematics, on one line, and not longer than a drawing can hold."""
+    text = " ".join(text.split()).replace("$", r"\$")
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _figure() -> tuple[Figure, Axes]:

@@ -1,49 +1,66 @@
 """The report: whatever results exist, side by side, in JSON, Markdown and one self-contained HTML page."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError
-from shared.eval.findings import LABELS, caveats, count, headline, table
-from shared.eval.plots import Plot, fidelity_plot, mass_plot, tradeoff_plot, training_plot
-from shared.runtime import machine, read_json, sha256_file, to_json, versions, write_bytes, write_json
+from shared.eval import sources
+from shared.eval.compare import benchmark_rows, fidelity_rows, read_outcomes
+from shared.eval.findings import background, caveats, headline, roles
+from shared.eval.plots import Plot, calibration_plot, fidelity_plot, mass_plot, proof_plot, tradeoff_plot, training_plot
+from shared.eval.sources import Files
+from shared.eval.tables import (
+    BENCHMARKS,
+    FIGURES,
+    LABELS,
+    SHARES,
+    arms,
+    bounds,
+    comparison,
+    mapping,
+    number,
+    proof_rows,
+    signed,
+)
+from shared.runtime import machine, to_json, versions, write_bytes, write_json
 
-FIDELITY = {  # the report's key → the key in fidelity.json
-    "heldout_nll_nats": "nll_nats",
-    "heldout_bits_per_byte": "bits_per_byte",
-    "kl_to_teacher_nats": "kl_to_teacher_nats",
-    "top1_agreement": "top1_agreement",
-}
-LATENCY = ("prefill_ms", "decode_tokens_per_second")
-RATIOS = ("parameters", "bytes", *LATENCY)
+TIMES = tuple(
+    key for key, figure in FIGURES.items() if figure.file == "latency" and figure.less in ("faster", "slower")
+)
+RATIOS = tuple(key for key, figure in FIGURES.items() if figure.less)
 PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib", "jinja2")
+BULKY = ("per_document", "ece_bins", "outcomes")  # in report.json, not on the page
 
 
-def build_report(eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path], out_dir: Path) -> dict[str, Any]:
+def build_report(
+    eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path], out_dir: Path, proof_file: Path | None = None
+) -> dict[str, Any]:
     """Write `report.json`, `report.md` and `report.html`, each atomically, and return the first as data.
 
     Args:
-        eval_dir: holds `<name>/{fidelity,latency}.json` and `<name>/humaneval/result.json` per model, and a
-            `latency.json` of several models, which wins: times of one run can be compared.
+        eval_dir: holds `<name>/{fidelity,latency,draft}.json` and `<name>/{humaneval,mbpp}/result.json` per model, and
+            a `latency.json` of several models, which wins: times of one run can be compared.
         runs: run folders by student, in the table's order; `run.json` and `training_log.jsonl` are read.
         caches: cache folders; `manifest.json` is read, and `teacher_eval/` where `eval_dir` has no teacher.
         out_dir: where the report goes; made if absent.
+        proof_file: what `student proof` wrote: arms over several seeds.
 
     Raises:
         ConfigError: a file that exists but cannot be read as what it should be, or a student's name that is not its
         results'.
     """
-    source = _Files(out_dir.parent)
-    shared_latency = source.read(eval_dir / "latency.json") or {}
+    files = Files(out_dir.parent)
+    cache_entries = [_cache(path, files) for path in caches]
+    shared_latency = files.read(eval_dir / "latency.json") or {}
+    files.say(eval_dir / "latency.json", "size, speed, memory", sources.latency_command(shared_latency))
+    timed = shared_latency.get("models") or {}
     found = sorted(p.name for p in eval_dir.iterdir() if p.is_dir()) if eval_dir.is_dir() else []
-    names = list(dict.fromkeys(["teacher", *runs, *shared_latency.get("models", {}), *found]))
+    names = list(dict.fromkeys(["teacher", *runs, *timed, *found]))
     folders = {name: eval_dir / name for name in names}
     unnamed = [name for name in names if name not in runs and name != "teacher"]
     for name in runs:
-        if unnamed and name not in found and name not in shared_latency.get("models", {}):
+        if unnamed and name not in found and name not in timed:
             raise ConfigError(
                 "a student has no results, and there are results that no student is named for",
                 where=eval_dir,
@@ -54,20 +71,26 @@ def build_report(eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path
     if "teacher" not in found:  # measured where the cache was made
         attached = [cache / "teacher_eval" for cache in caches if (cache / "teacher_eval").is_dir()]
         folders["teacher"] = next(iter(attached), folders["teacher"])
-    models = {name: _model(name, folders[name], runs.get(name), shared_latency, source) for name in names}
+    models = {name: _model(name, folders[name], runs.get(name), shared_latency, files, cache_entries) for name in names}
     _fill_teacher(models)
     for model in models.values():
         model["ratios_to_teacher"] = _ratios(model, models["teacher"])
-    logs = {models[name]["label"]: source.read_lines(run / "training_log.jsonl") for name, run in runs.items()}
-    cache_entries = [_cache(path, source) for path in caches]
+    logs = {models[name]["label"]: _log(run, files) for name, run in runs.items()}
+    proof = files.read(proof_file) if proof_file else None
+    if proof_file:
+        files.say(proof_file, "arms over several seeds", "codedistill student proof (make proof)")
+    differences = _differences(models)
     report = {
         "format": "codedistill-report",
         "version": 1,
-        "headline": headline(models),
+        "headline": headline(models, differences, proof),
+        "background": background(models, cache_entries),
         "models": models,
-        "caveats": caveats(models),
+        "differences": differences,
+        "proof": proof,
+        "caveats": caveats(models, proof),
         "caches": cache_entries,
-        "files": source.files,
+        "files": files.files,
         "machine": machine(),
         "versions": versions(*PACKAGES),
     }
@@ -75,7 +98,7 @@ def build_report(eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path
     out_dir.mkdir(parents=True, exist_ok=True)
     for suffix in ("md", "html"):
         text = _render(f"report.{suffix}.j2", report=report, plots=plots)
-        write_bytes(out_dir / f"report.{suffix}", text.encode())
+        write_bytes(out_dir / f"report.{suffix}", text.encode(errors="backslashreplace"))
     write_json(out_dir / "report.json", report)
     return report
 
@@ -83,84 +106,56 @@ def build_report(eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Files:
-    """Reads result files and remembers each one's size and digest, named relative to the report's parent folder."""
-
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        self.files: dict[str, dict[str, Any]] = {}
-
-    def read(self, path: Path) -> dict[str, Any] | None:
-        """The JSON object in a file; None where there is no file."""
-        if not path.is_file():
-            return None
-        value = read_json(path)
-        if not isinstance(value, dict):
-            raise ConfigError(
-                "a result file of another form", where=path, expected="a JSON object", got=type(value).__name__
-            )
-        self._remember(path)
-        return value
-
-    def read_lines(self, path: Path) -> list[dict[str, Any]]:
-        """The objects of a JSONL file, without a last line cut short by a kill; empty where there is no file."""
-        if not path.is_file():
-            return []
-        self._remember(path)
-        records = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise ConfigError("a log line is not valid JSON", where=f"{path}, line {number}", got=error) from error
-        return records
-
-    def name(self, path: Path) -> str:
-        return Path(os.path.relpath(path, self.base)).as_posix()
-
-    def _remember(self, path: Path) -> None:
-        self.files[self.name(path)] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
 def _model(
-    name: str, folder: Path, run_dir: Path | None, shared_latency: Mapping[str, Any], source: _Files
+    name: str,
+    folder: Path,
+    run_dir: Path | None,
+    shared_latency: Mapping[str, Any],
+    files: Files,
+    caches: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """One model's figures; each that is missing is None, with a reason."""
-    fidelity = source.read(folder / "fidelity.json")
-    latency = source.read(folder / "latency.json")
+    results: dict[str, Any] = {key: files.read(folder / f"{key}.json") for key in ("fidelity", "latency", "draft")}
+    fidelity, latency = results["fidelity"], results["latency"]
+    files.say(folder / "fidelity.json", "NLL, KL, agreement, calibration",
+              sources.fidelity_command(fidelity or {}, caches))  # fmt: skip
+    files.say(folder / "latency.json", "size, speed, memory", sources.latency_command(latency or {}))
+    files.say(folder / "draft.json", "speculative decoding", "codedistill eval draft")
+    if name in (shared_latency.get("models") or {}):
+        latency = shared_latency
     if latency is not None and "models" in latency:
-        latency = latency | latency["models"].get(name, {})
-    if name in shared_latency.get("models", {}):
-        latency = {**shared_latency, **shared_latency["models"][name]}
-    humaneval = source.read(folder / "humaneval" / "result.json")
-    run = source.read(run_dir / "run.json") if run_dir else None
+        latency = latency | (latency["models"].get(name) or {})
+    results["latency"] = latency
+    for benchmark in BENCHMARKS:
+        results[benchmark] = _benchmark(folder / benchmark / "result.json", BENCHMARKS[benchmark], files)
+    results["run"] = files.read(run_dir / "run.json") if run_dir else None
+    if run_dir:
+        command = sources.train_command(results["run"] or {}, files.name(run_dir), caches)
+        files.say(run_dir / "run.json", "how the student was trained", command)
+
     reasons: dict[str, str] = {}
-
-    def figure(key: str, result: Mapping[str, Any] | None, result_key: str, file: str) -> Any:
-        if result is None:
-            reasons[key] = f"not measured: there is no {file} for this model"
-            return None
-        if key in FIDELITY and result.get("seen_in_training"):
-            reasons[key] = "not held out: the model was scored on documents that it was trained on"
-            return None
-        value = result.get(result_key)
-        if isinstance(value, dict):  # a timing with its spread
-            value = value.get("median")
-        if value is None:
-            reasons[key] = (result.get("reasons") or {}).get(result_key) or f"{file} has no {result_key}"
-        return value
-
-    sizes = latency if latency is not None else (fidelity or {}).get("model")
-    model: dict[str, Any] = {"label": LABELS.get(name, name)}
-    model |= {key: figure(key, sizes, key, "latency.json or fidelity.json") for key in ("parameters", "bytes")}
-    model |= {key: figure(key, fidelity, result_key, "fidelity.json") for key, result_key in FIDELITY.items()}
-    model |= {key: figure(key, latency, key, "latency.json") for key in LATENCY}
-    keys = ("pass_at_1", "num_problems", "ci95")
-    model["humaneval"] = {k: figure(f"humaneval.{k}", humaneval, k, "humaneval/result.json") for k in keys}
+    sizes = latency if latency is not None else mapping((fidelity or {}).get("model")) or None
+    holders = results | {"sizes": sizes}
+    titles = {"sizes": "latency.json or fidelity.json"}
+    model: dict[str, Any] = {"label": _label(name)}
+    for key, figure in FIGURES.items():
+        file = titles.get(figure.file, f"{figure.file}.json")
+        model[key], reason = _find(holders[figure.file], figure.path, file)
+        if figure.file == "fidelity" and (fidelity or {}).get("seen_in_training"):
+            model[key], reason = None, "not held out: the model was scored on documents that it was trained on"
+        if reason:
+            reasons[key] = reason
+    intervals = mapping((fidelity or {}).get("ci95"))
+    model["ci95"] = {
+        key: interval
+        for key, figure in FIGURES.items()
+        if figure.file == "fidelity" and model[key] is not None and (interval := bounds(intervals.get(figure.path)))
+    }
+    for benchmark in BENCHMARKS:
+        model[benchmark] = _score(results[benchmark], benchmark, reasons)
     model["reasons"] = reasons
-    results = {"fidelity": fidelity, "latency": latency, "humaneval": humaneval, "run": run}
     model["settings"] = {
-        key: {k: v for k, v in result.items() if k not in ("models", "machine", "versions", "reasons", "per_document")}
+        key: {k: v for k, v in result.items() if k not in ("models", "machine", "versions")}
         for key, result in results.items()
         if result is not None
     }
@@ -169,12 +164,67 @@ def _model(
     return model
 
 
+def _label(name: str) -> str:
+    """A model's name for the reader; a name that spells the label of another model stays recognisable."""
+    return LABELS.get(name, f"{name} (folder)" if name in LABELS.values() else name)
+
+
+def _find(result: Mapping[str, Any] | None, path: str, file: str) -> tuple[Any, str | None]:
+    """A figure of a result, or why there is none."""
+    if result is None:
+        return None, f"not measured: there is no {file} for this model"
+    value: Any = result
+    for key in path.split("."):
+        value = mapping(value).get(key)
+    if isinstance(value, dict):  # a timing with its spread
+        value = value.get("median")
+    if value is None:
+        return None, mapping(result.get("reasons")).get(path) or f"{file} has no {path}"
+    if number(value) is None:
+        return None, f"{path} of {file} is no number"
+    return value, None
+
+
+def _benchmark(file: Path, name: str, files: Files) -> dict[str, Any] | None:
+    """A benchmark's result with the outcome of each problem, where verdicts lie beside it."""
+    result = files.read(file)
+    if result is None:
+        return None
+    command = sources.benchmark_command(result)
+    files.say(file, name, command)
+    outcomes = read_outcomes(file, result)
+    if outcomes is None:
+        return result
+    verdicts = file.with_name("verdicts.jsonl")
+    files.remember(verdicts)
+    files.say(verdicts, f"{name}, problem by problem", command)
+    return result | {"outcomes": outcomes}
+
+
+def _score(result: Mapping[str, Any] | None, benchmark: str, reasons: dict[str, str]) -> dict[str, Any]:
+    """A benchmark's figures; each that is missing is None, with a reason."""
+    file = f"{benchmark}/result.json"
+    score: dict[str, Any] = {}
+    for key in ("pass_at_1", "num_problems", *SHARES):
+        score[key], reason = _find(result, key, file)
+        if reason:
+            reasons[f"{benchmark}.{key}"] = reason
+    result = result or {}
+    score["ci95"] = bounds(result.get("ci95"))
+    score["pass_at_k"] = {
+        k: v for k, v in mapping(result.get("pass_at_k")).items() if k.isdecimal() and number(v) is not None
+    }
+    score["pass_at_k_ci95"] = {k: bounds(v) for k, v in mapping(result.get("pass_at_k_ci95")).items()}
+    score["sampled"] = mapping(result.get("settings")).get("decoding", "greedy") != "greedy"
+    return score
+
+
 def _fill_teacher(models: Mapping[str, dict[str, Any]]) -> None:
     """Where the teacher itself was not scored, take its NLL as a student's score recorded it from the cache."""
     teacher = models["teacher"]
     if teacher["heldout_nll_nats"] is None:
         for model in models.values():
-            value = model["settings"].get("fidelity", {}).get("teacher_nll_nats")
+            value = number(model["settings"].get("fidelity", {}).get("teacher_nll_nats"))
             if value is not None:
                 teacher["heldout_nll_nats"] = value
                 teacher["reasons"].pop("heldout_nll_nats")
@@ -185,16 +235,54 @@ def _ratios(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, f
     """Each figure over the teacher's; None where one is missing, or times come from different machines."""
     ratios: dict[str, float | None] = {}
     for key in RATIOS:
-        comparable = key not in LATENCY or model["machines"].get("latency") == teacher["machines"].get("latency")
-        ratios[key] = model[key] / teacher[key] if comparable and model[key] is not None and teacher[key] else None
+        comparable = key not in TIMES or model["machines"].get("latency") == teacher["machines"].get("latency")
+        ratios[key] = model[key] / teacher[key] if comparable and model[key] and teacher[key] else None
     return ratios
 
 
-def _cache(path: Path, source: _Files) -> dict[str, Any]:
-    manifest = source.read(path / "manifest.json")
+def _differences(models: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every student against the twin: the rows of `compare`, or why there are none."""
+    _, twin = roles(models)
+    differences = []
+    for name in [n for n in models if twin and n not in ("teacher", twin)]:
+        entry: dict[str, Any] = {"student": name, "twin": twin, "rows": [], "reasons": []}
+        for key, judge in (("fidelity", fidelity_rows), *((benchmark, benchmark_rows) for benchmark in BENCHMARKS)):
+            sides = [models[side or ""]["settings"].get(key) for side in (twin, name)]
+            if sides[0] is None or sides[1] is None:
+                continue
+            if key == "fidelity" and any(side.get("seen_in_training") for side in sides):
+                continue
+            try:
+                title = "" if key == "fidelity" else f"{BENCHMARKS[key]}: "
+                entry["rows"] += [row | {"figure": title + row["figure"]} for row in judge(*sides)
+                                  if row["verdict"] != "unknown"]  # fmt: skip
+            except ConfigError as error:
+                entry["reasons"].append(f"{key}: {error}")
+        if entry["rows"] or entry["reasons"]:
+            differences.append(entry)
+    return differences
+
+
+def _cache(path: Path, files: Files) -> dict[str, Any]:
+    manifest = files.read(path / "manifest.json")
+    name = files.name(path)
     if manifest is None:
-        return {"name": source.name(path), "reasons": {"manifest": "the cache has no manifest.json: it is unfinished"}}
-    return {"name": source.name(path), **{key: value for key, value in manifest.items() if key != "files"}}
+        return {"name": name, "reasons": {"manifest": "the cache has no manifest.json: it is unfinished"}}
+    files.say(path / "manifest.json", "captured mass, teacher, documents", sources.build_command(manifest))
+    listed = manifest.get("files") or {}
+    return {
+        "name": name,
+        "manifest_sha256": files.files[files.name(path / "manifest.json")]["sha256"],
+        "shards": {file: entry.get("sha256") for file, entry in listed.items() if file.endswith(".h5")},
+        **{key: value for key, value in manifest.items() if key not in ("files", "name", "shards")},
+    }
+
+
+def _log(run: Path, files: Files) -> list[dict[str, Any]]:
+    file = run / "training_log.jsonl"
+    records = files.read_lines(file)
+    files.say(file, "training curves", "codedistill student train, as for run.json")
+    return records
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -213,9 +301,20 @@ def _plots(
         if m["machines"].get("latency") == models["teacher"]["machines"].get("latency")
         and None not in (m["decode_tokens_per_second"], m["heldout_nll_nats"], m["parameters"])
     }
-    masses = {c["name"]: c["statistics"]["captured_mass"] for c in caches if "captured_mass" in c.get("statistics", {})}
+    masses = {
+        c["name"]: c["statistics"]["captured_mass"] for c in caches if "captured_mass" in (c.get("statistics") or {})
+    }
+    fidelity = {
+        label: [(m[key], m["ci95"].get(key)) for key in ("heldout_nll_nats", "kl_to_teacher_nats")]
+        for label, m in measured.items()
+    }
+    bins = {
+        label: m["settings"]["fidelity"]["ece_bins"]
+        for label, m in measured.items()
+        if m["ece"] is not None and m["settings"]["fidelity"].get("ece_bins")
+    }
     plots = [
-        fidelity_plot({label: (m["heldout_nll_nats"], m["kl_to_teacher_nats"]) for label, m in measured.items()}),
+        fidelity_plot(fidelity),
         tradeoff_plot(tradeoff),
         training_plot(
             logs, "ce", "Training: cross-entropy to the text",
@@ -225,6 +324,7 @@ def _plots(
             logs, "kd", "Training: divergence from the teacher",
             "The distance to the cached distribution; the twin is not trained on it.",
         ),
+        calibration_plot(bins, list(measured)),
         mass_plot(masses),
     ]  # fmt: skip
     return [plot for plot in plots if plot is not None]
@@ -240,5 +340,30 @@ def _render(template: str, *, report: Mapping[str, Any], plots: Sequence[Plot]) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": count, "pretty": lambda value: to_json(value).rstrip()}
-    return environment.get_template(template).render(report=report, rows=table(report["models"]), plots=plots)
+    filters: dict[str, Any] = {
+        "pretty": lambda value: to_json(value).rstrip(),
+        "slim": _slim,
+        "figure": lambda value, row: "–" if value is None else format(value, ".1%" if row["is_share"] else ".3f"),
+        "signed": _signed,
+        "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|"),
+    }
+    environment.filters |= filters
+    proof = report["proof"]
+    return environment.get_template(template).render(
+        report=report,
+        rows=comparison(report["models"]),
+        plots=plots,
+        proof_rows=proof_rows(proof) if proof else [],
+        proof_plot=proof_plot(arms(proof)) if proof else None,
+    )
+
+
+def _slim(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: {k: v for k, v in result.items() if k not in BULKY} for key, result in settings.items()}
+
+
+def _signed(value: float | None, row: Mapping[str, Any]) -> str:
+    """A difference between two figures; that of shares in percentage points."""
+    if value is None:
+        return "–"
+    return f"{signed(100 * value, '+.1f')} pp" if row["is_share"] else signed(value)

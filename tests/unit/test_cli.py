@@ -28,6 +28,7 @@ COMMANDS = [
     ["eval", "latency"],
     ["eval", "humaneval"],
     ["eval", "report"],
+    ["eval", "compare"],
 ]
 HEAVY = ("torch", "transformers", "datasets", "wandb", "h5py", "numpy")
 PROBE = f"""

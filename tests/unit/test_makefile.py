@@ -72,3 +72,13 @@ def test_a_run_of_its_own_name_stands_beside_the_others_in_the_report(made):
             f"--out {PROFILE}/eval/{name}/fidelity.json" in commands  # fmt: skip
         assert f".venv/bin/codedistill eval humaneval --model {run} --out {PROFILE}/eval/{name}/humaneval " \
             "--limit 20" in commands  # fmt: skip
+
+
+def test_the_demos_report_shows_the_proof_where_there_is_one(made):
+    proof = made / "artifacts/proof/proof.json"
+    proof.parent.mkdir()
+    proof.touch()
+    assert "--proof" not in make(made, "report")[-1]
+    shutil.copytree(made / PROFILE, made / "artifacts/demo")
+    (report,) = [line for line in make(made, "report", "PROFILE=demo") if " eval report " in line]
+    assert "--proof artifacts/proof/proof.json --out artifacts/demo/report" in report

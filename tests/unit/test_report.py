@@ -1,10 +1,12 @@
 import hashlib
 import html.parser
+import itertools
 import json
 import re
 
 import pytest
 from report_fixture import (
+    FIDELITY,
     MACHINE,
     write,
     write_cache,
@@ -16,11 +18,12 @@ from report_fixture import (
 )
 
 from shared.errors import ConfigError
-from shared.eval.findings import compare, count
 from shared.eval.report import build_report
+from shared.eval.tables import FIGURES, compare, count
 
 KEYS = ("parameters", "bytes", "heldout_nll_nats", "heldout_bits_per_byte", "kl_to_teacher_nats", "top1_agreement",
         "prefill_ms", "decode_tokens_per_second")  # fmt: skip
+MBPP = {f"mbpp.{key}" for key in ("pass_at_1", "num_problems", "share_parses", "share_runs", "share_some_assert")}
 
 
 def strict(text):
@@ -40,19 +43,26 @@ def test_every_figure_arrives_in_report_json(full):
     assert list(report["models"]) == ["teacher", "student_kd", "student_ce"]
     student = report["models"]["student_kd"]
     assert [student[key] for key in KEYS] == [5_181_312, 20_733_040, 4.631, 1.873, 2.482, 0.331, 9.8, 214.6]
-    assert student["humaneval"] == {"pass_at_1": 0.0, "num_problems": 164, "ci95": [0.0, 0.0229]}
+    assert student["humaneval"] == {
+        "pass_at_1": 0.0, "num_problems": 164, "ci95": [0.0, 0.0229], "share_parses": 141 / 164,
+        "share_runs": 141 / 164, "share_some_assert": 0.0, "pass_at_k": {"1": 0.0},
+        "pass_at_k_ci95": {"1": [0.0, 0.0229]}, "sampled": False,
+    }  # fmt: skip
+    assert student["ci95"]["heldout_nll_nats"] == [4.631 - 0.08, 4.631 + 0.08] and "ece" not in student["ci95"]
+    assert [student[key] for key in ("reverse_kl_nats", "decode_ms_p95_batch_8", "draft_speedup")] == [
+        1.5 * 2.482, 2.6 * (1000 / 214.6), 1.31,
+    ]  # fmt: skip
     assert student["settings"]["run"]["config"]["alpha"] == 0.7
     assert student["machines"]["latency"] == MACHINE
-    assert all(model["reasons"] == {} for model in report["models"].values())
-    assert report["models"]["teacher"]["ratios_to_teacher"] == dict.fromkeys(
-        ("parameters", "bytes", "prefill_ms", "decode_tokens_per_second"), 1.0
-    )
+    unmeasured = {"acceptance_rate", "mean_accepted_length", "draft_speedup"}
+    assert [set(model["reasons"]) - MBPP for model in report["models"].values()] == [unmeasured, set(), unmeasured]
+    assert set(report["models"]["teacher"]["ratios_to_teacher"].values()) == {1.0}
     assert student["ratios_to_teacher"]["decode_tokens_per_second"] == 214.6 / 17.3
 
 
 def test_every_file_is_named_with_its_digest(full):
     root, report = full
-    assert len(report["files"]) == 13
+    assert len(report["files"]) == 18
     for name, file in report["files"].items():
         assert file["sha256"] == hashlib.sha256((root / name).read_bytes()).hexdigest()
 
@@ -60,17 +70,120 @@ def test_every_file_is_named_with_its_digest(full):
 def test_the_headline_is_made_of_the_figures(full):
     assert full[1]["headline"] == [
         "The distilled student is 26× smaller than its teacher and decodes 12× faster.",
+        "Its KL to the teacher is 2.482 nats per token, its cross-entropy twin's 3.104 (difference −0.622, 95% "
+        "interval −0.628 to −0.615).",
+        "Its held-out NLL is 4.631 nats per token, its teacher's 1.412, its cross-entropy twin's 4.587 (difference "
+        "+0.044, 95% interval +0.030 to +0.058).",
+        "HumanEval problems solved, greedy: teacher 12/164 (100% parse, 100% run), distilled student 0/164 (86% parse, "
+        "86% run), cross-entropy twin 0/164 (86% parse, 86% run).",
+        "As its teacher's draft in speculative decoding, 41% of its tokens are accepted and the teacher runs at 1.31× "
+        "its speed.",
+        "Over five paired seeds, ghost K=64 has a test NLL 0.249 nats per token below cross-entropy.",
+    ]
+
+
+def test_results_from_before_intervals_and_shares_still_make_the_report(tmp_path):
+    report = build_report(**write_everything(tmp_path, old=True))
+    assert report["headline"] == [
+        "The distilled student is 26× smaller than its teacher and decodes 12× faster.",
         "Its KL to the teacher is 2.482 nats per token, its cross-entropy twin's 3.104.",
         "Its held-out NLL is 4.631 nats per token, its teacher's 1.412, its cross-entropy twin's 4.587.",
         "HumanEval problems solved, greedy: teacher 12/164, distilled student 0/164, cross-entropy twin 0/164.",
     ]
+    assert report["differences"] == [] and report["proof"] is None
+    assert len(side_by_side(tmp_path)) == 2 + 9  # heading, rule and the rows that always stand
+    assert report["models"]["teacher"]["reasons"]["ece"] == "fidelity.json has no ece"
+
+
+def test_student_and_twin_are_compared_on_the_same_documents_and_problems(full):
+    (pair,) = full[1]["differences"]
+    assert (pair["student"], pair["twin"], pair["reasons"]) == ("student_kd", "student_ce", [])
+    rows = {row["figure"]: row for row in pair["rows"]}
+    assert rows["held-out NLL, nats per token"]["verdict"] == "worse"
+    assert rows["KL to the teacher, nats per token"]["verdict"] == "better"
+    assert rows["reverse KL, nats per token"]["ci95"] == pytest.approx([1.5 * (2.482 - 3.104)] * 2)
+    assert rows["HumanEval: pass@1"]["how"] == "McNemar's exact test: 0 gained, 0 lost, p = 1"
+    lines = (full[0] / "report" / "report.md").read_text().splitlines()
+    assert "| top-1 agreement | 32.2% | 33.1% | +0.9 pp | +0.9 pp to +0.9 pp | better |" in lines
+
+
+def test_two_students_scored_on_different_documents_have_no_difference_but_a_reason(tmp_path):
+    arguments = write_everything(tmp_path)
+    file = tmp_path / "eval" / "student_ce" / "fidelity.json"
+    write(file, json.loads(file.read_text()) | {"cache": {"manifest_sha256": "00"}})
+    (pair,) = build_report(**arguments)["differences"]
+    assert {row["figure"].split(":")[0] for row in pair["rows"]} == {"HumanEval"}
+    assert "cache.manifest_sha256" in pair["reasons"][0]
+
+
+def test_the_proof_is_shown_with_what_it_claims_and_what_not(full):
+    lines = (full[0] / "report" / "report.md").read_text().splitlines()
+    ghost = "| ghost K=64 | loss ghost, K 64, lr 0.0012, epochs 2 | 5.082 ± 0.011 | 3.082 ± 0.014 "
+    assert ghost + "| −0.249 | −0.270 to −0.228 | yes |" in lines
+    smoothing = "| label smoothing | loss ce, lr 0.0012, epochs 2 | 5.342 ± 0.011 | 3.342 ± 0.014 "
+    assert smoothing + "| +0.011 | −0.007 to +0.029 | no |" in lines
+    assert "| cross-entropy | loss ce, lr 0.0012, epochs 2 | 5.331 ± 0.011 | 3.331 ± 0.014 | – | – | – |" in lines
+
+
+@pytest.mark.parametrize("proof", [{}, {"arms": []}, {"arms": [{}, {"k": []}, {"name": "<b>|x", "test_nll": "low"}]}])
+def test_an_incomplete_proof_never_breaks_the_report(tmp_path, proof):
+    arguments = write_everything(tmp_path)
+    write(arguments["proof_file"], proof)
+    assert build_report(**arguments)["proof"] == proof
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<b>" not in page and ("&lt;b&gt;|x" in page) == (len(proof.get("arms", [])) == 3)
+
+
+def test_a_student_of_any_name_has_the_run_without_soft_labels_as_its_twin(tmp_path):
+    arguments = write_everything(tmp_path)
+    for old, new in (("student_kd", "kd"), ("student_ce", "plain")):
+        (tmp_path / "eval" / old).rename(tmp_path / "eval" / new)
+        arguments["runs"][new] = arguments["runs"].pop(old)
+    (tmp_path / "eval" / "latency.json").unlink()
+    report = build_report(**arguments)
+    assert [(pair["student"], pair["twin"]) for pair in report["differences"]] == [("kd", "plain")]
+    assert report["headline"][0] == "kd is 26× smaller than its teacher."
+    assert report["headline"][1].startswith(
+        "Its KL to the teacher is 2.482 nats per token, its cross-entropy twin's 3.1"
+    )
+
+
+def test_every_file_says_what_makes_it(full):
+    files = full[1]["files"]
+    assert all(file["figures"] and file["command"].startswith("codedistill ") for file in files.values())
+    train = files["students/student_kd/run.json"]["command"]
+    assert train.startswith(
+        "codedistill student train --cache cache-train --validation cache-validation --set preset=tiny"
+    )
+    assert files["eval/latency.json"]["command"].startswith("codedistill eval latency --prompt-tokens 128")
+
+
+def test_a_twin_that_differs_in_more_than_the_teacher_is_said(tmp_path):
+    arguments = write_everything(tmp_path)
+    file = arguments["runs"]["student_ce"] / "run.json"
+    record = json.loads(file.read_text())
+    record["config"]["seed"] = 1
+    write(file, record)
+    assert any("they differ in seed (0, the twin's 1)" in sentence for sentence in build_report(**arguments)["caveats"])
+
+
+def test_samples_are_told_by_pass_at_k_and_not_as_problems_solved(tmp_path):
+    file = write_humaneval(tmp_path, "teacher")
+    changes = {
+        "pass_at_1": 0.071, "pass_at_k": {"1": 0.071, "10": 0.201}, "pass_at_k_ci95": {"1": [0.05, 0.1]},
+        "settings": {"decoding": "sampled", "samples": 10},
+    }  # fmt: skip
+    write(file, json.loads(file.read_text()) | changes)
+    build_report(tmp_path / "eval", {}, [], tmp_path / "report")
+    lines = (tmp_path / "report" / "report.md").read_text().splitlines()
+    assert "| HumanEval pass@1 ↑ | 7.1% (4.2%–12.3%) |" in lines and "| HumanEval pass@10 ↑ | 20.1% |" in lines
 
 
 def test_the_caveats_say_what_is_unfavourable(full):
     text = " ".join(full[1]["caveats"])
     assert "One seed proves nothing" in text
     assert "4.631 nats per token, worse than its twin's 4.587" in text
-    assert "distilled student 0/164 (95% interval 0.0% to 2.3%)" in text
+    assert "distilled student 0/164 (86% parse, 86% run) (95% interval 0.0% to 2.3%)" in text
     assert "A score of 0 cannot rank two students" in text
     assert "partition K=64" in text
     assert "taken on (Example CPU @ 2.40GHz, 2 cores, no accelerator)" in text
@@ -81,7 +194,8 @@ def test_markdown_table(full):
     lines = (full[0] / "report" / "report.md").read_text().splitlines()
     assert "| | Teacher | Distilled student | Cross-entropy twin |" in lines
     assert "| Parameters | 134.5 M | 5.2 M (26× smaller) | 5.2 M (26× smaller) |" in lines
-    assert "| Held-out NLL, nats per token ↓ | 1.412 | 4.631 (+3.219) | 4.587 (+3.175) |" in lines
+    nll = "| Held-out NLL, nats per token ↓ | 1.412 (1.332–1.492) | 4.631 (4.551–4.711; +3.219) |"
+    assert any(line.startswith(nll) for line in lines)
 
 
 class Page(html.parser.HTMLParser):
@@ -113,11 +227,14 @@ def test_html_is_one_accessible_page_without_requests(full):
     assert len(ids) == len(set(ids))
     references = re.findall(r'(?:url\(|href=")#([^)"]+)', text)
     assert references and set(references) <= set(ids)
-    assert names.count("table") == names.count("caption") == 2
-    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
+    assert names.count("table") == names.count("caption") == 4
+    headings = [int(name[1]) for name in names if re.fullmatch("h[1-6]", name)]
+    assert headings[0] == 1 and all(later <= earlier + 1 for earlier, later in itertools.pairwise(headings))
+    assert all(attributes.get("scope") in ("col", "row", "rowgroup") for tag, attributes in page.tags if tag == "th")
     labels = [attributes["aria-label"] for _, attributes in page.tags if attributes.get("role") == "img"]
-    assert len(labels) == names.count("svg") == 5
-    assert "Distilled student KL to the teacher, nats per token: 2.482" in labels[0]
+    assert len(labels) == names.count("svg") == 7
+    assert "ghost K=64: -0.249 (-0.270 to -0.228)" in labels[0]
+    assert "Distilled student KL to the teacher, nats per token: 2.482 (2.432 to 2.532)" in labels[1]
     assert not re.search(r"#[0-9a-f]{6}\b", text[text.index("<svg") :].split("</svg>")[0]), (
         "a colour the page cannot theme"
     )
@@ -136,7 +253,7 @@ def test_nothing_measured(tmp_path):
     teacher = report["models"]["teacher"]
     assert all(teacher[key] is None for key in KEYS)
     assert teacher["reasons"]["heldout_nll_nats"] == "not measured: there is no fidelity.json for this model"
-    assert set(teacher["reasons"]) == {*KEYS, "humaneval.pass_at_1", "humaneval.num_problems", "humaneval.ci95"}
+    assert set(teacher["reasons"]) == {*FIGURES, *MBPP, *(name.replace("mbpp", "humaneval") for name in MBPP)}
     assert "<svg" not in (tmp_path / "report" / "report.html").read_text()
 
 
@@ -154,7 +271,7 @@ def test_any_single_result_makes_a_report(tmp_path, subset):
     written = SUBSETS[subset](tmp_path)
     runs = {"student_kd": written} if subset == "run" else {}
     report = build_report(tmp_path / "eval", runs, [written] if subset == "cache" else [], tmp_path / "report")
-    assert len(report["files"]) == (2 if subset == "run" else 1)
+    assert len(report["files"]) == (2 if subset in ("run", "humaneval") else 1)
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.json", "report.md", "report.html"}
 
 
@@ -173,9 +290,8 @@ def test_times_of_two_machines_have_no_ratio(tmp_path):
         })  # fmt: skip
     student = build_report(tmp_path / "eval", {}, [], tmp_path / "report")["models"]["student_kd"]
     assert student["prefill_ms"] == 5.0
-    assert student["ratios_to_teacher"] == {
-        "parameters": 1.0, "bytes": 1.0, "prefill_ms": None, "decode_tokens_per_second": None,
-    }  # fmt: skip
+    known = {key: ratio for key, ratio in student["ratios_to_teacher"].items() if ratio is not None}
+    assert known == {"parameters": 1.0, "bytes": 1.0}
 
 
 def test_a_results_own_reason_is_kept(tmp_path):
@@ -220,15 +336,49 @@ def test_different_held_out_caches_are_said(tmp_path):
     assert any("different held-out caches" in sentence for sentence in caveats)
 
 
+NAMES = ["<b>&x", "<script>alert(1)</script>", "a|b `c`", "$x^2$", "Distilled student", "]]><svg onload=x>", "--><i>"]
+
+
 def test_names_are_escaped(tmp_path):
-    write_fidelity(tmp_path, "student_kd").parent.rename(tmp_path / "eval" / "<b>&x")
-    build_report(tmp_path / "eval", {}, [], tmp_path / "report")
-    text = (tmp_path / "report" / "report.html").read_text()
-    assert "<b>" not in text and "&lt;b&gt;&amp;x" in text
-    Page(text)
+    arguments = write_everything(tmp_path)
+    original = json.loads((tmp_path / "eval" / "student_kd" / "fidelity.json").read_text())
+    for name in NAMES:
+        changes = {"model": {"path": name, "parameters": 1, "bytes": 2}, "kl_kind": name}
+        write(tmp_path / "eval" / name.replace("/", "∕") / "fidelity.json", original | changes)
+    report = build_report(**arguments)
+    labels = [model["label"] for model in report["models"].values()]
+    assert len(labels) == len(set(labels)) == 3 + len(NAMES)
+    page = Page((tmp_path / "report" / "report.html").read_text())
+    assert not {"b", "i", "script"} & {tag for tag, _ in page.tags}
+    assert not [attributes for _, attributes in page.tags if any(key.startswith("on") for key in attributes)]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in side_by_side(tmp_path)}) == 1
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"nll_nats": NaN}'])
+def side_by_side(root):
+    """The lines of the Markdown page's first table."""
+    lines = (root / "report" / "report.md").read_text().split("## Side by side")[1].splitlines()
+    return list(itertools.takewhile(lambda line: line.startswith("|"), lines[2:]))
+
+
+@pytest.mark.parametrize("value", ["1.5", [3], {"median": "fast"}, True])
+def test_a_figure_of_the_wrong_type_is_no_figure(tmp_path, value):
+    file = write_fidelity(tmp_path, "student_kd")
+    changes = dict.fromkeys(("nll_nats", "ece"), value) | {"ci95": {"kl_to_teacher_nats": value}}
+    write(file, json.loads(file.read_text()) | changes)
+    student = build_report(tmp_path / "eval", {}, [], tmp_path / "report")["models"]["student_kd"]
+    assert student["heldout_nll_nats"] is student["ece"] is None and student["ci95"] == {}
+    assert student["kl_to_teacher_nats"] == FIDELITY["student_kd"][2]
+
+
+@pytest.mark.parametrize("key", ["cache", "reasons", "machine", "per_document", "ece_bins"])
+def test_a_result_of_another_shape_is_refused_by_file_and_key(tmp_path, key):
+    file = write_fidelity(tmp_path, "student_kd")
+    write(file, json.loads(file.read_text()) | {key: [3]})
+    with pytest.raises(ConfigError, match=f"fidelity.json, {key}"):
+        build_report(tmp_path / "eval", {}, [], tmp_path / "report")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"nll_nats": NaN}', '{"nll_nats": 1e999}'])
 def test_a_broken_result_is_refused_by_name(tmp_path, content):
     path = write_fidelity(tmp_path, "student_kd")
     path.write_text(content)
