@@ -156,7 +156,6 @@ def proof_rows(proof: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for arm in arms(proof):
         against = arm["versus_ce"]
-        interval = against.get("ci95")
         settings = (("loss", "loss"), ("k", "K"), ("learning_rate", "lr"), ("epochs", "epochs"))
         rows.append(
             {
@@ -164,13 +163,10 @@ def proof_rows(proof: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "settings": ", ".join(f"{label} {arm[key]}" for key, label in settings if arm.get(key) is not None),
                 "nll": _mean_sd(arm["test_nll"]),
                 "kl": _mean_sd(arm["test_kl"]),
-                "difference": "–" if against["difference"] is None else signed(against["difference"]),
-                "interval": f"{signed(interval[0])} to {signed(interval[1])}" if interval else "–",
-                "significant": "–"
-                if "significant" not in against
-                else "yes"
-                if against["significant"] is True
-                else "no",
+                "nll_difference": _difference(against),
+                "kl_difference": _difference(against["kl"]),
+                "p": "–" if against["p_holm"] is None else f"{against['p_holm']:.2g}",
+                "significant": {True: "yes", False: "no"}.get(against["significant"], "–"),
             }
         )
     return rows
@@ -179,14 +175,29 @@ def proof_rows(proof: Mapping[str, Any]) -> list[dict[str, Any]]:
 def arms(proof: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A proof's arms with only figures that are numbers, in its order."""
     found = []
-    for arm in filter(mapping, proof.get("arms") or []):
-        parts: dict[str, Any] = {}
-        for part in ("test_nll", "test_kl", "versus_ce"):
-            figures = mapping(arm.get(part))
-            numbers = {key: number(figures.get(key)) for key in ("mean", "sd", "difference")}
-            parts[part] = {**figures, **numbers, "ci95": bounds(figures.get("ci95"))}
+    for arm in proof.get("arms") or []:
+        against = mapping(arm.get("versus_ce"))
+        parts = {part: _numbers(arm.get(part)) for part in ("test_nll", "test_kl", "versus_ce")}
+        parts["versus_ce"]["kl"] = _numbers(against.get("kl"))
         found.append({**arm, "name": str(arm.get("name", "unnamed")), **parts})
     return found
+
+
+def _numbers(value: object) -> dict[str, Any]:
+    figures = mapping(value)
+    numbers: dict[str, Any] = {key: number(figures.get(key)) for key in ("mean", "sd", "difference", "p_holm")}
+    significant = figures.get("significant")
+    return numbers | {
+        "ci95": bounds(figures.get("ci95")),
+        "significant": significant if isinstance(significant, bool) else None,
+    }
+
+
+def _difference(figures: Mapping[str, Any]) -> str:
+    if figures["difference"] is None:
+        return "–"
+    interval = figures["ci95"]
+    return signed(figures["difference"]) + (f" ({signed(interval[0])} to {signed(interval[1])})" if interval else "")
 
 
 def _mean_sd(figures: Mapping[str, Any]) -> str:
