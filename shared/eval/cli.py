@@ -219,8 +219,8 @@ def report(
 
 
 @evaluate.command()
-@click.argument("a", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.argument("b", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
 @click.option("--fail-on", type=click.Choice(["worse"]), help="Exit with 1 if a figure is worse, or none was judged.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @click.pass_context

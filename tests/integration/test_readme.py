@@ -1,6 +1,6 @@
 """Every command in README.md is run here or by `.ci/run`, or stands in a section that says what it needs.
 
-Those of the cache tools and of sweeps are parsed here, and run by the tests of the tools.
+Those of the cache tools, of sweeps and of comparing are parsed here, and run by the tests of the tools.
 """
 
 import json
@@ -20,7 +20,8 @@ from shared.cli import codedistill
 from shared.runtime import read_json
 
 RUN_HERE = ("Step by step", "Bring your own teacher and data")
-PARSED_HERE = ("Cache tools", "Sweeps")  # what they do: test_cache_*.py, test_teacher_extend.py, test_student_*.py
+# What these do: test_cache_*.py, test_teacher_extend.py, test_student_*.py, test_compare.py, test_trace.py.
+PARSED_HERE = ("Cache tools", "Sweeps", "Compare and trace")
 RUN_BY_CI = ("all", "check", "test")  # `make check` runs `make test`
 
 
