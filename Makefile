@@ -8,6 +8,7 @@
 #   BENCH_DATASET   what `make bench` measures on (default: mbpp, from the Hub)
 #   RUN, SET  `make student RUN=name SET="alpha=0.5 seed=1"` trains one student under a name of its own
 #   HUMANEVAL options of `eval humaneval`, for teacher and students alike: HUMANEVAL="--limit 20"
+#   DRAFT     options of `eval draft`, which runs where the teacher is at hand
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -45,6 +46,7 @@ ifeq ($(PROFILE),demo)
   FETCH := $(if $(filter $(DEMO_TEACHER),$(TEACHER)),$(BIN)/codedistill teacher fetch-demo --out $(DEMO_TEACHER))
   TRAIN_LIMIT ?= --limit-docs 640
   VALIDATION_LIMIT ?= --limit-docs 100
+  DRAFT ?= --limit 5 --new-tokens 32 --repeats 2
 else ifeq ($(PROFILE),starcoder2)
   TEACHER ?= bigcode/starcoder2-3b
 else
@@ -151,15 +153,19 @@ $(RUNS)/student_ce/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/mani
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 RESULTS := $(EVAL)/latency.json $(foreach m,$(STUDENTS),$(EVAL)/$m/humaneval/result.json $(VALIDATION:%=$(EVAL)/$m/fidelity.json))
+RESULTS += $(if $(TEACHER_HERE),$(STUDENTS:%=$(EVAL)/%/draft.json))
 PROBLEMS = $(wildcard $(TRAIN)/teacher_eval/humaneval/problems.jsonl)
 
-eval: setup $(RESULTS) ## measure the students, and time the teacher beside them where it is at hand
+eval: setup $(RESULTS) ## measure the students; where the teacher is at hand, time it beside them and let them draft for it
 
 $(EVAL)/%/fidelity.json: $(RUNS)/%/model.safetensors $(VALIDATION:=/manifest.json) | $(VENV)/.installed
 	$(DISTILL) eval fidelity --model $(RUNS)/$* --cache $(VALIDATION) --out $@
 
 $(EVAL)/%/humaneval/result.json: $(RUNS)/%/model.safetensors | $(VENV)/.installed
 	$(DISTILL) eval humaneval --model $(RUNS)/$* --out $(@D) $(PROBLEMS:%=--problems %) $(HUMANEVAL)
+
+$(EVAL)/%/draft.json: $(RUNS)/%/model.safetensors | $(VENV)/.installed
+	$(DISTILL) eval draft --teacher $(TEACHER) --cache $(TRAIN) --student $(RUNS)/$* --out $@ $(PROBLEMS:%=--prompts %) $(DRAFT)
 
 $(EVAL)/latency.json: $(foreach s,$(STUDENTS),$(RUNS)/$s/model.safetensors) | $(VENV)/.installed
 	$(DISTILL) eval latency $(if $(TEACHER_HERE),--model teacher=$(TEACHER) --cache $(TRAIN)) $(foreach s,$(STUDENTS),--model $s=$(RUNS)/$s) --out $@

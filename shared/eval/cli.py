@@ -97,6 +97,34 @@ def latency(
     )
 
 
+@evaluate.command()
+@click.option("--teacher", metavar="DIR|ID", required=True, help="Decodes greedily, with and without drafts.")
+@click.option("--student", metavar="DIR|ID", required=True, help="Run or export that drafts; of the same tokenizer.")
+@click.option("--prompts", "prompts_file", type=FILE, help="Rows with `prompt`, .jsonl or .parquet.  [HumanEval's]")
+@click.option("--out", type=FILE, required=True, help="JSON file to write.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Only the first prompts.")
+@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--draft-tokens", type=click.IntRange(1), default=4, show_default=True, help="Before each verification.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what each model's config says.")
+@click.option("--cache", "cache_dir", type=DIRECTORY, help=TEACHER_OF)
+def draft(teacher: str, student: str, out: Path, cache_dir: Path | None, **options: Any) -> None:
+    """Speculative decoding: the student drafts for its teacher. Acceptance, speed-up, and whether tokens stay equal."""
+    _quieten()
+    from shared.eval.draft import evaluate_draft
+    from shared.eval.models import locate_model
+
+    result = evaluate_draft(locate_model(teacher, cache_dir), locate_model(student), **options)
+    _write(out, result)
+    same = result["equality"]["float32"]
+    acceptance = "unknown" if result["acceptance_rate"] is None else f"{result['acceptance_rate']:.1%}"
+    click.echo(
+        f"acceptance {acceptance}, {result['mean_accepted_length']:.2f} drafted tokens kept per pass, "
+        f"speed-up {result['speedup']:.2f}; in float32 {same['num_equal']} of {same['num_prompts']} prompts gave the "
+        "tokens of plain greedy decoding"
+    )
+
+
 def _of_a_benchmark(command: Callable[..., None], *, max_new_tokens: int) -> Callable[..., None]:
     """The options that all benchmarks have; nearly all reference solutions of this one have fewer tokens than that."""
     options = [

@@ -17,7 +17,7 @@ from shared.cache.layout import Array
 from shared.cache.reader import Cache
 from shared.errors import CacheMismatchError, ConfigError
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
-from shared.eval.models import dtype_name, hub_commit, load_model, num_parameters, weight_bytes
+from shared.eval.models import describe_model, dtype_name, load_model
 from shared.eval.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
 from shared.runtime import log, machine, progress, read_json, sha256_file, versions
 from shared.tokenizer import load_tokenizer, tokenizer_digest
@@ -106,8 +106,8 @@ def evaluate_fidelity(
         "num_cut_documents": int((cache.doc_lengths > positions).sum()),
         "target_bytes": cache.statistics.get("target_bytes"),
         "definitions": DEFINITIONS,
-        "model": _describe(model, model_dir),
-        "teacher": _describe(teacher, teacher_dir) if teacher and teacher_dir else None,
+        "model": describe_model(model, model_dir),
+        "teacher": describe_model(teacher, teacher_dir) if teacher and teacher_dir else None,
         "cache": {
             "label_identity": cache.label_identity,
             "manifest_sha256": sha256_file(cache_dir / "manifest.json"),
@@ -132,16 +132,6 @@ def _load(directory: Path, dtype: str, cache: Cache) -> Any:
                                  expected=f"{theirs} (cache)", got=f"{ours} (model)",
                                  fix="evaluate on a cache of this model's teacher")  # fmt: skip
     return model
-
-
-def _describe(model: Any, directory: Path) -> dict[str, Any]:
-    return {
-        "path": str(directory),
-        "commit": hub_commit(directory),
-        "parameters": num_parameters(model),
-        "bytes": weight_bytes(directory),
-        "dtype": dtype_name(model),
-    }
 
 
 def _seen_in_training(model_dir: Path, cache: Cache) -> bool:

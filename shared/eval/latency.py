@@ -87,17 +87,17 @@ def time_once(model: Any, prompt_tokens: int, new_tokens: int) -> tuple[float, f
     """Seconds of one prefill (prompt to first token) and of `new_tokens` greedy decode steps after it."""
     generator = torch.Generator().manual_seed(0)
     prompt_BT = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
-    start = _now(model)
+    start = now(model)
     output = model(prompt_BT, use_cache=True, logits_to_keep=1)
     token_BT = output.logits[:, -1:].argmax(-1)
-    prefilled = _now(model)
+    prefilled = now(model)
     for _ in range(new_tokens):
         output = model(token_BT, past_key_values=output.past_key_values, use_cache=True)
         token_BT = output.logits[:, -1:].argmax(-1)
-    return prefilled - start, _now(model) - prefilled
+    return prefilled - start, now(model) - prefilled
 
 
-def _now(model: Any) -> float:
+def now(model: Any) -> float:
     """The time once the device has done everything asked of it."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

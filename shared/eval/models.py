@@ -88,3 +88,14 @@ def num_parameters(model: torch.nn.Module) -> int:
 def weight_bytes(directory: Path) -> int:
     """Size of a model's weight files on disk; a run's checkpoints do not count."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def describe_model(model: Any, directory: Path) -> dict[str, Any]:
+    """What a result says of a model: where it is, its commit, size and dtype."""
+    return {
+        "path": str(directory),
+        "commit": hub_commit(directory),
+        "parameters": num_parameters(model),
+        "bytes": weight_bytes(directory),
+        "dtype": dtype_name(model),
+    }

@@ -107,7 +107,8 @@ def run_section(section, folder, monkeypatch, *, instead):
 
 
 def test_step_by_step(workplace, monkeypatch):
-    run_section("Step by step", workplace, monkeypatch, instead={"eval humaneval": ["--limit=2", "--max-new-tokens=4"]})
+    brief = {"eval humaneval": ["--limit=2", "--max-new-tokens=4"], "eval draft": ["--limit=2", "--new-tokens=4"]}
+    run_section("Step by step", workplace, monkeypatch, instead=brief)
     artifacts = workplace / "artifacts"
     assert [Cache(artifacts / "caches" / name).num_documents for name in ("mbpp-train", "mbpp-validation")] == [24, 6]
     report = read_json(artifacts / "report" / "report.json")

@@ -26,6 +26,7 @@ COMMANDS = [
     ["eval"],
     ["eval", "fidelity"],
     ["eval", "latency"],
+    ["eval", "draft"],
     ["eval", "humaneval"],
     ["eval", "report"],
     ["eval", "compare"],

@@ -82,3 +82,17 @@ def test_the_demos_report_shows_the_proof_where_there_is_one(made):
     shutil.copytree(made / PROFILE, made / "artifacts/demo")
     (report,) = [line for line in make(made, "report", "PROFILE=demo") if " eval report " in line]
     assert "--proof artifacts/proof/proof.json --out artifacts/demo/report" in report
+
+
+def test_students_draft_for_their_teacher_only_where_it_is_at_hand(made):
+    assert not any(" eval draft " in command for command in make(made, "eval"))
+    teacher = made / "teachers" / "mine"
+    teacher.mkdir(parents=True)
+    (teacher / "config.json").touch()
+    commands = make(made, "eval", "TEACHER=teachers/mine", "DRAFT=--limit 2")
+    for name in ("student_kd", "student_ce", "cool"):
+        assert f".venv/bin/codedistill eval draft --teacher teachers/mine --cache {PROFILE}/cache-train " \
+            f"--student {PROFILE}/students/{name} --out {PROFILE}/eval/{name}/draft.json --limit 2" \
+            in commands  # fmt: skip
+    away = make(made, "eval", "TEACHER=teachers/mine", f"CACHE={PROFILE}")
+    assert not any(" eval draft " in command for command in away)
