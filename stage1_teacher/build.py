@@ -14,12 +14,12 @@ from shared.cache.derive import Input
 from shared.cache.directory import has_leftovers, is_finished, plain_errors
 from shared.cache.extend import CacheExtender
 from shared.cache.identity import require_same_labels
-from shared.cache.layout import BUILD, shard_name
+from shared.cache.layout import BUILD, MANIFEST, shard_name
 from shared.cache.manifest import read_manifest
 from shared.cache.writer import CacheWriter
 from shared.config import to_dict
 from shared.errors import ConfigError, ResumeError
-from shared.runtime import log, read_json
+from shared.runtime import log, read_json, sha256_file
 from stage1_teacher.batching import plan_shards
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.ranks import Ranks, joined
@@ -235,7 +235,7 @@ def _build(
         wanted = identity(extends["identity"]["labels"].get("head", "none"))
         require_same_labels(extends["identity"], wanted, ours_name=out, theirs_name="the extension")
     present = 0 if extends else sum(file.stat().st_size for file in out.glob("shard-*.h5"))
-    require_room(out, sum(lengths), least_bytes_per_token(config), present_bytes=present)
+    require_room(out, sum(lengths), least_bytes_per_token(config, len(tokenizer)), present_bytes=present)
     options = request | derived
 
     def open_writer(leads: bool) -> CacheWriter:
@@ -268,7 +268,11 @@ def _build(
                     save_tokenizer(tokenizer, out / "tokenizer")
             fused = all(read_json(out / f"{shard_name(shard)}.json")["fused_head"] for shard in numbers)
             writer.finish(identity("float32" if fused else config.dtype), [source])
-            run.refer_to("logit-cache", out.name, out, {"label_identity": read_manifest(out)["label_identity"]})
+            digests = {
+                "label_identity": read_manifest(out)["label_identity"],
+                "manifest_sha256": sha256_file(out / MANIFEST),
+            }
+            run.refer_to("logit-cache", out.name, out, digests)
             run_file(out).unlink(missing_ok=True)
 
 

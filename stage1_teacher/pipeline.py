@@ -100,7 +100,9 @@ def label_shards(
 
     def write(shard: int, positions: range, pieces: Sequence["Piece"], rows: Rows, token_budget: int) -> None:
         nonlocal written_bytes, written_tokens
-        bytes_per_token = written_bytes / written_tokens if written_tokens else least_bytes_per_token(config)
+        bytes_per_token = (
+            written_bytes / written_tokens if written_tokens else least_bytes_per_token(config, tokenizer_size)
+        )
         require_room(writer.path, (tokens - written_tokens) * ranks.world_size, bytes_per_token)
         arrays, excess_mass = to_arrays(rows, pieces, config, tokenizer_size)
         own = {

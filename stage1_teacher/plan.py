@@ -180,7 +180,15 @@ def run_pilot(
     load_seconds = time.perf_counter() - start
     wide = replace(config, top_k=max(config.top_k, TOP_KS[-1]), top_p=None)
     cuda = [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(device)]
-    label_shard(source, largest, replace(wide, batch_tokens=1 << 60), tokenizer_size, lambda _: None)
+    try:
+        label_shard(source, largest, replace(wide, batch_tokens=1 << 60), tokenizer_size, lambda _: None)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "the device has too little memory for the largest batch",
+            where=f"{len(largest)} documents, batch_tokens = {config.batch_tokens:,}",
+            got=str(error).partition("\n")[0],
+            fix="a smaller batch_tokens in the configuration file; `teacher build` would halve it by itself",
+        ) from None
     lengths = [len(piece.ids) for piece in pieces]
     marks = [time.perf_counter()]
     with progress("pilot", sum(lengths), "tokens") as bar:

@@ -247,7 +247,7 @@ def student_config(*layers: Mapping[str, Any]) -> StudentConfig:
                 else f"one of {', '.join(sorted(ours))}, or a TrainingArguments key"
             )
             raise ConfigError(f"unknown configuration key {key!r}", where="StudentConfig", fix=fix)
-        elif not _is_a(value, theirs[key]):
+        elif not (_is_a(value, theirs[key]) or (key == "fsdp" and isinstance(value, bool))):
             expected, got = getattr(theirs[key], "__name__", theirs[key]), f"{value!r} ({type(value).__name__})"
             where = f"TrainingArguments.{key}"
             raise ConfigError("a value of the wrong type", where=where, expected=expected, got=got)

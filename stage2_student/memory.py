@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,7 +80,12 @@ def announce(config: StudentConfig, sizes: GPTConfig, num_parameters: int) -> No
 
 
 def fit_micro_batch(
-    config: StudentConfig, sizes: GPTConfig, num_parameters: int, batch_tokens: int | str | None
+    config: StudentConfig,
+    sizes: GPTConfig,
+    num_parameters: int,
+    batch_tokens: int | str | None,
+    *,
+    earlier: Mapping[str, Any] | None = None,
 ) -> StudentConfig:
     """Choose the largest micro-batch within a limit; accumulation makes up for it, so that no step changes.
 
@@ -87,6 +94,8 @@ def fit_micro_batch(
         sizes, num_parameters: the student's.
         batch_tokens: most tokens of a micro-batch; `auto` for what the estimate says fits the free memory of every
             process; None leaves the config as it is.
+        earlier: the `run.json` of the run that goes on. `auto` keeps its micro-batch where that still fits, because
+            sums of another order are other numbers.
 
     Raises:
         ConfigError: not even one block fits.
@@ -95,7 +104,11 @@ def fit_micro_batch(
         return config
     blocks = config.per_device_train_batch_size * config.gradient_accumulation_steps
     free_bytes = smallest(free_memory())
-    for size in (size for size in range(blocks, 0, -1) if blocks % size == 0):
+    candidates = [size for size in range(blocks, 0, -1) if blocks % size == 0]
+    if batch_tokens == "auto" and earlier:
+        had = earlier["config"]["per_device_train_batch_size"]
+        candidates.sort(key=lambda size: size != had)
+    for size in candidates:
         fitted = dataclasses.replace(
             config, per_device_train_batch_size=size, gradient_accumulation_steps=blocks // size
         )

@@ -26,7 +26,6 @@ from shared.errors import CacheMismatchError, ConfigError, ResumeError
 from shared.model.gpt import GPT, GPTConfig
 from shared.ranks import agree, joined
 from shared.runtime import (
-    Terminated,
     log,
     machine,
     rank,
@@ -52,7 +51,7 @@ from stage2_student.dataset import PackedBlocks, hold_out
 from stage2_student.fused import HeadLoss
 from stage2_student.memory import announce, fit_micro_batch
 from stage2_student.start import Start
-from stage2_student.trainer import DistillTrainer, RunRecorder, StopEarly, StopOnSigterm
+from stage2_student.trainer import DistillTrainer, RunRecorder, StopEarly, StopOnSignal
 
 WEIGHTS = "model.safetensors"
 # May change between a kill and the resume without changing what is learnt.
@@ -95,7 +94,7 @@ def train(
         CacheMismatchError: the temperature is off the caches' grid, or the caches are not all one teacher's.
         NonFiniteLossError: the loss is NaN or infinite.
         PeerEndedError: another process of the run has ended.
-        Terminated: SIGTERM came; a checkpoint was saved.
+        Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; a checkpoint was saved.
     """
     with joined(), contextlib.ExitStack() as held:
         task = None
@@ -187,7 +186,7 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
     sizes = task.sizes
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
-    config = fit_micro_batch(task.config, sizes, num_parameters, batch_tokens)
+    config = fit_micro_batch(task.config, sizes, num_parameters, batch_tokens, earlier=earlier)
     announce(config, sizes, num_parameters)
     model = GPT(sizes)
     if task.start:
@@ -221,7 +220,7 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
         arguments.report_to = ["wandb"] if run.active else []
         tokens_per_step = blocks.num_rows * blocks.num_epochs / blocks.num_blocks * _blocks_per_step(config)
         recorder = RunRecorder(out, save_total_limit=config.save_total_limit, tokens_per_step=tokens_per_step)
-        stop, early = StopOnSigterm(), StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
+        stop, early = StopOnSignal(), StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
         trainer = DistillTrainer(
             model=model,
             args=arguments,
@@ -240,18 +239,20 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
                 trainer.take_up(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if stop.requested:
-            raise Terminated
-        seconds = time.monotonic() - start
-        metrics = trainer.final_evaluation() if held_out_blocks else {}
-        record["metrics"] = metrics | {"steps": trainer.state.global_step, "seconds_since_start_or_resume": seconds}
-        run.summary(record["metrics"])
-    weights = trainer.accelerator.get_state_dict(trainer.model)  # gathered on all ranks where FSDP has cut them
-    if rank() == 0:
-        _write_student(weights, sizes, caches[0], out)
-        write_json(out / "run.json", record | {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)})
-        log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
-    agree([0])  # the claim holds until all are here
+            stop.raise_requested()
+            # From here on a signal waits: without a last checkpoint (save_steps=0) the weights are in memory alone.
+            seconds = time.monotonic() - start
+            metrics = trainer.final_evaluation() if held_out_blocks else {}
+            record["metrics"] = metrics | {"steps": trainer.state.global_step, "seconds_since_start_or_resume": seconds}
+            run.summary(record["metrics"])
+            weights = trainer.accelerator.get_state_dict(trainer.model)  # gathered on all ranks where FSDP has cut them
+            if rank() == 0:
+                _write_student(weights, sizes, caches[0], out)
+                finished = {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)}
+                write_json(out / "run.json", record | finished)
+                log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
+            agree([0])  # the claim holds until all are here
+        stop.raise_requested()
 
 
 def _data(task: Task, config: StudentConfig) -> tuple[PackedBlocks, PackedBlocks | None]:
@@ -282,6 +283,7 @@ def _data(task: Task, config: StudentConfig) -> tuple[PackedBlocks, PackedBlocks
         multiple=config.per_device_eval_batch_size * world_size(),
         temperature=config.temperature,
         with_samples=config.uses_samples,
+        all_targets=config.targets == "all",
     )
 
 
@@ -350,6 +352,7 @@ def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
             "cache.shards": sha256_json([cache["shards"] for cache in r["caches"]]),
             "cache.weight": [cache["weight"] for cache in r["caches"]],
             "init_from": (r.get("init_from") or {}).get("weights_sha256"),
+            "validation cache": r["validation"] and sha256_json(r["validation"]["shards"]),
             BLOCKS: r["world_size"]
             * r["config"]["per_device_train_batch_size"]
             * r["config"]["gradient_accumulation_steps"],
@@ -396,9 +399,15 @@ def _training_arguments(config: StudentConfig, out: Path, *, has_validation: boo
         use_cpu=not torch.accelerator.is_available(),
     )
     try:
-        return TrainingArguments(**options | config.training)
+        arguments = TrainingArguments(**options | config.training)
     except (ValueError, TypeError) as error:
         raise ConfigError("transformers refuses these training arguments", got=error) from error
+    if arguments.fsdp and not torch.accelerator.is_available():
+        raise ConfigError("FSDP needs accelerators", where="fsdp", got="a processor alone",
+                          fix="leave it out: under torchrun the processes then average gradients (DDP)")  # fmt: skip
+    # One process trains on one device: Trainer would run copies of the model in threads, on a batch of another size.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _weights_digest(model: GPT) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -17,11 +18,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from shared.errors import NonFiniteLossError, PeerEndedError
 from shared.model.gpt import IGNORE
 from shared.ranks import gathered, on_any, summed
-from shared.runtime import log, rank, read_json, world_size, write_bytes, write_json
+from shared.runtime import Terminated, log, rank, read_json, world_size, write_bytes, write_json
 from stage2_student.checkpoint import rotate, seal
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WINDOW = "window.json"  # in a checkpoint: the loss sums since the last log
 
 
@@ -41,11 +43,11 @@ class DistillTrainer(Trainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As the base class has it; its workers outlive a SIGTERM."""
+        """As the base class has it; its workers outlive a signal to all processes."""
         return _with_lasting_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As the base class has it; its workers outlive a SIGTERM."""
+        """As the base class has it; its workers outlive a signal to all processes."""
         return _with_lasting_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -170,13 +172,13 @@ def _sums(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
 
 def _with_lasting_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
     for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate wraps the one that starts workers
-        each.worker_init_fn = _block_sigterm
+        each.worker_init_fn = _block_signals
     return loader
 
 
-def _block_sigterm(worker: int) -> None:
-    """Batch systems signal every process at once, and the step in hand needs its workers, which end with the loader."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+def _block_signals(worker: int) -> None:
+    """Batch systems and Ctrl-C signal every process, and the step in hand needs its workers; they end with the loader."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 class _CheckBeforeStep(TrainerCallback):
@@ -264,26 +266,40 @@ class StopEarly(TrainerCallback):
             control.should_training_stop = True
 
 
-class StopOnSigterm(TrainerCallback):
-    """While entered, SIGTERM ends training after the step or evaluation in hand, with a checkpoint, on all ranks.
+class StopOnSignal(TrainerCallback):
+    """While entered, SIGTERM or Ctrl-C ends training after the step or evaluation in hand, with a checkpoint, on all
+    ranks; a second Ctrl-C ends it at once.
 
     Attributes:
-        requested: whether the signal has come, to any rank.
+        requested: whether a signal has come, to any rank.
     """
 
     requested = False
 
-    def __enter__(self) -> "StopOnSigterm":
-        self._previous = signal.signal(signal.SIGTERM, self._request)
+    def __enter__(self) -> "StopOnSignal":
+        self._interrupted = False
+        self._previous = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            if rank() == 0:  # `log` is not to be entered twice
+                os.write(2, b"interrupted: stopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
         self.requested = True
+
+    def raise_requested(self) -> None:
+        """Raise what the signal that has come stands for: `KeyboardInterrupt` or `Terminated`."""
+        if self.requested:
+            raise KeyboardInterrupt if self._interrupted else Terminated
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop here if the signal has come; all ranks call this at the same step."""

@@ -23,6 +23,7 @@ from stage2_student.cli import student
 # Most runs are processes of their own. What needs neither signals nor equal bits runs in this one, which saves imports.
 COMMAND = [sys.executable, "-m", "stage2_student"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+ON_A_PROCESSOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="about machines without accelerators")
 OPTIONS = {
     "preset": "tiny",
     "block_size": 48,
@@ -316,6 +317,52 @@ def test_sigterm_leaves_a_checkpoint_and_143(finished, caches, tmp_path):
     same_student(finished, out)
 
 
+def test_ctrl_c_leaves_a_checkpoint_and_130(caches, tmp_path):
+    out = tmp_path / "run"
+    command = arguments(caches / "train", out, max_steps=2000, save_steps=0, logging_steps=1)
+    code, errors = stop_when(command, lambda: (out / "training_log.jsonl").exists() and log_of(out), signal.SIGINT)
+    assert code == 130
+    assert "interrupted: stopping after this step, with a checkpoint" in errors
+    assert errors.endswith("interrupted; nothing finished is lost, the same command continues\n")
+    (checkpoint,) = out.glob("checkpoint-*/COMPLETE")
+    assert log_of(out)[-1]["step"] == int(checkpoint.parent.name.partition("-")[2])
+
+
+def test_a_signal_after_the_last_step_waits_for_the_weights(caches, tmp_path, monkeypatch):
+    from shared.runtime import Terminated
+    from stage2_student.trainer import DistillTrainer
+
+    evaluate = DistillTrainer.final_evaluation
+
+    def interrupted(self):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(self)
+
+    monkeypatch.setattr(DistillTrainer, "final_evaluation", interrupted)
+    out = tmp_path / "run"
+    command = arguments(caches / "train", out, caches / "validation", max_steps=2, save_steps=0, eval_steps=0)
+    with pytest.raises(Terminated):
+        run_here(command)
+    assert json.loads((out / "run.json").read_text())["state"] == "finished"
+    assert run_here(command) is None  # up to date
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one(caches, tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 2) or 2))
+    assert run_here(arguments(caches / "train", tmp_path / "run", max_steps=1, eval_steps=0)) is None
+
+
+def test_held_out_targets_are_those_of_training(caches, tmp_path):
+    records = []
+    for targets in ("completion", "all"):
+        options = {"max_steps": 1, "eval_steps": 0, "save_steps": 0, "learning_rate": 0.0, "targets": targets}
+        assert run_here(arguments(caches / "train", tmp_path / targets, caches / "validation", **options)) is None
+        records.append(json.loads((tmp_path / targets / "run.json").read_text())["metrics"]["eval_ce"])
+    assert records[0] != records[1]
+
+
 def test_another_run_in_the_same_folder_is_refused(finished, caches, tmp_path):
     train, validation = caches / "train", caches / "validation"
     line = run(arguments(train, finished, validation, alpha=0.5), 1).stderr
@@ -323,6 +370,7 @@ def test_another_run_in_the_same_folder_is_refused(finished, caches, tmp_path):
     assert all(text in line for text in ("another alpha", str(finished), "expected: 0.7", "got: 0.5"))
     assert "another cache.shards" in refused(arguments(validation, finished))
     assert "another cache.label_identity" in refused(arguments(caches / "stranger", finished))
+    assert "another validation cache" in refused(arguments(train, finished, caches / "more"))
     (tmp_path / "thesis.tex").write_text("x")
     assert "no run" in refused(arguments(train, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -334,6 +382,7 @@ def test_another_run_in_the_same_folder_is_refused(finished, caches, tmp_path):
         ({"alhpa": 1}, "did you mean 'alpha'?"),
         ({"temperature": 3.0}, "one of 0.5, 1, 1.5, 2"),
         ({"lr_scheduler_type": "zigzag"}, "zigzag"),
+        pytest.param({"fsdp": True}, "FSDP needs accelerators", marks=ON_A_PROCESSOR),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(caches, tmp_path, changes, text):

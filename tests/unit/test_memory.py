@@ -80,6 +80,11 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits(monkeypatch):
         needed = estimate_memory(sizes, 1000, size * 64, bf16=True).total_bytes
         monkeypatch.setattr(memory, "free_memory", lambda needed=needed: int(needed / memory.USABLE) + 1)
         assert fitted("auto") == size
+    # A run that goes on keeps its micro-batch, since sums of another order are other numbers, while it fits.
+    earlier = {"config": {"per_device_train_batch_size": 2}}
+    assert fit_micro_batch(config, sizes, 1000, "auto", earlier=earlier).per_device_train_batch_size == 1
+    monkeypatch.setattr(memory, "free_memory", lambda: 1 << 40)
+    assert fit_micro_batch(config, sizes, 1000, "auto", earlier=earlier).per_device_train_batch_size == 2
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
     with pytest.raises(ConfigError, match="at most 900 bytes"):
         fitted("auto")
