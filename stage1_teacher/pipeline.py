@@ -96,13 +96,12 @@ def label_shards(
     tokenizer_size = writer.build["tokenizer_size"]
     tokens = sum(len(all_pieces[i].ids) for positions in shards.values() for i in positions)
 
+    least = least_bytes_per_token(config, tokenizer_size)
     written_bytes = written_tokens = 0
 
     def write(shard: int, positions: range, pieces: Sequence["Piece"], rows: Rows, token_budget: int) -> None:
         nonlocal written_bytes, written_tokens
-        bytes_per_token = (
-            written_bytes / written_tokens if written_tokens else least_bytes_per_token(config, tokenizer_size)
-        )
+        bytes_per_token = written_bytes / written_tokens if written_tokens else least
         require_room(writer.path, (tokens - written_tokens) * ranks.world_size, bytes_per_token)
         arrays, excess_mass = to_arrays(rows, pieces, config, tokenizer_size)
         own = {

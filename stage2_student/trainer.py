@@ -177,7 +177,7 @@ def _with_lasting_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def _block_signals(worker: int) -> None:
-    """Batch systems and Ctrl-C signal every process, and the step in hand needs its workers; they end with the loader."""
+    """Batch systems and Ctrl-C signal all processes; the step in hand needs its workers, which end with the loader."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 

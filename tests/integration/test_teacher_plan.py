@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 from test_teacher_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
 
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
+from shared.errors import ConfigError
 from stage1_teacher.cli import teacher as command
 
 PROGRAM = [sys.executable, "-c", "from shared.cli import main; main()"]
@@ -132,6 +134,17 @@ def on_a_small_disk(tmp_path, kilobytes, *steps):
 def command_line(teacher, rows):  # noqa: F811
     program = f"{sys.executable} -c 'from shared.cli import main; main()'"
     return f"{program} teacher build --teacher {teacher} --dataset {rows} --out $DISK/cache {' '.join(OPTIONS)}"
+
+
+def test_a_pilot_without_memory_is_one_line(teacher, rows, tmp_path, monkeypatch):  # noqa: F811
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+
+    monkeypatch.setattr("stage1_teacher.label.label_shard", exhausted)
+    arguments = ["plan", "--teacher", teacher, "--dataset", rows, "--out", tmp_path / "cache", *OPTIONS]
+    error = CliRunner().invoke(command, list(map(str, arguments))).exception
+    assert isinstance(error, ConfigError)
+    assert "batch_tokens = 1,024; got: CUDA out of memory. Tried to allocate 2 GiB.; fix" in str(error)
 
 
 def test_a_build_that_cannot_fit_does_not_start(teacher, rows, tmp_path):  # noqa: F811
