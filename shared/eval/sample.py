@@ -1,13 +1,14 @@
 """Completions of problems, kept in a JSONL file as they are made, so that whatever ends the work ends little of it."""
 
+import contextlib
 import functools
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data.records import Problem
 from data.templates import humaneval_prompt
@@ -125,11 +126,11 @@ def complete(
         log(f"{out / COMPLETIONS}: {len(kept):,} of {len(keys):,} completions are there already")
     missing = agree([any(keys[index] not in kept for index in batch) for batch in batches])
     mine = [batch for batch, is_missing in zip(batches, missing, strict=True) if is_missing][rank() :: world_size()]
-    own_file = COMPLETIONS if rank() == 0 else f"completions.rank-{rank()}.jsonl"
+    own_file = out / (COMPLETIONS if rank() == 0 else f"completions.rank-{rank()}.jsonl")
     start, num_tokens = time.monotonic(), 0
     of_ranks = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
     with (
-        (out / own_file).open("ab") as file,
+        _appending_to(own_file) as file,
         progress(f"Generating{of_ranks}", sum(map(len, mine)), "completions") as bar,
     ):
         for batch in mine:
@@ -157,6 +158,17 @@ def complete(
         return []
     whole = _gather(out, keys, settings)
     return [whole[key] for key in keys]
+
+
+@contextlib.contextmanager
+def _appending_to(path: Path) -> Iterator[BinaryIO]:
+    """The file; errors say that it is the one, as on a full disk."""
+    try:
+        with path.open("ab") as file:
+            yield file
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _has_ended(end: Ending, text: str) -> bool:

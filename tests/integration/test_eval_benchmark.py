@@ -18,6 +18,7 @@ from shared.eval import benchmark
 from shared.eval.benchmark import describe, score_completions, summarise
 from shared.eval.completion import body_end
 from shared.eval.sandbox.runner import Verdict, open_sandbox
+from tests.cache_faults import file_size_limit
 from tests.eval_models import save_model
 from tests.hub_contents import mbpp_row
 
@@ -247,6 +248,22 @@ def test_any_file_of_humaneval_s_form(model, tmp_path):
     result = result_of(tmp_path / "out")
     assert (result["benchmark"], result["file"], result["num_problems"]) == ("own", "own.jsonl", 1)
     evaluate("humaneval", model, tmp_path / "out", *options, "--problems", str(tmp_path / "own.jsonl"), code=2)
+
+
+def test_a_full_disk_is_named_and_what_fitted_is_kept(model, tmp_path):
+    test = "def check(candidate):\n    assert candidate(1) == 1\n"
+    rows = [{"task_id": f"own/{i}", "prompt": "def f(x):\n", "entry_point": "f", "test": test} for i in range(8)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--benchmark", str(tmp_path / "own.jsonl"), "--max-new-tokens", "4", "--batch-size", "2"]
+    with file_size_limit(4000):
+        done = evaluate("humaneval", model, tmp_path / "out", *options, code=1)
+    assert isinstance(done.exception, OSError)
+    assert done.exception.filename == str(tmp_path / "out" / "completions.jsonl")
+    kept = (tmp_path / "out" / "completions.jsonl").read_bytes().count(b"\n")
+    assert 2 <= kept < 8
+    said = evaluate("humaneval", model, tmp_path / "out", *options).stderr
+    assert f"{kept} of 8 completions are there already" in said
+    assert [line["task_id"] for line in read(tmp_path / "out")] == [row["task_id"] for row in rows]
 
 
 def test_options_that_cannot_be(model, tmp_path):
