@@ -24,7 +24,7 @@ def arguments(tmp_path_factory):
     rows = [{"prompt": f"def add_{i}(x):", "completion": f"\n    return x + {i}\n" * (1 + i % 7)} for i in range(60)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["build", "--teacher", str(folder / "teacher"), "--dataset", str(folder / "rows.jsonl")]
-    return [*command, "--shard-tokens", "250", "--batch-tokens", "128", "--dtype", "float32"]
+    return [*command, "--shard-tokens", "250", "--batch-tokens", "128", "--dtype", "float32", "--samples", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +57,19 @@ def torchrun(arguments, out, num_processes, **options):
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_three_processes_make_the_same_cache(arguments, whole, tmp_path):
-    process = torchrun(arguments, tmp_path / "cache", 3)
+def test_four_processes_make_the_same_cache(arguments, whole, tmp_path):
+    """Sampled ids included: their seeds follow from the documents, not from who labels them."""
+    process = torchrun(arguments, tmp_path / "cache", 4)
     errors = process.communicate(timeout=200)[1]
     assert process.returncode == 0, errors
     assert contents(tmp_path / "cache") == whole
-    assert "in each of 3 processes, 1 CPU threads" in errors
+    assert "in each of 4 processes, 1 CPU threads" in errors
     assert errors.count("labelling") == 1  # rank 0 alone speaks
 
 
-def test_a_rank_that_is_killed_ends_the_job_and_another_number_finishes(arguments, whole, tmp_path, capsys):
+def test_a_rank_that_is_killed_ends_the_job_and_another_number_finishes(arguments, whole, tmp_path):
     out = tmp_path / "cache"
-    process = torchrun(arguments, out, 2)
+    process = torchrun(arguments, out, 3)
     deadline = time.monotonic() + 120
     while not list(out.glob("shard-*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -78,8 +79,10 @@ def test_a_rank_that_is_killed_ends_the_job_and_another_number_finishes(argument
     assert process.returncode == 1
     assert not (out / "manifest.json").exists()
 
-    alone(arguments, out)
-    assert "shards are done already" in capsys.readouterr().err
+    process = torchrun(arguments, out, 2)
+    errors = process.communicate(timeout=100)[1]
+    assert process.returncode == 0, errors
+    assert "shards are done already" in errors
     assert contents(out) == whole
 
 
