@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
 
@@ -36,8 +37,8 @@ class Builds:
         self.expected = contents(folder / "whole")
         self.num_shards = num_shards(folder / "whole")
 
-    def run(self, path, *, kill_at_shard=None, seconds=0.0):
-        """One build, killed so many seconds after there are so many shards; its exit status and what it said."""
+    def run(self, path, *, kill_at_shard=None, seconds=0.0, number=signal.SIGKILL):
+        """One build, sent a signal so many seconds after there are so many shards; its exit status and what it said."""
         with self.log.open("w") as log:
             process = subprocess.Popen([*self.command, str(path)], stdout=log, stderr=log, env=self.environment)
             while process.poll() is None and not (_claims(path, process.pid) and kill_at_shard is not None):
@@ -45,8 +46,8 @@ class Builds:
             while process.poll() is None and num_shards(path) < kill_at_shard:
                 time.sleep(0.001)
             time.sleep(seconds)
-            process.kill()
-            return process.wait(), self.log.read_text()
+            process.send_signal(number)
+            return process.wait(timeout=20), self.log.read_text()
 
     def kill_and_finish(self, path, rng, num_kills):
         """Builds killed at random moments until one gets through; the shards that were whole stay as they are."""
