@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from shared.eval.sandbox_cli import sandbox_check, score
+
 DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -33,6 +35,10 @@ class Named(click.ParamType[tuple[str, str]]):
 @click.group("eval")
 def evaluate() -> None:
     """Measure teacher and students; write the report."""
+
+
+evaluate.add_command(score)
+evaluate.add_command(sandbox_check)
 
 
 @evaluate.command()

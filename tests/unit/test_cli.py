@@ -29,6 +29,8 @@ COMMANDS = [
     ["eval", "draft"],
     ["eval", "humaneval"],
     ["eval", "report"],
+    ["eval", "score"],
+    ["eval", "sandbox-check"],
     ["eval", "compare"],
 ]
 HEAVY = ("torch", "transformers", "datasets", "wandb", "h5py", "numpy")

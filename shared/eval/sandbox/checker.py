@@ -1,78 +1,194 @@
-"""The child process of `limited.py`: take a job from stdin, give up what it can, run the test, report the verdict.
+"""The child that runs a test against a proxy of the program, and alone writes the verdict.
 
-Run by path with the standard library alone; it imports nothing of this project. Usage: checker.py VERDICT_FD.
+Lines on its socket: `loaded`, `held` for each assert that held, JSON `[verdict, detail]`, the first of which stands.
+Where an assert of the test fails the others are still tried, for the count alone.
 """
 
-import ctypes
+import builtins
+import contextlib
 import json
 import os
-import resource
-import signal
+import random
 import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
-_PR_SET_PDEATHSIG = 1
-_CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-
-
-def _isolate() -> bool:
-    """Die with the parent, and go on in a child that has no network and sees no process but its own.
-
-    Returns:
-        Whether it does; the kernel may forbid user namespaces.
-    """
-    if sys.platform != "linux":
-        return False
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWPID) != 0:
-        return False
-    if child := os.fork():
-        os.waitpid(child, 0)
-        os._exit(0)
-    # The first process of a process namespace: when it dies, everything it started dies.
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    return True
+from shared.eval.sandbox import solver
+from shared.eval.sandbox.asserts import FAILED, HELD, count_asserts
+from shared.eval.sandbox.channel import Channel, read_all, write_all
+from shared.eval.sandbox.values import Decoder, Encoder, NotPlainError, is_mutable
 
 
-def _limit(limits: dict[str, int]) -> None:
-    """Set resource limits, by name, at most at the hard limits already there."""
-    for name, value in limits.items():
-        kind = getattr(resource, name)
-        hard = resource.getrlimit(kind)[1]
-        if hard != resource.RLIM_INFINITY:
-            value = min(value, hard)
-        resource.setrlimit(kind, (value, value))
-
-
-def _run(job: dict[str, str]) -> tuple[str, str]:
-    """Run the whole test against the program; anything it raises, SystemExit included, is a failure."""
-    # Not "__main__": generated code often ends in a main guard that reads stdin.
-    namespace: dict[str, object] = {"__name__": "candidate"}
+def main(job_fd: int, calls_fd: int | None = None) -> None:
+    """Run one test; in one process with the program where there is no channel to a solver."""
+    check = _Check(job_fd, calls_fd)
     try:
-        exec(compile(job["program"], "<program>", "exec"), namespace)
-        candidate = namespace[job["entry_point"]]
-        exec(compile(job["test"], "<test>", "exec"), namespace)
-        namespace["check"](candidate)  # type: ignore[operator]
-    except BaseException as error:
+        check.run()
+    except BaseException:
+        check.end("error", "the checker: " + traceback.format_exc(limit=-3))
+
+
+class _Check:
+    def __init__(self, job_fd: int, calls_fd: int | None) -> None:
+        self._verdicts = job_fd
+        self._solver = None if calls_fd is None else Channel(calls_fd)
+        self._num_calls = 0
+        self._namespace: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """From the job to the verdict."""
+        job = json.loads(read_all(self._verdicts))
+        random.seed(1)
+        if self._solver is None:
+            candidate = self._load(job["program"], job["entry_point"])
+        else:
+            self._expect_loaded()
+            candidate = self._stand_in(job["prompt"], job["entry_point"])
+        self._note("loaded")
         try:
-            return "failed", f"{type(error).__name__}: {error}"[:200]
-        except BaseException:  # an exception whose text cannot be made
-            return "failed", "an exception without a readable text"
-    return "passed", ""
+            code = compile(count_asserts(job["test"]), "<test>", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError) as error:
+            self.end("error", f"the test is no Python: {error}")
+        self._namespace |= {HELD: lambda: self._note("held"), FAILED: self._fail}
+        try:
+            exec(code, self._namespace)
+            if "check" not in self._namespace:
+                self.end("error", "the test defines no check(candidate)")
+            self._namespace["check"](candidate)
+        except BaseException as error:
+            self._fail(error)
+        else:
+            if self._solver is not None and not self._num_calls:
+                self._verdict("failed", "the test never called the program")
+            else:
+                self._verdict("passed", "" if self._solver else "in one process with its test: forgeable")
+        os._exit(0)
+
+    def end(self, verdict: str, detail: str) -> NoReturn:
+        """Give the verdict, if there is none yet, and end at once, whatever the test would catch."""
+        self._verdict(verdict, detail)
+        os._exit(0)
+
+    def _note(self, line: str) -> None:
+        write_all(self._verdicts, line.encode() + b"\n")
+
+    def _verdict(self, verdict: str, detail: str) -> None:
+        self._note(json.dumps([verdict, detail[:500]]))
+
+    def _fail(self, error: BaseException) -> None:
+        """Record a failure; what follows changes it no more."""
+        try:
+            text = f"{type(error).__name__}: {error}".removesuffix(": ")
+        except BaseException:
+            text = "an exception without a readable text"
+        self._verdict("failed", text)
+
+    # --- the program in a process of its own -------------------------------------------------------------------------
+
+    def _expect_loaded(self) -> None:
+        answer = self._receive()
+        if answer != b"L":
+            self.end("failed", answer[1:].decode("utf-8", "replace"))
+
+    def _stand_in(self, prompt: str, entry_point: str) -> Callable[..., Any]:
+        """Run the prompt for what the test may use of it; its entry point becomes the proxy."""
+        module = types.ModuleType("candidate")
+        sys.modules["candidate"] = module
+        self._namespace = module.__dict__
+
+        def candidate(*arguments: Any, **keywords: Any) -> Any:
+            self._num_calls += 1
+            return self._call(0, arguments, keywords)
+
+        try:
+            exec(_compiled_head(prompt), self._namespace)
+        except BaseException as error:
+            self.end("error", f"the prompt does not run alone: {type(error).__name__}: {error}")
+        candidate.__name__ = candidate.__qualname__ = entry_point
+        self._namespace[entry_point] = candidate
+        return candidate
+
+    def _call(self, which: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        request = Encoder(exact=True)
+        try:
+            request.encode((which, arguments, keywords))
+        except NotPlainError as error:
+            self.end("error", f"the test passes {error}, so it needs one process with the program (same_process)")
+        try:
+            assert self._solver is not None
+            self._solver.send(request.take())
+        except OSError:
+            self._gone()
+        answer = self._receive()
+        how, changed = answer[:1], answer[1:2]
+        if how not in (b"R", b"X"):
+            self.end("failed", "the program's answer: " + answer[1:].decode("utf-8", "replace"))
+        try:
+            decoder = Decoder(answer[2:], request.objects, iterator=self._iterate)
+            if changed == b"C":
+                for value in filter(is_mutable, request.objects):
+                    decoder.write_back(value)
+            outcome = decoder.decode()
+        except (NotPlainError, MemoryError) as error:
+            self.end("failed", f"the program's answer: {error}")
+        if how == b"X":
+            raise self._exception(outcome)
+        return outcome
+
+    def _iterate(self, which: int) -> Iterator[Any]:
+        while True:
+            try:
+                item = self._call(which, (), {})
+            except StopIteration:
+                return
+            yield item
+
+    def _receive(self) -> bytes:
+        assert self._solver is not None
+        try:
+            answer = self._solver.receive()
+        except (NotPlainError, MemoryError) as error:
+            self.end("failed", f"the program's answer: {error}")
+        if answer is None:
+            self._gone()
+        return answer
+
+    def _gone(self) -> NoReturn:
+        self.end("killed", "the program's process ended")
+
+    def _exception(self, outline: Any) -> BaseException:
+        """An exception as near as may be to the one of the program: of a class that the test can name."""
+        try:
+            names, arguments = outline
+            for name in names:
+                kind = self._namespace.get(name, getattr(builtins, name, None))
+                if isinstance(kind, type) and issubclass(kind, BaseException):
+                    with contextlib.suppress(Exception):  # others need other arguments
+                        return kind(*arguments)
+        except (TypeError, ValueError):
+            pass
+        return RuntimeError(f"the program raised {outline!r:.200}")
+
+    # --- the program in this process ---------------------------------------------------------------------------------
+
+    def _load(self, program: str, entry_point: str) -> Any:
+        try:
+            self._namespace = solver.load(program)
+            return self._namespace[entry_point]
+        except BaseException as error:
+            self._fail(error)
+            os._exit(0)
 
 
-def main() -> None:
-    """Run one job. No verdict is written unless the test ran to its end or raised."""
-    verdict_fd = int(sys.argv[1])
-    job = json.loads(sys.stdin.buffer.read())
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    token, dumps, write, leave = job.pop("token"), json.dumps, os.write, os._exit
-    isolated = _isolate()
-    _limit(job.pop("limits"))
-    verdict, detail = _run(job)
-    write(verdict_fd, dumps([token, verdict, detail, isolated]).encode())
-    leave(0)
-
-
-if __name__ == "__main__":
-    main()
+def _compiled_head(prompt: str) -> types.CodeType:
+    """The prompt without the unfinished definition at its end, if that has not even a docstring."""
+    lines = prompt.splitlines(keepends=True)
+    while True:
+        try:
+            return compile("".join(lines), "<prompt>", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError):
+            if not lines:
+                raise
+            lines.pop()

@@ -1,55 +1,63 @@
 """Candidates to verdicts: what scoring knows of the sandbox."""
 
+import os
+import queue
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from shared.eval.sandbox import limited
+from shared.errors import SandboxError
+from shared.eval.sandbox import probe
+from shared.eval.sandbox.policy import Walls
+from shared.eval.sandbox.worker import Candidate, Verdict, Worker
+from shared.runtime import progress
 
+__all__ = ["Candidate", "Sandbox", "Verdict", "open_sandbox", "run_candidates"]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A program (prompt and completion), the test that defines `check(candidate)`, and the name it is given.
-
-    `same_process`: the test uses more of the program's names than the entry point.
-    """
-
-    prompt: str
-    completion: str
-    test: str
-    entry_point: str
-    same_process: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """What became of a candidate: `passed`, `failed`, `timed out`, `killed` (it vanished) or `error` (ours).
-
-    `loaded`: the program ran to its end and defined the entry point; `asserts_passed`: how many of the test's asserts
-    held. None where that is not known.
-    """
-
-    verdict: str
-    detail: str
-    seconds: float
-    loaded: bool | None = None
-    asserts_passed: int | None = None
+FIX = "--allow-host-reads where only reading cannot be confined; a container or virtual machine and --unsafe-no-sandbox"
 
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
     """What programs run in; `description` goes into every result."""
 
-    description: dict[str, Any]
+    walls: Walls
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The walls, and what they do not do."""
+        return {
+            "walls": self.walls.name,
+            "host_reads_allowed": not self.walls.confine_reads,
+            "unsafe_no_sandbox": self.walls == probe.NO_WALLS,
+        }
 
 
 def open_sandbox(*, allow_host_reads: bool = False, unsafe: bool = False) -> Sandbox:
-    """What this machine offers.
+    """The best walls that this machine lets us put up, by trying what they must refuse.
+
+    Args:
+        allow_host_reads: go on where programs can read this machine's files, and nothing else is open.
+        unsafe: go on without walls where none can be had.
 
     Raises:
-        SandboxError: it has no walls.
+        SandboxError: there are none, and why.
     """
-    return Sandbox({"kind": "limited subprocess, forgeable", "allow_host_reads": allow_host_reads, "unsafe": unsafe})
+    reasons = []
+    for walls in (*probe.CHOICES, *((probe.WITHOUT_READS,) if allow_host_reads else ())):
+        try:
+            open_ways = {about: what for about, what in probe.probe(walls).items() if what != "refused"}
+        except SandboxError as error:
+            reasons.append(f"{walls.name}: {error.got}")
+            continue
+        if not open_ways:
+            return Sandbox(walls)
+        reasons.append(f"{walls.name}: not refused: {', '.join(open_ways)}")
+    if unsafe:
+        return Sandbox(probe.NO_WALLS)
+    raise SandboxError("no sandbox can be had here", got="; ".join(reasons), fix=FIX)
 
 
 def run_candidates(
@@ -57,12 +65,52 @@ def run_candidates(
 ) -> list[Verdict]:
     """One verdict per candidate, in order.
 
+    A time-out is tried once more, alone, before it is recorded: a busy machine fails no program.
+
+    Args:
+        candidates: run in any order.
+        sandbox: from `open_sandbox`.
+        timeout_seconds: wall time of one candidate, all of it.
+        workers: candidates at once; as many as there are processors by default.
+
     Raises:
-        SandboxError: a known-good program does not pass.
+        SandboxError: the walls cannot be put up any more.
     """
-    programs = [
-        limited.Candidate(program=c.prompt + c.completion, test=c.test, entry_point=c.entry_point) for c in candidates
-    ]
-    verdicts = limited.run_candidates(programs, timeout_seconds=timeout_seconds)
-    sandbox.description["isolated"] = limited.were_isolated(verdicts)
-    return [Verdict(verdict=v.verdict, detail=v.detail, seconds=v.seconds) for v in verdicts]
+    num_workers = min(workers or _num_processors(), len(candidates))
+    if num_workers == 0:
+        return []
+    with ExitStack() as stack:
+        idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        everyone = [stack.enter_context(Worker(sandbox.walls)) for _ in range(num_workers)]
+        for worker in everyone:
+            worker.wait_ready()
+            idle.put(worker)
+
+        def run(candidate: Candidate) -> Verdict:
+            worker = idle.get()
+            try:
+                return worker.run(candidate, timeout_seconds)
+            finally:
+                idle.put(worker)
+
+        pool = ThreadPoolExecutor(num_workers)
+        verdicts = []
+        try:
+            with progress("Running programs", len(candidates), "programs") as bar:
+                for verdict in pool.map(run, candidates):
+                    verdicts.append(verdict)
+                    bar.advance(1)
+        except BaseException:
+            for worker in everyone:
+                worker.kill()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return [
+            everyone[0].run(candidate, timeout_seconds) if verdict.verdict == "timed out" else verdict
+            for candidate, verdict in zip(candidates, verdicts, strict=True)
+        ]
+
+
+def _num_processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

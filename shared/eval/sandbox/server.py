@@ -1,0 +1,134 @@
+"""The fork server: a bare interpreter behind walls, which forks two children for each candidate.
+
+Started by `worker.py`, on its socket. It never sees a candidate or a test: it hands the children their sockets. When
+its socket ends it ends, and its children with it.
+"""
+
+import array
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+from shared.eval.sandbox import checker, landlock, namespaces, policy, seccomp, solver
+
+_HIGH = 32  # above all descriptors that children get
+
+
+def main(control_fd: int, walls: policy.Walls) -> None:
+    """Put up the walls, all of them, say so, and serve until the socket ends."""
+    control = socket.socket(fileno=control_fd)
+    try:
+        for name in policy.PRELOADED:
+            importlib.import_module(name)
+        program = _put_up(walls)
+    except (OSError, StopIteration) as error:
+        control.send(json.dumps({"error": f"{walls.name}: {error}"}).encode())
+        os._exit(1)
+    gc.collect()
+    gc.freeze()
+    control.send(b"{}")
+    with contextlib.suppress(ConnectionError):
+        while _serve(control, program):
+            pass
+    os._exit(0)
+
+
+def _put_up(walls: policy.Walls) -> bytes | None:
+    """Confine this process. Returns the filter of system calls for its children."""
+    if sys.platform != "linux":
+        if walls != policy.Walls():
+            raise OSError("only Linux has these walls")
+        return None
+    namespaces.die_with(os.getppid())
+    folders, hidden, files = policy.library_folders(), policy.package_folders(), policy.library_files()
+    if walls.namespaces:
+        as_root = os.geteuid() == 0
+        namespaces.unshare()
+        _go_on_in_a_child()
+        namespaces.change_root(folders, hidden)
+        namespaces.drop_privileges(become_nobody=as_root and os.geteuid() == 0)
+        namespaces.die_with(0)
+    elif walls != policy.Walls():
+        namespaces.drop_privileges(become_nobody=False)
+    if walls.landlock:
+        landlock.restrict(files, folders)
+    return seccomp.build_filter() if walls.seccomp else None
+
+
+def _go_on_in_a_child() -> None:
+    """The first process of a process namespace: when it dies, all others in it die."""
+    if child := os.fork():
+        os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        os.waitpid(child, 0)
+        os._exit(0)
+    namespaces.die_with(0)
+
+
+def _serve(control: socket.socket, program: bytes | None) -> bool:
+    """One candidate: fork its children, wait for the word that it is over, end them and say how each ended."""
+    message, descriptors = _receive(control)
+    if not message:
+        return False
+    cpu_seconds = json.loads(message)
+    *of_solver, of_checker = descriptors
+    children = []
+    if of_solver:
+        one, other = socket.socketpair()
+        with one, other:
+            children.append(_fork(solver.main, [*of_solver, one.fileno()], cpu_seconds, program))
+            children.append(_fork(checker.main, [of_checker, other.fileno()], cpu_seconds, program))
+    else:
+        children.append(_fork(checker.main, [of_checker], cpu_seconds, program))
+    for descriptor in descriptors:
+        os.close(descriptor)
+    more = control.recv(1)
+    statuses = [_end(child) for child in children]
+    control.send(json.dumps(statuses).encode())
+    return bool(more)
+
+
+def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
+    descriptors = array.array("i")
+    message, ancillary, _, _ = control.recvmsg(64, socket.CMSG_SPACE(2 * descriptors.itemsize))
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    return message, list(descriptors)
+
+
+def _fork(main: Callable[..., None], descriptors: list[int], cpu_seconds: int, program: bytes | None) -> int:
+    """Start a child that has these descriptors as 3 and 4, none besides but the three on the null device."""
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        if sys.platform == "linux":
+            namespaces.die_with(parent)
+        if program is None:
+            os.setpgid(0, 0)  # whatever it starts is found again
+        moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _HIGH) for descriptor in descriptors]
+        places = [os.dup2(descriptor, 3 + i) for i, descriptor in enumerate(moved)]
+        os.closerange(3 + len(places), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        policy.limit_resources(cpu_seconds)
+        if program is not None:
+            seccomp.install(program)
+        main(*places)
+    finally:
+        os._exit(1)
+
+
+def _end(child: int) -> int:
+    """Kill a child and whatever it started. Returns how it had ended, as `subprocess` says it."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

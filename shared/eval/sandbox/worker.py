@@ -1,0 +1,268 @@
+"""This side of one fork server: hand it candidates one by one, keep the deadline, believe nobody but the checker."""
+
+import contextlib
+import json
+import math
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import SandboxError
+from shared.eval.sandbox.policy import Walls, library_folders, package_folders
+
+START_SECONDS = 60.0
+# After the first failed assert the others are tried for so long.
+_COUNT_SECONDS = 1.0
+_CPU_SECONDS_BEYOND = 2
+_MAX_LINE_BYTES = 1 << 20
+_ROOT = Path(__file__).parents[3]
+_START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from shared.eval.sandbox import policy, server; del sys.path[0]; "
+    "server.main(int(sys.argv[2]), policy.Walls(**dict.fromkeys(sys.argv[3:], True)))"
+)
+# `-I` would also ignore PYTHONHASHSEED, and with it the order of sets would change from run to run.
+_INTERPRETER = (sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _START)
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "PATH": "", "HOME": "/", "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A program (prompt and completion), the test that defines `check(candidate)`, and the name it is given.
+
+    `same_process`: the test uses more of the program's names than the entry point; such a verdict can be forged.
+    """
+
+    prompt: str
+    completion: str
+    test: str
+    entry_point: str
+    same_process: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What became of a candidate: `passed`, `failed`, `timed out`, `killed` (it vanished) or `error` (ours).
+
+    `loaded`: the program ran to its end and defined the entry point; `asserts_passed`: how many of the test's asserts
+    held, of those tried. None where that is not known.
+    """
+
+    verdict: str
+    detail: str
+    seconds: float
+    loaded: bool | None = None
+    asserts_passed: int | None = None
+
+
+class ServerGoneError(Exception):
+    """The fork server ended by itself."""
+
+
+class Worker:
+    """A fork server behind given walls. A context manager; one candidate at a time.
+
+    Raises:
+        SandboxError: no process can be started.
+    """
+
+    def __init__(self, walls: Walls) -> None:
+        self.walls = walls
+        self._control: socket.socket
+        self._process: subprocess.Popen[bytes]
+        self._ready = False
+        self._killed = False
+        self._start()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the server and all that it started."""
+        self._control.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def kill(self) -> None:
+        """End the server at once, from another thread than the one that runs a candidate, which gets an error."""
+        self._killed = True
+        self._process.kill()
+
+    def wait_ready(self) -> None:
+        """Wait until the walls are up.
+
+        Raises:
+            SandboxError: they are not, and why.
+        """
+        if self._ready:
+            return
+        self._control.settimeout(START_SECONDS)
+        try:
+            answer = json.loads(self._control.recv(4096) or b'{"error": "it ended"}')
+        except (OSError, ValueError) as error:
+            answer = {"error": str(error)}
+        if "error" in answer:
+            raise SandboxError("the fork server did not start", where=self.walls.name, got=answer["error"])
+        self._ready = True
+
+    def run(self, candidate: Candidate, timeout_seconds: float) -> Verdict:
+        """Run a candidate to its verdict. What dies for no reason of its own is tried once more."""
+        verdict, suspect = self._run(candidate, timeout_seconds)
+        return self._run(candidate, timeout_seconds)[0] if suspect and not self._killed else verdict
+
+    def _run(self, candidate: Candidate, timeout_seconds: float) -> tuple[Verdict, bool]:
+        """A verdict, and whether something from outside may have made it."""
+        start = time.monotonic()
+        try:
+            self.wait_ready()
+            start = time.monotonic()  # of the program, not of the server
+            verdict, detail, lines, suspect = self._attempt(candidate, start + timeout_seconds, timeout_seconds)
+        except (ServerGoneError, OSError, SandboxError, ValueError) as error:
+            verdict, detail, lines, suspect = "error", f"{type(error).__name__}: {error}", None, True
+            self.close()
+            if not self._killed:
+                with contextlib.suppress(SandboxError):
+                    self._start()
+        known = verdict != "error" and lines is not None
+        return Verdict(
+            verdict=verdict,
+            detail=detail,
+            seconds=round(time.monotonic() - start, 3),
+            loaded=b"loaded" in lines if known and lines is not None else None,
+            asserts_passed=lines.count(b"held") if known and lines is not None else None,
+        ), suspect
+
+    def _start(self) -> None:
+        self._ready = False
+        self._control, other = socket.socketpair()
+        # Descriptors are kept by both the interpreter and bubblewrap.
+        arguments = [str(_ROOT), str(other.fileno())]
+        arguments += [name for name in ("namespaces", "landlock", "seccomp", "bubblewrap") if getattr(self.walls, name)]
+        with other:
+            try:
+                self._process = subprocess.Popen(
+                    [*(_bubblewrap() if self.walls.bubblewrap else ()), *_INTERPRETER, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    env=_ENVIRONMENT,
+                    pass_fds=(other.fileno(),),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self._control.close()
+                raise SandboxError("the fork server cannot be started", where=self.walls.name, got=error) from error
+
+    def _attempt(
+        self, candidate: Candidate, deadline: float, timeout_seconds: float
+    ) -> tuple[str, str, list[bytes], bool]:
+        program = candidate.prompt + candidate.completion
+        job = {"test": candidate.test, "entry_point": candidate.entry_point}
+        job |= {"program": program} if candidate.same_process else {"prompt": candidate.prompt}
+        with contextlib.ExitStack() as stack:
+            checker, of_checker = map(stack.enter_context, socket.socketpair())
+            theirs = [of_checker]
+            if not candidate.same_process:
+                solver, of_solver = map(stack.enter_context, socket.socketpair())
+                theirs.insert(0, of_solver)
+            cpu_seconds = math.ceil(timeout_seconds) + _CPU_SECONDS_BEYOND
+            message, descriptors = [json.dumps(cpu_seconds).encode()], [end.fileno() for end in theirs]
+            self._tell(lambda: socket.send_fds(self._control, message, descriptors))
+            for end in theirs:
+                end.close()
+            if not candidate.same_process:
+                _hand_over(solver, {"program": program, "entry_point": candidate.entry_point}, deadline)
+            _hand_over(checker, job, deadline)
+            lines, in_time = _read_lines(checker, deadline)
+            statuses = self._finish()
+        found = next((line for line in lines if line.startswith(b"[")), None)
+        if found is not None:
+            verdict, detail = json.loads(found)
+            if verdict == "killed" and statuses[0] != 0:
+                detail += f" ({_how(statuses[0])})"
+            return verdict, detail, lines, verdict == "killed" and statuses[0] == -signal.SIGKILL
+        if not in_time:
+            return "timed out", f"no verdict within {timeout_seconds:g} s", lines, False
+        # Without the program in it, nothing that the program does ends the checker.
+        outside = not candidate.same_process or statuses[-1] == -signal.SIGKILL
+        return "killed", f"the checker's process ended ({_how(statuses[-1])})", lines, outside
+
+    def _finish(self) -> list[int]:
+        """Have both children killed. Returns how each ended, the solver first."""
+        self._tell(lambda: self._control.send(b"."))
+        self._control.settimeout(START_SECONDS)
+        statuses: list[int] = json.loads(self._tell(lambda: self._control.recv(256)) or b"null")
+        if not statuses:
+            raise ServerGoneError("it ended")
+        return statuses
+
+    def _tell(self, action: Any) -> Any:
+        try:
+            return action()
+        except OSError as error:
+            raise ServerGoneError(error) from error
+
+
+def _hand_over(end: socket.socket, job: dict[str, str], deadline: float) -> None:
+    """Send a job and nothing after it. A child that takes too long or dies shows in the verdict."""
+    with contextlib.suppress(OSError):
+        end.settimeout(max(deadline - time.monotonic(), 0.001))
+        end.sendall(json.dumps(job).encode())
+        end.shutdown(socket.SHUT_WR)
+
+
+def _read_lines(end: socket.socket, deadline: float) -> tuple[list[bytes], bool]:
+    """What the checker writes until it ends or the deadline is there; and whether it ended."""
+    lines: list[bytes] = []
+    rest = b""
+    while True:
+        if not select.select([end], [], [], max(deadline - time.monotonic(), 0))[0]:
+            return lines, False
+        try:
+            data = end.recv(1 << 16)
+        except ConnectionResetError:
+            data = b""
+        *new, rest = (rest + data).split(b"\n")
+        if not data or len(rest) > _MAX_LINE_BYTES:
+            return lines, True
+        lines += new
+        if any(line.startswith(b"[") for line in new):
+            deadline = min(deadline, time.monotonic() + _COUNT_SECONDS)
+
+
+def _how(status: int) -> str:
+    return f"exit status {status}" if status >= 0 else f"signal {-status}"
+
+
+def _bubblewrap() -> list[str]:
+    """The command that confines what follows it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    program = shutil.which("bwrap")
+    if program is None:
+        raise FileNotFoundError("bwrap is not installed")
+    command = [program, "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
+    packages = Path(__file__).parents
+    for folder in [*library_folders(), packages[0], *(package / "__init__.py" for package in packages[1:3])]:
+        command += ["--ro-bind", str(folder), str(folder)]
+    for folder in package_folders():
+        command += ["--tmpfs", str(folder)]
+    for file in (Path(sys.executable), Path(sys.executable).resolve()):
+        command += ["--ro-bind", str(file), str(file)]
+    pyvenv = Path(sys.prefix) / "pyvenv.cfg"
+    return [*command, *(("--ro-bind", str(pyvenv), str(pyvenv)) if pyvenv.exists() else ()), "--"]
