@@ -40,8 +40,8 @@ RUNS := $(ART)/students
 TWINS := student_kd student_ce
 REPORT := $(ART)/report
 
+DEMO_TEACHER := artifacts/teachers/SmolLM2-135M-Instruct
 ifeq ($(PROFILE),demo)
-  DEMO_TEACHER := artifacts/teachers/SmolLM2-135M-Instruct
   TEACHER ?= $(DEMO_TEACHER)
   FETCH := $(if $(filter $(DEMO_TEACHER),$(TEACHER)),$(BIN)/codedistill teacher fetch-demo --out $(DEMO_TEACHER))
   TRAIN_LIMIT ?= --limit-docs 640
@@ -68,7 +68,7 @@ STUDENTS := $(filter $(WANTED),$(TWINS)) $(sort $(filter-out $(TWINS),$(WANTED))
 # The teacher is timed beside its students where it is, or will be, at hand: never on a machine that has the cache alone.
 TEACHER_HERE := $(and $(filter file,$(origin CACHE)),$(or $(wildcard $(TEACHER)/config.json),$(if $(wildcard $(TRAIN)/manifest.json),,yes)))
 
-.PHONY: help setup teacher cache student eval report all test check soak bench clean
+.PHONY: help setup teacher cache student eval report proof all test check soak bench clean
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -180,6 +180,22 @@ PROOF := $(if $(filter demo,$(PROFILE)),$(wildcard artifacts/proof/proof.json))
 $(REPORT)/report.html: $(RESULTS) $(PROOF) | $(VENV)/.installed
 	$(DISTILL) eval report --eval $(EVAL) $(foreach s,$(STUDENTS),--student $s=$(RUNS)/$s) \
 	  --cache $(TRAIN) $(VALIDATION:%=--cache %) $(PROOF:%=--proof %) --out $(@D)
+
+# --- the proof -------------------------------------------------------------------------------------------------------
+
+PROOF_OUT := artifacts/proof
+PROOF_CONFIG ?= stage2_student/configs/proof.toml
+PROOF_DOCS_train ?= 200
+PROOF_DOCS_validation ?= 40
+PROOF_DOCS_test ?= 100
+
+proof: setup $(foreach s,train validation test,$(PROOF_OUT)/cache-$s/manifest.json) ## losses compared in paired seeds, from the demo teacher (2 hours at most)
+	$(DISTILL) student proof --config $(PROOF_CONFIG) --teacher $(DEMO_TEACHER) --out $(PROOF_OUT) \
+	  --cache $(PROOF_OUT)/cache-train --validation $(PROOF_OUT)/cache-validation --test $(PROOF_OUT)/cache-test
+
+$(PROOF_OUT)/cache-%/manifest.json: | $(VENV)/.installed
+	$(DISTILL) teacher fetch-demo --out $(DEMO_TEACHER)
+	$(DISTILL) teacher build --config stage1_teacher/configs/demo.toml --teacher $(DEMO_TEACHER) --split $* --limit-docs $(PROOF_DOCS_$*) --out $(@D)
 
 # --- development -----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""`codedistill student train|sweep|export`."""
+"""`codedistill student train|sweep|proof|export`."""
 
 import math
 import re
@@ -166,6 +166,38 @@ def sweep(
     paths, weights = _split_weights(caches)
     members = Sweep(grid, paths, out, weights=weights, validation_path=validation, init_from=init_from, jobs=jobs)
     click.echo(members.run(), nl=False)
+
+
+@student.command()
+@click.option("--cache", required=True, type=click.Path(path_type=Path), help="The cache to train on.")
+@click.option("--validation", required=True, type=click.Path(path_type=Path), help="A cache to choose by.")
+@click.option("--test", required=True, type=click.Path(path_type=Path), help="A cache that nothing is chosen by.")
+@click.option("--config", "plan", required=True, metavar="F.toml", type=click.Path(path_type=Path),
+              help="Arms, learning rates, seeds and the student (stage2_student/configs/proof.toml).")  # fmt: skip
+@click.option("--teacher", metavar="DIR", type=click.Path(path_type=Path),
+              help="The model that made the caches, for arms of its full distribution.")  # fmt: skip
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The proof's folder.")
+@click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
+              help="Students trained side by side; they share the processor's threads.")  # fmt: skip
+def proof(cache: Path, validation: Path, test: Path, plan: Path, teacher: Path | None, out: Path, jobs: int) -> None:
+    """Compare ways to train a student, by paired seeds on a test set.
+
+    Every arm has the same small search over learning rates and epochs, judged on the validation cache. Then each is
+    trained with several seeds: a seed has the same initial weights and data order in all arms. Differences of the test
+    NLL come with Student's 95 % interval over the seeds.
+
+    The same command continues: what is finished is kept. At the end proof.json, proof.md and proof.svg say what was
+    found.
+
+    \b
+    Example:
+      codedistill student proof --cache caches/train --validation caches/validation --test caches/test \\
+        --config stage2_student/configs/proof.toml --teacher artifacts/teachers/demo --out artifacts/proof
+    """
+    from stage2_student.proof import prove
+
+    result = prove(plan, cache, validation, test, out, teacher=teacher, jobs=jobs)
+    click.echo("\n".join(result["summary"]))
 
 
 @student.command()

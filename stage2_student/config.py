@@ -22,6 +22,7 @@ FIXED = {
 }  # fmt: skip
 INSTEAD = {
     "push_to_hub": "push what is finished: `codedistill student export RUN --out DIR`, then `hf upload REPO DIR`",
+    "label_smoothing_factor": "`label_smoothing`",
     "auto_find_batch_size": "`--batch-tokens auto`, which keeps the blocks per optimizer step",
 }
 
@@ -43,6 +44,8 @@ class StudentConfig:
         beta: the teacher's share of the mixture in `jsd`, which is beta·KL(p‖m) + (1 − beta)·KL(q‖m).
         skew: the teacher's share of the mixture in the skewed divergences.
         k: use the best k entries of each row, the others' mass joins the tail; 0 uses all that the cache holds.
+        label_smoothing: share of cross-entropy's target that is spread evenly over the vocabulary, where alpha is 0;
+            the losses that are logged leave it out.
         targets: `completion` trains where the cache's loss mask says so, `all` on every token that has a next one.
         block_size: tokens of a packed block.
         num_train_epochs: passes over the cache's documents, each packed anew; the last may be a part of one.
@@ -68,6 +71,7 @@ class StudentConfig:
     beta: float = 0.5
     skew: float = 0.1
     k: int = 0
+    label_smoothing: float = 0.0
     targets: Literal["completion", "all"] = "completion"
     block_size: int = 512
     per_device_train_batch_size: int = 8
@@ -136,6 +140,17 @@ class StudentConfig:
             )
         if not 0 <= self.alpha <= 1:
             raise ConfigError("a value out of range", where="alpha", expected="0 to 1", got=self.alpha)
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(
+                "a value out of range", where="label_smoothing", expected="0 or more, below 1", got=self.label_smoothing
+            )
+        if self.label_smoothing and self.alpha:
+            raise ConfigError(
+                "distillation has the teacher's labels in place of smoothed ones",
+                where="label_smoothing, alpha",
+                expected="label_smoothing=0, or alpha=0",
+                got=f"label_smoothing={self.label_smoothing:g}, alpha={self.alpha:g}",
+            )
         if self.temperature <= 0:
             raise ConfigError("a value out of range", where="temperature", expected="above 0", got=self.temperature)
         for name in ("beta", "skew"):

@@ -45,17 +45,20 @@ class HeadLoss:
         Without soft labels in the batch, which only alpha = 0 can do without, `kd` is 0. Without gradients to form (in
         evaluation) the loss alone is computed.
         """
-        labels = None
-        if self.config.alpha > 0 or soft:
-            names = [name for name in SoftLabels._fields if self.config.uses_samples or not name.startswith("sample")]
-            labels = SoftLabels(**{name: soft[f"soft_{name}"].flatten(0, 1) for name in names})
-            if self.config.k:
-                labels = labels.first(self.config.k)
+        labels = self.labels(soft)
         targets_N = (labels_N != IGNORE).nonzero().squeeze(1)  # prompts and padding need no logits
         hidden_NH, labels_N, labels = hidden_NH[targets_N], labels_N[targets_N], labels and labels.rows(targets_N)
         total, kd, ce = _FusedHeadLoss.apply(hidden_NH, weight_VH, labels_N, labels, self, torch.is_grad_enabled())
         num_targets = len(targets_N) if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / max(num_targets, 1), "kd": kd, "ce": ce}
+
+    def labels(self, soft: dict[str, Tensor]) -> SoftLabels | None:
+        """The teacher's rows of a batch, one per position; None where there are none and none are needed."""
+        if not soft and self.config.alpha == 0:
+            return None
+        names = [name for name in SoftLabels._fields if self.config.uses_samples or not name.startswith("sample")]
+        labels = SoftLabels(**{name: soft[f"soft_{name}"].flatten(0, 1) for name in names})
+        return labels.first(self.config.k) if self.config.k else labels
 
     def combine(self, kd: float, ce: float) -> float:
         """The loss that belongs to both terms."""
@@ -71,7 +74,7 @@ class HeadLoss:
     def chunk_(self, logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels | None) -> ChunkLoss:
         """Loss sums of a chunk; `logits_CV` becomes the gradient."""
         if soft is None:
-            return cross_entropy_(logits_CV, labels_C)
+            return cross_entropy_(logits_CV, labels_C, self.config.label_smoothing)
         return distill_(logits_CV, labels_C, soft, self.config)
 
 

@@ -45,7 +45,7 @@ class SoftLabels(NamedTuple):
 
     def rows(self, chosen: slice | Tensor) -> "SoftLabels":
         """The labels of some rows."""
-        return SoftLabels._make(field if field is None else field[chosen] for field in self)
+        return self._replace(**{name: field[chosen] for name, field in self._asdict().items() if field is not None})
 
     def first(self, k: int) -> "SoftLabels":
         """The labels with at most `k` entries per row; the mass of the others joins the tail."""
@@ -68,21 +68,49 @@ class ChunkLoss(NamedTuple):
     ce: Tensor
 
 
-def cross_entropy_(logits_CV: Tensor, labels_C: Tensor) -> ChunkLoss:
+def cross_entropy_(logits_CV: Tensor, labels_C: Tensor, smoothing: float = 0.0) -> ChunkLoss:
     """Sum of next-token cross-entropy; `logits_CV` becomes its gradient.
 
     Args:
         logits_CV: float32, overwritten with dL/dz.
         labels_C: int64 target ids, `IGNORE` where there is none.
+        smoothing: share of the target that is spread evenly over all V ids (Szegedy et al. 2016, section 7); `total`
+            and the gradient have it, `ce` never.
     """
     valid_C1, safe_C1 = _targets(labels_C, logits_CV.dtype)
     logits_CV.sub_(logits_CV.amax(1, keepdim=True))
     label_C1 = logits_CV.gather(1, safe_C1)
+    mean_C1 = logits_CV.mean(1, keepdim=True) if smoothing else 0.0
     sum_C1 = logits_CV.exp_().sum(1, keepdim=True)
     ce = ((sum_C1.log() - label_C1) * valid_C1).sum()
     logits_CV.mul_(valid_C1 / sum_C1)
-    logits_CV.scatter_add_(1, safe_C1, -valid_C1)
-    return ChunkLoss(ce, ce.new_zeros(()), ce)
+    logits_CV.scatter_add_(1, safe_C1, (smoothing - 1) * valid_C1)
+    if not smoothing:
+        return ChunkLoss(ce, ce.new_zeros(()), ce)
+    logits_CV.sub_(valid_C1 * smoothing / logits_CV.shape[1])
+    evenly = ((sum_C1.log() - mean_C1) * valid_C1).sum()
+    return ChunkLoss((1 - smoothing) * ce + smoothing * evenly, ce.new_zeros(()), ce)
+
+
+def dense_distill_(logits_CV: Tensor, labels_C: Tensor, logp_CV: Tensor, alpha: float) -> ChunkLoss:
+    """α·KL(p‖q) over all V ids at T = 1, plus (1−α)·CE, summed; `logits_CV` becomes the gradient.
+
+    What the sparse losses stand in for; the proof compares them with it.
+
+    Args:
+        logits_CV: float32, overwritten with dL/dz.
+        labels_C: int64 target ids, `IGNORE` where there is none.
+        logp_CV: the teacher's log-probabilities of all ids, finite.
+        alpha: weight of the divergence.
+    """
+    valid_C1, safe_C1 = _targets(labels_C, logits_CV.dtype)
+    logq_CV = logits_CV.log_softmax(1)
+    ce = -(logq_CV.gather(1, safe_C1) * valid_C1).sum()
+    p_CV = logp_CV.exp()
+    kd = ((p_CV * (logp_CV - logq_CV)).sum(1, keepdim=True) * valid_C1).sum()
+    torch.exp(logq_CV, out=logits_CV).sub_(p_CV, alpha=alpha)
+    logits_CV.scatter_add_(1, safe_C1, torch.full_like(valid_C1, alpha - 1)).mul_(valid_C1)
+    return ChunkLoss(alpha * kd + (1 - alpha) * ce, kd, ce)
 
 
 def _targets(labels_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
 
 
-@torch.inference_mode()
 def score(weights: Path, sizes: GPTConfig, cache: Cache, *, block_size: int) -> tuple[float, float]:
     """NLL and KL(teacher‖student) in nats per target, in float32: K+1 partition at T = 1, as `eval fidelity` has them.
 
@@ -29,9 +28,15 @@ def score(weights: Path, sizes: GPTConfig, cache: Cache, *, block_size: int) -> 
     Raises:
         ConfigError: the cache has no targets.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = GPT(sizes)
     model.load_state_dict(load_file(weights))
+    return score_model(model, cache, block_size=block_size)
+
+
+@torch.inference_mode()
+def score_model(model: GPT, cache: Cache, *, block_size: int) -> tuple[float, float]:
+    """The same of a student in memory, whose loss is replaced."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model.head_loss = HeadLoss(StudentConfig(loss="ghost", divergence="forward", temperature=1.0))
     model.to(device).eval()
     nll, kl, num_targets = 0.0, 0.0, 0

@@ -166,7 +166,7 @@ def check(
     record["init_from"] = start and start.describe()
     earlier = _earlier_run(out, record)
     has_validation = validation is not None or config.validation_fraction > 0
-    _training_arguments(config, out, has_validation=has_validation)  # so that transformers says now what it refuses
+    training_arguments(config, out, has_validation=has_validation)  # so that transformers says now what it refuses
     return Task(config=config, caches=caches, weights=weights, validation=validation, sizes=sizes, start=start,
                 record=record, earlier=earlier)  # fmt: skip
 
@@ -194,12 +194,12 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
     model.head_loss = head_loss = HeadLoss(config)
     record |= {
         "config": to_dict(config),
-        "initial_weights_sha256": _weights_digest(model),
+        "initial_weights_sha256": weights_digest(model),
         "parameters": num_parameters,
     }
 
     blocks, held_out_blocks = _data(task, config)
-    arguments = _training_arguments(config, out, has_validation=held_out_blocks is not None)
+    arguments = training_arguments(config, out, has_validation=held_out_blocks is not None)
     waste = 1 - blocks.num_rows * blocks.num_epochs / (blocks.num_blocks * config.block_size)
     log(
         f"student {config.preset}: {num_parameters:,} parameters; {blocks.num_rows:,} rows x {blocks.num_epochs:.4g} "
@@ -315,16 +315,17 @@ def _describe(
         "config": to_dict(config),
         "world_size": world_size(),
         "caches": [
-            _identify(cache) | {"weight": weight}
+            identify(cache) | {"weight": weight}
             for cache, weight in zip(caches, weights or itertools.repeat(None), strict=False)
         ],
-        "validation": validation and _identify(validation),
+        "validation": validation and identify(validation),
         "machine": machine(),
         "versions": versions("codedistill", "torch", "transformers", "accelerate", "numpy", "h5py"),
     }
 
 
-def _identify(cache: Cache) -> dict[str, Any]:
+def identify(cache: Cache) -> dict[str, Any]:
+    """A cache by its digests, and whose labels of what it holds."""
     shards = {name: entry["sha256"] for name, entry in cache.manifest["files"].items() if name.endswith(".h5")}
     return {
         "label_identity": cache.label_identity,
@@ -375,7 +376,12 @@ def _blocks_per_step(config: StudentConfig) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
 
 
-def _training_arguments(config: StudentConfig, out: Path, *, has_validation: bool) -> TrainingArguments:
+def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool) -> TrainingArguments:
+    """What HF `Trainer` is told.
+
+    Raises:
+        ConfigError: transformers refuses them.
+    """
     same = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps",
             "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
             "max_grad_norm", "logging_steps", "bf16", "dataloader_num_workers", "seed")  # fmt: skip
@@ -410,7 +416,8 @@ def _training_arguments(config: StudentConfig, out: Path, *, has_validation: boo
     return arguments
 
 
-def _weights_digest(model: GPT) -> str:
+def weights_digest(model: GPT) -> str:
+    """SHA-256 of all weights, as safetensors."""
     return hashlib.sha256(to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()})).hexdigest()
 
 

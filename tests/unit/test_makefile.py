@@ -96,3 +96,18 @@ def test_students_draft_for_their_teacher_only_where_it_is_at_hand(made):
             in commands  # fmt: skip
     away = make(made, "eval", "TEACHER=teachers/mine", f"CACHE={PROFILE}")
     assert not any(" eval draft " in command for command in away)
+
+
+def test_the_proof_has_caches_of_its_own_of_three_splits(made):
+    *builds, proof = [line for line in make(made, "proof") if "fetch-demo" not in line]
+    teacher = "artifacts/teachers/SmolLM2-135M-Instruct"
+    assert builds == [
+        f"{BUILD} --config stage1_teacher/configs/demo.toml --teacher {teacher} --split {split} "
+        f"--limit-docs {documents} --out artifacts/proof/cache-{split}"
+        for split, documents in (("train", 200), ("validation", 40), ("test", 100))
+    ]
+    assert proof == (
+        f".venv/bin/codedistill student proof --config stage2_student/configs/proof.toml --teacher {teacher} "
+        "--out artifacts/proof --cache artifacts/proof/cache-train --validation artifacts/proof/cache-validation "
+        "--test artifacts/proof/cache-test"
+    )
