@@ -15,6 +15,7 @@ COMMANDS: Commands = {
     "cache": ("shared.cache.cli", "cache", "Inspect, check, mend, join and cut logit caches."),
     "student": ("stage2_student.cli", "student", "Stage 2: train, sweep and export students from a cache."),
     "eval": ("shared.eval.cli", "evaluate", "Measure teacher and students; write the report."),
+    "trace": ("shared.eval.cli", "trace", "Say what a student was made from, by digest, and where that chain breaks."),
 }
 # What a group takes from layers above its own.
 MOUNTED: dict[str, Commands] = {

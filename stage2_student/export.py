@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, ResumeError
-from shared.runtime import fsync_directory, log, read_json, write_bytes
+from shared.runtime import fsync_directory, log, read_json, sha256_file, write_bytes, write_json
 from stage2_student.checkpoint import RUN_FORMAT, RUN_VERSION
 from stage2_student.config import SIZES
 
+LINEAGE = "lineage.json"  # what `codedistill trace` goes on from
 PRIVATE = {"run.json", "training_log.jsonl", "training_args.bin"}
 
 
 def export(run: Path, out: Path) -> None:
-    """Copy the student of a finished run and write its card.
+    """Copy the student of a finished run, and write its card and its lineage.
 
     Raises:
         ConfigError: `run` is no finished run.
@@ -34,6 +35,7 @@ def export(run: Path, out: Path) -> None:
         for file in sorted(run.iterdir()):
             if file.is_file() and file.name not in PRIVATE and not file.name.startswith("."):
                 shutil.copy(file, temporary / file.name)
+        write_json(temporary / LINEAGE, _lineage(run, record, temporary))
         write_bytes(temporary / "README.md", _card(out.name, record).encode())
         if out.exists():
             out.rmdir()
@@ -42,6 +44,20 @@ def export(run: Path, out: Path) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _lineage(run: Path, record: dict[str, Any], exported: Path) -> dict[str, Any]:
+    """Digests of the exported files, the run's record, and the caches that it was made from."""
+    start = record["init_from"]
+    return {
+        "format": "codedistill-lineage",
+        "version": 1,
+        "run": {"name": run.resolve().name, "sha256": sha256_file(run / "run.json")},
+        "files": {file.name: sha256_file(file) for file in sorted(exported.iterdir())},
+        "caches": record["caches"],
+        "validation": record["validation"],
+        "init_from": start and {"weights_sha256": start["weights_sha256"]},
+    }
 
 
 def _licences(record: dict[str, Any]) -> list[tuple[str | None, str]]:

@@ -270,6 +270,25 @@ def compare(context: click.Context, a: Path, b: Path, fail_on: str | None, as_js
         context.exit(1)
 
 
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--look-in", type=FOLDER, multiple=True, default=(Path(),), show_default="here",
+              help="Folder under which the pieces are looked for.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a tree.")
+@click.pass_context
+def trace(context: click.Context, path: Path, look_in: tuple[Path, ...], as_json: bool) -> None:
+    """What a run, export, cache or report was made from, by digest; exits 1 where that chain breaks."""
+    from shared.eval.trace import breaks, describe
+    from shared.eval.trace import trace as walk
+    from shared.runtime import to_json
+
+    chain = walk(path, look_in)
+    broken = breaks(chain)
+    click.echo(to_json({"chain": chain, "broken": broken}) if as_json else describe(chain), nl=not as_json)
+    if broken:
+        context.exit(1)
+
+
 def _quieten() -> None:
     """Keep transformers' own bars and deprecation notes out of ours.
 

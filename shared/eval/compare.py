@@ -90,13 +90,17 @@ def describe(comparison: Mapping[str, Any]) -> str:
     lines = [f"{comparison['b']} against {comparison['a']}: {comparison['kind']}, each figure judged at 95 %"]
     for row in rows:
         name = f"{row['model']}: {row['figure']}" if row["model"] else row["figure"]
-        values = " → ".join("none" if row[side] is None else f"{row[side]:,.6g}" for side in ("a", "b"))
-        change = "" if row["difference"] is None else f", {row['difference']:+,.4g}"
+        values = " → ".join(_figure(row[side]) for side in ("a", "b"))
+        change = "" if row["difference"] is None else f", {row['difference']:+,.6g}"
         change += f" [{row['ci95'][0]:+,.4g}, {row['ci95'][1]:+,.4g}]" if row.get("ci95") else ""
         lines.append(f"  {row['verdict']:8}{name}  {values}{change}  ({row['how']})")
     counts = Counter(row["verdict"] for row in rows)
     lines += [f"  left out: {text}" for text in comparison["left_out"]]
     return "\n".join([*lines, ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict])])
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
 # --- fidelity --------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ COMMANDS = [
     ["eval", "score"],
     ["eval", "sandbox-check"],
     ["eval", "compare"],
+    ["trace"],
 ]
 HEAVY = ("torch", "transformers", "datasets", "wandb", "h5py", "numpy")
 PROBE = f"""
