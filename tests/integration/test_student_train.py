@@ -490,7 +490,7 @@ def test_an_export_loads_as_a_plain_transformers_model(finished, tmp_path):
     card = (tmp_path / "student" / "README.md").read_text()
     assert card.count("licence: unknown") == card.count("Attribution: unknown") == 2
     assert sorted(path.name for path in (tmp_path / "student").iterdir()) == [
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "lineage.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
     ]  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
