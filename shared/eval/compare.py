@@ -36,6 +36,7 @@ OUTCOMES = {  # what a sample can be → its label
 TIMES = {"prefill_ms": ("prefill, ms", False), "decode_tokens_per_second": ("decode, tokens per second", True)}
 SIZES = {"parameters": "parameters", "bytes": "weights on disk, bytes", "peak_bytes": "peak memory, bytes"}
 MACHINE = ("host", "processor", "cores", "memory_bytes", "accelerators")
+TIMING_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "threads", "device")
 PROBLEM_SETTINGS = ("decoding", "samples", "temperature", "top_p", "max_new_tokens", "limit", "completion_ends",
                     "timeout_seconds")  # fmt: skip
 
@@ -255,7 +256,7 @@ def latency_rows(a: Result, b: Result) -> list[Row]:
         "how it was timed",
         *(
             {f"machine.{key}": (r.get("machine") or {}).get(key) for key in MACHINE}
-            | {f"settings.{key}": value for key, value in (r.get("settings") or {}).items() if key != "repeats"}
+            | {f"settings.{key}": (r.get("settings") or {}).get(key) for key in TIMING_SETTINGS}
             for r in (a, b)
         ),
     )

@@ -58,10 +58,11 @@ def headline(models: Models, differences: Sequence[Mapping[str, Any]], proof: Ma
             sentences.append(f"{benchmark} problems {how}: {', '.join(scores)}.")
     if student["acceptance_rate"] is not None:
         speedup = student["draft_speedup"]
-        sentences.append(
-            f"As its teacher's draft in speculative decoding, {student['acceptance_rate']:.0%} of its tokens are "
-            "accepted" + ("" if speedup is None else f" and the teacher runs at {speedup:.2f}× its speed") + "."
-        )
+        sentence = f"As its teacher's draft in speculative decoding, {student['acceptance_rate']:.0%} of its tokens are accepted"
+        if speedup is not None:
+            sentence += f" and the teacher runs at {speedup:.2f}× its speed"
+        equal = mapping(student["settings"].get("draft")).get("equal_to_greedy") is True
+        sentences.append(f"{sentence}{', its text unchanged' if equal else ''}.")
     sentences += [text for text in ((proof or {}).get("summary") or [])[:1] if isinstance(text, str)]
     return sentences or [f"Nothing has been measured yet for {', '.join(n for n in models if n != 'teacher')}."]
 

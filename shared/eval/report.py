@@ -30,7 +30,7 @@ TIMES = tuple(
 )
 RATIOS = tuple(key for key, figure in FIGURES.items() if figure.less)
 PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib", "jinja2")
-BULKY = ("per_document", "ece_bins", "outcomes")  # in report.json, not on the page
+BULKY = ("per_document", "per_prompt", "ece_bins", "outcomes", "definitions")  # in report.json, not on the page
 
 
 def build_report(
@@ -120,7 +120,7 @@ def _model(
     files.say(folder / "fidelity.json", "NLL, KL, agreement, calibration",
               sources.fidelity_command(fidelity or {}, caches))  # fmt: skip
     files.say(folder / "latency.json", "size, speed, memory", sources.latency_command(latency or {}))
-    files.say(folder / "draft.json", "speculative decoding", "codedistill eval draft")
+    files.say(folder / "draft.json", "speculative decoding", sources.draft_command(results["draft"] or {}))
     if name in (shared_latency.get("models") or {}):
         latency = shared_latency
     if latency is not None and "models" in latency:
@@ -145,11 +145,11 @@ def _model(
             model[key], reason = None, "not held out: the model was scored on documents that it was trained on"
         if reason:
             reasons[key] = reason
-    intervals = mapping((fidelity or {}).get("ci95"))
+    intervals = {key: mapping((results[key] or {}).get("ci95")) for key in ("fidelity", "draft")}
     model["ci95"] = {
         key: interval
         for key, figure in FIGURES.items()
-        if figure.file == "fidelity" and model[key] is not None and (interval := bounds(intervals.get(figure.path)))
+        if model[key] is not None and (interval := bounds(intervals.get(figure.file, {}).get(figure.path)))
     }
     for benchmark in BENCHMARKS:
         model[benchmark] = _score(results[benchmark], benchmark, reasons)

@@ -104,6 +104,14 @@ def latency_command(result: Result) -> str:
     return " ".join([_command("eval latency", **options), names]).strip()
 
 
+def draft_command(result: Result) -> str:
+    """The `eval draft` behind a result."""
+    settings = result.get("settings") or {}
+    paths = {key: mapping(result.get(key)).get("path") for key in ("teacher", "student")}
+    options = {key: settings.get(key) for key in ("new_tokens", "draft_tokens", "repeats")}
+    return _command("eval draft", **paths, **options)
+
+
 def benchmark_command(result: Result) -> str:
     """The `eval humaneval` or `eval mbpp` behind a result."""
     settings = result.get("settings") or {}

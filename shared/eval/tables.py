@@ -66,8 +66,13 @@ FIGURES = {  # the report's key → the row
     "decode_ms_p95_batch_1": Figure("latency", "batches.1.decode_ms_p95", "Decode step, batch 1, p95, ms ↓", **_MS),
     "decode_ms_p50_batch_8": Figure("latency", "batches.8.decode_ms_p50", "Decode step, batch 8, median, ms ↓", **_MS),
     "decode_ms_p95_batch_8": Figure("latency", "batches.8.decode_ms_p95", "Decode step, batch 8, p95, ms ↓", **_MS),
-    "acceptance_rate": Figure("draft", "acceptance_rate", "Tokens accepted ↑", **_SHARE),
-    "mean_accepted_length": Figure("draft", "mean_accepted_length", "Tokens accepted in a row ↑", ".2f"),
+    "tokens_per_second_per_watt": Figure(
+        "latency", "tokens_per_second_per_watt", "Decode, tokens per second per watt ↑", **_RATE
+    ),
+    "acceptance_rate": Figure("draft", "acceptance_rate", "Drafted tokens kept ↑", **_SHARE),
+    "mean_accepted_length": Figure(
+        "draft", "mean_accepted_length", "Drafted tokens kept per pass of the teacher ↑", ".2f"
+    ),
     "draft_speedup": Figure("draft", "speedup", "Speed-up of the teacher ↑", ".2f"),
 }
 
@@ -108,7 +113,19 @@ def comparison(models: Models) -> list[dict[str, Any]]:
             )
             cells.append({"value": text, "notes": notes, "reason": model["reasons"].get(key, "")})
         rows.append({"group": group(figure), "label": figure.label, "cells": cells})
+    if any(mapping(model["settings"].get("draft")) for model in models.values()):
+        rows.append(_equality_row(models))
     return rows + [row for name in BENCHMARKS for row in _benchmark_rows(models, name)]
+
+
+def _equality_row(models: Models) -> dict[str, Any]:
+    """Whether decoding with the model's drafts gave the teacher's own tokens."""
+    cells = []
+    for model in models.values():
+        equal = mapping(model["settings"].get("draft")).get("equal_to_greedy")
+        text = {True: "yes", False: "no"}[equal] if isinstance(equal, bool) else None
+        cells.append({"value": text, "notes": [], "reason": model["reasons"].get("acceptance_rate", "not said")})
+    return {"group": "As the teacher's draft", "label": "Output equal to plain greedy decoding", "cells": cells}
 
 
 def _benchmark_rows(models: Models, name: str) -> list[dict[str, Any]]:

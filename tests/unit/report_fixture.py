@@ -114,6 +114,7 @@ def write_humaneval(root: Path, name: str, *, old: bool = False) -> Path:
 
 def write_draft(root: Path, name: str) -> Path:
     return write(root / "eval" / name / "draft.json", {
+        "ci95": {"acceptance_rate": [0.39, 0.43], "speedup": None},
         "acceptance_rate": 0.412, "mean_accepted_length": 1.87, "speedup": 1.31, "equal_to_greedy": True,
         "machine": MACHINE, "versions": VERSIONS,
     })  # fmt: skip

@@ -54,9 +54,11 @@ def test_every_figure_arrives_in_report_json(full):
     ]  # fmt: skip
     assert student["settings"]["run"]["config"]["alpha"] == 0.7
     assert student["machines"]["latency"] == MACHINE
-    unmeasured = {"acceptance_rate", "mean_accepted_length", "draft_speedup"}
-    assert [set(model["reasons"]) - MBPP for model in report["models"].values()] == [unmeasured, set(), unmeasured]
-    assert set(report["models"]["teacher"]["ratios_to_teacher"].values()) == {1.0}
+    power, draft = {"tokens_per_second_per_watt"}, {"acceptance_rate", "mean_accepted_length", "draft_speedup"}
+    unmeasured = [set(model["reasons"]) - MBPP for model in report["models"].values()]
+    assert unmeasured == [power | draft, power, power | draft]
+    assert set(report["models"]["teacher"]["ratios_to_teacher"].values()) == {1.0, None}
+    assert student["ci95"]["acceptance_rate"] == [0.39, 0.43]
     assert student["ratios_to_teacher"]["decode_tokens_per_second"] == 214.6 / 17.3
 
 
@@ -77,7 +79,7 @@ def test_the_headline_is_made_of_the_figures(full):
         "HumanEval problems solved, greedy: teacher 12/164 (100% parse, 100% run), distilled student 0/164 (86% parse, "
         "86% run), cross-entropy twin 0/164 (86% parse, 86% run).",
         "As its teacher's draft in speculative decoding, 41% of its tokens are accepted and the teacher runs at 1.31× "
-        "its speed.",
+        "its speed, its text unchanged.",
         "Over five paired seeds, ghost K=64 has a test NLL 0.249 nats per token below cross-entropy.",
     ]
 
@@ -193,6 +195,7 @@ def test_the_caveats_say_what_is_unfavourable(full):
 def test_markdown_table(full):
     lines = (full[0] / "report" / "report.md").read_text().splitlines()
     assert "| | Teacher | Distilled student | Cross-entropy twin |" in lines
+    assert "| Output equal to plain greedy decoding | – | yes | – |" in lines
     assert "| Parameters | 134.5 M | 5.2 M (26× smaller) | 5.2 M (26× smaller) |" in lines
     nll = "| Held-out NLL, nats per token ↓ | 1.412 (1.332–1.492) | 4.631 (4.551–4.711; +3.219) |"
     assert any(line.startswith(nll) for line in lines)
