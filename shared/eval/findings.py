@@ -58,7 +58,8 @@ def headline(models: Models, differences: Sequence[Mapping[str, Any]], proof: Ma
             sentences.append(f"{benchmark} problems {how}: {', '.join(scores)}.")
     if student["acceptance_rate"] is not None:
         speedup = student["draft_speedup"]
-        sentence = f"As its teacher's draft in speculative decoding, {student['acceptance_rate']:.0%} of its tokens are accepted"
+        kept = f"{student['acceptance_rate']:.0%}"
+        sentence = f"As its teacher's draft in speculative decoding, {kept} of its tokens are accepted"
         if speedup is not None:
             sentence += f" and the teacher runs at {speedup:.2f}× its speed"
         equal = mapping(student["settings"].get("draft")).get("equal_to_greedy") is True
