@@ -218,6 +218,7 @@ bench: setup ## tests/bench: ours, peer or naive way, and limit (after `make all
 	$(BIN)/python tests/bench/bench_capture.py --dataset $(BENCH_DATASET) --documents 40
 	$(BIN)/python tests/bench/bench_loss.py
 	$(BIN)/python tests/bench/bench_step.py
+	$(BIN)/python tests/bench/bench_sandbox.py
 
 clean: ## remove .venv; artifacts/ is yours to remove
 	rm -rf $(VENV)

@@ -185,7 +185,7 @@ class Decoder:
         """
         try:
             return self._value(0)
-        except (TypeError, ValueError, ArithmeticError, struct.error, IndexError, AttributeError) as error:
+        except (TypeError, ValueError, ArithmeticError, struct.error, LookupError, AttributeError) as error:
             raise NotPlainError(f"malformed data: {error}") from None
 
     def write_back(self, container: Any) -> None:
@@ -201,7 +201,7 @@ class Decoder:
             else:
                 container.clear()
                 getattr(container, "extend" if isinstance(container, collections.deque) else "update")(items)
-        except (TypeError, ValueError, ArithmeticError, struct.error, IndexError, AttributeError) as error:
+        except (TypeError, ValueError, ArithmeticError, struct.error, LookupError, AttributeError) as error:
             raise NotPlainError(f"malformed data: {error}") from None
 
     def _unpack(self, form: str) -> tuple[Any, ...]:
