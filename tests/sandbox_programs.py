@@ -233,6 +233,27 @@ HOSTILE = {
     ),
     "never called": ("    return 0\n", "failed", "def check(candidate):\n    pass\n"),
     "an unknown class": ("    class A: pass\n    return A()\n", "failed"),
+    "an int with another index": (
+        "    class I(int):\n        def __index__(self): return 2\n        __int__ = __index__\n    return I(0)\n",
+        "failed",
+    ),
+    "a str that iterates as another": (
+        "    class S(str):\n        def __str__(self): return self\n        def __iter__(self): return iter('2')\n    return S('x')\n",
+        "failed",
+    ),
+    "a pickle that acts": (
+        "    class P:\n        def __reduce__(self): import os; return os._exit, (0,)\n    return P()\n",
+        "failed",
+    ),
+    "the checker's code replaced": (
+        "    return 0\nimport sys\nsys.modules['shared.eval.sandbox.checker']._Check._verdict = lambda *a: None\n",
+        "failed",
+    ),
+    "modules forgotten": ("    return 0\nimport sys\nsys.modules.clear()\n", ("failed", "killed")),
+    "a huge exponent": ("    from decimal import Decimal\n    return Decimal('1e999999999')\n", "failed"),
+    "a text that cannot be printed": ("    raise ValueError('\\ud800' * 1000)\n", "failed"),
+    "a signal to itself": ("    import signal\n    signal.raise_signal(9)\n    return x + 1\n", "failed"),
+    "abort": ("    import os\n    os.abort()\n", "killed"),
     "machine code that forks": (
         "    import ctypes, mmap, platform\n    if platform.machine() != 'x86_64': return 0\n"
         "    m = mmap.mmap(-1, 4096, prot=7)\n    m.write(b'\\xb8\\x39\\0\\0\\0\\x0f\\x05\\xc3')\n"

@@ -81,6 +81,11 @@ def test_what_the_test_asks_beyond_plain_data_is_our_error_unless_in_one_process
     assert "forgeable" in together.detail
 
 
+def test_the_detail_can_be_printed(sandbox):
+    (verdict,) = run_candidates([program("    raise ValueError('\\ud800')\n")], sandbox=sandbox, timeout_seconds=SLOW)
+    assert verdict.detail == "ValueError: ?"
+
+
 def test_a_broken_test_is_our_error(sandbox):
     tests = ("def check(candidate):\n    assert (\n", "x = 1\n")
     verdicts = run_candidates([program("    return 1\n", t) for t in tests], sandbox=sandbox, timeout_seconds=SLOW)

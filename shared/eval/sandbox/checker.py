@@ -75,7 +75,8 @@ class _Check:
         write_all(self._verdicts, line.encode() + b"\n")
 
     def _verdict(self, verdict: str, detail: str) -> None:
-        self._note(json.dumps([verdict, detail[:500]]))
+        # A lone surrogate could not be printed.
+        self._note(json.dumps([verdict, detail[:500].encode("utf-8", "replace").decode()]))
 
     def _fail(self, error: BaseException) -> None:
         """Record a failure; what follows changes it no more."""
