@@ -46,7 +46,7 @@ ifeq ($(PROFILE),demo)
   FETCH := $(if $(filter $(DEMO_TEACHER),$(TEACHER)),$(BIN)/codedistill teacher fetch-demo --out $(DEMO_TEACHER))
   TRAIN_LIMIT ?= --limit-docs 640
   VALIDATION_LIMIT ?= --limit-docs 100
-  DRAFT ?= --limit 5 --new-tokens 32 --repeats 2
+  DRAFT ?= --limit 3 --new-tokens 24 --repeats 2
 else ifeq ($(PROFILE),starcoder2)
   TEACHER ?= bigcode/starcoder2-3b
 else

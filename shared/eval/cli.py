@@ -76,7 +76,7 @@ def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype:
 @click.option("--out", type=FILE, required=True, help="JSON file to write.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="auto: what each model's config says.")
 @click.option("--cache", "cache_dir", type=DIRECTORY, help=TEACHER_OF)
 def latency(
@@ -88,7 +88,7 @@ def latency(
     dtype: str,
     cache_dir: Path | None,
 ) -> None:
-    """Size, prefill latency and decode speed, all models in one process."""
+    """Size, memory, prefill and decode speed at batch 1 and 8, and energy, all models in one process."""
     if len(dict(models)) < len(models):
         raise click.UsageError("two models have the same name")
     _quieten()

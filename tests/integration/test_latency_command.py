@@ -41,5 +41,14 @@ def test_latency_command(directory, tmp_path):
     assert result["settings"]["new_tokens"] == 4
     low, high = model["prefill_ms_range"]
     assert 0 < low <= model["prefill_ms"] <= high
+    assert set(model["batches"]) == {"1", "8"}
+    assert 0 <= model["memory_bytes"] - 4 * model["parameters"] < 1000  # float32, and rotary frequencies
+    for batch in model["batches"].values():
+        assert 0 < batch["decode_ms_p50"] <= batch["decode_ms_p95"]
+        assert batch["prefill_tokens_per_second"] > 0
+        assert batch["peak_bytes"] is None or batch["peak_bytes"] >= model["memory_bytes"]
+        assert (batch["peak_bytes"] is None) == ("peak_bytes" in batch["reasons"])
+        assert (batch["tokens_per_second_per_watt"] is None) == ("tokens_per_second_per_watt" in batch["reasons"])
+    assert {key: model[key] for key in model["batches"]["1"]} == model["batches"]["1"]
     doubled = ["--model", f"a={directory}", "--model", f"a={directory}"]
     assert CliRunner().invoke(codedistill, ["eval", "latency", *doubled, *options]).exit_code == 2
