@@ -200,7 +200,7 @@ $(PROOF_OUT)/cache-%/manifest.json: | $(VENV)/.installed
 # --- development -----------------------------------------------------------------------------------------------------
 
 test: setup ## the test suite, at most 8 minutes on 2 cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: setup ## ruff, mypy, import-linter and the tests
 	$(BIN)/ruff check .

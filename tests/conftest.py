@@ -1,8 +1,13 @@
 """Tests share the helpers that lie in this folder."""
 
+import os
 import signal
 
 import pytest
+
+# Side by side on few cores, threads of several processes wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell's background jobs ignore SIGINT, and so would the processes that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
