@@ -203,12 +203,24 @@ def proof(cache: Path, validation: Path, test: Path, plan: Path, teacher: Path |
 @student.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make.")
-def export(run: Path, out: Path) -> None:
+@click.option("--push-to-hub", "repo_id", metavar="OWNER/NAME", help="Upload it, too; needs a token of the Hub.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: into a private repository.")
+def export(run: Path, out: Path, repo_id: str | None, private: bool) -> None:
     """Export a finished run as a plain transformers directory with a model card.
 
-    AutoModelForCausalLM and every tool that reads Starcoder2 checkpoints load it without custom code.
+    AutoModelForCausalLM and every tool that reads Starcoder2 checkpoints load it without custom code. --push-to-hub
+    uploads the directory, weights as safetensors alone, and prints the repository's URL; the repository is made where
+    there is none.
     """
+    from stage2_student.push import push, require_repository
+
+    if private and repo_id is None:
+        raise click.UsageError("--private needs --push-to-hub")
+    if repo_id is not None:
+        require_repository(repo_id)
     from stage2_student.export import export
 
     export(run, out)
     click.echo(out)
+    if repo_id is not None:
+        click.echo(push(out, repo_id, private=private))

@@ -21,8 +21,8 @@ FIXED = {
     "label_smoothing_factor", "train_sampling_strategy", "save_only_model", "push_to_hub", "auto_find_batch_size",
 }  # fmt: skip
 INSTEAD = {
-    "push_to_hub": "push what is finished: `codedistill student export RUN --out DIR`, then `hf upload REPO DIR`",
     "label_smoothing_factor": "`label_smoothing`",
+    "push_to_hub": "push what is finished: `codedistill student export RUN --out DIR --push-to-hub OWNER/NAME`",
     "auto_find_batch_size": "`--batch-tokens auto`, which keeps the blocks per optimizer step",
 }
 

@@ -1,8 +1,11 @@
 """A model Hub on 127.0.0.1 for the real client libraries: repositories with commits and branches that can be moved.
 
+Models can be pushed with the token `TOKEN`, as its owner, in the protocol of clients without Xet.
+
 Only the standard library. `Hub.environment` is for subprocesses: the clients read it when Python starts.
 """
 
+import base64
 import contextlib
 import email.utils
 import hashlib
@@ -14,6 +17,7 @@ import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+TOKEN, OWNER = "hf_loopback", "writer"
 EPOCH = "2024-01-01T00:00:00.000Z"
 
 
@@ -21,7 +25,7 @@ class Repository:
     """Commits (40 hex digits, each all files by path) and branches of one model or data set."""
 
     def __init__(self):
-        self.commits, self.branches, self.gated = {}, {}, False
+        self.commits, self.branches, self.gated, self.private = {}, {}, False, False
 
     def commit(self, files, branch="main"):
         """Add a commit of these files (bytes by path) and move the branch there; gives the commit."""
@@ -40,7 +44,7 @@ class Hub:
     """The server; `models` and `datasets` hold the repositories by `owner/name`, `requests` what was asked for."""
 
     def __init__(self):
-        self.models, self.datasets, self.requests = {}, {}, []
+        self.models, self.datasets, self.requests, self.lfs_objects = {}, {}, [], {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -71,13 +75,19 @@ class _Handler(BaseHTTPRequestHandler):
     API = re.compile(
         r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)(/(?P<verb>revision|tree|paths-info)/(?P<rest>.+))?"
     )
+    PUSH = re.compile(
+        r"/api/repos/create|/api/validate-yaml|/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch|/lfs/(?P<oid>[0-9a-f]{64})"
+        r"|/api/models/(?P<model>[^/]+/[^/]+)/(?P<verb>preupload|commit)/main"
+    )
     RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
     def do_GET(self):
         path = urllib.parse.urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._body()
         self.hub.requests.append((self.command, urllib.parse.unquote(path.path)))
-        if found := self.API.fullmatch(path.path):
+        if self.command in ("POST", "PUT") and (found := self.PUSH.fullmatch(path.path)):
+            self._push(found, path.path, body)
+        elif found := self.API.fullmatch(path.path):
             self._api(found, urllib.parse.parse_qs(path.query), body.decode())
         elif found := self.RESOLVE.fullmatch(path.path):
             self._file(found)
@@ -89,6 +99,68 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.do_GET()
+
+    def do_PUT(self):
+        self.do_GET()
+
+    def _body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _push(self, found, path, body):
+        """What creating a repository and uploading a folder ask for."""
+        if found["oid"]:  # the storage that the batch named, which asks for no token
+            if hashlib.sha256(body).hexdigest() != found["oid"]:
+                return self._fail(400, "BadObject")
+            self.hub.lfs_objects[found["oid"]] = body
+            return self._send(200, b"", {})
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._fail(401, "Unauthorized")
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            if asked["organization"] != OWNER:
+                return self._fail(403, "Forbidden")
+            if name in self.hub.models:
+                return self._json({"url": f"{self.hub.endpoint}/{name}"}, 409)
+            self.hub.models[name] = Repository()
+            self.hub.models[name].commit({".gitattributes": b""})
+            self.hub.models[name].private = asked.get("visibility") == "private"
+            return self._json({"url": f"{self.hub.endpoint}/{name}"})
+        if found["id"]:
+            objects = [
+                {**each, "actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{each['oid']}", "header": {}}}}
+                for each in json.loads(body)["objects"]
+            ]
+            return self._json({"transfer": "basic", "objects": objects})
+        if found["verb"] == "preupload":
+            files = [
+                {
+                    "path": each["path"],
+                    "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for each in json.loads(body)["files"]
+            ]
+            return self._json({"files": files})
+        repository = self.hub.models[found["model"]]
+        files = dict(repository.commits[repository.branches["main"]])
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                files[line["value"]["path"]] = self.hub.lfs_objects[line["value"]["oid"]]
+        commit = repository.commit(files)
+        self._json({"commitOid": commit, "commitUrl": f"{self.hub.endpoint}/{found['model']}/commit/{commit}"})
 
     def _find(self, kind, name, revision):
         """The repository, the commit's id and its files; None where the answer was an error."""
@@ -117,7 +189,13 @@ class _Handler(BaseHTTPRequestHandler):
             entries = {entry["path"]: entry for entry in _tree(files, "", recursive=True)}
             self._json([entries[path] for path in wanted if path in entries])
         else:
-            info = {"id": found["id"], "sha": commit, "lastModified": EPOCH, "private": False, "disabled": False}
+            info = {
+                "id": found["id"],
+                "sha": commit,
+                "lastModified": EPOCH,
+                "private": repository.private,
+                "disabled": False,
+            }
             info |= {"gated": "manual" if repository.gated else False, "tags": [], "downloads": 0, "likes": 0}
             self._json(info | {"siblings": [{"rfilename": path} for path in sorted(files)]})
 
@@ -145,8 +223,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, b"", {"X-Error-Code": code, "X-Error-Message": code} | ({"X-Repo-Commit": commit} if commit else {})
         )
 
-    def _json(self, value):
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _json(self, value, status=200):
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _send(self, status, data, headers):
         self.send_response(status)

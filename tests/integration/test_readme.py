@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 
 import click
 import pytest
@@ -61,9 +62,10 @@ def test_every_command_is_accounted_for(section):
             assert needs or words[1] in RUN_BY_CI
         else:
             assert needs, words
-            assert words[0] in ("codedistill", "rsync", "srun")
+            assert words[0] in ("codedistill", "rsync", "srun", "trap", "wait")
             if words[0] == "srun":
-                words = ["codedistill", "teacher", *words[words.index("stage1_teacher") + 1 :]]
+                module, *rest = words[words.index("-m") + 1 : words.index("&")]
+                words = ["codedistill", {"stage1_teacher": "teacher", "stage2_student": "student"}[module], *rest]
             if words[0] == "codedistill":
                 parse(words)
 
@@ -75,6 +77,27 @@ def test_every_block_is_checked_and_so_is_every_make_command_in_the_text():
         dry_run(shlex.split(command))
     steps = [line for line in (REPOSITORY / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
     assert steps == ["make check", "make all PROFILE=demo"]
+
+
+def test_the_batch_script_passes_the_signal_on_and_requeues_after_its_processes(tmp_path):
+    """With stand-ins for Slurm's commands, which write what they were called for."""
+    script = re.search(r"^```bash\n(#!/bin/bash\n.*?)^```$", SECTIONS["Slurm"], re.MULTILINE | re.DOTALL)[1]
+    (tmp_path / "job").write_text(script)
+    stand_ins = {
+        "srun": "trap 'sleep 0.3; echo ended >> log; exit 1' TERM; echo $$ > pid; while :; do sleep 0.1; done",
+        "scancel": 'echo "scancel $*" >> log; kill -TERM $(cat pid)',
+        "scontrol": '[ "$1" = show ] && echo node1 || echo "scontrol $*" >> log',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(["/bin/bash", "job"], cwd=tmp_path, env=environment)
+    while not (tmp_path / "pid").exists() and job.poll() is None:
+        time.sleep(0.01)
+    job.terminate()
+    job.wait(timeout=60)
+    assert (tmp_path / "log").read_text().splitlines() == ["scancel --signal=TERM 7", "ended", "scontrol requeue 7"]
 
 
 @pytest.fixture(scope="module")

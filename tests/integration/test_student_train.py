@@ -269,8 +269,8 @@ def test_training_stops_early_and_keeps_the_best_student(caches, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "fix"),
     [
-        ({"push_to_hub": True}, "student export RUN"),
-        ({"hub_model_id": "me/mine"}, "student export RUN"),
+        ({"push_to_hub": True}, "student export RUN --out DIR --push-to-hub OWNER/NAME"),
+        ({"hub_model_id": "me/mine"}, "student export RUN --out DIR --push-to-hub OWNER/NAME"),
         ({"auto_find_batch_size": True}, "--batch-tokens auto"),
         ({"early_stopping_patience": 2, "eval_steps": 0}, "eval_steps above 0"),
     ],
