@@ -6,7 +6,7 @@ import pytest
 
 import stage2_student
 from shared.errors import ConfigError
-from stage2_student import proof
+from stage2_student.proof_outcome import choose, summarise
 from stage2_student.proof_plan import read_plan
 from stage2_student.proof_report import page, plot
 
@@ -97,7 +97,7 @@ def test_the_choice_rests_on_the_best_validation_epoch(tmp_path):
         trial("truncated", 1e-3, 5.0), trial("truncated", 2e-3, 4.0),
         trial("ghost", 1e-3, 3.0), trial("ghost", 2e-3, 3.0),
     ]  # fmt: skip
-    assert proof.choose(plan, searched) == {"ce": 1e-3, "truncated": 2e-3, "ghost": 1e-3}
+    assert choose(plan, searched) == {"ce": 1e-3, "truncated": 2e-3, "ghost": 1e-3}
 
 
 def finals(nll, *, order="o"):
@@ -117,7 +117,7 @@ SETTINGS = {"top_k": 64, "seeds": [1, 2, 3], "caches": {"train": CACHE}}
 def test_claims_are_paired_and_negative_results_stay_in(tmp_path):
     plan = plan_of(tmp_path)
     searched = [trial(arm.name, rate, 5.0) for arm in plan.arms for rate in plan.learning_rates]
-    result = proof.summarise(plan, SETTINGS, searched, finals(NLL))
+    result = summarise(plan, SETTINGS, searched, finals(NLL))
     ce, truncated, ghost = result["arms"]
     assert (ce["loss"], ce["k"], ce["versus_ce"]) == ("cross-entropy", None, None)
     assert (ghost["loss"], ghost["k"], ghost["test_nll"]["mean"]) == ("ghost", 8, pytest.approx(4.5))
@@ -138,4 +138,4 @@ def test_claims_are_paired_and_negative_results_stay_in(tmp_path):
 
 def test_students_that_began_differently_are_no_pairs(tmp_path):
     with pytest.raises(ConfigError, match="no pairs"):
-        proof.summarise(plan_of(tmp_path), SETTINGS, [], finals(NLL, order="another"))
+        summarise(plan_of(tmp_path), SETTINGS, [], finals(NLL, order="another"))
