@@ -17,13 +17,13 @@ OPTIONS = {
 
 
 class Trainings:
-    """Trainings of one student; an uninterrupted one says what the bytes must be."""
+    """Trainings of one student, under `OPTIONS` with changes; an uninterrupted one says what the bytes must be."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, **changes):
         self.kills = self.in_saves = 0
         make_cache(folder / "train")
         make_cache(folder / "validation", seed=1, lengths=(30, 20, 10, 5))
-        assigned = [f"--set={key}={json.dumps(value)}" for key, value in OPTIONS.items()]
+        assigned = [f"--set={key}={json.dumps(value)}" for key, value in (OPTIONS | changes).items()]
         data = ["--cache", str(folder / "train"), "--validation", str(folder / "validation"), "--preset", "tiny"]
         self.command = [*CLI, "student", "train", *data, *assigned, "--out"]
         status, said = self.run(folder / "whole")
