@@ -98,6 +98,20 @@ EVERYWHERE = "for d in [*range(64), *range(1000, 1010)]:\n    try: os.write(d, {
 
 # None of these may pass. More than one verdict where the machine decides.
 HOSTILE = {
+    "ends the test's map": (
+        "    raise StopIteration\n",
+        "failed",
+        "def check(candidate):\n    assert all(map(candidate, [1, 2]))\n",
+    ),
+    "ends the test's zip": (
+        "    raise StopIteration\n",
+        "failed",
+        "def check(candidate):\n    for got, want in zip(map(candidate, [1]), [2]): assert got == want\n",
+    ),
+    "an exception whose arguments exit": (
+        "    class E(Exception):\n        @property\n        def args(self): raise SystemExit(0)\n    raise E\n",
+        "failed",
+    ),
     "equal to everything": (LIAR.format(base=""), "failed"),
     "an int equal to everything": (LIAR.format(base="int"), "failed"),
     "a str equal to everything": (LIAR.format(base="str"), "failed"),
@@ -314,6 +328,16 @@ HONEST = {
     "lone surrogates, NUL and line separators": ("    return x[::-1]\n", "def check(candidate):\n    assert candidate('\\ud800\\0\\u2028') == '\\u2028\\0\\ud800'\n    assert candidate(b'\\xff\\0') == b'\\0\\xff'\n"),
     "an expected exception": ("    raise ValueError('bad', x)\n", EXPECT_ERROR.format(argument="3", kind="ValueError", condition="error.args == ('bad', 3)")),
     "an expected exception by its base": ("    return [][x]\n", EXPECT_ERROR.format(argument="3", kind="LookupError", condition="type(error) is IndexError")),
+    "an expected exception of a library": ("    import json\n    return json.loads(x)\n", "import json\n" + EXPECT_ERROR.format(argument="'{'", kind="json.JSONDecodeError", condition="error.pos == 1")),
+    "containers of its own classes, and shared": (
+        "    from collections import defaultdict, namedtuple\n    P = namedtuple('P', 'a b')\n    d, y = defaultdict(list), [1]\n    d['a'].append(1)\n"
+        "    p, q, r = P(1, 2), P(3, 4), P(5, 6)\n    e = defaultdict(tuple)\n    e['k'], e['l']\n    return [d, y, y, p, q, r, q, e]\n",
+        "def check(candidate):\n    v = candidate(0)\n    assert v == [{'a': [1]}, [1], [1], (1, 2), (3, 4), (5, 6), (3, 4), {'k': (), 'l': ()}]\n    assert v[1] is v[2]\n",
+    ),
+    "lazy over a lazy argument": ("    return map(lambda v: 2 * v, x)\n", "def check(candidate):\n    assert list(candidate(iter([1, 2, 3]))) == [2, 4, 6]\n"),
+    "generates from a generator": ("    for v in x: yield v + 1\n", "def check(candidate):\n    assert list(candidate(v for v in range(3))) == [1, 2, 3]\n"),
+    "a set that it leaves alone": ("    return len(x)\n", "def check(candidate):\n    s = {7, 15, 23, 2}\n    before = list(s)\n    assert candidate(s) == 4\n    assert list(s) == before\n    for e in s: candidate(s)\n"),
+    "called from threads": ("    return x + 1\n", "from concurrent.futures import ThreadPoolExecutor\ndef check(candidate):\n    with ThreadPoolExecutor(4) as p:\n        assert list(p.map(candidate, range(300))) == list(range(1, 301))\n"),
     "an exception of its own": ("    class Mine(KeyError): pass\n    raise Mine(x)\n", EXPECT_ERROR.format(argument="3", kind="KeyError", condition="error.args == (3,)")),
     "an exception with odd arguments": ("    return b'\\xff'.decode()\n", EXPECT_ERROR.format(argument="3", kind="UnicodeDecodeError", condition="error.start == 0")),
     "mutates, then raises": ("    x.append(1)\n    raise TypeError\n", "def check(candidate):\n    v = []\n    try: candidate(v)\n    except TypeError: pass\n    assert v == [1]\n"),
@@ -347,6 +371,11 @@ HONEST_PROMPTS = {
         "class Bad(Exception):\n    pass\n\ndef f(x):\n    '''Doc.'''\n",
         "    raise Bad(x)\n",
         EXPECT_ERROR.format(argument="3", kind="Bad", condition="error.args == (3,)"),
+    ),
+    "an exception of the prompt that makes its text": (
+        "class Bad(Exception):\n    def __init__(self, a, b):\n        self.a = a\n        super().__init__(f'{a} and {b}')\n\ndef f(x):\n    'Doc.'\n",
+        "    raise Bad(x, 2)\n",
+        EXPECT_ERROR.format(argument="3", kind="Bad", condition="error.args == ('3 and 2',) and error.a == 3"),
     ),
     "a description": ('"""Return x + 1.\nassert f(1) == 2\n"""\n', "def f(x):\n    return x + 1\n", TEST),
     "CRLF": ("def f(x):\r\n    '''Doc.'''\r\n", "    return x + 1\r\n", TEST),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,33 @@ def test_canonical_solutions_all_pass_and_empty_completions_all_fail(sandbox):
             )
             rows.append((problem.task_id, candidate, [right]))
     assert wrong(rows[::3], sandbox, 15.0) == []
+
+
+def test_what_shares_the_checkers_process_cannot_upset_others(sandbox):
+    """Such a program may forge its own verdict, but no word of it is anything else."""
+    writes = [
+        b'["killed", 5]\n',
+        b"[" * 60_000 + b"\n",
+        b'[["killed"], 5]\n',
+        b'["perfect", "x"]\n',
+        b"[null, null]\n",
+    ]
+    bodies = [f"    return 0\nimport os, time\nos.write(3, {data!r})\ntime.sleep(9)\n" for data in writes]
+    rows = [program(body, same_process=True) for body in bodies]
+    verdicts = run_candidates([*rows, program("    return x + 1\n")], sandbox=sandbox, timeout_seconds=SLOW)
+    assert [v.verdict for v in verdicts[:-1]] == ["failed"] * len(writes)
+    assert {v.detail for v in verdicts[:-1]} == {"the program wrote something into the checker's pipe"}
+    assert verdicts[-1].verdict == "passed"
+
+
+def test_a_flood_of_notes_is_not_kept(sandbox):
+    flood = "    return 0\nimport os\nwhile True: os.write(3, b'xy\\n' * 20_000)\n"
+    tracemalloc.start()
+    (verdict,) = run_candidates([program(flood, same_process=True)], sandbox=sandbox, timeout_seconds=1.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert verdict.verdict == "timed out"
+    assert peak < 8 << 20
 
 
 def test_asserts_and_loading_are_told_apart(sandbox):

@@ -5,14 +5,14 @@ Where an assert of the test fails the others are still tried, for the count alon
 """
 
 import builtins
-import contextlib
 import json
 import os
 import random
 import sys
+import threading
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NoReturn
 
 from shared.eval.sandbox import solver
@@ -35,6 +35,7 @@ class _Check:
         self._verdicts = job_fd
         self._solver = None if calls_fd is None else Channel(calls_fd)
         self._num_calls = 0
+        self._lock = threading.Lock()
         self._namespace: dict[str, Any] = {}
 
     def run(self) -> None:
@@ -45,7 +46,7 @@ class _Check:
             candidate = self._load(job["program"], job["entry_point"])
         else:
             self._expect_loaded()
-            candidate = self._stand_in(job["prompt"], job["entry_point"])
+            candidate = self._stand_in(job["prompt"], job["entry_point"], job["test"])
         self._note("loaded")
         try:
             code = compile(count_asserts(job["test"]), "<test>", "exec", dont_inherit=True)
@@ -93,7 +94,7 @@ class _Check:
         if answer != b"L":
             self.end("failed", answer[1:].decode("utf-8", "replace"))
 
-    def _stand_in(self, prompt: str, entry_point: str) -> Callable[..., Any]:
+    def _stand_in(self, prompt: str, entry_point: str, test: str) -> Callable[..., Any]:
         """Run the prompt for what the test may use of it; its entry point becomes the proxy."""
         module = types.ModuleType("candidate")
         sys.modules["candidate"] = module
@@ -101,7 +102,12 @@ class _Check:
 
         def candidate(*arguments: Any, **keywords: Any) -> Any:
             self._num_calls += 1
-            return self._call(0, arguments, keywords)
+            try:
+                return self._call(0, arguments, keywords)
+            except StopIteration as error:  # would silently end a test's map() or zip()
+                if "StopIteration" in test:
+                    raise
+                raise RuntimeError("the program raised StopIteration") from error
 
         try:
             exec(_compiled_head(prompt), self._namespace)
@@ -117,12 +123,13 @@ class _Check:
             request.encode((which, arguments, keywords))
         except NotPlainError as error:
             self.end("error", f"the test passes {error}, so it needs one process with the program (same_process)")
-        try:
-            assert self._solver is not None
-            self._solver.send(request.take())
-        except OSError:
-            self._gone()
-        answer = self._receive()
+        with self._lock:
+            try:
+                assert self._solver is not None
+                self._solver.send(request.take())
+            except OSError:
+                self._gone()
+            answer = self._receive()
         how, changed = answer[:1], answer[1:2]
         if how not in (b"R", b"X"):
             self.end("failed", "the program's answer: " + answer[1:].decode("utf-8", "replace"))
@@ -138,12 +145,12 @@ class _Check:
             raise self._exception(outcome)
         return outcome
 
-    def _iterate(self, which: int) -> Iterator[Any]:
+    def _iterate(self, which: int) -> Generator[Any, None, Any]:
         while True:
             try:
                 item = self._call(which, (), {})
-            except StopIteration:
-                return
+            except StopIteration as end:
+                return end.value
             yield item
 
     def _receive(self) -> bytes:
@@ -162,13 +169,20 @@ class _Check:
     def _exception(self, outline: Any) -> BaseException:
         """An exception as near as may be to the one of the program: of a class that the test can name."""
         try:
-            names, arguments = outline
-            for name in names:
+            names, shown, arguments, attributes = outline
+            for module, name in names:
                 kind = self._namespace.get(name, getattr(builtins, name, None))
+                if kind is None and module.partition(".")[0] in sys.stdlib_module_names:
+                    kind = getattr(sys.modules.get(module), name, None)
                 if isinstance(kind, type) and issubclass(kind, BaseException):
-                    with contextlib.suppress(Exception):  # others need other arguments
-                        return kind(*arguments)
-        except (TypeError, ValueError):
+                    try:
+                        error = kind(*arguments)
+                    except Exception:  # made with others
+                        error = kind.__new__(kind, *shown)
+                    error.args = tuple(shown)
+                    error.__dict__.update(attributes)
+                    return error
+        except (TypeError, ValueError, AttributeError):
             pass
         return RuntimeError(f"the program raised {outline!r:.200}")
 

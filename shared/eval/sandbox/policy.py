@@ -14,6 +14,7 @@ PRELOADED += ("math", "operator", "random", "re", "string", "typing")
 _MEMORY_BYTES = 2 << 30
 _STACK_BYTES = 8 << 20
 _MAX_DESCRIPTORS = 64
+_MAX_THREADS = 4096
 _PACKAGES = ("site-packages", "dist-packages")  # not Python's own, and a benchmark's answers may lie there
 
 
@@ -55,6 +56,7 @@ def limit_resources(cpu_seconds: int) -> None:
         "RLIMIT_FSIZE": 0,
         "RLIMIT_NOFILE": _MAX_DESCRIPTORS,
         "RLIMIT_CORE": 0,
+        "RLIMIT_NPROC": _MAX_THREADS,  # of all programs together, which have one user; root is exempt
         "RLIMIT_CPU": cpu_seconds,
     }
     for name, value in limits.items():

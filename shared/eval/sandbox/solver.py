@@ -8,7 +8,7 @@ import types
 from typing import Any
 
 from shared.eval.sandbox.channel import Channel, read_all
-from shared.eval.sandbox.values import Decoder, Encoder, NotPlainError, is_mutable
+from shared.eval.sandbox.values import Decoder, Encoder, is_mutable
 
 
 def main(job_fd: int, calls_fd: int) -> None:
@@ -45,15 +45,14 @@ def _answer(held: list[Any], request: bytes) -> bytes:
     decoder = Decoder(request)
     which, arguments, keywords = decoder.decode()
     shared = decoder.objects
+    before = _state(which, arguments, keywords)
     try:
         outcome, how = (next(held[which]) if which else held[0](*arguments, **keywords)), b"R"
     except BaseException as error:
         outcome, how = _outline(error), b"X"
     try:
-        again = Encoder(exact=False)
-        again.encode((which, arguments, keywords))
         encoder = Encoder(shared, exact=False, iterators=held)
-        changed = again.take() != request
+        changed = _state(which, arguments, keywords) != before
         if changed:
             for value in filter(is_mutable, shared):
                 encoder.contents(value)
@@ -63,14 +62,23 @@ def _answer(held: list[Any], request: bytes) -> bytes:
     return how + (b"C" if changed else b"S") + encoder.take()
 
 
+def _state(*what: Any) -> bytes:
+    encoder = Encoder(exact=False, opaque=True)
+    encoder.encode(what)
+    return encoder.take()
+
+
 def _outline(error: BaseException) -> tuple[Any, ...]:
-    """An exception as the names of its classes, and its arguments or its text."""
-    names = [kind.__name__ for kind in type(error).__mro__]
+    """An exception as its classes' modules and names, its arguments or its text, and its attributes."""
+    names = [(kind.__module__, kind.__qualname__) for kind in type(error).__mro__]
     try:
-        Encoder(exact=False).encode(error.args)
-        return names, error.args
-    except NotPlainError:
-        return names, (_described(error).decode("utf-8", "replace"),)
+        _, arguments, *state = tuple(error.__reduce__())
+        found = names, error.args, arguments, state[0] if state else {}
+        Encoder(exact=False).encode(found)
+        return found
+    except BaseException:  # whatever its own methods do
+        text = _described(error).decode("utf-8", "replace")
+        return names, (text,), (text,), {}
 
 
 def _described(error: BaseException) -> bytes:

@@ -36,10 +36,20 @@ class Encoder:
         iterators: takes iterators, which are written as their place in this list; where None, as their items.
     """
 
-    def __init__(self, known: Iterable[Any] = (), *, exact: bool, iterators: list[Iterator[Any]] | None = None) -> None:
+    def __init__(
+        self,
+        known: Iterable[Any] = (),
+        *,
+        exact: bool,
+        iterators: list[Iterator[Any]] | None = None,
+        opaque: bool = False,
+    ) -> None:
+        self._opaque = opaque
         self.exact, self._iterators = exact, iterators
         self.objects: list[Any] = list(known)  # kept alive, so that no id is used twice
-        self._index = {id(value): i for i, value in enumerate(self.objects)}
+        self._index = {
+            id(value): i for i, value in enumerate(self.objects) if iterators is None or not isinstance(value, Iterator)
+        }
         self._parts: list[bytes] = []
         self._num_bytes = 0
 
@@ -113,6 +123,8 @@ class Encoder:
             self._put(b"R")
             for part in (value.start, value.stop, value.step):
                 self._value(part, depth)
+        elif self._opaque and isinstance(value, Iterator):
+            self._put(b"X")
         elif self._iterators is not None and isinstance(value, Iterator):
             self._iterators.append(value)
             self._put(struct.pack("<cI", b"G", len(self._iterators) - 1))
@@ -136,7 +148,12 @@ class Encoder:
             self._sized(b"A", kind.__name__.encode())
             self._items(_date_parts(value), depth)
         elif not self.exact and (base := next((b for b in kind.__mro__ if b in _PLAIN), None)):
-            self._value(_PLAIN[base](value), depth)
+            plain = _PLAIN[base](value)
+            if base in _TAGS:
+                self._compound(plain, base, depth)  # under the number it has already
+            else:  # has no number
+                del self._index[id(self.objects.pop())]
+                self._value(plain, depth)
         else:
             raise NotPlainError(f"a value of type {kind.__name__}")
 

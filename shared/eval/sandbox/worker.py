@@ -19,6 +19,7 @@ from shared.eval.sandbox.policy import Walls, library_folders, package_folders
 
 START_SECONDS = 60.0
 # After the first failed assert the others are tried for so long.
+VERDICTS = ("passed", "failed", "timed out", "killed", "error")
 _COUNT_SECONDS = 1.0
 _CPU_SECONDS_BEYOND = 2
 _MAX_LINE_BYTES = 1 << 20
@@ -128,20 +129,19 @@ class Worker:
         try:
             self.wait_ready()
             start = time.monotonic()  # of the program, not of the server
-            verdict, detail, lines, suspect = self._attempt(candidate, start + timeout_seconds, timeout_seconds)
+            verdict, detail, notes, suspect = self._attempt(candidate, start + timeout_seconds, timeout_seconds)
         except (ServerGoneError, OSError, SandboxError, ValueError) as error:
-            verdict, detail, lines, suspect = "error", f"{type(error).__name__}: {error}", None, True
+            verdict, detail, notes, suspect = "error", f"{type(error).__name__}: {error}", None, True
             self.close()
             if not self._killed:
                 with contextlib.suppress(SandboxError):
                     self._start()
-        known = verdict != "error" and lines is not None
         return Verdict(
             verdict=verdict,
             detail=detail,
             seconds=round(time.monotonic() - start, 3),
-            loaded=b"loaded" in lines if known and lines is not None else None,
-            asserts_passed=lines.count(b"held") if known and lines is not None else None,
+            loaded=notes.loaded if notes and verdict != "error" else None,
+            asserts_passed=notes.num_held if notes and verdict != "error" else None,
         ), suspect
 
     def _start(self) -> None:
@@ -168,7 +168,7 @@ class Worker:
 
     def _attempt(
         self, candidate: Candidate, deadline: float, timeout_seconds: float
-    ) -> tuple[str, str, list[bytes], bool]:
+    ) -> tuple[str, str, "_Notes", bool]:
         program = candidate.prompt + candidate.completion
         job = {"test": candidate.test, "entry_point": candidate.entry_point}
         job |= {"program": program} if candidate.same_process else {"prompt": candidate.prompt}
@@ -186,19 +186,18 @@ class Worker:
             if not candidate.same_process:
                 _hand_over(solver, {"program": program, "entry_point": candidate.entry_point}, deadline)
             _hand_over(checker, job, deadline)
-            lines, in_time = _read_lines(checker, deadline)
+            notes, in_time = _read_notes(checker, deadline)
             statuses = self._finish()
-        found = next((line for line in lines if line.startswith(b"[")), None)
-        if found is not None:
-            verdict, detail = json.loads(found)
+        if notes.verdict is not None:
+            verdict, detail = _parsed(notes.verdict)
             if verdict == "killed" and statuses[0] != 0:
                 detail += f" ({_how(statuses[0])})"
-            return verdict, detail, lines, verdict == "killed" and statuses[0] == -signal.SIGKILL
+            return verdict, detail, notes, verdict == "killed" and statuses[0] == -signal.SIGKILL
         if not in_time:
-            return "timed out", f"no verdict within {timeout_seconds:g} s", lines, False
+            return "timed out", f"no verdict within {timeout_seconds:g} s", notes, False
         # Without the program in it, nothing that the program does ends the checker.
         outside = not candidate.same_process or statuses[-1] == -signal.SIGKILL
-        return "killed", f"the checker's process ended ({_how(statuses[-1])})", lines, outside
+        return "killed", f"the checker's process ended ({_how(statuses[-1])})", notes, outside
 
     def _finish(self) -> list[int]:
         """Have both children killed. Returns how each ended, the solver first."""
@@ -224,23 +223,52 @@ def _hand_over(end: socket.socket, job: dict[str, str], deadline: float) -> None
         end.shutdown(socket.SHUT_WR)
 
 
-def _read_lines(end: socket.socket, deadline: float) -> tuple[list[bytes], bool]:
+@dataclass(slots=True)
+class _Notes:
+    """What a checker has written: two kinds of notes, and its verdict as it came. A program that shares its process
+    may write anything, and as much as it likes."""
+
+    loaded: bool = False
+    num_held: int = 0
+    verdict: bytes | None = None
+
+    def add(self, line: bytes) -> None:
+        if line.startswith(b"[") and self.verdict is None:
+            self.verdict = line
+        self.loaded |= line == b"loaded"
+        self.num_held += line == b"held"
+
+
+def _read_notes(end: socket.socket, deadline: float) -> tuple[_Notes, bool]:
     """What the checker writes until it ends or the deadline is there; and whether it ended."""
-    lines: list[bytes] = []
-    rest = b""
+    notes, rest = _Notes(), b""
     while True:
-        if not select.select([end], [], [], max(deadline - time.monotonic(), 0))[0]:
-            return lines, False
+        left = deadline - time.monotonic()  # one that never stops writing has none left either
+        if left <= 0 or not select.select([end], [], [], left)[0]:
+            return notes, False
         try:
             data = end.recv(1 << 16)
         except ConnectionResetError:
             data = b""
-        *new, rest = (rest + data).split(b"\n")
+        *lines, rest = (rest + data).split(b"\n")
         if not data or len(rest) > _MAX_LINE_BYTES:
-            return lines, True
-        lines += new
-        if any(line.startswith(b"[") for line in new):
+            return notes, True
+        had = notes.verdict
+        for line in lines:
+            notes.add(line)
+        if notes.verdict is not had:
             deadline = min(deadline, time.monotonic() + _COUNT_SECONDS)
+
+
+def _parsed(line: bytes) -> tuple[str, str]:
+    """Verdict and detail; a line of another form can only be a program's that shares the checker's process."""
+    try:
+        match json.loads(line):
+            case [str(verdict), str(detail)] if verdict in VERDICTS:
+                return verdict, detail
+    except (ValueError, RecursionError):
+        pass
+    return "failed", "the program wrote something into the checker's pipe"
 
 
 def _how(status: int) -> str:
