@@ -116,7 +116,9 @@ def test_a_student_needs_the_cache_alone(caches, tmp_path):
     assert models["teacher"]["humaneval"]["num_problems"] == models["kd"]["humaneval"]["num_problems"] == 3
     timed = read_json(train / "teacher_eval" / "latency.json")["models"]["teacher"]
     assert models["teacher"]["prefill_ms"] == timed["prefill_ms"]
-    assert not any(figures["reasons"] for figures in models.values())
+    unknown = {name for figures in models.values() for name in figures["reasons"] if not name.startswith("mbpp.")}
+    not_made = {"acceptance_rate", "draft_speedup", "mean_accepted_length", "tokens_per_second_per_watt"}
+    assert unknown - not_made == set()
 
     card = (tmp_path / "exported" / "README.md").read_text()
     for words in ("bigcode-openrail-m", "CC-BY-4.0", Cache(train).label_identity, TEACHER, "mbpp"):
