@@ -174,7 +174,7 @@ $(EVAL)/latency.json: $(foreach s,$(STUDENTS),$(RUNS)/$s/model.safetensors) | $(
 
 report: setup $(REPORT)/report.html ## one page: report.{html,md,json}
 
-# The demo's arms over several seeds, where `make proof` has been run.
+# Losses over several seeds, where `make proof` has been run.
 PROOF := $(if $(filter demo,$(PROFILE)),$(wildcard artifacts/proof/proof.json))
 
 $(REPORT)/report.html: $(RESULTS) $(PROOF) | $(VENV)/.installed
@@ -188,11 +188,13 @@ PROOF_CONFIG ?= stage2_student/configs/proof.toml
 PROOF_DOCS_train ?= 200
 PROOF_DOCS_validation ?= 40
 PROOF_DOCS_test ?= 100
+PROOF_JOBS ?= 2
 
 proof: setup $(foreach s,train validation test,$(PROOF_OUT)/cache-$s/manifest.json) ## losses compared in paired seeds, from the demo teacher (2 hours at most)
-	$(DISTILL) student proof --config $(PROOF_CONFIG) --teacher $(DEMO_TEACHER) --out $(PROOF_OUT) \
+	$(DISTILL) student proof --config $(PROOF_CONFIG) --jobs $(PROOF_JOBS) --teacher $(DEMO_TEACHER) --out $(PROOF_OUT) \
 	  --cache $(PROOF_OUT)/cache-train --validation $(PROOF_OUT)/cache-validation --test $(PROOF_OUT)/cache-test
 
+$(foreach s,train validation test,$(eval $(PROOF_OUT)/cache-$s/manifest.json: $(call named,PROOF_DOCS_$s)))
 $(PROOF_OUT)/cache-%/manifest.json: | $(VENV)/.installed
 	$(DISTILL) teacher fetch-demo --out $(DEMO_TEACHER)
 	$(DISTILL) teacher build --config stage1_teacher/configs/demo.toml --teacher $(DEMO_TEACHER) --split $* --limit-docs $(PROOF_DOCS_$*) --out $(@D)

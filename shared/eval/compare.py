@@ -30,6 +30,7 @@ FIDELITY = {  # figure → its label, the sums whose ratio it is, and whether hi
 }
 OUTCOMES = {  # what a sample can be → its label
     "passed": "pass@1",
+    "some_assert": "share of programs that pass an assert",
     "runs": "share of programs that run",
     "parses": "share of programs that parse",
 }
@@ -180,13 +181,21 @@ def read_outcomes(result_file: Path, result: Result) -> dict[str, dict[str, int]
             raise ConfigError("not a verdict", where=f"{file}, line {number}", got=repr(error)) from error
         of_problem["samples"] += 1
         of_problem["passed"] += row["verdict"] == "passed"
-        for key, value in (("parses", row.get("parses")), ("runs", row.get("loaded"))):
+        told = {"parses": row.get("parses"), "runs": row.get("loaded"), "some_assert": row.get("asserts_passed")}
+        if row["verdict"] == "passed":
+            told |= {"runs": True, "some_assert": True}
+        for key, value in told.items():
             if value is not None:
                 of_problem[key] = of_problem.get(key, 0) + bool(value)
     if dict(verdicts) != (result.get("verdicts") or {}):
         raise ConfigError("the verdicts beside a result are not its own", where=file, expected=result.get("verdicts"),
                           got=dict(verdicts), fix="run the evaluation again")  # fmt: skip
     return outcomes
+
+
+def _ran_unwalled(result: Result) -> bool:
+    sandbox = (result.get("settings") or {}).get("sandbox") or {}
+    return bool(sandbox.get("unsafe_no_sandbox"))
 
 
 def benchmark_rows(a: Result, b: Result) -> list[Row]:
@@ -204,11 +213,12 @@ def benchmark_rows(a: Result, b: Result) -> list[Row]:
         *(
             {key: r.get(key) for key in ("benchmark", "problems_sha256", "num_problems")}
             | {f"settings.{key}": (r.get("settings") or {}).get(key) for key in PROBLEM_SETTINGS}
+            | {"run without a sandbox": _ran_unwalled(r)}
             for r in (a, b)
         ),
     )
     sides = [r.get("outcomes") or {} for r in (a, b)]
-    shares = {"passed": "pass_at_1", "runs": "share_runs", "parses": "share_parses"}
+    shares = {"passed": "pass_at_1", "runs": "share_runs", "parses": "share_parses", "some_assert": "share_some_assert"}
     rows = []
     for key, label in OUTCOMES.items():
         if a.get(shares[key]) is None and b.get(shares[key]) is None:

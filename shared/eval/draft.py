@@ -179,7 +179,7 @@ def evaluate_draft(
     return {
         **_summarise(rows),
         "speedup_range": [min(speedups), max(speedups)],
-        "equal_to_greedy": equality["float32"]["num_equal"] == len(prompts),
+        "equal_to_greedy": all(found["num_equal"] == len(prompts) for found in equality.values()),
         "equality": equality,
         "definitions": DEFINITIONS,
         **described,

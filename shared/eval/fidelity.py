@@ -135,9 +135,10 @@ def _load(directory: Path, dtype: str, cache: Cache) -> Any:
 
 
 def _seen_in_training(model_dir: Path, cache: Cache) -> bool:
-    """Whether the model is a run that was trained on any of this cache's shards or data sets."""
-    record = model_dir / "run.json"
-    if not record.is_file():
+    """Whether the model is a run or an export that was trained on any of this cache's shards or data sets."""
+    records = (model_dir / name for name in ("run.json", "lineage.json"))  # of a run, of an export
+    record = next((record for record in records if record.is_file()), None)
+    if record is None:
         return False
     trained_on = read_json(record).get("caches", [])
     shards = {digest for part in trained_on for digest in part["shards"].values()}

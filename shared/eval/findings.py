@@ -6,6 +6,7 @@ from typing import Any
 from shared.eval.tables import BENCHMARKS, LABELS, Models, compare, count, mapping, signed, solved
 
 FULL_SIZES = {"humaneval": 164, "mbpp": 500}
+LEAST_PROMPTS = 10
 FREE = {"alpha"}  # what may differ between a student and its twin
 
 
@@ -64,8 +65,23 @@ def headline(models: Models, differences: Sequence[Mapping[str, Any]], proof: Ma
             sentence += f" and the teacher runs at {speedup:.2f}× its speed"
         equal = mapping(student["settings"].get("draft")).get("equal_to_greedy") is True
         sentences.append(f"{sentence}{', its text unchanged' if equal else ''}.")
-    sentences += [text for text in ((proof or {}).get("summary") or [])[:1] if isinstance(text, str)]
+    sentences += _proved(proof or {})
     return sentences or [f"Nothing has been measured yet for {', '.join(n for n in models if n != 'teacher')}."]
+
+
+def _proved(proof: Mapping[str, Any]) -> list[str]:
+    """What the proof found of its `ghost` arm of most entries, in a sentence; none where it has no such arm."""
+    arms = [arm for arm in proof.get("arms") or [] if arm.get("loss") == "ghost" and arm.get("versus_ce")]
+    if not arms:
+        return []
+    best = max(arms, key=lambda arm: (arm.get("k") or 0, arm.get("alpha") != 1))
+    found, seeds = best["versus_ce"], best["test_nll"]["seeds"]
+    low, high = found["ci95"]
+    says = "differs from that of cross-entropy" if found["significant"] else "shows no difference from cross-entropy"
+    return [
+        f"Over {len(seeds)} paired seeds, of a smaller student on fewer documents, the test NLL of {best['name']} "
+        f"{says}: {signed(found['difference'])} nats per token, 95% interval {signed(low)} to {signed(high)}."
+    ]
 
 
 def background(models: Models, caches: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -135,10 +151,16 @@ def caveats(models: Models, proof: Mapping[str, Any] | None = None) -> list[str]
             f"The teacher is small ({count(teacher['parameters'])} parameters). The run shows that the pipeline works, "
             "not what a strong teacher would give."
         )
-    if any(m["settings"].get("draft", {}).get("equal_to_greedy") is False for m in models.values()):
+    drafts = [mapping(m["settings"].get("draft")) for m in models.values()]
+    if any(draft.get("equal_to_greedy") is False for draft in drafts):
         sentences.append(
-            "Speculative decoding did not give exactly the teacher's greedy text: its speed-up is not for equal output."
+            "Speculative decoding did not give exactly the teacher's greedy text in every precision: where it did not, "
+            "the speed-up is not for equal output."
         )
+    found = (mapping(draft.get("settings")).get("num_prompts") for draft in drafts)
+    prompts = [number for number in found if isinstance(number, int)]
+    if prompts and min(prompts) < LEAST_PROMPTS:
+        sentences.append(f"Speculative decoding was tried on {min(prompts)} prompts alone: its figures are rough.")
     machines = [m["machines"]["latency"] for m in models.values() if m["machines"].get("latency")]
     places = dict.fromkeys(
         ", ".join([str(m.get("processor")), f"{m.get('cores')} cores", *(m.get("accelerators") or ["no accelerator"])])

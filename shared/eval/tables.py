@@ -122,8 +122,14 @@ def _equality_row(models: Models) -> dict[str, Any]:
     """Whether decoding with the model's drafts gave the teacher's own tokens."""
     cells = []
     for model in models.values():
-        equal = mapping(model["settings"].get("draft")).get("equal_to_greedy")
+        draft = mapping(model["settings"].get("draft"))
+        equal = draft.get("equal_to_greedy")
         text = {True: "yes", False: "no"}[equal] if isinstance(equal, bool) else None
+        if equal is False and mapping(draft.get("equality")):
+            found = {dtype: mapping(part) for dtype, part in mapping(draft.get("equality")).items()}
+            text = ", ".join(
+                f"{dtype} {part.get('num_equal')}/{part.get('num_prompts')}" for dtype, part in found.items()
+            )
         cells.append({"value": text, "notes": [], "reason": model["reasons"].get("acceptance_rate", "not said")})
     return {"group": "As the teacher's draft", "label": "Output equal to plain greedy decoding", "cells": cells}
 

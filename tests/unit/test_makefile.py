@@ -107,7 +107,7 @@ def test_the_proof_has_caches_of_its_own_of_three_splits(made):
         for split, documents in (("train", 200), ("validation", 40), ("test", 100))
     ]
     assert proof == (
-        f".venv/bin/codedistill student proof --config stage2_student/configs/proof.toml --teacher {teacher} "
+        f".venv/bin/codedistill student proof --config stage2_student/configs/proof.toml --jobs 2 --teacher {teacher} "
         "--out artifacts/proof --cache artifacts/proof/cache-train --validation artifacts/proof/cache-validation "
         "--test artifacts/proof/cache-test"
     )
