@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,8 +71,8 @@ def write_dense(teacher: Path, cache: Cache, path: Path) -> None:
 class DenseBlocks(PackedBlocks):
     """Blocks whose positions carry the number of their row in the file, `soft_row` [T, 1] int64, in place of labels."""
 
-    def __init__(self, cache: Cache, **options: int | float) -> None:
-        super().__init__([cache], temperature=None, **options)  # type: ignore[arg-type]
+    def __init__(self, cache: Cache, **options: Any) -> None:
+        super().__init__([cache], temperature=None, **options)
         masks = [cache.loss_mask(doc) for doc in range(cache.num_documents)]
         self._first_row = np.cumsum([0, *(int(mask[:-1].sum()) for mask in masks)])
         self._row_in_doc = [np.cumsum(mask) - 1 for mask in masks]

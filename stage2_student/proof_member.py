@@ -62,7 +62,7 @@ def train_member(member: Member, train: Path, validation: Path, test: Path, dens
     model = GPT(config.student_sizes(vocab_size=cache.tokenizer_size))
     initial = weights_digest(model)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    options = {
+    options: dict[str, Any] = {
         "block_size": config.block_size,
         "seed": config.seed,
         "num_epochs": config.num_train_epochs,
@@ -73,7 +73,7 @@ def train_member(member: Member, train: Path, validation: Path, test: Path, dens
         loss: HeadLoss = DenseLoss(config, dense)
     else:
         temperature = config.temperature if config.alpha > 0 else None
-        blocks = PackedBlocks([cache], temperature=temperature, **options)  # type: ignore[arg-type]
+        blocks = PackedBlocks([cache], temperature=temperature, **options)
         loss = HeadLoss(config)
     model.head_loss = loss
     held_out = PackedBlocks(

@@ -35,7 +35,8 @@ DEFINITIONS = {
     "tokens_per_pass": "new tokens per pass of the teacher; plain decoding makes 1",
     "speedup": "seconds of plain greedy decoding / seconds with drafts, prefill included: sums over prompts of medians "
     "over repeats; speedup_range: least and greatest over repeats",
-    "equal_to_greedy": "whether all prompts gave the tokens of plain greedy decoding, teacher in float32",
+    "equal_to_greedy": "whether all prompts gave the tokens of plain greedy decoding, the teacher in its own dtype and "
+    "in float32",
     "ci95": METHOD + ", over prompts",
 }
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -44,26 +45,10 @@ def sandbox_check(allow_host_reads: bool) -> None:
 @click.option("--workers", type=click.IntRange(1), help="Programs at once. Default: one per processor.")
 @click.option("--allow-host-reads", is_flag=True, help="Run programs even where they can read this machine's files.")
 @click.option("--unsafe-no-sandbox", "unsafe", is_flag=True, help="Run programs without walls where none can be had.")
-def score(
-    problems_file: Path,
-    completions_file: Path,
-    out: Path,
-    timeout_seconds: float,
-    workers: int | None,
-    allow_host_reads: bool,
-    unsafe: bool,
-) -> None:
+def score(**options: Any) -> None:
     """Run completions in HumanEval's form, whoever made them, and write their verdicts."""
     from shared.eval.score import score_file
 
-    lines = score_file(
-        problems_file,
-        completions_file,
-        out,
-        timeout_seconds=timeout_seconds,
-        workers=workers,
-        allow_host_reads=allow_host_reads,
-        unsafe=unsafe,
-    )
+    lines = score_file(**options)
     counts = Counter(line["verdict"] for line in lines)
     click.echo(f"{len(lines)} completions: {', '.join(f'{n} {verdict}' for verdict, n in counts.most_common())}")

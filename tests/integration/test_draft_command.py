@@ -174,6 +174,21 @@ def test_prompts_that_part_are_counted_and_named(teacher, student, prompts, monk
     assert "float32: 0 of 2 prompts decode to the same tokens" in capsys.readouterr().err
 
 
+def test_output_is_equal_only_if_it_is_so_in_the_timed_precision_too(teacher, student, prompts, monkeypatch):
+    from shared.eval import draft
+
+    compare, found = draft._compare, []
+
+    def first_parts(*arguments):
+        found.append(compare(*arguments) | ({} if found else {"num_equal": 0}))
+        return found[-1]
+
+    monkeypatch.setattr(draft, "_compare", first_parts)
+    result = evaluate_draft(teacher, student, **OPTIONS | {"prompts_file": prompts, "limit": 2, "dtype": "bfloat16"})
+    assert {dtype: part["num_equal"] for dtype, part in result["equality"].items()} == {"bfloat16": 0, "float32": 2}
+    assert result["equal_to_greedy"] is False
+
+
 def test_what_cannot_be_drafted_is_refused(teacher, student, prompts, tmp_path):
     other = save_model(tmp_path / "other", seed=1)
     text = (other / "tokenizer.json").read_text()

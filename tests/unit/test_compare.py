@@ -33,7 +33,8 @@ def benchmark(folder, outcomes, **changes):
     """result.json and verdicts.jsonl of problems whose samples passed (1) or failed (0)."""
     names = {1: "passed", 0: "failed"}
     rows = [
-        {"task_id": f"t{i}", "sample": j, "parses": True, "verdict": names[ok], "loaded": bool(ok)}
+        {"task_id": f"t{i}", "sample": j, "parses": True, "verdict": names[ok], "loaded": bool(ok),
+         "asserts_passed": 0}
         for i, samples in enumerate(outcomes) for j, ok in enumerate(samples)
     ]  # fmt: skip
     verdicts = [row["verdict"] for row in rows]
@@ -216,3 +217,16 @@ def test_the_gate_exits_with_1_where_it_is_worse_or_nothing_was_judged(tmp_path)
                 "  worse   held-out NLL, nats per token  2 → 2.1, +0.1 [+0.1, +0.1]  (paired bootstrap" in done.output
             )
             assert done.output.endswith("1 worse, 2 noise\n")
+
+
+def test_a_score_without_a_sandbox_is_not_compared_with_one_behind_walls(tmp_path):
+    a = benchmark(tmp_path / "a", [[1], [0]])
+    settings = {"decoding": "greedy", "max_new_tokens": 128, "sandbox": {"unsafe_no_sandbox": True}}
+    b = benchmark(tmp_path / "b", [[1], [0]], settings=settings)
+    with pytest.raises(ConfigError, match="run without a sandbox"):
+        compare_files(a, b)
+
+
+def test_what_passes_has_run_and_passed_an_assert(tmp_path):
+    a, b = (benchmark(tmp_path / name, [[ok]] * 12, share_some_assert=float(ok)) for name, ok in (("a", 0), ("b", 1)))
+    assert verdicts(a, b)["share of programs that pass an assert"] == "better"

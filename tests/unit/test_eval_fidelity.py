@@ -1,13 +1,15 @@
 """The figures of `eval fidelity` against float64 references."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from student_cache import make_cache
 
 from shared.eval.bootstrap import percentile_interval, resample_sums
-from shared.eval.fidelity import Sums, summarise
+from shared.eval.fidelity import Sums, _seen_in_training, summarise
 from shared.eval.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
 
 
@@ -186,3 +188,14 @@ def test_the_interval_of_a_mean_is_as_wide_as_theory_says():
     low, high = percentile_interval(drawn[:, 0] / drawn[:, 1])
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.05)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.02)
+
+
+@pytest.mark.parametrize("record", ["run.json", "lineage.json"])
+def test_a_run_and_its_export_know_what_they_were_trained_on(tmp_path, record):
+    cache = make_cache(tmp_path / "cache")
+    assert _seen_in_training(tmp_path, cache) is False
+    shards = {name: entry["sha256"] for name, entry in cache.manifest["files"].items() if name.endswith(".h5")}
+    (tmp_path / record).write_text(json.dumps({"caches": [{"shards": shards, "sources": []}]}))
+    assert _seen_in_training(tmp_path, cache) is True
+    (tmp_path / record).write_text(json.dumps({"caches": [{"shards": {"shard-00000.h5": "00"}, "sources": []}]}))
+    assert _seen_in_training(tmp_path, cache) is False

@@ -119,6 +119,19 @@ def test_two_students_scored_on_different_documents_have_no_difference_but_a_rea
     assert "cache.manifest_sha256" in pair["reasons"][0]
 
 
+def test_a_draft_that_parts_in_one_precision_is_not_called_unchanged(tmp_path):
+    arguments = write_everything(tmp_path)
+    file = tmp_path / "eval" / "student_kd" / "draft.json"
+    equality = {"bfloat16": {"num_equal": 2, "num_prompts": 3}, "float32": {"num_equal": 3, "num_prompts": 3}}
+    parted = {"equal_to_greedy": False, "equality": equality, "settings": {"num_prompts": 3}}
+    write(file, json.loads(file.read_text()) | parted)
+    result = build_report(**arguments)
+    assert not any("unchanged" in sentence for sentence in result["headline"])
+    assert any("not give exactly the teacher's greedy text in every precision" in text for text in result["caveats"])
+    assert any("tried on 3 prompts alone" in text for text in result["caveats"])
+    assert "bfloat16 2/3, float32 3/3" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_the_proof_is_shown_with_what_it_claims_and_what_not(full):
     lines = (full[0] / "report" / "report.md").read_text().splitlines()
     ghost = "| ghost K=64 | loss ghost, K 64, lr 0.0012, epochs 2 | 5.082 ± 0.011 | −0.249 (−0.270 to −0.228) | 0.002 "
