@@ -42,3 +42,12 @@ def save_model(directory, *, seed=0, dtype=torch.float32, positions=256, **gener
         setattr(model.generation_config, key, value)
     model.save_pretrained(directory)
     return directory
+
+
+NO_DRAFT = {"acceptance_rate", "draft_speedup", "mean_accepted_length"}  # of a model that drafted for no teacher
+
+
+def unknown_figures(model):
+    """The figures that a report lacks of a model, but for MBPP's, which `make` does not ask for, and energy, which few
+    machines tell."""
+    return {key for key in model["reasons"] if not key.startswith("mbpp.")} - {"tokens_per_second_per_watt"}
