@@ -11,7 +11,8 @@ from pathlib import Path
 from data.records import Problem
 from data.tabular import Row, parse_jsonl, read_rows
 from shared.errors import ConfigError
-from shared.runtime import log, sha256_json
+from shared.files import sha256_json
+from shared.process import log
 
 SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
 PROBLEMS_SHA256 = "62eeaa082ca375405caa318234d2eadb3536c69ab5a5cbf7a70138aac686645c"  # `problems_digest` of the same

@@ -10,7 +10,8 @@ from data.tabular import Row, read_rows
 from shared.cache.documents import MASS_TOLERANCE
 from shared.cache.writer import CacheWriter
 from shared.errors import CacheFormatError, ConfigError
-from shared.runtime import progress, sha256_file
+from shared.files import sha256_file
+from shared.progress import progress
 from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
 
 MAX_DIGITS = 10  # of a token id

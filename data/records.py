@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shared.runtime import sha256_json
+from shared.files import sha256_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from shared.runtime import run_cli
+from shared.process import run_cli
 
 Commands = dict[str, tuple[str, str, str]]
 

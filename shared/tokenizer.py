@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, DistillError
-from shared.runtime import fsync_directory, sha256_json
+from shared.files import fsync_directory, sha256_json
 
 Tokenizer = Any  # a transformers tokenizer with the `tokenizers` backend
 

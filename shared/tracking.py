@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.runtime import log, rank
+from shared.process import log, rank
 
 INIT_SECONDS = 8.0
 FINISH_SECONDS = 4.0

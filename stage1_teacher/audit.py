@@ -34,11 +34,12 @@ from torch import Tensor
 
 from shared.batching import plan_batches
 from shared.cache.codec import decode_tail
-from shared.cache.layout import MAX_MARGIN, Array, shard_name
+from shared.cache.format import MAX_MARGIN, Array, shard_name
 from shared.cache.reader import Cache
 from shared.cache.shard import Shard
 from shared.errors import CacheMismatchError
-from shared.runtime import progress, read_json
+from shared.files import read_json
+from shared.progress import progress
 from shared.tokenizer import load_tokenizer, tokenizer_digest
 from stage1_teacher.logits import LogitSource
 from stage1_teacher.teacher import TeacherFiles, load_teacher, locate_teacher

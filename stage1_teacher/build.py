@@ -13,21 +13,22 @@ from shared.cache.assemble import extensions
 from shared.cache.derive import Input
 from shared.cache.directory import has_leftovers, is_finished, plain_errors
 from shared.cache.extend import CacheExtender
+from shared.cache.format import BUILD, MANIFEST, shard_name
 from shared.cache.identity import require_same_labels
-from shared.cache.layout import BUILD, MANIFEST, shard_name
 from shared.cache.manifest import read_manifest
 from shared.cache.writer import CacheWriter
 from shared.config import to_dict
 from shared.errors import ConfigError, ResumeError
-from shared.runtime import log, read_json, sha256_file
+from shared.files import read_json, sha256_file
+from shared.process import log
 from stage1_teacher.batching import plan_shards
 from stage1_teacher.config import TeacherConfig
+from stage1_teacher.disk import least_bytes_per_token, require_room
 from stage1_teacher.ranks import Ranks, joined
-from stage1_teacher.room import least_bytes_per_token, require_room
 from stage1_teacher.teacher import TeacherFiles, head_and_positions, locate_teacher
 
 if TYPE_CHECKING:  # torch and transformers load only where there is something to label
-    from stage1_teacher.pieces import Corpus
+    from stage1_teacher.documents import Corpus
 
 NAMED = ("teacher", "revision", "dataset", "dataset_revision", "split")  # recorded by commit and digest instead
 OPTIONS = (
@@ -172,7 +173,7 @@ def _build(
 ) -> None:
     """Label documents of a data set; `extends` is the manifest of the finished cache that they are added to."""
     from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
-    from stage1_teacher.pieces import cut_documents
+    from stage1_teacher.documents import cut_documents
 
     tokenizer = load_tokenizer(files.path)
     head_width, limit = head_and_positions(files.path)

@@ -95,7 +95,7 @@ def plan(out: Path, profile: Path | None, pilot_docs: int, as_json: bool, **opti
     labelled on trial and encoded. Nothing is written.
     """
     from shared.config import load_config, read_toml
-    from shared.runtime import to_json
+    from shared.files import to_json
     from stage1_teacher.config import TeacherConfig
     from stage1_teacher.plan import plan_build
     from stage1_teacher.plan_text import print_plan
@@ -126,7 +126,7 @@ def audit(
     Rows may deviate by the codec's bound and by what the dtype rounds differently in other kernels. Digests of weights,
     configuration and tokenizer are compared, too. Exit 1, with document and position, where anything differs.
     """
-    from shared.runtime import to_json
+    from shared.files import to_json
     from stage1_teacher.audit import audit_cache, verdict
 
     result = audit_cache(path, teacher_id, revision=revision, num_documents=documents, seed=seed, device_map=device_map)

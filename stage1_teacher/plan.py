@@ -16,19 +16,22 @@ import numpy as np
 
 from shared.batching import plan_batches
 from shared.cache.encode import encode_shard
-from shared.cache.layout import Array, ShardArrays, indptr
+from shared.cache.format import Array, ShardArrays, indptr
 from shared.cache.rows import truncate
 from shared.errors import ConfigError
-from shared.runtime import machine, progress, to_json, world_size
+from shared.files import to_json
+from shared.machine import machine
+from shared.process import world_size
+from shared.progress import progress
 from stage1_teacher.batching import plan_shards
 from stage1_teacher.build import find_inputs, max_length
 from stage1_teacher.config import TeacherConfig
+from stage1_teacher.disk import free_bytes
 from stage1_teacher.ranks import Ranks
-from stage1_teacher.room import free_bytes
 from stage1_teacher.teacher import head_and_positions, load_teacher
 
 if TYPE_CHECKING:
-    from stage1_teacher.pieces import Piece
+    from stage1_teacher.documents import Piece
 
 TOP_KS = (8, 16, 32, 64, 128)
 TOP_P = 0.98
@@ -64,7 +67,7 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
     if world_size() > 1:
         raise ConfigError("`teacher plan` runs in one process", expected=1, got=f"{world_size()} processes")
     from shared.tokenizer import load_tokenizer
-    from stage1_teacher.pieces import cut_documents
+    from stage1_teacher.documents import cut_documents
 
     files, documents = find_inputs(config)
     tokenizer = load_tokenizer(files.path)
@@ -170,7 +173,7 @@ def run_pilot(
     """
     import torch
 
-    from stage1_teacher.label import label_shard
+    from stage1_teacher.capture import label_shard
     from stage1_teacher.logits import LogitSource
 
     start = time.perf_counter()

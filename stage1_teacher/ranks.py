@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import ConfigError, PeerEndedError
-from shared.runtime import rank, world_size
+from shared.process import rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.cache.layout import Samples
-from stage1_teacher.head import block_rows
+from shared.cache.format import Samples
+from stage1_teacher.topk import block_rows
 
 
 def uniforms(meta: Mapping[str, Any], num_rows: int, num: int) -> NDArray[np.float64]:

@@ -40,7 +40,7 @@ def simulate(path: Path, documents: int, teacher: Path | None, student: Path | N
             row |= errors
     _print(figures)
     if out is not None:
-        from shared.runtime import write_json
+        from shared.files import write_json
 
         out.mkdir(parents=True, exist_ok=True)
         sample = {"documents": len(rows.doc_meta), "tokens": len(rows.tokens)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from data.hub import fetch_model, read_card, stated_licence
 from shared.errors import ConfigError, DistillError
-from shared.runtime import read_json, sha256_file, sha256_json
+from shared.files import read_json, sha256_file, sha256_json
 
 LICENCE_LINKS = {  # of licences that their cards name by a short name alone
     "bigcode-openrail-m": "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement"

@@ -1,6 +1,6 @@
 """`python -m stage2_student`, for launchers such as torchrun."""
 
-from shared.runtime import run_cli
+from shared.process import run_cli
 from stage2_student.cli import student
 
 if __name__ == "__main__":

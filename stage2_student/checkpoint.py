@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.cache.layout import CLAIM
+from shared.cache.format import CLAIM
 from shared.errors import ConfigError
-from shared.runtime import fsync_directory, log, read_json, sha256_file, write_json
+from shared.files import fsync_directory, read_json, sha256_file, write_json
+from shared.process import log
 
 RUN_FORMAT, RUN_VERSION = "codedistill-run", 2  # of run.json
 MARKER = "COMPLETE"
@@ -70,7 +71,7 @@ def latest_complete(run: Path) -> Path | None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what a kill leaves of `shared.runtime.write_bytes` or of a claim."""
+    """Whether a file is what a kill leaves of `shared.files.write_bytes` or of a claim."""
     return path.name == CLAIM or re.fullmatch(r"\..+\.tmp-\d+", path.name) is not None
 
 

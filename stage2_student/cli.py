@@ -161,7 +161,7 @@ def sweep(
     Example:
       codedistill student sweep --cache caches/train --validation caches/validation --grid grid.toml --out sweeps/first
     """
-    from stage2_student.sweep import Sweep
+    from stage2_student.experiments.runner import Sweep
 
     paths, weights = _split_weights(caches)
     members = Sweep(grid, paths, out, weights=weights, validation_path=validation, init_from=init_from, jobs=jobs)
@@ -194,7 +194,7 @@ def proof(cache: Path, validation: Path, test: Path, plan: Path, teacher: Path |
       codedistill student proof --cache caches/train --validation caches/validation --test caches/test \\
         --config stage2_student/configs/proof.toml --teacher artifacts/teachers/demo --out artifacts/proof
     """
-    from stage2_student.proof import prove
+    from stage2_student.experiments.proof import prove
 
     result = prove(plan, cache, validation, test, out, teacher=teacher, jobs=jobs)
     click.echo("\n".join(result["summary"]))

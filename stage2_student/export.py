@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, ResumeError
-from shared.runtime import fsync_directory, log, read_json, sha256_file, write_bytes, write_json
+from shared.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
+from shared.process import log
 from stage2_student.checkpoint import RUN_FORMAT, RUN_VERSION
 from stage2_student.config import SIZES
 

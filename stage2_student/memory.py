@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from shared.distributed import smallest
 from shared.errors import ConfigError
 from shared.model.gpt import GPTConfig
-from shared.ranks import smallest
-from shared.runtime import log
+from shared.process import log
 from stage2_student.config import StudentConfig
 from stage2_student.fused import CHUNK_ROWS
 

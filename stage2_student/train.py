@@ -18,25 +18,16 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from shared import tracking
-from shared.cache.claim import Claim
 from shared.cache.identity import require_same
+from shared.cache.lock import Claim
 from shared.cache.reader import DECODED_BYTES, Cache
 from shared.config import to_dict
+from shared.distributed import agree, joined
 from shared.errors import CacheMismatchError, ConfigError, ResumeError
+from shared.files import read_json, sha256_file, sha256_json, write_bytes, write_json
+from shared.machine import machine, versions
 from shared.model.gpt import GPT, GPTConfig
-from shared.ranks import agree, joined
-from shared.runtime import (
-    log,
-    machine,
-    rank,
-    read_json,
-    sha256_file,
-    sha256_json,
-    versions,
-    world_size,
-    write_bytes,
-    write_json,
-)
+from shared.process import log, rank, world_size
 from shared.tokenizer import load_tokenizer, special_ids
 from stage2_student.checkpoint import (
     RUN_FORMAT,
@@ -49,8 +40,8 @@ from stage2_student.checkpoint import (
 from stage2_student.config import StudentConfig, require_labels
 from stage2_student.dataset import PackedBlocks, hold_out
 from stage2_student.fused import HeadLoss
+from stage2_student.init_weights import Start
 from stage2_student.memory import announce, fit_micro_batch
-from stage2_student.start import Start
 from stage2_student.trainer import DistillTrainer, RunRecorder, StopEarly, StopOnSignal
 
 WEIGHTS = "model.safetensors"

@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from shared.distributed import gathered, on_any, summed
 from shared.errors import NonFiniteLossError, PeerEndedError
+from shared.files import read_json, write_bytes, write_json
 from shared.model.gpt import IGNORE
-from shared.ranks import gathered, on_any, summed
-from shared.runtime import Terminated, log, rank, read_json, world_size, write_bytes, write_json
+from shared.process import Terminated, log, rank, world_size
 from stage2_student.checkpoint import rotate, seal
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.directory import list_files, read_json_object, read_record
+from shared.cache.format import BUILD, EXTENSION_PATTERN, FORMAT, SHARD_PATTERN, VERSION, shard_name
 from shared.cache.identity import label_identity
-from shared.cache.layout import BUILD, EXTENSION_PATTERN, FORMAT, SHARD_PATTERN, VERSION, shard_name
 from shared.cache.statistics import combine
 from shared.errors import CacheFormatError
 

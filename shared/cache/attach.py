@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from shared.cache.claim import Claim
 from shared.cache.directory import FOLDERS, plain_errors, remove_leftovers
+from shared.cache.lock import Claim
 from shared.cache.manifest import read_manifest, write_manifest
 from shared.errors import ConfigError
-from shared.runtime import fsync_directory, write_bytes
+from shared.files import fsync_directory, write_bytes
 
 
 def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:

@@ -17,7 +17,7 @@ def cache() -> None:
 def info(path: str, as_json: bool) -> None:
     """Summarise a cache: size, labels, figures, provenance. Works during a build, too."""
     from shared.cache.info import cache_info, summary
-    from shared.runtime import to_json
+    from shared.files import to_json
 
     click.echo(to_json(cache_info(path)) if as_json else summary(path), nl=not as_json)
 

@@ -19,7 +19,7 @@ by log x ≤ x − 1 and by Taylor's remainder. It holds for both codecs. For `q
 - With φ(x) = e^x − 1 − x, KL ≤ λ = sup (Σ_i w_i φ(h(m_i)/T) + w_τ φ(1/(2s))) / (1 + Σ_i w_i + w_τ), w_i = e^{−m_i/T},
   i = 2…K. At the supremum each term w (φ − λ) is at its largest, which is at the same m for all i, and w_τ is 0 or
   unbounded: λ solves (K−1) max_m e^{−m/T} (φ(h(m)/T) − λ) = λ, or is φ(1/(2s)) if that is larger. For K ≤ 256 and T in
-  {0.5, 1, 1.5, 2} the solution is at most 1.7e-3 (`tests/property/test_codec.py` solves it), for any input at all.
+  {0.5, 1, 1.5, 2} the solution is at most 1.7e-3 (`tests/shared/cache/test_codec.py` solves it), for any input at all.
 - Margins stored as 1,500 and tails clipped at ±32,767 have weights below e^{−750}: no figure of float64 changes.
 """
 
@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from shared.cache.layout import MAX_MARGIN, Array, indptr
+from shared.cache.format import MAX_MARGIN, Array, indptr
 
 KNEE = 5 * math.log(4.8)
 ESCAPE = 255

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-from shared.cache.layout import Array
+from shared.cache.format import Array
 
 LEVEL = 4
 WORTHWHILE = 0.97

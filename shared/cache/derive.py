@@ -15,14 +15,15 @@ import numpy as np
 from shared.cache.assemble import HEAD_KEYS
 from shared.cache.directory import plain_errors, read_json_object
 from shared.cache.encode import encode_shard, shard_options
+from shared.cache.format import TEACHER_EVAL, TOKENIZER, Array, Samples, ShardArrays, indptr, shard_name
 from shared.cache.hdf5 import load_filters
-from shared.cache.layout import TEACHER_EVAL, TOKENIZER, Array, Samples, ShardArrays, indptr, shard_name
 from shared.cache.manifest import read_manifest
 from shared.cache.rows import exact
 from shared.cache.shard import decode_shard
 from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheFormatError
-from shared.runtime import progress, sha256_json, write_bytes
+from shared.files import sha256_json, write_bytes
+from shared.progress import progress
 
 SUPPORTING = (TOKENIZER, TEACHER_EVAL)
 TEACHERS_OWN = ("entropy_nats", "teacher_nll_nats", "teacher_nll_all_nats")  # figures of no row that is stored

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.cache.claim import is_dead
-from shared.cache.layout import (
+from shared.cache.format import (
     BUILD,
     CLAIM,
     EXTENSION_PATTERN,
@@ -22,9 +21,10 @@ from shared.cache.layout import (
     VERSION,
     shard_name,
 )
+from shared.cache.lock import is_dead
 from shared.cache.manifest import complete_replacement, read_manifest
 from shared.errors import CacheCorruptError, CacheFormatError, DistillError, ResumeError
-from shared.runtime import sha256_file, sha256_json
+from shared.files import sha256_file, sha256_json
 
 FOLDERS = (TOKENIZER, TEACHER_EVAL)
 OWN_FILES = (BUILD, CLAIM, MANIFEST, MANIFEST_SHA256, MANIFEST_PENDING)

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from shared.cache.layout import Array, ShardArrays, indptr
+from shared.cache.format import Array, ShardArrays, indptr
 from shared.cache.rows import gold_in_rows
 from shared.errors import CacheFormatError
-from shared.runtime import sha256_json
+from shared.files import sha256_json
 
 MASS_TOLERANCE = 1e-3
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from shared.cache import codec as codecs
 from shared.cache import hdf5
-from shared.cache.checks import check_arrays, check_options
-from shared.cache.layout import FORMAT, VERSION, Array, ShardArrays, indptr
+from shared.cache.format import FORMAT, VERSION, Array, ShardArrays, indptr
 from shared.cache.statistics import measure
+from shared.cache.validate import check_arrays, check_options
 from shared.errors import CacheFormatError
 
 

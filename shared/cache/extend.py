@@ -6,12 +6,12 @@ from typing import Any
 
 from shared.cache.assemble import extensions
 from shared.cache.directory import is_finished, remove_leftovers
+from shared.cache.format import FORMAT, VERSION
 from shared.cache.identity import require_same_labels
-from shared.cache.layout import FORMAT, VERSION
 from shared.cache.manifest import read_manifest
 from shared.cache.writer import CacheWriter, option_differences, resolved
 from shared.errors import CacheCorruptError, ResumeError
-from shared.runtime import write_json
+from shared.files import write_json
 
 
 class CacheExtender(CacheWriter):

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 from shared.cache.deflate import LEVEL, pack_chunk
-from shared.cache.layout import Array
+from shared.cache.format import Array
 from shared.errors import CacheCorruptError, CacheFormatError
 
 CHUNK_ENTRIES = 1 << 20

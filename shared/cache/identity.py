@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from shared.cache.layout import IDENTITY_PARTS
+from shared.cache.format import IDENTITY_PARTS
 from shared.errors import CacheFormatError, CacheMismatchError
-from shared.runtime import sha256_json
+from shared.files import sha256_json
 
 IDENTIFYING = {"teacher": ("weights_digest", "config_digest"), "tokenizer": ("digest",)}
 

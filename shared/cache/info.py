@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.cache.claim import is_dead
-from shared.cache.layout import BUILD, CLAIM, FORMAT, MANIFEST, MANIFEST_SHA256, TEACHER_EVAL, TOKENIZER
+from shared.cache.format import BUILD, CLAIM, FORMAT, MANIFEST, MANIFEST_SHA256, TEACHER_EVAL, TOKENIZER
+from shared.cache.lock import is_dead
 from shared.cache.manifest import read_manifest
 from shared.errors import CacheFormatError
 

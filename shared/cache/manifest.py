@@ -13,7 +13,7 @@ import math
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shared.cache.layout import (
+from shared.cache.format import (
     CODECS,
     FILTERS,
     FORMAT,
@@ -27,7 +27,7 @@ from shared.cache.layout import (
     temperature_key,
 )
 from shared.errors import CacheCorruptError, CacheFormatError
-from shared.runtime import fsync_directory, to_json, write_bytes
+from shared.files import fsync_directory, to_json, write_bytes
 
 REQUIRED = {
     "label_identity": str,

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from shared.cache.derive import Input, Part, head_options, write_derived
+from shared.cache.format import TEACHER_EVAL
 from shared.cache.identity import require_same_labels
-from shared.cache.layout import TEACHER_EVAL
 from shared.errors import CacheMismatchError, ConfigError
 
 

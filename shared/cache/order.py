@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from shared.cache.layout import Array
+from shared.cache.format import Array
 
 WINDOW_DOCUMENTS = 128
 POOL_WINDOWS = 16

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shared.cache import hdf5
-from shared.cache.layout import TOKENIZER, Array, indptr, shard_name
+from shared.cache.format import TOKENIZER, Array, indptr, shard_name
 from shared.cache.manifest import read_manifest
 from shared.cache.order import shuffled_pools
 from shared.cache.shard import SampledTargets, Shard, Targets, decode_shard

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from shared.cache.assemble import Extension, assemble, extensions
-from shared.cache.claim import Claim
 from shared.cache.derive import Input, Part, head_options, write_derived
 from shared.cache.directory import (
     has_leftovers,
@@ -21,7 +20,7 @@ from shared.cache.directory import (
     seal,
     shown,
 )
-from shared.cache.layout import (
+from shared.cache.format import (
     BUILD,
     CLAIM,
     EXTENSION_PATTERN,
@@ -31,10 +30,11 @@ from shared.cache.layout import (
     TEACHER_EVAL,
     shard_name,
 )
+from shared.cache.lock import Claim
 from shared.cache.manifest import read_manifest, write_manifest
 from shared.cache.verify import check_files, foreign_files
 from shared.errors import CacheCorruptError, CacheFormatError, DistillError
-from shared.runtime import to_json, write_bytes
+from shared.files import to_json, write_bytes
 
 SURE_DIGITS = 56  # of the 64 of a SHA-256; so many do not agree by chance
 

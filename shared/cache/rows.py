@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from shared.cache.codec import decode_tail
-from shared.cache.layout import Array, ShardArrays
+from shared.cache.format import Array, ShardArrays
 from shared.cache.shard import Shard
 from shared.errors import ConfigError
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from shared.cache import hdf5
 from shared.cache.codec import decode_codes, decode_tail, last_of_rows
-from shared.cache.layout import ATTRIBUTES, CODECS, DATASETS, FORMAT, SAMPLES, VERSION, Array, Samples, indptr
+from shared.cache.format import ATTRIBUTES, CODECS, DATASETS, FORMAT, SAMPLES, VERSION, Array, Samples, indptr
 from shared.errors import CacheCorruptError, CacheFormatError
 
 

@@ -10,11 +10,11 @@ import numpy as np
 from shared.cache.derive import Input, select
 from shared.cache.documents import join_rows
 from shared.cache.encode import encode_shard
-from shared.cache.layout import CODECS, Array, ShardArrays, temperature_key
+from shared.cache.format import CODECS, Array, ShardArrays, temperature_key
 from shared.cache.rows import exact, truncate
 from shared.cache.shard import Shard, decode_shard
 from shared.errors import ConfigError
-from shared.runtime import progress
+from shared.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

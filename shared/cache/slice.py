@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from shared.cache.derive import Input, Part, head_options, write_derived
-from shared.cache.layout import ShardArrays
+from shared.cache.format import ShardArrays
 from shared.cache.rows import truncate
 from shared.errors import ConfigError
 

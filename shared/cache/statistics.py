@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from shared.cache.codec import decode_tail, last_of_rows
-from shared.cache.layout import Array, ShardArrays, temperature_key
+from shared.cache.format import Array, ShardArrays, temperature_key
 
 MASS_BINS = 200
 QUANTILES = {"p1": 0.01, "p10": 0.10}

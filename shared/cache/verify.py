@@ -8,11 +8,12 @@ from typing import Any
 
 from shared.cache.assemble import extensions
 from shared.cache.directory import read_json_object, shown, walk
+from shared.cache.format import MANIFEST, MANIFEST_PENDING, MANIFEST_SHA256, RECORD_FIELDS, shard_name
 from shared.cache.identity import label_identity
-from shared.cache.layout import MANIFEST, MANIFEST_PENDING, MANIFEST_SHA256, RECORD_FIELDS, shard_name
 from shared.cache.manifest import read_manifest
 from shared.errors import CacheCorruptError, CacheFormatError
-from shared.runtime import progress, sha256_file
+from shared.files import sha256_file
+from shared.progress import progress
 
 MAX_THREADS = 16
 

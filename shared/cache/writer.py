@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 
 from shared.cache.assemble import assemble, extensions
-from shared.cache.claim import Claim, SharedClaim
 from shared.cache.directory import (
     damaged_files,
     has_leftovers,
@@ -22,7 +21,7 @@ from shared.cache.directory import (
 )
 from shared.cache.documents import document_rows, join_rows
 from shared.cache.encode import encode_shard, shard_options
-from shared.cache.layout import (
+from shared.cache.format import (
     BUILD,
     FORMAT,
     MANIFEST,
@@ -33,9 +32,11 @@ from shared.cache.layout import (
     ShardArrays,
     shard_name,
 )
+from shared.cache.lock import Claim, SharedClaim
 from shared.cache.manifest import read_manifest, write_manifest
 from shared.errors import CacheCorruptError, CacheFormatError, ResumeError
-from shared.runtime import log, write_bytes, write_json
+from shared.files import write_bytes, write_json
+from shared.process import log
 
 SHARD_TOKENS = 32_768
 

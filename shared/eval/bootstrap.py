@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from shared.cache.layout import Array
+from shared.cache.format import Array
 
 NUM_RESAMPLES = 2000
 METHOD = f"95 % percentile interval over {NUM_RESAMPLES} resamples with replacement, seed 0"

@@ -52,7 +52,7 @@ evaluate.add_command(sandbox_check)
 def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype: str, batch_tokens: int) -> None:
     """NLL, KL to the teacher, agreement and calibration over a cache's targets, with intervals."""
     _quieten()
-    from shared.eval.fidelity import evaluate_fidelity
+    from shared.eval.fidelity.measure import evaluate_fidelity
     from shared.eval.models import locate_model
 
     result = evaluate_fidelity(
@@ -92,8 +92,8 @@ def latency(
     if len(dict(models)) < len(models):
         raise click.UsageError("two models have the same name")
     _quieten()
-    from shared.eval.latency import measure_latency
     from shared.eval.models import locate_model
+    from shared.eval.speed.latency import measure_latency
 
     located = {name: locate_model(model, cache_dir) for name, model in models}
 
@@ -117,8 +117,8 @@ def latency(
 def draft(teacher: str, student: str, out: Path, cache_dir: Path | None, **options: Any) -> None:
     """Speculative decoding: the student drafts for its teacher. Acceptance, speed-up, and whether tokens stay equal."""
     _quieten()
-    from shared.eval.draft import evaluate_draft
     from shared.eval.models import locate_model
+    from shared.eval.speed.draft import evaluate_draft
 
     result = evaluate_draft(locate_model(teacher, cache_dir), locate_model(student), **options)
     _write(out, result)
@@ -179,7 +179,7 @@ def humaneval(problems_file: Path | None, benchmark_file: Path | None, **options
     """pass@k on HumanEval, or on problems of its form. Interrupted, the same command continues."""
     if problems_file and benchmark_file:
         raise click.UsageError("--problems are HumanEval's and --benchmark others': give one")
-    from shared.eval import benchmark
+    from shared.eval.programs import benchmark
 
     _evaluate_benchmark(
         lambda: benchmark.from_file(benchmark_file) if benchmark_file else benchmark.humaneval(problems_file), **options
@@ -193,7 +193,7 @@ def humaneval(problems_file: Path | None, benchmark_file: Path | None, **options
 )
 def mbpp(dataset: str, **options: Any) -> None:
     """pass@k on MBPP's test split. Interrupted, the same command continues."""
-    from shared.eval import benchmark
+    from shared.eval.programs import benchmark
 
     _evaluate_benchmark(lambda: benchmark.mbpp(dataset), **options)
 
@@ -209,9 +209,9 @@ def _evaluate_benchmark(
 ) -> None:
     """Run one benchmark; `load` gives it."""
     _quieten()
-    from shared.eval.benchmark import evaluate_benchmark
     from shared.eval.models import locate_model
-    from shared.eval.sample import Decoding
+    from shared.eval.programs.benchmark import evaluate_benchmark
+    from shared.eval.programs.sample import Decoding
 
     names = ("temperature", "top_p", "seed", "max_new_tokens", "batch_size")
     decoding = Decoding(num_samples=samples, **{name: options.pop(name) for name in names})
@@ -239,7 +239,7 @@ def report(
     if proof_file and not proof_file.is_file():
         raise click.UsageError(f"there is no {proof_file}")
     from shared import tracking
-    from shared.eval.report import build_report
+    from shared.eval.report.report import build_report
 
     result = build_report(eval_dir, {name: Path(folder) for name, folder in students}, list(caches), out, proof_file)
     with tracking.start(
@@ -260,8 +260,8 @@ def report(
 @click.pass_context
 def compare(context: click.Context, a: Path, b: Path, fail_on: str | None, as_json: bool) -> None:
     """What changed beyond noise from result A to B: two fidelity, latency, HumanEval or report JSON files."""
-    from shared.eval.compare import compare_files, describe
-    from shared.runtime import to_json
+    from shared.eval.report.compare import compare_files, describe
+    from shared.files import to_json
 
     result = compare_files(a, b)
     click.echo(to_json(result) if as_json else describe(result), nl=not as_json)
@@ -278,9 +278,9 @@ def compare(context: click.Context, a: Path, b: Path, fail_on: str | None, as_js
 @click.pass_context
 def trace(context: click.Context, path: Path, look_in: tuple[Path, ...], as_json: bool) -> None:
     """What a run, export, cache or report was made from, by digest; exits 1 where that chain breaks."""
-    from shared.eval.trace import breaks, describe
-    from shared.eval.trace import trace as walk
-    from shared.runtime import to_json
+    from shared.eval.report.lineage import breaks, describe
+    from shared.eval.report.lineage import trace as walk
+    from shared.files import to_json
 
     chain = walk(path, look_in)
     broken = breaks(chain)
@@ -304,7 +304,8 @@ def _quieten() -> None:
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    from shared.runtime import log, write_json
+    from shared.files import write_json
+    from shared.process import log
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from shared.cache.reader import Cache
 from shared.errors import ConfigError
-from shared.runtime import local_rank, log, sha256_file, sha256_json
+from shared.files import sha256_file, sha256_json
+from shared.process import local_rank, log
 from shared.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -47,7 +47,7 @@ def sandbox_check(allow_host_reads: bool) -> None:
 @click.option("--unsafe-no-sandbox", "unsafe", is_flag=True, help="Run programs without walls where none can be had.")
 def score(**options: Any) -> None:
     """Run completions in HumanEval's form, whoever made them, and write their verdicts."""
-    from shared.eval.score import score_file
+    from shared.eval.programs.score import score_file
 
     lines = score_file(**options)
     counts = Counter(line["verdict"] for line in lines)

@@ -21,15 +21,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from cache_rows import IDENTITY, random_shard
-
-from shared.cache.layout import ShardArrays
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from shared.cache.format import ShardArrays
 from shared.cache.manifest import read_manifest, write_manifest
 from shared.cache.order import shuffled_pools
 from shared.cache.reader import Cache
 from shared.cache.rows import exact, truncate
 from shared.cache.writer import CacheWriter
+from tests.support.cache_rows import IDENTITY, random_shard
 
 K, GRID = 50, (0.5, 1.0, 1.5, 2.0)
 OURS = (("q", "gzip"), ("q", "zstd"), ("f16", "gzip"))

@@ -18,14 +18,14 @@ import h5py
 import numpy as np
 
 from data.load import load_documents
+from shared.cache.format import ShardArrays
 from shared.cache.info import cache_info
-from shared.cache.layout import ShardArrays
 from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
-from shared.runtime import versions
+from shared.machine import versions
 from stage1_teacher.batching import plan_shards
+from stage1_teacher.capture import label_shard
 from stage1_teacher.config import TeacherConfig
-from stage1_teacher.label import label_shard
 
 K = 128
 LIMITS = {"K=16": 35, "K=50": 92, "K=64": 116, "top-p 0.98 within 64": 43}  # bytes per token, codec q with gzip
@@ -38,8 +38,8 @@ PEERS = (
 def capture(teacher: str, dataset: str, split: str, shard_tokens: int) -> tuple[list[ShardArrays], int, int]:
     """The exact rows of a build, shard by shard, with the tokenizer's size and the head's width."""
     from shared.tokenizer import load_tokenizer
+    from stage1_teacher.documents import cut_documents
     from stage1_teacher.logits import LogitSource
-    from stage1_teacher.pieces import cut_documents
     from stage1_teacher.teacher import head_and_positions, load_teacher, locate_teacher
 
     config = TeacherConfig(teacher=teacher, dataset=dataset, split=split, top_k=K, shard_tokens=shard_tokens)

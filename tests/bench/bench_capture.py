@@ -31,10 +31,10 @@ from shared.batching import plan_batches
 from shared.cache.writer import CacheWriter
 from shared.tokenizer import load_tokenizer
 from stage1_teacher.batching import plan_shards
+from stage1_teacher.capture import label_shard
 from stage1_teacher.config import TeacherConfig
-from stage1_teacher.label import label_shard
+from stage1_teacher.documents import cut_documents
 from stage1_teacher.logits import LogitSource
-from stage1_teacher.pieces import cut_documents
 from stage1_teacher.teacher import load_teacher
 
 SPEEDUP, MEMORY, SHARE_CPU, SHARE_GPU, SCALING = 1.8, 0.5, 0.88, 0.95, 0.05

@@ -18,10 +18,10 @@ import torch
 
 from data.humaneval import load_humaneval
 from data.templates import humaneval_prompt
-from shared.eval.completion import body_end
-from shared.eval.generate import generate_batch, plan_batches, prepare
 from shared.eval.models import load_model
-from shared.eval.passk import mean_interval, pass_at_k
+from shared.eval.programs.completion import body_end
+from shared.eval.programs.generate import generate_batch, plan_batches, prepare
+from shared.eval.programs.passk import mean_interval, pass_at_k
 
 # Chances of a problem's samples, one drawn per problem; problems; samples; k.
 BENCHMARKS = {

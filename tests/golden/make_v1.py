@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-
-from cache_rows import GRID, samples_of_logits, shard_of_logits  # noqa: E402
+sys.path.insert(0, str(FOLDER.parents[1]))
 
 from shared.cache.reader import Cache  # noqa: E402
 from shared.cache.rows import truncate  # noqa: E402
 from shared.cache.writer import CacheWriter  # noqa: E402
+from tests.support.cache_rows import GRID, samples_of_logits, shard_of_logits  # noqa: E402
 
 V, TOP_K = 96, 12
 IDENTITY = {

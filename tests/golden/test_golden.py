@@ -8,13 +8,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from make_v1 import contents
 
-from shared.cache.layout import ATTRIBUTES, CODECS, DATASETS, RECORD_FIELDS, SAMPLES
+from shared.cache.format import ATTRIBUTES, CODECS, DATASETS, RECORD_FIELDS, SAMPLES
 from shared.cache.manifest import REQUIRED
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.errors import DistillError
+from tests.golden.make_v1 import contents
 
 FOLDER = Path(__file__).parent / "v1"
 NAMES = ["q-gzip", "q-zstd", "f16-gzip"]

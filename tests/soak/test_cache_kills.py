@@ -7,8 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from cache_faults import contents, small_disk
-from teacher_kills import Builds, num_shards, whole_shards
+
+from tests.support.cache_faults import contents, small_disk
+from tests.support.teacher_kills import Builds, num_shards, whole_shards
 
 NUM_KILLS = 50
 

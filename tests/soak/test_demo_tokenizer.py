@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_tokenizer_digest import (  # noqa: F401
+from tests.shared.test_tokenizer_digest import (  # noqa: F401
     digest,
     test_every_change_is_seen,
     test_however_it_is_loaded_or_saved,

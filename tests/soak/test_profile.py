@@ -7,14 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from hub_contents import MBPP, SPLITS, TEACHER, starcoder2
-from loopback_hub import Repository
-from readme import REPOSITORY, commands_of
 
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
-from shared.runtime import read_json
-from tests.eval_models import NO_DRAFT, unknown_figures
+from shared.files import read_json
+from tests.support.eval_models import NO_DRAFT, unknown_figures
+from tests.support.hub_contents import MBPP, SPLITS, TEACHER, starcoder2
+from tests.support.loopback_hub import Repository
+from tests.support.readme import REPOSITORY, commands_of
 
 # The profile's settings stay; only so few and small steps, and problems, that two processor cores take them.
 FEW_STEPS = "max_steps=2 per_device_train_batch_size=1 per_device_eval_batch_size=1 block_size=256"

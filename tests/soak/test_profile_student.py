@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from shared.cache.reader import Cache
+from shared.files import read_json
 from shared.model.gpt import GPT, PRESETS
-from shared.runtime import read_json
 
 COMMAND = [sys.executable, "-c", "from shared.cli import main; main()"]
 STEPS = 8

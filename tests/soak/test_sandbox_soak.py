@@ -14,7 +14,7 @@ from data.tabular import read_rows
 from shared.errors import SandboxError
 from shared.eval.sandbox import probe
 from shared.eval.sandbox.runner import Candidate, Sandbox, open_sandbox, run_candidates
-from tests.sandbox_programs import honest_rows, hostile_rows, wrong
+from tests.support.sandbox_programs import honest_rows, hostile_rows, wrong
 
 DATA = Path(__file__).parents[3] / "shared/data"
 ALL_WALLS = (*probe.CHOICES, probe.WITHOUT_READS)
@@ -116,7 +116,7 @@ def test_an_ordinary_user():
     code = """
 import sys
 from shared.eval.sandbox.runner import open_sandbox
-from tests.sandbox_programs import honest_rows, hostile_rows, wrong
+from tests.support.sandbox_programs import honest_rows, hostile_rows, wrong
 found = wrong(honest_rows() + hostile_rows(slow=False), open_sandbox(), 20.0)
 sys.exit(repr(found) if found else 0)
 """

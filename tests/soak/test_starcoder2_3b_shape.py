@@ -12,13 +12,13 @@ import sysconfig
 import time
 from pathlib import Path
 
-import hub_contents
 import pytest
 import torch
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
+from tests.support import hub_contents
 
 NUM_DOCUMENTS = 4
 REAL_MBPP = Path(__file__).parents[3] / "shared/data/mbpp.jsonl"

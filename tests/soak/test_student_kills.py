@@ -5,7 +5,8 @@ import signal
 
 import numpy as np
 import pytest
-from student_kills import Trainings, outcome, progress
+
+from tests.support.student_kills import Trainings, outcome, progress
 
 
 @pytest.mark.timeout(3600)

@@ -5,7 +5,8 @@ import subprocess
 import time
 
 import pytest
-from student_kills import ENVIRONMENT, Trainings, outcome, unfinished
+
+from tests.support.student_kills import ENVIRONMENT, Trainings, outcome, unfinished
 
 
 @pytest.fixture(scope="module")

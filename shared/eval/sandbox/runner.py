@@ -12,7 +12,7 @@ from shared.errors import SandboxError
 from shared.eval.sandbox import probe
 from shared.eval.sandbox.policy import Walls
 from shared.eval.sandbox.worker import Candidate, Verdict, Worker
-from shared.runtime import progress
+from shared.progress import progress
 
 __all__ = ["Candidate", "Sandbox", "Verdict", "open_sandbox", "run_candidates"]
 

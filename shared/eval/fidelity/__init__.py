@@ -1,0 +1,1 @@
+"""How close a model is to its teacher, and to the text."""

@@ -1,0 +1,364 @@
+"""How close a model is to the teacher, and to the text, over a cache's held-out documents."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shared.batching import plan_batches
+from shared.cache.format import Array
+from shared.cache.reader import Cache
+from shared.errors import CacheMismatchError, ConfigError
+from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
+from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
+from shared.eval.models import describe_model, dtype_name, load_model
+from shared.files import read_json, sha256_file
+from shared.machine import machine, versions
+from shared.process import log
+from shared.progress import progress
+from shared.tokenizer import load_tokenizer, tokenizer_digest
+
+_CHUNK_ROWS = 256  # rows whose float32 log-softmax is formed at once
+_TOP = 5
+_BINS = 15
+DEFINITIONS = {
+    "kl_to_teacher_nats": "KL(teacher‖model) at T=1, mean over targets",
+    "reverse_kl_nats": "KL(model‖teacher), likewise; without the tail bucket where the teacher has no tail",
+    "top1_agreement": "share of targets where both have the same most likely id",
+    "top5_agreement": "mean of |A ∩ B| / m, A and B being the m most likely ids of each; m = 5, or k in a row of k < 5",
+    "ece": "expected calibration error of the most likely id against the text: Σ count/targets |accuracy − confidence|"
+    f" over {_BINS} bins of equal width",
+    "ci95": METHOD + ", over documents",
+    "per_document": "sums over a document's targets; the figures are ratios of such sums over all documents",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sums:
+    """Sums over the targets of each document, in float64.
+
+    Args:
+        columns: by name f64 `[D]`: `targets`, `nll_nats`, `kl_nats`, `reverse_kl_nats`, `top1_agreed`, `top5_overlap`;
+            `teacher_nll_nats` where the teacher is run.
+        bins: f64 `[D, bins, 3]`: targets, confidence and correct ones by the confidence in the most likely id.
+    """
+
+    columns: dict[str, Array]
+    bins: Array
+
+
+def evaluate_fidelity(
+    model_dir: Path, cache_dir: Path, *, dtype: str, batch_tokens: int, teacher_dir: Path | None = None
+) -> dict[str, Any]:
+    """Score a model on every target of a cache.
+
+    Args:
+        model_dir: a transformers directory.
+        cache_dir: a finished cache, usually of held-out documents.
+        dtype: a key of `models.DTYPES`; the head always runs in float32.
+        batch_tokens: at most as many tokens, padding included, go through the model at once (one document at least).
+        teacher_dir: the teacher, to be run beside the model: its whole distribution is then what the model is held
+            against (`dense`), else the cache's K+1 partition, whose KL is never above the dense one.
+
+    Returns:
+        `nll_nats`, `bits_per_byte`, `perplexity`, `teacher_nll_nats` and the figures of `DEFINITIONS`; `ci95` by
+        figure; `ece_bins`, `per_document`, counts, `seen_in_training`, and what was measured on what. A figure that is
+        not finite or not known is null, with the reason in `reasons`.
+
+    Raises:
+        CacheMismatchError: model, teacher and cache have different tokenizers, or a head is too narrow.
+        ConfigError: the cache has no targets.
+    """
+    start = time.monotonic()
+    cache = Cache(cache_dir)
+    model = _load(model_dir, dtype, cache)
+    teacher = _load(teacher_dir, dtype, cache) if teacher_dir else None
+    sums = score_cache(model, cache, batch_tokens=batch_tokens, teacher=teacher)
+    num_targets = int(sums.columns["targets"].sum())
+    if num_targets == 0:
+        raise ConfigError("the cache has no targets to score", where=cache_dir)
+    metas = [cache.meta(doc) for doc in range(cache.num_documents)]
+    sums.columns["target_bytes"] = np.array([meta.get("target_bytes", math.nan) for meta in metas], np.float64)
+    figures, intervals = summarise(sums)
+    cached_teacher_nll = cache.statistics.get("teacher_nll_nats")
+    if teacher is None:
+        figures["teacher_nll_nats"] = math.nan if cached_teacher_nll is None else cached_teacher_nll
+    elif cached_teacher_nll and abs(figures["teacher_nll_nats"] / cached_teacher_nll - 1) > 0.01:
+        log(f"warning: {teacher_dir} has an NLL of {figures['teacher_nll_nats']:.4f}, the teacher that made "
+            f"{cache_dir} one of {cached_teacher_nll:.4f}: is it the same?")  # fmt: skip
+    reasons = {name: "unknown" if math.isnan(value) else f"not finite ({value})"
+               for name, value in figures.items() if not math.isfinite(value)}  # fmt: skip
+    kind = "dense" if teacher else f"partition K={cache.manifest['top_k']}"
+    positions = getattr(model.config, "max_position_embeddings", None) or np.inf
+    return {
+        **{name: None if name in reasons else value for name, value in figures.items()},
+        "ci95": {name: intervals.get(name) for name in figures},
+        "reasons": reasons,
+        "kl_kind": kind,
+        "kind": kind,
+        "ece_bins": _bin_rows(sums.bins.sum(0)),
+        "num_targets": num_targets,
+        "num_documents": cache.num_documents,
+        "num_cut_documents": int((cache.doc_lengths > positions).sum()),
+        "target_bytes": cache.statistics.get("target_bytes"),
+        "definitions": DEFINITIONS,
+        "model": describe_model(model, model_dir),
+        "teacher": describe_model(teacher, teacher_dir) if teacher and teacher_dir else None,
+        "cache": {
+            "label_identity": cache.label_identity,
+            "manifest_sha256": sha256_file(cache_dir / "manifest.json"),
+            "codec": cache.manifest["codec"],
+            "teacher_nll_nats": cached_teacher_nll,
+        },
+        "seen_in_training": _seen_in_training(model_dir, cache),
+        "dtype": dtype_name(model),
+        "device": model.device.type,
+        "seconds": round(time.monotonic() - start, 3),
+        "machine": machine(),
+        "versions": versions("torch", "transformers", "numpy", "h5py", "codedistill"),
+        "per_document": _document_rows(sums.columns, metas),
+    }
+
+
+def _load(directory: Path, dtype: str, cache: Cache) -> Any:
+    model, tokenizer = load_model(directory, dtype)
+    ours, theirs = tokenizer_digest(tokenizer), tokenizer_digest(load_tokenizer(cache.tokenizer_path))
+    if ours != theirs:
+        raise CacheMismatchError("the model's tokenizer is not the cache's", where=f"{directory} and {cache.path}",
+                                 expected=f"{theirs} (cache)", got=f"{ours} (model)",
+                                 fix="evaluate on a cache of this model's teacher")  # fmt: skip
+    return model
+
+
+def _seen_in_training(model_dir: Path, cache: Cache) -> bool:
+    """Whether the model is a run or an export that was trained on any of this cache's shards or data sets."""
+    records = (model_dir / name for name in ("run.json", "lineage.json"))  # of a run, of an export
+    record = next((record for record in records if record.is_file()), None)
+    if record is None:
+        return False
+    trained_on = read_json(record).get("caches", [])
+    shards = {digest for part in trained_on for digest in part["shards"].values()}
+    sources = {source["digest"] for part in trained_on for source in part["sources"]}
+    ours = {entry["sha256"] for name, entry in cache.manifest["files"].items() if name.endswith(".h5")}
+    seen = bool(shards & ours or sources & {source.get("digest") for source in cache.manifest["sources"]})
+    if seen:
+        log(f"warning: {model_dir} was trained on documents of {cache.path}: these are no held-out figures")
+    return seen
+
+
+# --- from sums to figures --------------------------------------------------------------------------------------------
+
+
+def summarise(sums: Sums) -> tuple[dict[str, float], dict[str, list[float] | None]]:
+    """Figures, NaN where unknown, and the 95 % interval of each over documents; none over fewer than two of them.
+
+    A cut or split document is as many units as it has parts, which makes intervals a little narrow.
+    """
+    scored = sums.columns["targets"] > 0  # others have no say in any figure
+    columns = {name: column[scored] for name, column in sums.columns.items()}
+    bins = sums.bins[scored]
+    figures = {
+        name: float(value)
+        for name, value in _figures({name: c.sum(0) for name, c in columns.items()}, bins.sum(0)).items()
+    }
+    if len(bins) < 2:
+        return figures, {}
+    names = list(columns)
+    flat_DF = np.column_stack([*columns.values(), bins.reshape(len(bins), -1)])
+    drawn_RF = resample_sums(flat_DF)
+    resampled = _figures(
+        dict(zip(names, drawn_RF[:, : len(names)].T, strict=True)),
+        drawn_RF[:, len(names) :].reshape(-1, *bins.shape[1:]),
+    )
+    return figures, {name: percentile_interval(values) for name, values in resampled.items()}
+
+
+def _figures(columns: Mapping[str, Array], bins: Array) -> dict[str, Array]:
+    """Each figure from sums over documents; leading axes (resamples) are kept."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        nll_nats = columns["nll_nats"] / columns["targets"]
+        figures = {
+            "nll_nats": nll_nats,
+            "bits_per_byte": columns["nll_nats"] / math.log(2) / columns["target_bytes"],
+            "perplexity": np.exp(nll_nats),
+            "kl_to_teacher_nats": columns["kl_nats"] / columns["targets"],
+            "reverse_kl_nats": columns["reverse_kl_nats"] / columns["targets"],
+            "top1_agreement": columns["top1_agreed"] / columns["targets"],
+            "top5_agreement": columns["top5_overlap"] / columns["targets"],
+            "ece": np.abs(bins[..., 1] - bins[..., 2]).sum(-1) / columns["targets"],
+        }
+        if "teacher_nll_nats" in columns:
+            figures["teacher_nll_nats"] = columns["teacher_nll_nats"] / columns["targets"]
+    return figures
+
+
+def _bin_rows(bins: Array) -> list[dict[str, Any]]:
+    return [
+        {
+            "count": int(count),
+            "confidence": confidence / count if count else None,
+            "accuracy": correct / count if count else None,
+        }
+        for count, confidence, correct in bins.tolist()
+    ]
+
+
+def _document_rows(columns: Mapping[str, Array], metas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per document that has targets; what is not finite is null."""
+    rows = []
+    for doc in np.flatnonzero(columns["targets"]).tolist():
+        sums = {name: column[doc].item() for name, column in columns.items()}
+        rows.append({"id": metas[doc].get("id"), **{n: v if math.isfinite(v) else None for n, v in sums.items()}})
+    return rows
+
+
+# --- from rows to sums -----------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def score_cache(model: Any, cache: Cache, *, batch_tokens: int, teacher: Any = None) -> Sums:
+    """Compare a model with text and teacher on all targets.
+
+    Batches are padded on the right, out of sight of every real token under a causal mask, as in stage 1.
+
+    Args:
+        model: a transformers model.
+        cache: the documents, and the teacher's distributions where no teacher is given.
+        batch_tokens: tokens at a time, padding included.
+        teacher: a transformers model that sees the same pieces of documents.
+    """
+    names = ["targets", "nll_nats", "kl_nats", "reverse_kl_nats", "top1_agreed", "top5_overlap"]
+    names += ["teacher_nll_nats"] if teacher else []
+    columns_FD = np.zeros((len(names), cache.num_documents))
+    bins = np.zeros((cache.num_documents, _BINS, 3))
+    limits = [getattr(m.config, "max_position_embeddings", None) for m in (model, teacher) if m is not None]
+    positions = min([limit for limit in limits if limit] or [int(cache.doc_lengths.max())])
+    with contextlib.ExitStack() as stack:
+        heads = [(m, stack.enter_context(float32_head(m))) for m in (model, teacher) if m is not None]
+        bar = stack.enter_context(progress("Scoring", cache.num_tokens - cache.num_documents, "tokens"))
+        for pieces in cache_batches(cache, batch_tokens, positions):
+            tokens = [cache.tokens(doc)[start : stop + 1] for doc, start, stop in pieces]
+            masks = [cache.loss_mask(doc)[start:stop] for doc, start, stop in pieces]
+            gold_N = torch.from_numpy(np.concatenate([t[1:][m] for t, m in zip(tokens, masks, strict=True)]))
+            doc_N = np.repeat([doc for doc, _, _ in pieces], [mask.sum() for mask in masks])
+            logits = [_logits(m, head, tokens, masks, cache.tokenizer_size) for m, head in heads]
+            labels = None if teacher else _labels(cache, pieces, masks)
+            for start in range(0, len(gold_N), _CHUNK_ROWS):
+                rows = slice(start, start + _CHUNK_ROWS)
+                compared = _compare(
+                    [part[rows] for part in logits], gold_N[rows], labels and tuple(label[rows] for label in labels)
+                )
+                values = {name: compared[name].double().cpu().numpy() for name in compared}
+                docs = doc_N[rows]
+                for row, name in enumerate(names):
+                    np.add.at(columns_FD[row], docs, values[name])
+                confidence, correct = values["confidence"], values["correct"]
+                bin_N = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
+                np.add.at(bins, (docs, bin_N), np.stack([np.ones_like(confidence), confidence, correct], 1))
+            bar.advance(sum(map(len, masks)))
+    return Sums(columns=dict(zip(names, columns_FD, strict=True)), bins=bins)
+
+
+def _logits(model: Any, head: "_Float32Head", tokens: list[Array], masks: list[Array], size: int) -> Tensor:
+    """Float32 logits `[N, size]` of a batch's targets."""
+    width = max(map(len, masks))
+    ids_BT = np.zeros((len(masks), width), np.int64)
+    mask_BT = np.zeros((len(masks), width), bool)
+    for row, (ids, mask) in enumerate(zip(tokens, masks, strict=True)):
+        ids_BT[row, : len(mask)] = ids[: len(mask)]
+        mask_BT[row, : len(mask)] = mask
+    head.rows_BT = torch.from_numpy(mask_BT).to(model.device)
+    logits_NV: Tensor = model(input_ids=torch.from_numpy(ids_BT).to(model.device), use_cache=False).logits
+    if logits_NV.shape[-1] < size:
+        raise CacheMismatchError("the model's head is narrower than the cache's tokenizer",
+                                 expected=f">= {size}", got=logits_NV.shape[-1])  # fmt: skip
+    return logits_NV[:, :size]
+
+
+def _labels(cache: Cache, pieces: list[tuple[int, int, int]], masks: list[Array]) -> tuple[Tensor, ...]:
+    """k, ids, log-probabilities and tails of a batch's targets."""
+    targets = [cache.targets(doc, 1.0, start, stop) for doc, start, stop in pieces]
+    return tuple(
+        torch.from_numpy(np.concatenate([getattr(t, name)[mask] for t, mask in zip(targets, masks, strict=True)]))
+        for name in ("k", "ids", "logp", "log_tail")
+    )
+
+
+def _compare(logits: list[Tensor], gold_N: Tensor, labels: tuple[Tensor, ...] | None) -> dict[str, Tensor]:
+    """What each row adds to the sums: a model's logits against the teacher's, or against cached labels."""
+    logits_NV, *rest = logits
+    gold_N = gold_N.to(logits_NV.device)
+    nll_N, confidence_N, correct_N = text_rows(logits_NV, gold_N)
+    compared = {"targets": torch.ones_like(nll_N), "nll_nats": nll_N, "confidence": confidence_N, "correct": correct_N}
+    if labels is None:
+        teacher_NV = rest[0].to(logits_NV.device)
+        compared["teacher_nll_nats"] = text_rows(teacher_NV, gold_N)[0]
+        kl_N, reverse_kl_N = dense_rows(logits_NV, teacher_NV)
+        teacher_NM = top_ids(teacher_NV, _TOP)
+        k_N = torch.full_like(gold_N, _TOP)
+    else:
+        k_N, ids_NK, logp_NK, log_tail_N = (label.to(logits_NV.device) for label in labels)
+        kl_N, reverse_kl_N = partition_rows(logits_NV, k_N, ids_NK, logp_NK, log_tail_N)
+        teacher_NM = ids_NK[:, :_TOP]
+    top1_N, top5_N = agreement(top_ids(logits_NV, teacher_NM.shape[1]), teacher_NM, k_N)
+    return compared | {
+        "kl_nats": kl_N,
+        "reverse_kl_nats": reverse_kl_N,
+        "top1_agreed": top1_N,
+        "top5_overlap": top5_N,
+    }
+
+
+def cache_batches(cache: Cache, batch_tokens: int, positions: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Batches of pieces (document, first row, end) that never cross a shard, cut as stage 1 cuts them.
+
+    Rows are the tokens that have a next one, so a document's last token belongs to none.
+    Each shard is decoded once, and a half-precision teacher, whose rows depend on the batch's shape, meets its own
+    labels where the budget is the build's. A document beyond the model's positions is scored piece by piece.
+    """
+    first = 0
+    for shard in range(cache.num_shards):
+        lengths = np.diff(cache.load_shard(shard).doc_indptr).tolist()
+        pieces = [
+            (first + doc, start, min(start + positions, length - 1))
+            for doc, length in enumerate(lengths)
+            for start in range(0, length - 1, positions)
+        ]
+        for batch in plan_batches([stop + 1 - start for _, start, stop in pieces], batch_tokens):
+            yield [pieces[i] for i in batch]
+        first += len(lengths)
+
+
+class _Float32Head(nn.Module):
+    """A model's head in float32, over chosen rows only: the [B, T, V] tensor never exists."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight = head.weight.detach().float()
+        self.bias = None if head.bias is None else head.bias.detach().float()
+        self.rows_BT: Tensor | None = None
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return nn.functional.linear(hidden_BTD[self.rows_BT].float(), self.weight, self.bias)
+
+
+@contextlib.contextmanager
+def float32_head(model: Any) -> Iterator[_Float32Head]:
+    """Let `model(...).logits` be float32 `[N, V]` of the rows set as `rows_BT`, with the model's own scaling around.
+
+    Half-precision logits tie in most rows, which would decide the top-1 agreement.
+    """
+    original = model.get_output_embeddings()
+    head = _Float32Head(original)
+    model.set_output_embeddings(head)
+    try:
+        yield head
+    finally:
+        model.set_output_embeddings(original)

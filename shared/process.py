@@ -1,0 +1,75 @@
+"""This process: its rank under a launcher, its messages, its exit codes."""
+
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+from shared.errors import DistillError, PeerEndedError
+
+
+def rank() -> int:
+    """This process's rank under a launcher such as torchrun; 0 otherwise. Slurm variables alone do not count."""
+    return int(os.environ["RANK"]) if _launched() else 0
+
+
+def world_size() -> int:
+    """The number of processes under a launcher such as torchrun; 1 otherwise."""
+    return int(os.environ["WORLD_SIZE"]) if _launched() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its machine under a launcher such as torchrun; 0 otherwise."""
+    return int(os.environ["LOCAL_RANK"]) if _launched() else 0
+
+
+def _launched() -> bool:
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
+
+
+def log(message: str) -> None:
+    """One line to standard error, from rank 0 alone."""
+    if rank() == 0:
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; raised in the main thread so that `finally` blocks run."""
+
+
+def run_cli(command: Any) -> NoReturn:
+    """Run a click command as a program: 0 done, 1 domain error, 2 usage, 130 and 143 after SIGINT and SIGTERM."""
+    import click
+
+    def terminate(signum: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        value = command.main(standalone_mode=False)
+        code = value if isinstance(value, int) else 0  # click returns the code of `Exit` instead of raising it
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        log("interrupted; nothing finished is lost, the same command continues")
+        code = 130
+    except Terminated:
+        log("terminated; nothing finished is lost, the same command continues")
+        code = 143
+    except PeerEndedError as error:
+        log(f"error: {error}")
+        code = 1
+    except DistillError as error:  # from whichever rank it comes
+        sys.stderr.write(f"error: {error}\n")
+        code = 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except OSError as error:  # a path that cannot be read or written, a full disk
+        if error.filename is None:
+            raise
+        log(f"error: {error.strerror}; where: {error.filename}; fix: check the path, the rights and the free space")
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""Many students: sweeps, and the proof that distillation helps."""

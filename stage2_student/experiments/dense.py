@@ -1,0 +1,110 @@
+"""The teacher's full distribution for the proof's dense arm: all V log-probabilities of every target, in one file."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.cache.reader import Cache
+from shared.errors import CacheMismatchError
+from shared.eval.fidelity.measure import float32_head
+from shared.eval.fidelity.rows import partition_rows
+from shared.eval.models import load_model
+from shared.files import fsync_directory
+from shared.progress import progress
+from stage2_student.config import StudentConfig
+from stage2_student.dataset import PackedBlocks
+from stage2_student.fused import HeadLoss
+from stage2_student.losses import ChunkLoss, SoftLabels, dense_distill_
+
+MAX_KL_NATS = 0.01  # of the cache's rows from the teacher's, on average: other batches of a bf16 model make 1e-4
+
+
+class DenseLabels(SoftLabels):
+    """Rows of the file, as column `ids` [C, 1]; the other fields are empty."""
+
+
+@torch.inference_mode()
+def write_dense(teacher: Path, cache: Cache, path: Path) -> None:
+    """Run the teacher once over a cache's documents and write its log-probabilities, float16 [targets, V], in order.
+
+    Raises:
+        CacheMismatchError: the rows are not those of the cache: another teacher.
+    """
+    if path.exists():
+        return
+    model, _ = load_model(teacher, cache.manifest["identity"]["labels"]["dtype"])
+    V = cache.tokenizer_size
+    masks = [cache.loss_mask(doc)[:-1] for doc in range(cache.num_documents)]
+    temporary = path.with_name(f".{path.name}.tmp")
+    kl_nats, at, shape = 0.0, 0, (sum(int(mask.sum()) for mask in masks), V)
+    rows_NV = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+    with contextlib.ExitStack() as held:
+        head = held.enter_context(float32_head(model))
+        bar = held.enter_context(progress("Full distributions", cache.num_tokens, "tokens"))
+        for doc, mask in enumerate(masks):
+            tokens = torch.from_numpy(cache.tokens(doc).astype(np.int64)).to(model.device)
+            head.rows_BT = torch.from_numpy(mask)[None].to(model.device)
+            logits_NV = model(input_ids=tokens[None, :-1], use_cache=False).logits[:, :V].cpu()
+            soft = cache.targets(doc, 1.0, 0, len(mask))
+            cached = [torch.from_numpy(part[mask]) for part in (soft.k, soft.ids, soft.logp, soft.log_tail)]
+            kl_nats += partition_rows(logits_NV, *cached)[0].sum().item()
+            rows_NV[at : at + len(logits_NV)] = logits_NV.log_softmax(1).numpy()
+            at += len(logits_NV)
+            bar.advance(len(tokens))
+    if not kl_nats / max(at, 1) <= MAX_KL_NATS:
+        temporary.unlink()
+        raise CacheMismatchError(
+            "the teacher's distributions are not those of the cache",
+            where=f"{teacher} and {cache.path}",
+            expected=f"a mean KL of at most {MAX_KL_NATS} nats per target",
+            got=f"{kl_nats / max(at, 1):.3g}",
+            fix="--teacher: the model that the caches were built with",
+        )
+    rows_NV.flush()
+    temporary.replace(path)
+    fsync_directory(path.parent)
+
+
+class DenseBlocks(PackedBlocks):
+    """Blocks whose positions carry the number of their row in the file, `soft_row` [T, 1] int64, in place of labels."""
+
+    def __init__(self, cache: Cache, **options: Any) -> None:
+        super().__init__([cache], temperature=None, **options)
+        masks = [cache.loss_mask(doc) for doc in range(cache.num_documents)]
+        self._first_row = np.cumsum([0, *(int(mask[:-1].sum()) for mask in masks)])
+        self._row_in_doc = [np.cumsum(mask) - 1 for mask in masks]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One block; positions without a target have the row of another."""
+        row_T1 = np.zeros((self.block_size, 1), np.int64)
+        at = 0
+        for doc, start, stop in self._block(index):
+            row_T1[at : at + stop - start, 0] = self._first_row[doc] + self._row_in_doc[doc][start:stop]
+            at += stop - start
+        return super().__getitem__(index) | {"soft_row": torch.from_numpy(row_T1)}
+
+
+class DenseLoss(HeadLoss):
+    """KL(teacher‖student) over all V ids mixed with cross-entropy; on a cache's rows it is `ghost`."""
+
+    def __init__(self, config: StudentConfig, path: Path) -> None:
+        super().__init__(config)
+        self._logp_NV = np.load(path, mmap_mode="r")
+
+    def labels(self, soft: dict[str, Tensor]) -> SoftLabels | None:
+        """The numbers of the rows, where the batch has them."""
+        if "soft_row" not in soft:
+            return super().labels(soft)
+        row_N1 = soft["soft_row"].flatten(0, 1)
+        return DenseLabels(row_N1, row_N1, row_N1, row_N1)
+
+    def chunk_(self, logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels | None) -> ChunkLoss:
+        """Loss sums of a chunk; `logits_CV` becomes the gradient."""
+        if not isinstance(soft, DenseLabels):
+            return super().chunk_(logits_CV, labels_C, soft)
+        half_CV = torch.from_numpy(self._logp_NV[soft.ids[:, 0].cpu().numpy()]).to(logits_CV.device)
+        return dense_distill_(logits_CV, labels_C, half_CV.float().log_softmax(1), self.config.alpha)

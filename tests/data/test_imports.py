@@ -1,0 +1,177 @@
+"""`cache import` through the root command: vLLM's and DistillKit's shapes, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data.imports import import_cache
+from shared.cache.reader import Cache
+from shared.cache.verify import verify_cache
+from shared.errors import ConfigError, ResumeError
+from tests.support.student_cache import VOCABULARY, save_tokenizer
+
+PROGRAM = [sys.executable, "-c", "from shared.cli import main; main()", "cache", "import"]
+K = 5
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(directory)
+    return directory
+
+
+def documents():
+    """Tokens and exact log-probabilities of three documents."""
+    rng = np.random.default_rng(0)
+    for length in (6, 1, 9):
+        logits = rng.normal(0, 3, (length - 1, VOCABULARY))
+        yield rng.integers(0, VOCABULARY, length), logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def vllm_row(tokens, logp, **more):
+    positions = [None]
+    for row, gold in zip(logp, tokens[1:], strict=True):
+        order = np.argsort(-row, kind="stable")
+        rank = {int(id): at + 1 for at, id in enumerate(order)}
+        ids = list(dict.fromkeys([int(gold), *map(int, order[:K])]))
+        entry = {str(i): {"logprob": float(row[i]), "rank": rank[i], "decoded_token": "x"} for i in ids}
+        positions.append(entry)
+    return {"prompt_token_ids": tokens.tolist(), "prompt_logprobs": positions, **more}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(file, tokenizer, out, *options):
+    arguments = [str(file), "--tokenizer", str(tokenizer), "--teacher-name", "far/teacher", "--out", str(out)]
+    return subprocess.run([*PROGRAM, *arguments, *options], capture_output=True, text=True, timeout=120)
+
+
+def assert_labels(cache, masks):
+    assert verify_cache(cache.path) == []
+    for number, (tokens, logp) in enumerate(documents()):
+        assert np.array_equal(cache.tokens(number), tokens)
+        assert cache.loss_mask(number).tolist() == masks[number]
+        targets = cache.targets(number, 1.0)
+        assert targets.k.tolist() == [K] * len(logp) + [0]
+        for row, exact in enumerate(logp):
+            order = np.argsort(-exact, kind="stable")
+            assert targets.ids[row].tolist() == order[:K].tolist()
+            np.testing.assert_allclose(targets.logp[row], exact[order[:K]], atol=0.15)
+            np.testing.assert_allclose(targets.log_tail[row], np.log(np.exp(exact[order[K:]]).sum()), atol=0.15)
+
+
+def test_vllms_rows(tokenizer, tmp_path):
+    more = [{"id": "a", "prompt_tokens": 2}, {"id": "b"}, {"id": "c", "loss_mask": [0, 1] * 4 + [1]}]
+    rows = [vllm_row(tokens, logp, **extra) for (tokens, logp), extra in zip(documents(), more, strict=True)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    done = run(file, tokenizer, tmp_path / "c")
+    assert done.returncode == 0, done.stderr
+    assert "3 in 1 shards" in done.stdout
+    cache = Cache(tmp_path / "c")
+    masks = [[False, True, True, True, True, False], [False], [True, False] * 3 + [True, True, False]]
+    assert_labels(cache, masks)
+    assert [cache.meta(i)["id"] for i in range(3)] == ["a", "b", "c"]
+    identity = cache.manifest["identity"]
+    assert identity["declared"] is True and identity["teacher"]["name"] == "far/teacher"
+    assert cache.temperatures == (1.0,) and cache.manifest["codec"] == "q"
+    nll = [-logp[np.arange(len(logp)), tokens[1:]] for tokens, logp in documents()]  # known by the extra entry
+    assert cache.statistics["teacher_nll_all_nats"] == pytest.approx(np.mean(np.concatenate(nll)), rel=1e-6)
+    import_cache(file, cache.path, tokenizer=str(tokenizer), teacher_name="far/teacher")
+    assert Cache(cache.path).manifest == cache.manifest
+    write(file, rows[:2])
+    with pytest.raises(ResumeError, match="begun with other sources"):
+        import_cache(file, cache.path, tokenizer=str(tokenizer), teacher_name="far/teacher")
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_distillkits_rows(tokenizer, tmp_path, cut):
+    columns = {"input_ids": [], "token_ids": [], "top_values": []}
+    for tokens, logp in documents():
+        padded = np.concatenate([logp, logp[:1] if len(logp) else np.log(np.full((1, VOCABULARY), 1 / VOCABULARY))])
+        ids = np.argsort(-padded, axis=1, kind="stable")[: len(tokens) - cut, :K]
+        columns["input_ids"].append(tokens.tolist())
+        columns["token_ids"].append(ids.tolist())
+        columns["top_values"].append(np.take_along_axis(padded[: len(ids)], ids, 1).tolist())
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    import_cache(tmp_path / "rows.parquet", tmp_path / "c", tokenizer=str(tokenizer), teacher_name="t")
+    cache = Cache(tmp_path / "c")
+    assert_labels(cache, [[True] * (len(tokens) - 1) + [False] for tokens, _ in documents()])
+    assert cache.statistics["teacher_nll_nats"] is None
+    with pytest.raises(ResumeError, match="another teacher"):
+        import_cache(tmp_path / "rows.parquet", tmp_path / "c", tokenizer=str(tokenizer), teacher_name="u")
+
+
+def test_rows_of_unequal_lengths_and_any_id(tokenizer, tmp_path):
+    ids, values = [[5, 6, 7], [6, 7]], [[-0.5, -2.0, -3.0], [-0.3, -3.0]]
+    document = {"input_ids": [1, 5, 6], "token_ids": ids, "top_values": values}
+    file = write(tmp_path / "rows.jsonl", [document | {"id": "a\ud800"}, document | {"id": None}, document])
+    import_cache(file, tmp_path / "c", tokenizer=str(tokenizer), teacher_name="t")
+    cache = Cache(tmp_path / "c")
+    assert [cache.meta(number)["id"] for number in range(3)] == ["a\ud800", "2", "3"]
+    assert cache.manifest["top_k"] == 3  # the third entry is no extra one: only vLLM has such
+    assert cache.targets(0, 1.0).k.tolist() == [3, 2, 0]
+    assert verify_cache(cache.path) == []
+
+
+ROW = {"prompt_token_ids": [5, 6], "prompt_logprobs": [None, {"6": {"logprob": -0.5, "rank": 1}}]}
+
+
+def changed(**fields):
+    return ROW | fields
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (changed(prompt_token_ids=[5, VOCABULARY]), r"prompt_token_ids\[1\]'.*from 0 to 256; got: 257"),
+        (changed(prompt_token_ids=[5, "6"]), r"prompt_token_ids\[1\]'.*got: '6'"),
+        (changed(prompt_token_ids=[5, True]), r"prompt_token_ids\[1\]'.*got: True"),
+        (changed(prompt_token_ids=[]), "at least one token id"),
+        (changed(prompt_token_ids=None), "a list of token ids; got: none"),
+        (changed(prompt_token_ids=[5, 6, 7]), r"'prompt_logprobs'; expected: a list of 3 positions.*got: 2"),
+        (changed(prompt_logprobs=[{}, None]), r"prompt_logprobs\[0\]'; expected: null"),
+        (changed(prompt_logprobs=[None, None]), r"prompt_logprobs\[1\]'; expected: an object"),
+        (changed(prompt_logprobs=[None, {}]), r"prompt_logprobs\[1\]'"),
+        (changed(prompt_logprobs=[None, {"x": {"logprob": -1}}]), r"prompt_logprobs\[1\]'.*got: 'x'"),
+        (changed(prompt_logprobs=[None, {"257": {"logprob": -1}}]), r"prompt_logprobs\[1\]'.*got: '257'"),
+        (changed(prompt_logprobs=[None, {"9" * 5000: {"logprob": -1}}]), r"prompt_logprobs\[1\]'.*got: '999"),
+        (changed(prompt_logprobs=[None, {"6": {"logprob": -1}, "06": {"logprob": -2}}]), "in two spellings"),
+        (changed(prompt_logprobs=[None, {"6": -1}]), r"prompt_logprobs\[1\]\.6'; expected: an object"),
+        (changed(prompt_logprobs=[None, {"6": {"logprob": "-1"}}]), r"\[1\]\.6\.logprob'.*got: '-1'"),
+        (changed(prompt_logprobs=[None, {"6": {"logprob": -(10**400)}}]), r"\.logprob'.*at most 0; got: -1000"),
+        (changed(prompt_logprobs=[None, {"6": {"logprob": None}}]), r"\.logprob'.*got: None"),
+        (changed(prompt_logprobs=[None, {"6": {"logprob": 0.5}}]), r"at most 0; got: 0\.5"),
+        (changed(prompt_logprobs=[None, {"6": {"logprob": -1, "rank": 0}}]), r"rank'.*got: 0"),
+        (
+            changed(prompt_logprobs=[None, {"6": {"logprob": -0.1}, "7": {"logprob": -0.1}}]),
+            r"\[1\]'.*add up to 1.*got: 1\.8097",
+        ),
+        (changed(loss_mask=[1]), r"'loss_mask'; expected: 2 values"),
+        (changed(prompt_tokens=3), r"'prompt_tokens'; expected: 0 to 2; got: 3"),
+        ({"input_ids": [5, 6]}, "'token_ids'; expected: a list of 1 rows for 2 tokens"),
+        ({"input_ids": [5, 6], "token_ids": [[1]], "top_values": [[-1, -2]]}, r"top_values\[0\]'.*1; got: 2"),
+        ({"input_ids": [5, 6], "compressed_logprobs": [[1]], "bytepacked_indices": [[1]]}, "uncompressed rows"),
+    ],
+)
+def test_malformed_rows_are_refused_by_line_and_field(tokenizer, tmp_path, row, message):
+    file = write(tmp_path / "rows.jsonl", [ROW, row])
+    with pytest.raises(ConfigError, match=message) as caught:
+        import_cache(file, tmp_path / "c", tokenizer=str(tokenizer), teacher_name="t")
+    assert "rows.jsonl, line 2" in str(caught.value)
+
+
+def test_a_file_of_nothing(tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="an empty data set"):
+        import_cache(write(tmp_path / "rows.jsonl", []), tmp_path / "c", tokenizer=str(tokenizer), teacher_name="t")
+    with pytest.raises(ConfigError, match="cannot read a data file"):
+        import_cache(tmp_path / "none.jsonl", tmp_path / "c", tokenizer=str(tokenizer), teacher_name="t")
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,231 @@
+"""Programs behind walls: the right verdict for honest ones, none passed for hostile ones, nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from data.humaneval import load_humaneval
+from shared.errors import SandboxError
+from shared.eval.sandbox import probe, runner
+from shared.eval.sandbox.policy import Walls
+from shared.eval.sandbox.runner import Candidate, Sandbox, open_sandbox, run_candidates
+from shared.eval.sandbox.worker import Worker
+from tests.support.sandbox_programs import REFUSED, honest_rows, hostile_rows, program, wrong
+
+SLOW = 10.0  # seconds: other tests may be running
+
+
+def sandbox_or_skip():
+    try:
+        return open_sandbox()
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    return sandbox_or_skip()
+
+
+def test_honest_programs_get_their_verdict(sandbox):
+    assert wrong(honest_rows(), sandbox, SLOW) == []
+
+
+def test_hostile_programs_get_theirs(sandbox):
+    endless = [row for row in hostile_rows(slow=True) if row[0] in ("signals ignored", "sleeps at load")]
+    assert wrong(hostile_rows(slow=False), sandbox, SLOW) == []
+    assert wrong(endless, sandbox, 0.5) == []
+
+
+def test_canonical_solutions_all_pass_and_empty_completions_all_fail(sandbox):
+    rows = []
+    for problem in load_humaneval():
+        for completion, right in ((problem.canonical_solution, "passed"), ("", "failed")):
+            candidate = Candidate(
+                prompt=problem.prompt, completion=completion, test=problem.test, entry_point=problem.entry_point
+            )
+            rows.append((problem.task_id, candidate, [right]))
+    assert wrong(rows[::3], sandbox, 15.0) == []
+
+
+def test_what_shares_the_checkers_process_cannot_upset_others(sandbox):
+    """Such a program may forge its own verdict, but no word of it is anything else."""
+    writes = [
+        b'["killed", 5]\n',
+        b"[" * 60_000 + b"\n",
+        b'[["killed"], 5]\n',
+        b'["perfect", "x"]\n',
+        b"[null, null]\n",
+    ]
+    bodies = [f"    return 0\nimport os, time\nos.write(3, {data!r})\ntime.sleep(9)\n" for data in writes]
+    rows = [program(body, same_process=True) for body in bodies]
+    verdicts = run_candidates([*rows, program("    return x + 1\n")], sandbox=sandbox, timeout_seconds=SLOW)
+    assert [v.verdict for v in verdicts[:-1]] == ["failed"] * len(writes)
+    assert {v.detail for v in verdicts[:-1]} == {"the program wrote something into the checker's pipe"}
+    assert verdicts[-1].verdict == "passed"
+
+
+def test_a_flood_of_notes_is_not_kept(sandbox):
+    flood = "    return 0\nimport os\nwhile True: os.write(3, b'xy\\n' * 20_000)\n"
+    tracemalloc.start()
+    (verdict,) = run_candidates([program(flood, same_process=True)], sandbox=sandbox, timeout_seconds=1.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert verdict.verdict == "timed out"
+    assert peak < 8 << 20
+
+
+def test_asserts_and_loading_are_told_apart(sandbox):
+    test = "def check(candidate):\n    for i in range(3): assert candidate(i) == i + 1\n    assert candidate(9) == 9\n"
+    bodies = ("    return x + 1\n", "    return 9\n", "    return x +\n", "    return 1 // x\n", "    return x or 1\n")
+    verdicts = run_candidates([program(body, test) for body in bodies], sandbox=sandbox, timeout_seconds=SLOW)
+    assert [(v.verdict, v.loaded, v.asserts_passed) for v in verdicts] == [
+        ("failed", True, 3),
+        ("failed", True, 1),
+        ("failed", False, 0),
+        ("failed", True, 0),
+        ("failed", True, 2),
+    ]
+    caught = (
+        "def check(candidate):\n    try:\n        assert candidate(1) == 1\n    except AssertionError:\n        pass\n"
+    )
+    assert run_candidates([program(bodies[0], caught)], sandbox=sandbox, timeout_seconds=SLOW)[0].verdict == "passed"
+
+
+def test_what_the_test_asks_beyond_plain_data_is_our_error_unless_in_one_process(sandbox):
+    test = "def check(candidate):\n    assert candidate(lambda: 1) == 1\n    assert candidate(one) == 1\n"
+    body = "    return x()\ndef one():\n    return 1\n"
+    apart, together = run_candidates(
+        [program(body, test), program(body, test, same_process=True)], sandbox=sandbox, timeout_seconds=SLOW
+    )
+    assert apart.verdict == "error" and "function" in apart.detail
+    assert (together.verdict, together.asserts_passed) == ("passed", 2)
+    assert "forgeable" in together.detail
+
+
+def test_the_detail_can_be_printed(sandbox):
+    (verdict,) = run_candidates([program("    raise ValueError('\\ud800')\n")], sandbox=sandbox, timeout_seconds=SLOW)
+    assert verdict.detail == "ValueError: ?"
+
+
+def test_a_broken_test_is_our_error(sandbox):
+    tests = ("def check(candidate):\n    assert (\n", "x = 1\n")
+    verdicts = run_candidates([program("    return 1\n", t) for t in tests], sandbox=sandbox, timeout_seconds=SLOW)
+    assert [v.verdict for v in verdicts] == ["error", "error"]
+
+
+@pytest.mark.parametrize("walls", [*probe.CHOICES, probe.WITHOUT_READS], ids=lambda walls: walls.name)
+def test_narrower_kernels(walls, monkeypatch):
+    """Whatever walls are left, the probes find them, and they hold."""
+    choices = probe.CHOICES[probe.CHOICES.index(walls) :] if walls in probe.CHOICES else ()
+    monkeypatch.setattr(probe, "CHOICES", choices)
+    try:
+        sandbox = open_sandbox(allow_host_reads=walls == probe.WITHOUT_READS)
+    except SandboxError as error:
+        pytest.skip(str(error))
+    hostile = hostile_rows(slow=False, confine_reads=sandbox.walls.confine_reads)[::3]
+    assert wrong(hostile + honest_rows()[::4], sandbox, SLOW) == []
+    assert sandbox.description == {
+        "walls": sandbox.walls.name,
+        "host_reads_allowed": not sandbox.walls.confine_reads,
+        "unsafe_no_sandbox": False,
+    }
+
+
+def test_without_walls_it_refuses_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(probe, "CHOICES", ())
+    with pytest.raises(SandboxError, match="--unsafe-no-sandbox"):
+        open_sandbox()
+    sandbox = open_sandbox(unsafe=True)
+    assert (sandbox.walls, sandbox.description["unsafe_no_sandbox"]) == (Walls(), True)
+    rows = [("right", program("    return x + 1\n"), ["passed"]), ("wrong", program("    return x\n"), ["failed"])]
+    assert wrong(rows, sandbox, SLOW) == []
+
+
+def test_walls_that_leak_are_not_taken(monkeypatch):
+    monkeypatch.setattr(probe, "CHOICES", ())
+    monkeypatch.setattr(probe, "WITHOUT_READS", Walls())
+    monkeypatch.setattr(probe, "attempts", lambda walls: {"a fork": program(REFUSED["socket pairs"])})
+    with pytest.raises(SandboxError, match="not refused: a fork"):
+        open_sandbox(allow_host_reads=True)
+
+
+def test_other_systems_are_told_that_there_is_none(monkeypatch):
+    fake = "import sys; sys.platform = 'darwin'; from shared.eval.sandbox.runner import open_sandbox; open_sandbox()"
+    done = subprocess.run([sys.executable, "-c", fake], capture_output=True, text=True, timeout=120)
+    assert "no sandbox can be had here" in done.stderr
+
+
+def test_a_dying_server_is_replaced_and_fails_no_program(sandbox):
+    with Worker(sandbox.walls) as worker:
+        worker.wait_ready()
+        worker._process.kill()
+        worker._process.wait()
+        assert worker.run(program("    return x + 1\n"), SLOW).verdict == "passed"
+
+
+def test_a_server_that_cannot_start_is_an_error(sandbox, monkeypatch):
+    with Worker(sandbox.walls) as worker:
+        worker.wait_ready()
+        monkeypatch.setattr("shared.eval.sandbox.worker._INTERPRETER", ("/nonexistent/python",))
+        worker._process.kill()
+        assert worker.run(program("    return x + 1\n"), SLOW).verdict == "error"
+        with pytest.raises(SandboxError, match="cannot be started"):
+            run_candidates([program("")], sandbox=sandbox, timeout_seconds=1)
+        monkeypatch.undo()
+        worker._start()
+
+
+def test_sixteen_workers_on_few_processors_fail_no_program(sandbox):
+    right = ("right", program("    return x + 1\n"), ["passed"])
+    rows = [right, ("wrong", program("    return x\n"), ["failed"])] * 32
+    assert wrong(rows, sandbox, 3.0, workers=16) == []
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_runner_leaves_no_process(sandbox, sent):
+    marker = f"OMP_NUM_THREADS={os.getpid()}{int(sent)}"
+    code = f"""
+import shared.eval.sandbox.worker as worker
+worker._ENVIRONMENT |= dict([{marker!r}.split("=")])
+from shared.eval.sandbox.policy import Walls
+from shared.eval.sandbox.runner import *
+from tests.support.sandbox_programs import program
+loop = program("    while True: pass\\n")
+run_candidates([loop] * 4, sandbox=Sandbox({sandbox.walls!r}), timeout_seconds=60, workers=2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(processes_with(marker)) >= 6)  # two servers, two solvers, two checkers
+    process.send_signal(sent)
+    process.wait(30)
+    wait_for(lambda: processes_with(marker) == [])
+
+
+def processes_with(marker):
+    """Processes whose environment holds an entry."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if marker.encode() in environ.read_bytes().split(b"\0"):
+                found.append(environ.parent.name)
+        except OSError:
+            pass
+    return found
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_no_candidates_need_no_sandbox():
+    assert run_candidates([], sandbox=Sandbox(Walls()), timeout_seconds=1) == []
+    assert runner._num_processors() >= 1

@@ -1,0 +1,54 @@
+"""Latency of tiny models, through the code that `codedistill eval` runs."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from shared.cli import codedistill
+from shared.eval.models import load_model, num_parameters
+from tests.support.eval_models import save_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_tracking():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        yield
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def test_tied_parameters_count_once(directory):
+    model, _ = load_model(directory)
+    names = {name: p.numel() for name, p in model.named_parameters()}
+    assert "lm_head.weight" not in names
+    assert num_parameters(model) == sum(names.values())
+    assert names["model.embed_tokens.weight"] == model.config.vocab_size * 32
+
+
+def test_latency_command(directory, tmp_path):
+    out = tmp_path / "latency.json"
+    options = ["--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "2", "--out", str(out)]
+    done = CliRunner().invoke(codedistill, ["eval", "latency", "--model", f"a={directory}", *options])
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    model = result["models"]["a"]
+    assert model["bytes"] == (directory / "model.safetensors").stat().st_size
+    assert result["settings"]["new_tokens"] == 4
+    low, high = model["prefill_ms_range"]
+    assert 0 < low <= model["prefill_ms"] <= high
+    assert set(model["batches"]) == {"1", "8"}
+    assert 0 <= model["memory_bytes"] - 4 * model["parameters"] < 1000  # float32, and rotary frequencies
+    for batch in model["batches"].values():
+        assert 0 < batch["decode_ms_p50"] <= batch["decode_ms_p95"]
+        assert batch["prefill_tokens_per_second"] > 0
+        assert batch["peak_bytes"] is None or batch["peak_bytes"] >= model["memory_bytes"]
+        assert (batch["peak_bytes"] is None) == ("peak_bytes" in batch["reasons"])
+        assert (batch["tokens_per_second_per_watt"] is None) == ("tokens_per_second_per_watt" in batch["reasons"])
+    assert {key: model[key] for key in model["batches"]["1"]} == model["batches"]["1"]
+    doubled = ["--model", f"a={directory}", "--model", f"a={directory}"]
+    assert CliRunner().invoke(codedistill, ["eval", "latency", *doubled, *options]).exit_code == 2

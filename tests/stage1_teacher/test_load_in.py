@@ -1,0 +1,46 @@
+"""`--load-in` without bitsandbytes: what is recorded, refused and handed on; the weights are loaded as they are."""
+
+import pytest
+from click.testing import CliRunner
+
+from shared.errors import ResumeError
+from stage1_teacher import audit, pipeline
+from stage1_teacher.cli import audit as audit_command
+from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `load_teacher` is asked to quantise to, call by call."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    load_teacher, asked = pipeline.load_teacher, []
+
+    def unquantised(path, *, load_in=None, **options):
+        asked.append(load_in)
+        return load_teacher(path, **options)
+
+    monkeypatch.setattr(pipeline, "load_teacher", unquantised)
+    monkeypatch.setattr(audit, "load_teacher", unquantised)
+    return asked
+
+
+def test_a_quantised_teacher_is_another_teacher(teacher, rows, tmp_path, asked):  # noqa: F811
+    """The cache's identity says so, a resume keeps to it, and an audit loads the same."""
+    plain, _ = build(teacher, rows, tmp_path / "plain")
+    cache, _ = build(teacher, rows, tmp_path / "cache", "--load-in", "4bit")
+    assert asked == [None, "4bit"]
+    labels = plain.manifest["identity"]["labels"]
+    assert cache.manifest["identity"]["labels"] == labels | {"load_in": "4bit"}
+    assert cache.manifest["label_identity"] != plain.manifest["label_identity"]
+
+    (cache.path / "manifest.json").unlink()  # as a kill leaves it
+    (cache.path / "shard-00001.h5").unlink()
+    for options in (["--load-in", "8bit"], []):
+        with pytest.raises(ResumeError, match="load_in"):
+            build(teacher, rows, cache.path, *options)
+    assert len(asked) == 2  # refused before anything is loaded
+    build(teacher, rows, cache.path, "--load-in", "4bit")
+
+    result = CliRunner().invoke(audit_command, [str(cache.path), "--teacher", str(teacher)])
+    assert result.exit_code == 0, result.output
+    assert asked == [None, "4bit", "4bit", "4bit"]

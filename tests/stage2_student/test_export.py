@@ -1,0 +1,44 @@
+"""An exported student as the draft of a larger model of the same tokenizer."""
+
+import json
+
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stage2_student.cli import student
+from tests.support.student_cache import make_cache, save_tokenizer
+
+NEW_TOKENS = 24
+
+
+def test_assisted_generation_takes_an_export_as_draft_and_gives_the_teachers_greedy_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    options = {"preset": "tiny", "block_size": 48, "max_steps": 4, "save_steps": 0, "bf16": False}
+    assigned = [f"--set={key}={json.dumps(value)}" for key, value in options.items()]
+    cache = make_cache(tmp_path / "cache").path
+    for command in (
+        ["train", "--cache", str(cache), "--out", str(tmp_path / "run"), *assigned],
+        ["export", str(tmp_path / "run"), "--out", str(tmp_path / "draft")],
+    ):
+        assert CliRunner().invoke(student, command).exit_code == 0
+    draft = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    # A teacher that mostly agrees: the same weights, moved a little, in a directory of its own.
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std().nan_to_num() * 0.05)
+    teacher.save_pretrained(tmp_path / "teacher")
+    save_tokenizer(tmp_path / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(None))
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "teacher")("def add(a, b):", return_tensors="pt")
+    greedy = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    plain = teacher.generate(**inputs, **greedy)
+    assert len(calls) == NEW_TOKENS
+    calls.clear()
+    assisted = teacher.generate(**inputs, **greedy, assistant_model=draft)
+    assert torch.equal(plain, assisted)
+    assert len(calls) < NEW_TOKENS  # some of the draft's tokens were taken

@@ -1,0 +1,189 @@
+"""Students of any size, and `--init-from`: what may be started from, what it gives, what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from shared.errors import DistillError
+from shared.files import sha256_file
+from stage2_student.cli import student
+from stage2_student.init_weights import EMBEDDING, HEAD
+from tests.support.student_cache import VOCABULARY, make_cache, save_tokenizer
+
+SIZES = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}
+OPTIONS = SIZES | {"preset": "tiny", "block_size": 48, "max_steps": 2, "save_steps": 0, "bf16": False}
+
+
+def train(cache, out, *options, **changes):
+    """The domain error that a run ends with, as text, or None."""
+    assigned = [f"--set={key}={json.dumps(value)}" for key, value in (OPTIONS | changes).items()]
+    command = ["train", "--cache", str(cache), "--out", str(out), *map(str, options), *assigned]
+    error = CliRunner().invoke(student, command).exception
+    assert error is None or isinstance(error, DistillError), repr(error)
+    return error and str(error)
+
+
+def record_of(out):
+    return json.loads((out / "run.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("caches") / "train").path
+
+
+@pytest.fixture(scope="module")
+def first(cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "first"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        assert train(cache, out) is None
+    return out
+
+
+@pytest.fixture
+def copy(first, tmp_path):
+    return shutil.copytree(first, tmp_path / "copy")
+
+
+def change(directory, edit):
+    """Rewrite the weights of a copy."""
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_a_student_of_any_size(first):
+    model = AutoModelForCausalLM.from_pretrained(first)
+    assert {key: getattr(model.config, key) for key in SIZES} == SIZES
+    assert model.config.max_position_embeddings == 1024  # the preset's
+    H, F, L, kv = 24, 40, 2, 8
+    layer = 4 * H + 2 * (H * H + H) + 2 * (H * kv + kv) + (H * F + F) + (F * H + H)
+    assert record_of(first)["parameters"] == VOCABULARY * H + L * layer + 2 * H == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_attention_heads": 5}, "a multiple of 2 x num_attention_heads = 10"),
+        ({"num_key_value_heads": 2}, "a divisor of num_attention_heads = 3"),
+        ({"num_hidden_layers": 0}, "a size must be positive"),
+        ({"max_position_embeddings": 47}, "at most max_position_embeddings = 47"),
+        ({"hidden_size": 24.5}, "StudentConfig.hidden_size"),
+        ({"vocab_size": 99}, "vocabulary is the cache's"),
+        ({"num_layers": 3}, "did you mean 'num_hidden_layers'"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_refused(cache, tmp_path, changes, words):
+    assert words in train(cache, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_its_export_and_a_checkpoint_in_bfloat16_shards_start_the_same_student(cache, first, tmp_path):
+    exported, sharded = tmp_path / "exported", tmp_path / "sharded"
+    assert CliRunner().invoke(student, ["export", str(first), "--out", str(exported)]).exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(first, dtype=torch.bfloat16)
+    model.save_pretrained(sharded, max_shard_size="20KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1
+    for source in (first, exported, sharded):
+        out = tmp_path / f"from-{source.name}"
+        assert train(cache, out, "--init-from", source, learning_rate=0.0, seed=9) is None
+        trained, started = load_file(out / "model.safetensors"), load_file(first / "model.safetensors")
+        for name, tensor in started.items():
+            expected = tensor.bfloat16().float() if source == sharded else tensor
+            assert torch.equal(trained[name], expected), name
+    run, export = (record_of(tmp_path / f"from-{name}")["init_from"] for name in ("first", "exported"))
+    digest = sha256_file(first / "model.safetensors")
+    assert run == {"path": str(first), "weights_sha256": digest}
+    assert export["weights_sha256"] == digest
+    assert record_of(first)["init_from"] is None
+    again = tmp_path / "again"
+    assert CliRunner().invoke(student, ["export", str(tmp_path / "from-first"), "--out", str(again)]).exit_code == 0
+    assert f"trained from weights `{digest}`" in (again / "README.md").read_text()
+    assert "hidden_size = 24" in (again / "README.md").read_text()
+
+
+def test_a_run_that_began_elsewhere_is_another_run(cache, first, tmp_path):
+    out = tmp_path / "run"
+    assert train(cache, out, "--init-from", first) is None
+    assert train(cache, out, "--init-from", first) is None
+    assert "another init_from" in train(cache, out)
+    assert "another init_from" in train(cache, out, "--init-from", out)
+
+
+def test_a_head_of_its_own(cache, copy, tmp_path):
+    change(copy, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    assert train(cache, tmp_path / "equal", "--init-from", copy, learning_rate=0.0) is None
+    change(copy, lambda tensors: tensors.update({HEAD: tensors[HEAD] + 1}))
+    assert f"{HEAD} differs from {EMBEDDING}" in train(cache, tmp_path / "run", "--init-from", copy)
+    change(copy, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+    assert train(cache, tmp_path / "alone", "--init-from", copy, learning_rate=0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t.pop("model.norm.bias"), "lack model.norm.bias"),
+        (lambda t: t.update({"model.extra": torch.ones(1)}), "have one too many: model.extra"),
+        (lambda t: t.update({"model.norm.bias": torch.ones(25)}), "model.norm.bias to start from has another size"),
+        (lambda t: t.update({HEAD: torch.ones(300, 24)}), "lm_head.weight to start from has another size"),
+        (lambda t: t.update({"model.norm.bias": torch.ones(24, dtype=torch.int8)}), "model.norm.bias to start from is"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(cache, copy, tmp_path, edit, words):
+    change(copy, edit)
+    assert words in train(cache, tmp_path / "run", "--init-from", copy)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_size", 48, "another hidden_size; where: "),
+        ("vocab_size", 300, "expected: 257 (the student's); got: 300"),
+        ("norm_epsilon", 1e-6, "another norm_epsilon"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1e6}, "another rope_parameters"),
+        ("sliding_window", 64, "at least 1024; got: 64"),
+        ("model_type", "llama", "got: llama"),
+        ("num_hidden_layers", "two", "transformers refuses"),
+    ],
+)
+def test_another_architecture_is_refused(cache, copy, tmp_path, key, value, words):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {key: value}))
+    assert words in train(cache, tmp_path / "run", "--init-from", copy)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_is_refused(cache, copy, tmp_path):
+    text = (copy / "tokenizer.json").read_text()
+    (copy / "tokenizer.json").write_text(text.replace('"!":', '"!?":', 1))
+    assert "tokenizer of the weights to start from is not the cache's" in train(
+        cache, tmp_path / "run", "--init-from", copy
+    )
+    save_tokenizer(copy)
+    assert train(cache, tmp_path / "run", "--init-from", copy) is None
+
+
+def test_what_holds_no_weights_is_refused(cache, copy, tmp_path):
+    assert "cannot read a file" in train(cache, tmp_path / "run", "--init-from", tmp_path / "nowhere")
+    (copy / "model.safetensors").write_bytes(b"no header")
+    assert "cannot read the weights" in train(cache, tmp_path / "run", "--init-from", copy)
+    (copy / "model.safetensors").unlink()
+    assert "cannot read the weights" in train(cache, tmp_path / "run", "--init-from", copy)
