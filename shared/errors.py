@@ -3,6 +3,8 @@
 Every error a user can cause derives from `DistillError`; the command line prints it as one line and exits with 1.
 """
 
+import math
+
 
 class DistillError(Exception):
     """An error with a readable one-line message.
@@ -70,3 +72,44 @@ class NonFiniteLossError(DistillError, RuntimeError):
 
 class SandboxError(DistillError, RuntimeError):
     """Generated programs cannot be run as safely as asked for."""
+
+
+def require(
+    condition: object,
+    what: str,
+    *,
+    error: type[DistillError] = ConfigError,
+    where: object = None,
+    expected: object = None,
+    got: object = None,
+    fix: str | None = None,
+) -> None:
+    """Raise `error` with this message unless the condition holds.
+
+    For checks of input. All arguments are evaluated whether or not the condition holds, so messages that are costly or
+    that only make sense in the failing case belong behind an `if` and a `raise`.
+    """
+    if not condition:
+        raise error(what, where=where, expected=expected, got=got, fix=fix)
+
+
+def require_range(
+    value: float,
+    where: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise `ConfigError` naming `where` unless the value is finite and within all of the bounds given."""
+    bounds = [
+        ("at least", at_least, lambda bound: value >= bound),
+        ("above", above, lambda bound: value > bound),
+        ("at most", at_most, lambda bound: value <= bound),
+        ("below", below, lambda bound: value < bound),
+    ]
+    given = [(f"{name} {bound:g}", holds(bound)) for name, bound, holds in bounds if bound is not None]
+    if not math.isfinite(value) or not all(holds for _, holds in given):
+        expected = ", ".join(text for text, _ in given) or "a finite number"
+        raise ConfigError("a value out of range", where=where, expected=expected, got=value)
