@@ -62,7 +62,7 @@ def run_cli(command: Any) -> NoReturn:
         log(f"error: {error}")
         code = 1
     except DistillError as error:  # from whichever rank it comes
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {error.for_terminal() if sys.stderr.isatty() else error}\n")
         code = 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

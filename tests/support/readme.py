@@ -21,6 +21,6 @@ def blocks_of(section, language):
 
 
 def commands_of(section):
-    """The commands of a section's bash blocks, as words; continued lines are joined, comments and `#SBATCH` left out."""
+    """The commands of a section's bash blocks, as words; continued lines joined, comments left out."""
     lines = "".join(blocks_of(section, "bash")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
