@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import enum
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from shared.cache.reader import Cache
 from shared.config import load_config
-from shared.errors import CacheMismatchError, ConfigError
+from shared.errors import CacheMismatchError, ConfigError, require_range
 from shared.model.gpt import PRESETS, GPTConfig
 
 # TrainingArguments that codedistill sets itself, or that would undo what it promises.
@@ -120,17 +119,14 @@ class StudentConfig:
             "save_steps",
             "dataloader_num_workers",
             "seed",
-            "learning_rate",
             "warmup_steps",
             "early_stopping_patience",
             "early_stopping_threshold",
         ):
             if getattr(self, name) < 0:
                 raise ConfigError("a value out of range", where=name, expected="at least 0", got=getattr(self, name))
-        if not 0 < self.num_train_epochs < math.inf:
-            raise ConfigError(
-                "a value out of range", where="num_train_epochs", expected="above 0", got=self.num_train_epochs
-            )
+        require_range(self.num_train_epochs, "num_train_epochs", above=0)
+        require_range(self.learning_rate, "learning_rate", above=0)
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(
                 "a value out of range",

@@ -60,7 +60,7 @@ def train_member(member: Member, train: Path, validation: Path, test: Path, dens
     cache = _open(train)
     set_seed(config.seed)
     model = GPT(config.student_sizes(vocab_size=cache.tokenizer_size))
-    initial = weights_digest(model)
+    initial = weights_digest(model.state_dict())
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     options: dict[str, Any] = {
         "block_size": config.block_size,
