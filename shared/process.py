@@ -46,6 +46,8 @@ def run_cli(command: Any) -> NoReturn:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         value = command.main(standalone_mode=False)
         code = value if isinstance(value, int) else 0  # click returns the code of `Exit` instead of raising it

@@ -213,9 +213,10 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
         record["wandb_run_id"] = run.id
         if rank() == 0:
             write_json(out / "run.json", record | {"state": "running"})
-        arguments.report_to = ["wandb"] if run.active else []
         tokens_per_step = blocks.num_rows * blocks.num_epochs / blocks.num_blocks * _blocks_per_step(config)
-        recorder = RunRecorder(out, save_total_limit=config.save_total_limit, tokens_per_step=tokens_per_step)
+        recorder = RunRecorder(
+            out, save_total_limit=config.save_total_limit, tokens_per_step=tokens_per_step, tracked=run
+        )
         stop, early = StopOnSignal(), StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
         trainer = DistillTrainer(
             model=model,

@@ -23,6 +23,7 @@ from shared.errors import NonFiniteLossError, PeerEndedError, require
 from shared.files import read_json, write_bytes, write_json
 from shared.model.gpt import IGNORE
 from shared.process import Terminated, log, rank, world_size
+from shared.tracking import Run
 from stage2_student.checkpoint import WINDOW, require_no_file, rotate, seal
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
@@ -251,10 +252,12 @@ class RunRecorder(TrainerCallback):
         run: the run's folder.
         save_total_limit: complete checkpoints kept.
         tokens_per_step: tokens trained on in one optimizer step, on average over all blocks.
+        tracked: takes every log at its optimizer step, so that a resumed run continues the steps of W&B too.
     """
 
-    def __init__(self, run: Path, *, save_total_limit: int, tokens_per_step: float) -> None:
+    def __init__(self, run: Path, *, save_total_limit: int, tokens_per_step: float, tracked: Run) -> None:
         self.run, self.save_total_limit, self.tokens_per_step = run, save_total_limit, tokens_per_step
+        self.tracked = tracked
         self.log_file = run / "training_log.jsonl"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -270,6 +273,8 @@ class RunRecorder(TrainerCallback):
         if state.is_world_process_zero:
             with self.log_file.open("a") as file:
                 file.write(_log_line({"step": state.global_step, **logs}))
+            named = {(f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"): logs[key] for key in logs}
+            self.tracked.log(named | {"train/global_step": state.global_step}, step=state.global_step)
         if args.disable_tqdm:
             log(f"step {state.global_step:,}/{state.max_steps:,}: {self._in_words(state, logs)}")
 

@@ -21,6 +21,7 @@ from stage2_student.checkpoint import seal
 from stage2_student.cli import student
 from tests.support.student_cache import VOCABULARY, make_cache
 from tests.support.student_kills import strew
+from tests.support.wandb_records import records
 
 # Most runs are processes of their own. What needs neither signals nor equal bits runs in this one, which saves imports.
 COMMAND = [sys.executable, "-m", "stage2_student"]
@@ -75,7 +76,8 @@ def stop_when(command, condition, signal_number):
 
 
 def log_of(out):
-    return [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    log = out / "training_log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def same_student(a, b):
@@ -273,6 +275,23 @@ def test_steps_without_targets_are_skipped_and_counted(tmp_path):
         shutil.rmtree(out / f"checkpoint-{step}")
     assert run_here(arguments(tmp_path / "cache", out, **options, save_total_limit=8)) is None
     assert log_of(out) == log
+
+
+def test_a_resumed_run_continues_the_steps_of_its_offline_tracking(caches, tmp_path, monkeypatch):
+    """Killed after step 10; the resume from the checkpoint of step 5 goes on at that step, under the same id."""
+    monkeypatch.setitem(ENVIRONMENT, "WANDB_MODE", "offline")
+    out = tmp_path / "run"
+    command = arguments(caches / "train", out, caches / "validation")
+    code, _ = stop_when(command, lambda: any(line["step"] >= 8 for line in log_of(out)), signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    time.sleep(1)  # W&B's folders are named by the second
+    run(command)
+    first, second = records(tmp_path)
+    assert {record.run.run_id for record in [*first, *second] if record.HasField("run")} == {
+        json.loads((out / "run.json").read_text())["wandb_run_id"]
+    }
+    steps = [[record.history.step.num for record in run if record.HasField("history")] for run in (first, second)]
+    assert steps[-1] == [6, 8, 9, 12]
 
 
 def test_validation_on_documents_that_are_trained_on_is_said(caches, tmp_path):

@@ -77,7 +77,7 @@ class Trainings:
                 here = time.monotonic() + 25 * rng.random()
                 status, said = self.run(out, kill_when=lambda here=here: time.monotonic() >= here)
             assert "Traceback" not in said, said
-            if newest is not None and status == 0:
+            if newest is not None and status == 0 and said != f"{out} is up to date\n":  # killed while it exited
                 assert f"continuing from {out / f'checkpoint-{newest}'}\n" in said, said
             self.kills += status == -9
             self.in_saves += status == -9 and unfinished(out) > 0
