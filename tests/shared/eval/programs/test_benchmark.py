@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,7 +179,7 @@ def test_several_processes_make_the_same(model, whole, tmp_path):
 
 
 def test_killed_it_continues(model, whole, tmp_path):
-    lines = tmp_path / "completions.jsonl"
+    lines = tmp_path / "completions.rank-0.jsonl"
     command = [sys.executable, "-m", "shared.eval", "humaneval", "--model", str(model), "--out", str(tmp_path)]
     process = subprocess.Popen([*command, *DECODING], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 250  # a busy machine takes long to start one
@@ -196,7 +197,8 @@ def test_killed_it_continues(model, whole, tmp_path):
     assert f"{kept} of 16 completions are there already" in said
     assert "1 unreadable lines, as an interruption leaves them, are made anew" in said
     assert re.search(rf"Generating: {16 - kept} completions in .* completions/s, [\d,]+ tokens/s\)", said)
-    assert lines.read_bytes() == (whole / "completions.jsonl").read_bytes()
+    assert (tmp_path / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    assert not lines.exists()
 
 
 def test_what_is_finished_is_scored_again_and_other_settings_start_anew(model, whole, tmp_path):
@@ -208,11 +210,39 @@ def test_what_is_finished_is_scored_again_and_other_settings_start_anew(model, w
     few = ["--max-new-tokens", "8"]
     for changes, name in ((few, "max_new_tokens"), ([*few, "--seed", "1"], "seed")):
         said = evaluate("humaneval", model, tmp_path, *DECODING, *changes).stderr
-        assert f"was made with other settings ({name}): everything is generated anew" in said
+        assert f"has completions made with other settings ({name}): they are not reused" in said
         assert len(read(tmp_path)) == 16
     other = save_model(tmp_path / "other", seed=1, positions=2048)
     said = evaluate("humaneval", other, tmp_path, *DECODING, *few, "--seed", "1").stderr
-    assert "was made with other settings (model_sha256)" in said
+    assert "made with other settings (model_sha256)" in said
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_is_finished_stays_until_its_replacement_is_whole(model, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = contents(out)
+    assert sorted(before) == ["completions.jsonl", "problems.jsonl", "result.json", "verdicts.jsonl"]
+    evaluate("humaneval", tmp_path / "nope", out, *DECODING, code=1)
+    evaluate("humaneval", model, out, "--problems", str(tmp_path / "nope.jsonl"), code=1)
+    assert contents(out) == before
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    other = [*DECODING, "--seed", "1", "--max-new-tokens", "4", "--limit", "4"]
+    monkeypatch.setattr(benchmark, "score_completions", stop)
+    evaluate("humaneval", model, out, *other, code=1)
+    now = contents(out)
+    assert now.pop("completions.rank-0.jsonl").count(b"\n") == 8
+    assert now == before
+    monkeypatch.undo()
+    assert "8 of 8 completions are there already" in evaluate("humaneval", model, out, *other).stderr
+    assert sorted(contents(out)) == sorted(before)
+    assert (result_of(out)["num_problems"], len(read(out, "problems")), len(read(out))) == (4, 4, 8)
 
 
 def test_a_part_of_a_rank_that_died_is_taken_up(model, whole, tmp_path):
@@ -259,8 +289,8 @@ def test_a_full_disk_is_named_and_what_fitted_is_kept(model, tmp_path):
     with file_size_limit(4000):
         done = evaluate("humaneval", model, tmp_path / "out", *options, code=1)
     assert isinstance(done.exception, OSError)
-    assert done.exception.filename == str(tmp_path / "out" / "completions.jsonl")
-    kept = (tmp_path / "out" / "completions.jsonl").read_bytes().count(b"\n")
+    assert done.exception.filename == str(tmp_path / "out" / "completions.rank-0.jsonl")
+    kept = (tmp_path / "out" / "completions.rank-0.jsonl").read_bytes().count(b"\n")
     assert 2 <= kept < 8
     said = evaluate("humaneval", model, tmp_path / "out", *options).stderr
     assert f"{kept} of 8 completions are there already" in said
