@@ -13,7 +13,6 @@ from typing import Any
 from data.humaneval import load_humaneval, problems_digest, read_problems
 from data.mbpp import load_problems
 from data.records import Problem
-from data.templates import humaneval_prompt
 from shared.distributed import gathered, joined
 from shared.errors import ConfigError, SandboxError
 from shared.eval.models import dtype_name, hub_commit, load_model, model_digest
@@ -21,7 +20,8 @@ from shared.eval.programs.completion import parse
 from shared.eval.programs.generate import eos_ids
 from shared.eval.programs.passk import mean_interval, pass_at_k
 from shared.eval.programs.sample import COMPLETIONS, Decoding, complete, remove_parts, to_jsonl
-from shared.eval.sandbox.runner import Candidate, Sandbox, Verdict, open_sandbox, run_candidates
+from shared.eval.programs.score import to_candidate
+from shared.eval.sandbox.runner import Sandbox, Verdict, open_sandbox, run_candidates
 from shared.files import replace_files, to_json
 from shared.machine import machine, versions
 from shared.process import log, rank
@@ -185,15 +185,7 @@ def score_completions(
         problem = by_id.get(line["task_id"])
         if problem is None:
             raise ConfigError("a completion for an unknown problem", where=f"line {number}", got=line["task_id"])
-        candidates.append(
-            Candidate(
-                prompt=humaneval_prompt(problem),
-                completion=line["completion"],
-                test=problem.test,
-                entry_point=problem.entry_point,
-                same_process=problem.same_process,
-            )
-        )
+        candidates.append(to_candidate(problem, line["completion"], line["prompt"]))
     return run_candidates(candidates, sandbox=sandbox, timeout_seconds=timeout_seconds)
 
 

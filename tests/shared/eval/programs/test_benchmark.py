@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from data.humaneval import load_humaneval
+from data.templates import humaneval_prompt
 from shared.cli import codedistill
 from shared.errors import ConfigError, SandboxError
 from shared.eval.programs import benchmark
@@ -70,7 +71,7 @@ def whole(model, tmp_path_factory):
 
 def verdicts_of(complete):
     problems = load_humaneval()
-    lines = [{"task_id": p.task_id, "completion": complete(p)} for p in problems]
+    lines = [{"task_id": p.task_id, "prompt": humaneval_prompt(p), "completion": complete(p)} for p in problems]
     return [
         v.verdict for v in score_completions(problems, lines, sandbox=open_sandbox(unsafe=True), timeout_seconds=15)
     ]
@@ -92,7 +93,7 @@ def test_empty_completions_fail():
 
 def test_unknown_tasks_are_refused():
     with pytest.raises(ConfigError, match="HumanEval/999"):
-        lines = [{"task_id": "HumanEval/999", "completion": ""}]
+        lines = [{"task_id": "HumanEval/999", "prompt": "", "completion": ""}]
         score_completions(load_humaneval(), lines, sandbox=open_sandbox(unsafe=True), timeout_seconds=3)
 
 
