@@ -28,7 +28,10 @@ from shared.process import log, rank
 
 PATIENCE = datetime.timedelta(days=30)  # ranks may generate that long before they meet again
 REPORTED_K = (1, 10, 100)
-ENDS = "a body: first code in column 0; a program: assert, print, if __name__, a string, a backtick or < in column 0"
+ENDS = (
+    "a body: first code in column 0; a program: assert, print, if __name__, a string, a backtick or < in column 0; "
+    "both: a special token spelled out, outside strings and comments"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from data.templates import humaneval_prompt
 from shared.distributed import agree
 from shared.errors import ConfigError
 from shared.eval.programs.completion import Ending, ending_after
-from shared.eval.programs.generate import Sampling, generate_batch, plan_batches, prepare
+from shared.eval.programs.generate import Sampling, generate_batch, plan_batches, prepare, special_texts
 from shared.files import write_bytes
 from shared.process import log, rank, world_size
 from shared.progress import progress
@@ -108,7 +108,8 @@ def complete(
     """
     settings = {**decoding.to_dict(), **settings}
     prompts = {problem.task_id: humaneval_prompt(problem) for problem in problems}
-    ends = {task_id: ending_after(prompt) for task_id, prompt in prompts.items()}
+    special = special_texts(tokenizer)
+    ends = {task_id: ending_after(prompt, special) for task_id, prompt in prompts.items()}
     prepared = {
         task_id: prepare(
             model,
