@@ -19,9 +19,9 @@ from shared.eval.models import dtype_name, hub_commit, load_model, model_digest
 from shared.eval.programs.completion import parse
 from shared.eval.programs.generate import eos_ids
 from shared.eval.programs.passk import mean_interval, pass_at_k
-from shared.eval.programs.sample import COMPLETIONS, Decoding, complete, remove_parts, to_jsonl
+from shared.eval.programs.sample import COMPLETIONS, REFUSED, Decoding, complete, remove_parts, to_jsonl
 from shared.eval.programs.score import to_candidate
-from shared.eval.sandbox.runner import Sandbox, Verdict, open_sandbox, run_candidates
+from shared.eval.sandbox.runner import Candidate, Sandbox, Verdict, open_sandbox, run_candidates
 from shared.files import replace_files, to_json
 from shared.machine import machine, versions
 from shared.process import log, rank
@@ -135,7 +135,11 @@ def evaluate_benchmark(
     if benchmark is None:
         return
     del model
-    parses = [parse(line["prompt"] + line["completion"]) is not None for line in completions]
+    parses = [
+        line["finish_reason"] != REFUSED and parse(line["prompt"] + line["completion"]) is not None
+        for line in completions
+    ]
+    refused = {line["task_id"]: line["reason"] for line in completions if line["finish_reason"] == REFUSED}
     verdicts, verdict_lines = None, None
     if isinstance(sandbox, Sandbox):
         verdicts = score_completions(problems, completions, sandbox=sandbox, timeout_seconds=timeout_seconds)
@@ -155,6 +159,8 @@ def evaluate_benchmark(
         | settings
         | {"limit": limit, "timeout_seconds": timeout_seconds}
         | {"sandbox": sandbox.description if isinstance(sandbox, Sandbox) else None},
+        "num_refused": len(refused),
+        "refused": refused,
         "finish_reasons": dict(sorted(Counter(line["finish_reason"] for line in completions).items())),
         "num_new_tokens": sum(line["num_new_tokens"] for line in completions),
         "generation_seconds": round(generated - start, 3),
@@ -178,18 +184,28 @@ def score_completions(
 ) -> list[Verdict]:
     """Run every completion against its problem's test; one verdict per line, in order.
 
+    A line whose prompt the model could not take has no program to run: it is `failed`, for that reason.
+
     Raises:
         ConfigError: a completion is for no known problem.
         SandboxError: the sandbox does not do what it did when it was opened.
     """
     by_id = {problem.task_id: problem for problem in problems}
-    candidates = []
+    verdicts: dict[int, Verdict] = {}
+    candidates: dict[int, Candidate] = {}
     for number, line in enumerate(completions, 1):
         problem = by_id.get(line["task_id"])
         if problem is None:
             raise ConfigError("a completion for an unknown problem", where=f"line {number}", got=line["task_id"])
-        candidates.append(to_candidate(problem, line["completion"], line["prompt"]))
-    return run_candidates(candidates, sandbox=sandbox, timeout_seconds=timeout_seconds)
+        if line.get("finish_reason") == REFUSED:
+            verdicts[number] = Verdict(
+                verdict="failed", detail=line["reason"], seconds=0.0, loaded=False, asserts_passed=0
+            )
+        else:
+            candidates[number] = to_candidate(problem, line["completion"], line["prompt"])
+    ran = run_candidates(list(candidates.values()), sandbox=sandbox, timeout_seconds=timeout_seconds)
+    verdicts |= zip(candidates, ran, strict=True)
+    return [verdicts[number] for number in sorted(verdicts)]
 
 
 def summarise(
@@ -266,7 +282,8 @@ def describe(result: Mapping[str, Any]) -> str:
     shares = {"parse": "share_parses", "run": "share_runs", "pass at least one assert": "share_some_assert"}
     told = [f"{result[key]:.1%} {verb}" for verb, key in shares.items() if result[key] is not None]
     solved = f"{result['num_passed']} of {result['num_problems']} problems solved"
-    return f"{name}: {solved}, {', '.join(scores)}; of the programs {', '.join(told)}"
+    refused = f"; prompts too long for the model, counted as failed: {n}" if (n := result["num_refused"]) else ""
+    return f"{name}: {solved}, {', '.join(scores)}; of the programs {', '.join(told)}{refused}"
 
 
 def _sandbox(name: str, *, allow_host_reads: bool, unsafe: bool) -> Sandbox | SandboxError:

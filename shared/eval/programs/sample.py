@@ -15,13 +15,14 @@ from data.templates import humaneval_prompt
 from shared.distributed import agree
 from shared.errors import ConfigError
 from shared.eval.programs.completion import Ending, ending_after
-from shared.eval.programs.generate import Sampling, generate_batch, plan_batches, prepare, special_texts
+from shared.eval.programs.generate import Request, Sampling, generate_batch, plan_batches, prepare, special_texts
 from shared.files import write_bytes
 from shared.process import log, rank, world_size
 from shared.progress import progress
-from shared.tokenizer import Tokenizer
+from shared.tokenizer import Tokenizer, encode_prompt
 
 COMPLETIONS = "completions.jsonl"
+REFUSED = "refused"  # the finish reason where the model cannot take the prompt
 
 Key = tuple[str, int]  # task id and number of the sample
 
@@ -100,28 +101,30 @@ def complete(
         settings: what else decides the completions, such as the model's digest; recorded in every line.
 
     Returns:
-        All lines, in order (on rank 0; nothing on others).
+        All lines, in order (on rank 0; nothing on others). A prompt that leaves the model no position to write to has
+        empty completions with the finish reason `REFUSED` and a `reason`.
 
     Raises:
-        ConfigError: the model cannot continue a prompt.
+        ConfigError: the model can continue none of the prompts.
         PeerEndedError: another rank has ended (through `shared.distributed.joined`).
     """
     settings = {**decoding.to_dict(), **settings}
     prompts = {problem.task_id: humaneval_prompt(problem) for problem in problems}
     special = special_texts(tokenizer)
     ends = {task_id: ending_after(prompt, special) for task_id, prompt in prompts.items()}
-    prepared = {
-        task_id: prepare(
-            model,
-            tokenizer,
-            prompt,
-            max_new_tokens=decoding.max_new_tokens,
-            finished=functools.partial(_has_ended, ends[task_id]),
-            where=task_id,
-        )
-        for task_id, prompt in prompts.items()
-    }
-    keys = [(task_id, sample) for task_id in prompts for sample in range(decoding.num_samples)]
+    prepared: dict[str, Request] = {}
+    refused: dict[str, str] = {}
+    for task_id, prompt in prompts.items():
+        finished = functools.partial(_has_ended, ends[task_id])
+        try:
+            prepared[task_id] = prepare(
+                model, tokenizer, prompt, max_new_tokens=decoding.max_new_tokens, finished=finished, where=task_id
+            )
+        except ConfigError as error:
+            if len(prompts) == 1 + len(refused):  # no prompt is left
+                raise
+            refused[task_id] = str(error)
+    keys = [(task_id, sample) for task_id in prepared for sample in range(decoding.num_samples)]
     requests = [replace(prepared[task_id], seed=f"{decoding.seed}/{task_id}/{sample}") for task_id, sample in keys]
     batches = plan_batches(requests, decoding.batch_size)
 
@@ -161,7 +164,22 @@ def complete(
     if rank() != 0:
         return []
     whole = _read(out, settings)[0]
-    return [whole[key] for key in keys]
+    for task_id, reason in refused.items():
+        log(f"refused, which counts as failed: {reason}")
+        for sample in range(decoding.num_samples):
+            whole[task_id, sample] = {
+                "task_id": task_id,
+                "sample": sample,
+                "prompt": prompts[task_id],
+                "completion": "",
+                "raw": "",
+                "finish_reason": REFUSED,
+                "reason": reason,
+                "num_prompt_tokens": len(encode_prompt(tokenizer, prompts[task_id])),
+                "num_new_tokens": 0,
+                "settings": settings,
+            }
+    return [whole[task_id, sample] for task_id in prompts for sample in range(decoding.num_samples)]
 
 
 def remove_parts(out: Path) -> None:

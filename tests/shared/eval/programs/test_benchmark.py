@@ -136,7 +136,9 @@ def test_what_is_incomplete_is_no_score(rows, reason):
     unknown = ["pass_at_1", "ci95", "pass_at_k", "pass_at_k_ci95", "share_runs", "share_some_assert"]
     assert [summary[key] for key in unknown] == [None] * 6
     assert summary["reasons"] == dict.fromkeys(unknown, reason)
-    assert describe({"benchmark": "B", **summary}) == f"B: no score, since {reason}; see verdicts.jsonl"
+    assert (
+        describe({"benchmark": "B", "num_refused": 0, **summary}) == f"B: no score, since {reason}; see verdicts.jsonl"
+    )
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------
@@ -280,6 +282,37 @@ def test_any_file_of_humaneval_s_form(model, tmp_path):
     result = result_of(tmp_path / "out")
     assert (result["benchmark"], result["file"], result["num_problems"]) == ("own", "own.jsonl", 1)
     evaluate("humaneval", model, tmp_path / "out", *options, "--problems", str(tmp_path / "own.jsonl"), code=2)
+
+
+def test_a_prompt_beyond_the_positions_is_refused_and_counts_as_failed(tmp_path):
+    model = save_model(tmp_path / "model", positions=64)
+    test = "def check(candidate):\n    assert candidate(1) == 1\n"
+    prompts = ["def f(x):\n", "def f(x):\n    # " + "x" * 90 + "\n    return x\n", "def f(y):\n"]
+    rows = [{"task_id": f"own/{i}", "prompt": p, "entry_point": "f", "test": test} for i, p in enumerate(prompts)]
+    problems = tmp_path / "own.jsonl"
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--benchmark", str(problems), "--max-new-tokens", "4", "--timeout", "10"]
+    options += ["--samples", "2", "--temperature", "1"]
+    said = evaluate("humaneval", model, tmp_path / "out", *options).stderr
+    result = result_of(tmp_path / "out")
+    reason = result["refused"]["own/1"]
+    assert reason.startswith("a prompt the model cannot continue; where: own/1; expected: 1 to 63 tokens; got: ")
+    assert (result["num_refused"], result["num_problems"], result["num_samples"]) == (1, 3, 6)
+    assert (result["pass_at_1"], result["verdicts"]) == (0.0, {"failed": 6})
+    assert f"refused, which counts as failed: {reason}" in said
+    assert "prompts too long for the model, counted as failed: 1" in said
+    completions, verdicts = read(tmp_path / "out"), read(tmp_path / "out", "verdicts")
+    keys = [(f"own/{i}", sample) for i in range(3) for sample in (0, 1)]
+    assert [(line["task_id"], line["sample"]) for line in completions] == keys
+    assert [line["finish_reason"] == "refused" for line in completions] == [False, False, True, True, False, False]
+    assert [line["detail"] for line in verdicts[2:4]] == [reason, reason]
+    assert [line["parses"] for line in verdicts[2:4]] == [False, False]
+    said = evaluate("humaneval", model, tmp_path / "out", *options).stderr
+    assert "4 of 4 completions are there already" in said
+
+    problems.write_text(json.dumps(rows[1]) + "\n")
+    done = evaluate("humaneval", model, tmp_path / "none", *options, code=1)
+    assert str(done.exception).startswith("a prompt the model cannot continue")
 
 
 def test_a_full_disk_is_named_and_what_fitted_is_kept(model, tmp_path):
