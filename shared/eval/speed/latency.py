@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from shared.errors import ConfigError
-from shared.eval.models import dtype_name, hub_commit, load_model, num_parameters, weight_bytes
+from shared.eval.models import dtype_name, embedding_share, hub_commit, load_model, num_parameters, weight_bytes
 from shared.eval.speed import memory
 from shared.eval.speed.energy import Meter, open_meter
 from shared.machine import machine, versions
@@ -54,10 +54,10 @@ def measure_latency(
         dtype: a key of `models.DTYPES`.
 
     Returns:
-        `models`: per name `commit` (of a Hub id), `parameters`, `bytes` (files), `memory_bytes` (weights in memory),
-        `dtype`, the figures at batch 1, and those of every batch size under `batches`: `prefill_ms` and
-        `decode_tokens_per_second` (medians over repeats, with `…_range`: least and greatest),
-        `prefill_tokens_per_second`, `decode_ms_p50` and `…_p95` (over all steps), `peak_bytes`,
+        `models`: per name `commit` (of a Hub id), `parameters`, `embedding_share` (of them), `bytes` (files),
+        `memory_bytes` (weights in memory), `dtype`, the figures at batch 1, and those of every batch size under
+        `batches`: `prefill_ms` and `decode_tokens_per_second` (medians over repeats, with `…_range`: least and
+        greatest), `prefill_tokens_per_second`, `decode_ms_p50` and `…_p95` (over all steps), `peak_bytes`,
         `tokens_per_second_per_watt` (tokens per joule of decoding); null where unknown, with `reasons`.
         `settings`, `machine`, `versions`.
 
@@ -104,6 +104,7 @@ def measure_latency(
         results[name] = {
             "commit": hub_commit(model_dirs[name]),
             "parameters": num_parameters(model),
+            "embedding_share": embedding_share(model),
             "bytes": weight_bytes(model_dirs[name]),
             "memory_bytes": memory_bytes[name],
             "dtype": dtype_name(model),

@@ -42,6 +42,7 @@ def test_every_figure_arrives_in_report_json(full):
     assert strict((root / "report" / "report.json").read_text()) == report
     assert list(report["models"]) == ["teacher", "student_kd", "student_ce"]
     student = report["models"]["student_kd"]
+    assert student["embedding_share"] == 0.4857
     assert [student[key] for key in KEYS] == [5_181_312, 20_733_040, 4.631, 1.873, 2.482, 0.331, 9.8, 214.6]
     assert student["humaneval"] == {
         "pass_at_1": 0.0, "num_problems": 164, "ci95": [0.0, 0.0229], "share_parses": 141 / 164,
