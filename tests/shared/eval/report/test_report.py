@@ -50,6 +50,7 @@ def test_every_figure_arrives_in_report_json(full):
         "pass_at_k_ci95": {"1": [0.0, 0.0229]}, "sampled": False,
     }  # fmt: skip
     assert student["ci95"]["heldout_nll_nats"] == [4.631 - 0.08, 4.631 + 0.08] and "ece" not in student["ci95"]
+    assert student["ci95"]["prefill_ms"] == [9.8 * 0.97, 9.8 * 1.08]
     assert [student[key] for key in ("reverse_kl_nats", "decode_ms_p95_batch_8", "draft_speedup")] == [
         1.5 * 2.482, 2.6 * (1000 / 214.6), 1.31,
     ]  # fmt: skip

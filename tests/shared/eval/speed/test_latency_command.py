@@ -52,6 +52,8 @@ def test_latency_command(directory, tmp_path):
     assert 0 < low <= model["prefill_ms"] <= high
     assert 0 < model["embedding_share"] < 1
     assert set(model["batches"]) == {"1", "8"}
+    assert model["ci95"] == {"prefill_ms": None, "decode_tokens_per_second": None}
+    assert model["reasons"]["ci95"] == "2 repeats bear no 95 % interval of the median; 6 do"
     assert 0 <= model["memory_bytes"] - 4 * model["parameters"] < 1000  # float32, and rotary frequencies
     for batch in model["batches"].values():
         assert 0 < batch["decode_ms_p50"] <= batch["decode_ms_p95"]
