@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,17 +16,34 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     Temporary name in the same folder → fsync → rename → folder fsync.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    replace_files(path.parent, {path.name: data})
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes | None]) -> None:
+    """Replace files that belong together; None removes one.
+
+    All new files are durable under temporary names before any old one is touched. Of several, the last says that the
+    others are whole: it is removed first and comes back last, so it never stands beside others' content.
+    """
+    temporary = {name: folder / f".{name}.tmp-{os.getpid()}" for name, data in files.items() if data is not None}
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for name, path in temporary.items():
+            with path.open("wb") as file:
+                file.write(files[name] or b"")
+                file.flush()
+                os.fsync(file.fileno())
+        removed = [name for name, data in files.items() if data is None]
+        if len(files) > 1:
+            removed.insert(0, list(files)[-1])
+        for name in removed:
+            (folder / name).unlink(missing_ok=True)
+        for name, path in temporary.items():
+            path.replace(folder / name)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    fsync_directory(folder)
 
 
 def fsync_directory(path: Path) -> None:

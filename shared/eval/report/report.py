@@ -154,7 +154,7 @@ def _model(
             model[key], reason = None, "not held out: the model was scored on documents that it was trained on"
         if reason:
             reasons[key] = reason
-    intervals = {key: mapping((results[key] or {}).get("ci95")) for key in ("fidelity", "draft")}
+    intervals = {key: mapping((results[key] or {}).get("ci95")) for key in ("fidelity", "draft", "latency")}
     model["ci95"] = {
         key: interval
         for key, figure in FIGURES.items()

@@ -42,6 +42,7 @@ def test_every_figure_arrives_in_report_json(full):
     assert strict((root / "report" / "report.json").read_text()) == report
     assert list(report["models"]) == ["teacher", "student_kd", "student_ce"]
     student = report["models"]["student_kd"]
+    assert student["embedding_share"] == 0.4857
     assert [student[key] for key in KEYS] == [5_181_312, 20_733_040, 4.631, 1.873, 2.482, 0.331, 9.8, 214.6]
     assert student["humaneval"] == {
         "pass_at_1": 0.0, "num_problems": 164, "ci95": [0.0, 0.0229], "share_parses": 141 / 164,
@@ -49,6 +50,7 @@ def test_every_figure_arrives_in_report_json(full):
         "pass_at_k_ci95": {"1": [0.0, 0.0229]}, "sampled": False,
     }  # fmt: skip
     assert student["ci95"]["heldout_nll_nats"] == [4.631 - 0.08, 4.631 + 0.08] and "ece" not in student["ci95"]
+    assert student["ci95"]["prefill_ms"] == [9.8 * 0.97, 9.8 * 1.08]
     assert [student[key] for key in ("reverse_kl_nats", "decode_ms_p95_batch_8", "draft_speedup")] == [
         1.5 * 2.482, 2.6 * (1000 / 214.6), 1.31,
     ]  # fmt: skip
