@@ -574,7 +574,7 @@ def test_a_folder_of_something_else_is_no_unfinished_cache(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")  # of a web page, say
     assert verify_cache(tmp_path)[0].startswith("not a logit cache;")
     for open_cache in (Cache, cache_info):
-        with pytest.raises(CacheFormatError, match="^not a logit cache;") as caught:
+        with pytest.raises(CacheFormatError, match=r"^not a logit cache;") as caught:
             open_cache(tmp_path)
         assert "again" not in str(caught.value)
     CacheWriter(tmp_path / "begun", build_options()).close()
