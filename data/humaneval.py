@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data.hub import read_hub
 from data.records import Problem
 from data.tabular import Row, parse_jsonl, read_rows
 from shared.errors import ConfigError
@@ -60,8 +61,6 @@ def read_problems(path: Path) -> tuple[Problem, ...]:
 
 
 def _from_hub() -> tuple[Problem, ...]:
-    from data.hub import read_hub
-
     try:
         commit, _, rows = read_hub(HUB_ID, "test")
     except ConfigError as error:

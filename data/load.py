@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data import mbpp, stdlib
+from data.hub import read_hub
 from data.records import Document, DocumentSet
 from data.tabular import Row, read_rows
 from data.templates import chat_document, mbpp_document, prompt_document
@@ -59,8 +60,6 @@ def load_documents(
         name, documents = _from_rows(read_rows(path), split, path.name, names)
         licence, attribution = _known_rights(name)
     elif on_hub:
-        from data.hub import read_hub
-
         hub_id = mbpp.HUB_ID if dataset == "mbpp" else dataset
         commit, stated_licence, rows = read_hub(hub_id, split, revision)
         name, documents = _from_rows(rows, split, hub_id, names)

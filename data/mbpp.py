@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data.hub import read_hub
 from data.records import Document, Problem
 from data.tabular import Row, read_rows
 from data.templates import mbpp_document, normalise
@@ -46,8 +47,6 @@ def load_problems(dataset: str, split: str) -> tuple[tuple[Problem, ...], str | 
         ConfigError: the Hub or the file cannot be read, a row is malformed, or the split has no rows.
     """
     if dataset == NAME:
-        from data.hub import read_hub
-
         commit, _, rows = read_hub(HUB_ID, split)
         return tuple(read_split(rows, split, mbpp_problem)), commit
     if not dataset.endswith((".jsonl", ".parquet")):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.hub import fetch_model, read_card, stated_licence
 from shared.errors import ConfigError, DistillError
 from shared.files import read_json, sha256_file, sha256_json
+from shared.hub import fetch_model, read_card, stated_licence
 
 LICENCE_LINKS = {  # of licences that their cards name by a short name alone
     "bigcode-openrail-m": "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement"
@@ -97,10 +97,8 @@ def _digest_files(path: Path, files: list[Path]) -> dict[str, str]:
 
 def _card(path: Path) -> dict[str, Any]:
     """The front matter of a teacher's model card; empty where it has none."""
-    from huggingface_hub import ModelCard
-
     card = path / "README.md"
-    return read_card(ModelCard, card) if card.is_file() else {}
+    return read_card(card) if card.is_file() else {}
 
 
 def _attribution(card: Mapping[str, Any], hub_id: str | None) -> str | None:

@@ -30,7 +30,7 @@ def locate_model(name: str, cache_dir: Path | None = None) -> Path:
     """
     if Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return Path(name)
-    from data.hub import fetch_model
+    from shared.hub import fetch_model
 
     teacher = Cache(cache_dir).manifest["identity"]["teacher"] if cache_dir else {}
     commit = teacher.get("commit") if teacher.get("name") == name else None
