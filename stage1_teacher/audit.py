@@ -37,12 +37,12 @@ from shared.cache.codec import decode_tail
 from shared.cache.format import MAX_MARGIN, Array, shard_name
 from shared.cache.reader import Cache
 from shared.cache.shard import Shard
+from shared.checkpoints import ModelFiles, identify_model, load_frozen
 from shared.errors import CacheMismatchError
 from shared.files import read_json
 from shared.progress import progress
 from shared.tokenizer import load_tokenizer, tokenizer_digest
 from stage1_teacher.logits import LogitSource
-from stage1_teacher.teacher import TeacherFiles, load_teacher, locate_teacher
 
 MAX_DEVIATION = 16.0
 CODEC_KL = 2.6e-3  # codec.py, for K ≤ 256
@@ -100,13 +100,13 @@ def audit_cache(
         CacheFormatError, CacheCorruptError: the cache cannot be read.
     """
     cache = Cache(path)
-    files = locate_teacher(teacher, revision)
+    files = identify_model(teacher, revision)
     identity = cache.manifest["identity"]
     dtype = identity["labels"].get("dtype", "bfloat16")  # an import does not say; most teachers run in it
     if dtype not in UNIT_ROUNDOFF:
         raise CacheMismatchError("the labels have a dtype that no teacher runs in", where=path, got=dtype)
     load_in = identity["labels"].get("load_in")
-    model = load_teacher(files.path, dtype=dtype, device_map=device_map, load_in=load_in).model
+    model = load_frozen(files.path, dtype=dtype, device_map=device_map, load_in=load_in)
     source = LogitSource(model, HEAD_ROWS)
     if source.head_width < cache.tokenizer_size:
         raise CacheMismatchError(
@@ -178,7 +178,7 @@ def verdict(path: Path, teacher: str, result: dict[str, Any]) -> str:
     return f"{path}: NOT from {teacher}: {', and '.join(reasons)}; {figures}{declared}"
 
 
-def _differing_digests(identity: dict[str, Any], files: TeacherFiles) -> list[str]:
+def _differing_digests(identity: dict[str, Any], files: ModelFiles) -> list[str]:
     """The parts of the teacher whose digest is not the recorded one; a declared teacher has that of its tokenizer."""
     parts = {"tokenizer": (identity["tokenizer"]["digest"], tokenizer_digest(load_tokenizer(files.path)))}
     if not identity.get("declared"):

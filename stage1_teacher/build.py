@@ -17,6 +17,7 @@ from shared.cache.format import BUILD, MANIFEST, shard_name
 from shared.cache.identity import require_same_labels
 from shared.cache.manifest import read_manifest
 from shared.cache.writer import CacheWriter
+from shared.checkpoints import ModelFiles, head_and_positions, identify_model
 from shared.config import to_dict
 from shared.errors import ConfigError, ResumeError
 from shared.files import read_json, sha256_file
@@ -25,7 +26,6 @@ from stage1_teacher.batching import plan_shards
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_room
 from stage1_teacher.ranks import Ranks, joined
-from stage1_teacher.teacher import TeacherFiles, head_and_positions, locate_teacher
 
 if TYPE_CHECKING:  # torch and transformers load only where there is something to label
     from stage1_teacher.documents import Corpus
@@ -78,7 +78,7 @@ def build_cache(config: TeacherConfig, out: Path, *, extend: bool = False) -> No
             _build(config, out, files, documents, new, request, ranks, extends=read_manifest(out))
 
 
-def find_inputs(config: TeacherConfig) -> tuple[TeacherFiles, DocumentSet]:
+def find_inputs(config: TeacherConfig) -> tuple[ModelFiles, DocumentSet]:
     """The teacher's files and the documents that a configuration names.
 
     Raises:
@@ -87,7 +87,7 @@ def find_inputs(config: TeacherConfig) -> tuple[TeacherFiles, DocumentSet]:
     for name in ("teacher", "dataset"):
         if not getattr(config, name):
             raise ConfigError(f"no {name} is named", fix=f"pass --{name}, or set it in the configuration file")
-    files = locate_teacher(config.teacher, config.revision)
+    files = identify_model(config.teacher, config.revision)
     documents = load_documents(
         config.dataset,
         config.split,
@@ -98,7 +98,7 @@ def find_inputs(config: TeacherConfig) -> tuple[TeacherFiles, DocumentSet]:
     return files, documents
 
 
-def _request(config: TeacherConfig, files: TeacherFiles, documents: DocumentSet) -> dict[str, Any]:
+def _request(config: TeacherConfig, files: ModelFiles, documents: DocumentSet) -> dict[str, Any]:
     """What was asked for, by content: `build.json` holds it, and a resume must match it."""
     return {
         "teacher": {
@@ -164,7 +164,7 @@ def _refuse_moved(out: Path, request: dict[str, Any]) -> None:
 def _build(
     config: TeacherConfig,
     out: Path,
-    files: TeacherFiles,
+    files: ModelFiles,
     data: DocumentSet,
     documents: Sequence[Document],
     request: dict[str, Any],

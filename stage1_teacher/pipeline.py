@@ -11,6 +11,7 @@ import torch
 
 from shared import tracking
 from shared.cache.writer import CacheWriter
+from shared.checkpoints import ModelFiles, device_kinds, load_frozen
 from shared.config import to_dict
 from shared.errors import DistillError
 from shared.files import read_json, sha256_json, write_json
@@ -22,7 +23,6 @@ from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_room
 from stage1_teacher.logits import LogitSource
 from stage1_teacher.ranks import Ranks
-from stage1_teacher.teacher import TeacherFiles, load_teacher
 
 if TYPE_CHECKING:
     from stage1_teacher.documents import Piece
@@ -63,7 +63,7 @@ class Background:
 def label_shards(
     writer: CacheWriter,
     config: TeacherConfig,
-    files: TeacherFiles,
+    files: ModelFiles,
     shards: Mapping[int, range],
     all_pieces: Sequence["Piece"],
     ranks: Ranks,
@@ -76,14 +76,15 @@ def label_shards(
         DistillError: what else labelling or writing a shard raises; shards before it are kept.
     """
     placement = ranks.placement(config.device_map, config.gpus_per_teacher)
-    teacher = load_teacher(files.path, dtype=config.dtype, load_in=config.load_in, **placement)
+    teacher = load_frozen(files.path, dtype=config.dtype, load_in=config.load_in, **placement)
     processes = "" if ranks.world_size == 1 else f" in each of {ranks.world_size} processes"
+    devices = device_kinds(teacher)
     log(
-        f"teacher {files.name}: {teacher.num_parameters / 1e6:,.1f} M parameters, {config.dtype} on "
-        f"{', '.join(teacher.devices)}{processes}, {torch.get_num_threads()} CPU threads; "
+        f"teacher {files.name}: {teacher.num_parameters() / 1e6:,.1f} M parameters, {config.dtype} on "
+        f"{', '.join(devices)}{processes}, {torch.get_num_threads()} CPU threads; "
         f"licence {files.licence or 'unknown'}"
     )
-    source = LogitSource(teacher.model, config.head_rows)
+    source = LogitSource(teacher, config.head_rows)
     if source.notice:
         log(f"the float32 head cannot be used: {source.notice}; taking the model's own {config.dtype} logits")
     if source.head_width != writer.build["head_width"]:
@@ -92,7 +93,7 @@ def label_shards(
         )
     extra = {
         "fused_head": source.notice is None,
-        "devices": teacher.devices,
+        "devices": devices,
         "versions": versions("codedistill", "torch", "transformers", "tokenizers", "numpy", "h5py")
         | {"zlib": zlib.ZLIB_RUNTIME_VERSION},  # it decides the bytes of gzip
     }

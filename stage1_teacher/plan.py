@@ -18,6 +18,7 @@ from shared.batching import plan_batches
 from shared.cache.encode import encode_shard
 from shared.cache.format import Array, ShardArrays, indptr
 from shared.cache.rows import truncate
+from shared.checkpoints import device_kinds, head_and_positions, load_frozen
 from shared.errors import ConfigError
 from shared.files import to_json
 from shared.machine import machine
@@ -28,7 +29,6 @@ from stage1_teacher.build import find_inputs, max_length
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import free_bytes
 from stage1_teacher.ranks import Ranks
-from stage1_teacher.teacher import head_and_positions, load_teacher
 
 if TYPE_CHECKING:
     from stage1_teacher.documents import Piece
@@ -178,8 +178,8 @@ def run_pilot(
 
     start = time.perf_counter()
     placement = Ranks().placement(config.device_map, config.gpus_per_teacher)
-    teacher = load_teacher(path, dtype=config.dtype, load_in=config.load_in, **placement)
-    source = LogitSource(teacher.model, config.head_rows)
+    teacher = load_frozen(path, dtype=config.dtype, load_in=config.load_in, **placement)
+    source = LogitSource(teacher, config.head_rows)
     load_seconds = time.perf_counter() - start
     wide = replace(config, top_k=max(config.top_k, TOP_KS[-1]), top_p=None)
     cuda = [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(device)]
@@ -204,18 +204,18 @@ def run_pilot(
 
         arrays, _ = label_shard(source, pieces, wide, tokenizer_size, advance)
     batches = plan_batches(lengths, config.batch_tokens)
-    parameters = list(teacher.model.parameters())
+    parameters = list(teacher.parameters())
     return Pilot(
         arrays=arrays,
         cells=np.array([len(batch) * (lengths[batch[0]] - 1) for batch in batches]),
         seconds=np.diff(marks),
         load_seconds=load_seconds,
         teacher={
-            "parameters": teacher.num_parameters,
+            "parameters": teacher.num_parameters(),
             "dtype": config.dtype,
             "head": "float32" if source.notice is None else config.dtype,
             "notice": source.notice,
-            "devices": teacher.devices,
+            "devices": device_kinds(teacher),
             "threads": torch.get_num_threads(),
         },
         memory={

@@ -11,7 +11,7 @@ from torch import Tensor
 from shared.cache.format import ShardArrays
 from shared.cache.identity import require_same
 from shared.cache.simulate import Variant
-from shared.eval.models import load_model
+from shared.checkpoints import load_model
 from shared.progress import progress
 from shared.tokenizer import load_tokenizer, tokenizer_digest
 from stage1_teacher.logits import LogitSource

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from shared.cache.reader import Cache
+from shared.checkpoints import load_model
 from shared.errors import CacheMismatchError
 from shared.eval.fidelity.measure import float32_head
 from shared.eval.fidelity.rows import partition_rows
-from shared.eval.models import load_model
 from shared.files import fsync_directory
 from shared.progress import progress
 from stage2_student.config import StudentConfig

@@ -37,18 +37,18 @@ PEERS = (
 
 def capture(teacher: str, dataset: str, split: str, shard_tokens: int) -> tuple[list[ShardArrays], int, int]:
     """The exact rows of a build, shard by shard, with the tokenizer's size and the head's width."""
+    from shared.checkpoints import head_and_positions, identify_model, load_frozen
     from shared.tokenizer import load_tokenizer
     from stage1_teacher.documents import cut_documents
     from stage1_teacher.logits import LogitSource
-    from stage1_teacher.teacher import head_and_positions, load_teacher, locate_teacher
 
     config = TeacherConfig(teacher=teacher, dataset=dataset, split=split, top_k=K, shard_tokens=shard_tokens)
-    files = locate_teacher(teacher)
+    files = identify_model(teacher)
     tokenizer = load_tokenizer(files.path)
     width, limit = head_and_positions(files.path)
     documents = load_documents(dataset, split).documents
     corpus = cut_documents(documents, tokenizer, max_length=limit, on_long="split", head_width=width)
-    source = LogitSource(load_teacher(files.path, dtype=config.dtype, device_map="auto").model, config.head_rows)
+    source = LogitSource(load_frozen(files.path, dtype=config.dtype, device_map="auto"), config.head_rows)
     shards = []
     for part in plan_shards([len(piece.ids) for piece in corpus.pieces], shard_tokens):
         pieces = [corpus.pieces[i] for i in part]

@@ -29,13 +29,13 @@ import torch
 from data.load import load_documents
 from shared.batching import plan_batches
 from shared.cache.writer import CacheWriter
+from shared.checkpoints import load_frozen
 from shared.tokenizer import load_tokenizer
 from stage1_teacher.batching import plan_shards
 from stage1_teacher.capture import label_shard
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.documents import cut_documents
 from stage1_teacher.logits import LogitSource
-from stage1_teacher.teacher import load_teacher
 
 SPEEDUP, MEMORY, SHARE_CPU, SHARE_GPU, SCALING = 1.8, 0.5, 0.88, 0.95, 0.05
 # https://huggingface.co/bigcode/starcoder2-3b/blob/main/config.json
@@ -81,7 +81,7 @@ class Bench:
                 config = Starcoder2Config(**STARCODER2_3B, dtype=self.config.dtype)
                 self.model = Starcoder2ForCausalLM._from_config(config).eval().requires_grad_(False)
         else:
-            self.model = load_teacher(Path(options.teacher), dtype=self.config.dtype, device_map="auto").model
+            self.model = load_frozen(Path(options.teacher), dtype=self.config.dtype, device_map="auto")
             sum(float(parameter.sum()) for parameter in self.model.parameters())  # mapped files are read when touched
 
     def source(self):

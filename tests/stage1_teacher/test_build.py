@@ -244,7 +244,7 @@ def test_a_padded_head_is_masked_and_its_mass_recorded(rows, tmp_path, tokenizer
 
 
 def test_unusable_requests_are_named(teacher, rows, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="no such teacher"):
+    with pytest.raises(ConfigError, match="no such model"):
         build(tmp_path / "nowhere", rows, tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"lacks a file.*config\.json"):

@@ -11,16 +11,16 @@ from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What `load_teacher` is asked to quantise to, call by call."""
+    """What `load_frozen` is asked to quantise to, call by call."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    load_teacher, asked = pipeline.load_teacher, []
+    load_frozen, asked = pipeline.load_frozen, []
 
     def unquantised(path, *, load_in=None, **options):
         asked.append(load_in)
-        return load_teacher(path, **options)
+        return load_frozen(path, **options)
 
-    monkeypatch.setattr(pipeline, "load_teacher", unquantised)
-    monkeypatch.setattr(audit, "load_teacher", unquantised)
+    monkeypatch.setattr(pipeline, "load_frozen", unquantised)
+    monkeypatch.setattr(audit, "load_frozen", unquantised)
     return asked
 
 

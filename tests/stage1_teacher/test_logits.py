@@ -4,9 +4,9 @@ import torch
 import transformers
 from accelerate import dispatch_model
 
+from shared.checkpoints import load_frozen
 from shared.errors import DistillError
 from stage1_teacher.logits import LogitSource
-from stage1_teacher.teacher import load_teacher
 from stage1_teacher.topk import label_rows
 
 GRID = (0.5, 1.0, 1.5, 2.0)
@@ -259,6 +259,6 @@ def test_a_head_of_zeros_is_refused():
 
 def test_the_loader_gives_an_evaluated_model_without_gradients(tmp_path):
     tiny("GPT2", resid_pdrop=0.9).save_pretrained(tmp_path)
-    model = load_teacher(tmp_path, dtype="float32", device_map="cpu").model
+    model = load_frozen(tmp_path, dtype="float32", device_map="cpu")
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())

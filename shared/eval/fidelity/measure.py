@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from shared.batching import plan_batches
 from shared.cache.format import Array
 from shared.cache.reader import Cache
+from shared.checkpoints import describe_model, dtype_name, load_model
 from shared.errors import CacheMismatchError, ConfigError
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
 from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
-from shared.eval.models import describe_model, dtype_name, load_model
 from shared.files import read_json, sha256_file
 from shared.machine import machine, versions
 from shared.process import log
@@ -62,7 +62,7 @@ def evaluate_fidelity(
     Args:
         model_dir: a transformers directory.
         cache_dir: a finished cache, usually of held-out documents.
-        dtype: a key of `models.DTYPES`; the head always runs in float32.
+        dtype: one of `checkpoints.DTYPES`; the head always runs in float32.
         batch_tokens: at most as many tokens, padding included, go through the model at once (one document at least).
         teacher_dir: the teacher, to be run beside the model: its whole distribution is then what the model is held
             against (`dense`), else the cache's K+1 partition, whose KL is never above the dense one.

@@ -5,8 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from shared.checkpoints import load_model, num_parameters
 from shared.cli import codedistill
-from shared.eval.models import load_model, num_parameters
 from tests.support.eval_models import save_model
 
 
