@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from shared.errors import ConfigError, DistillError, PeerEndedError
-from shared.process import rank, world_size
+from shared.process import is_main_process, rank, world_size
 
 JOIN_SECONDS = 45
 # Any of these alone, such as srun sets them, would be a distributed run to accelerate; to us only a launcher's is one.
@@ -53,11 +53,22 @@ def joined(patience: datetime.timedelta | None = None) -> Iterator[None]:
 
 
 def agree(numbers: Sequence[int]) -> list[int]:
-    """What rank 0 says, on every rank."""
-    said = torch.tensor(numbers, dtype=torch.int64)
-    if world_size() > 1:
-        distributed.broadcast(said, 0)
-    return said.tolist()
+    """The numbers that rank 0 gives, on every rank, however many; returns once all ranks have called it."""
+    if world_size() == 1:
+        return list(numbers)
+    count = torch.tensor(len(numbers))
+    distributed.broadcast(count, 0)
+    agreed = torch.zeros(int(count), dtype=torch.int64)
+    if is_main_process():
+        agreed = torch.tensor(numbers, dtype=torch.int64)
+    distributed.broadcast(agreed, 0)
+    wait()
+    return agreed.tolist()
+
+
+def wait() -> None:
+    """Return once all ranks have called it."""
+    smallest(0)
 
 
 def smallest(number: int) -> int:

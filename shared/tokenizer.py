@@ -186,7 +186,7 @@ def _encode_with_stand_ins(
 def count_target_bytes(
     tokenizer: Tokenizer, ids: Sequence[int], is_target: Sequence[bool], start: int, stop: int
 ) -> int:
-    """UTF-8 bytes that the targets among `ids[start + 1 : stop]` spell (nothing predicts the first id of a piece).
+    """UTF-8 bytes that the targets among `ids[start + 1 : stop]` spell (nothing predicts the first id of a segment).
 
     Differences of prefixes, so that a character cut in two is counted once and the parts add up to the whole.
     """

@@ -7,7 +7,7 @@ from shared.errors import ConfigError
 
 MAX_TOP_K = 65_535  # `k` is stored in at most 16 bits
 MAX_SAMPLES = 65_535  # `samples_counts` likewise
-MAX_TEMPERATURE = 50.0  # the tail's lower clamp in head.py is exactly 0 after exp() up to here
+MAX_TEMPERATURE = 50.0  # the tail's lower clamp in topk.py is exactly 0 after exp() up to here
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,10 +93,6 @@ class TeacherConfig:
                 got=list(grid),
             )
         self._check_samples()
-
-    def sampled(self) -> tuple[str, float]:
-        """Where samples are drawn from, and at which temperature."""
-        return self.samples_from, self.samples_temperature
 
     def _check_samples(self) -> None:
         if self.samples is not None and self.samples > MAX_SAMPLES:

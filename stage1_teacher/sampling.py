@@ -17,13 +17,13 @@ from stage1_teacher.topk import block_rows
 
 
 def uniforms(meta: Mapping[str, Any], num_rows: int, num: int) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1) for a piece's rows: f64 `[num_rows, num]`.
+    """Uniform numbers in [0, 1) for a segment's rows: f64 `[num_rows, num]`.
 
-    They follow from the document's digest, the part of it that the piece is, and the position alone, so that neither
-    batches nor shards, ranks or devices change them.
+    They follow only from the document's digest, the part of it that the segment is, and the position: batches, shards,
+    ranks and devices do not change them.
 
     Args:
-        meta: the piece's `digest` and, where the document was split, its `part`.
+        meta: the segment's `digest` and, where the document was split, its `part`.
         num_rows: tokens that have a next one.
         num: draws per row.
     """

@@ -22,8 +22,8 @@ _MAX_POWER = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LabelRows:
-    """What the cache keeps of N rows of logits, normalised over the tokenizer's ids."""
+class CapturedRows:
+    """What the cache keeps of N rows of logits, normalised over the tokenizer's ids; on the logits' device."""
 
     k: Tensor  # i64 [N] entries that are not −inf
     ids: Tensor  # i64 [N, K] descending logit, ties by ascending id
@@ -34,12 +34,14 @@ class LabelRows:
     entropy_nats: Tensor  # f32 [N] at T=1
     excess_mass: Tensor  # f32 [N] probability at T=1 of ids beyond the tokenizer, before they were masked
     top_logit: Tensor  # f32 [N] NaN or infinite where the row cannot be used
+    sample_ids: Tensor | None = None  # i64 [N, M] drawn ids; −1 where a row has nothing to draw
+    sample_margins: Tensor | None = None  # f32 [N, M] z_1 − z_i of each
 
 
 @torch.inference_mode()
-def label_rows(
+def capture_rows(
     logits_NV: Tensor, gold_N: Tensor, *, top_k: int, temperatures: Sequence[float], tokenizer_size: int
-) -> LabelRows:
+) -> CapturedRows:
     """Reduce rows of logits to what the cache keeps.
 
     Args:
@@ -92,7 +94,7 @@ def label_rows(
     if excess_NX.shape[1]:
         excess = torch.sigmoid(excess_NX.logsumexp(1) - top - log_z.float())
     is_gold = (ids_NK == gold_N[:, None]) & kept
-    return LabelRows(
+    return CapturedRows(
         k=kept.sum(1),
         ids=ids_NK,
         margins=margins,

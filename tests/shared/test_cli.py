@@ -19,7 +19,6 @@ COMMANDS = [
     ["cache", "merge"],
     ["cache", "slice"],
     ["cache", "import"],
-    ["cache", "simulate"],
     ["student"],
     ["student", "train"],
     ["student", "export"],
