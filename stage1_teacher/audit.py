@@ -200,7 +200,7 @@ def _audit_document(cache: Cache, document: int, source: LogitSource) -> Tensor:
     real_BT = torch.arange(lengths[batch[0]] - 1) < torch.from_numpy(lengths[batch] - 1)[:, None]
     ids_BT = torch.zeros(real_BT.shape, dtype=torch.int64)
     ids_BT[real_BT] = torch.cat([torch.from_numpy(cache.tokens(first + i)[:-1]) for i in batch])
-    wanted_BT = torch.zeros_like(real_BT)  # the head runs over this document alone
+    wanted_BT = torch.zeros_like(real_BT)  # the head runs only over this document
     wanted_BT[batch.index(local)] = real_BT[batch.index(local)]
 
     start, stop = int(shard.doc_indptr[local]), int(shard.doc_indptr[local + 1]) - 1

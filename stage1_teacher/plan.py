@@ -4,13 +4,14 @@ The pilot labels a sample of documents, evenly spaced in order of length, so tha
 often as in the data. Seconds come from a fit over its batches, bytes from encoding its rows.
 """
 
+import functools
 import resource
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,7 +29,10 @@ from shared.progress import progress
 from stage1_teacher.build import find_inputs, read_corpus
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import free_bytes
-from stage1_teacher.documents import Segment, plan_shards
+from stage1_teacher.documents import Corpus, Segment, plan_shards
+
+if TYPE_CHECKING:  # torch loads with the pilot
+    from shared.logits import LogitSource
 
 TOP_KS = (8, 16, 32, 64, 128)
 TOP_P = 0.98
@@ -83,16 +87,8 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
     free = free_bytes(out)
     return {
         "teacher": {"name": files.name, "licence": files.licence, **pilot.teacher},
-        "data": {
-            "name": documents.name,
-            "split": documents.split,
-            "documents": len(documents.documents),
-            "tokens": num_tokens,
-            "targets": sum(sum(segment.is_target) for segment in segments),
-            "long": {"documents": len(corpus.long), "become": config.on_long},
-            "not_restored_by_the_tokenizer": len(corpus.lossy),
-            "lengths": _histogram(lengths),
-        },
+        "data": {"name": documents.name, "split": documents.split, "documents": len(documents.documents)}
+        | _describe_corpus(corpus, config.on_long),
         "batches": {
             "shards": len(shards),
             "batches": len(batches),
@@ -116,6 +112,29 @@ def spread_by_length(lengths: Sequence[int], count: int) -> list[int]:
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     count = min(count, len(order))
     return sorted(order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count))
+
+
+def _describe_corpus(corpus: Corpus, on_long: str) -> dict[str, Any]:
+    return {
+        "tokens": sum(corpus.lengths),
+        "targets": sum(sum(segment.is_target) for segment in corpus.segments),
+        "long": {"documents": len(corpus.long), "become": on_long},
+        "not_restored_by_the_tokenizer": len(corpus.lossy),
+        "lengths": _histogram(corpus.lengths),
+    }
+
+
+def _histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
+    """Documents and tokens by length, in bins that end at powers of two."""
+    bins = np.ceil(np.log2(lengths)).astype(int)
+    return [
+        {
+            "up_to": 1 << int(b),
+            "documents": int((bins == b).sum()),
+            "tokens": int(np.asarray(lengths)[bins == b].sum()),
+        }
+        for b in range(bins.min(), bins.max() + 1)
+    ]
 
 
 # --- the pilot -------------------------------------------------------------------------------------------------------
@@ -153,15 +172,7 @@ def run_pilot(
     load_seconds = time.perf_counter() - start
     wide = replace(config, top_k=max(config.top_k, TOP_KS[-1]), top_p=None)
     cuda = [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(device)]
-    try:
-        capture_shard(source, largest, replace(wide, batch_tokens=1 << 60), tokenizer_size, lambda _: None)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            "the device has too little memory for the largest batch",
-            where=f"{len(largest)} documents, batch_tokens = {config.batch_tokens:,}",
-            got=str(error).partition("\n")[0],
-            fix="a smaller batch_tokens in the configuration file; `teacher build` would halve it by itself",
-        ) from None
+    _warm_up(source, largest, wide, tokenizer_size)
     lengths = [len(segment.ids) for segment in segments]
     marks = [time.perf_counter()]
     with progress("pilot", sum(lengths), "tokens") as bar:
@@ -195,6 +206,23 @@ def run_pilot(
             "machine_bytes": machine()["memory_bytes"],
         },
     )
+
+
+def _warm_up(source: "LogitSource", batch: Sequence[Segment], config: TeacherConfig, tokenizer_size: int) -> None:
+    """Run one batch, whatever its size."""
+    import torch
+
+    from stage1_teacher.capture import capture_shard
+
+    try:
+        capture_shard(source, batch, replace(config, batch_tokens=1 << 60), tokenizer_size, lambda _: None)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "the device has too little memory for the largest batch",
+            where=f"{len(batch)} documents, batch_tokens = {config.batch_tokens:,}",
+            got=str(error).partition("\n")[0],
+            fix="a smaller --batch-tokens; `teacher build` would halve it by itself",
+        ) from None
 
 
 def _peak_resident_bytes() -> int:
@@ -281,46 +309,40 @@ def weigh_choices(
     """
     own = (config.top_k, config.top_p)
 
-    def encode(rows: ShardArrays, top_k: int) -> tuple[bytes, dict[str, Any]]:
-        return encode_shard(
-            rows,
-            codec=config.codec,
-            temperatures=config.temperatures,
-            top_k=top_k,
-            tokenizer_size=tokenizer_size,
-            head_width=head_width,
-            compression=config.filter,
-        )
-
+    encode = functools.partial(
+        encode_shard,
+        codec=config.codec,
+        temperatures=config.temperatures,
+        tokenizer_size=tokenizer_size,
+        head_width=head_width,
+        compression=config.filter,
+    )
     bare = replace(pilot.arrays, samples=None)
 
     def cut(top_k: int, top_p: float | None) -> ShardArrays:
         # Samples of the longest rows' tails are outside shorter rows, too, and take about as many bytes as theirs.
         return replace(truncate(bare, config.temperatures, top_k=top_k, top_p=top_p), samples=pilot.arrays.samples)
 
-    rows = cut(*own)
-    parts = [[(len(encode(part, config.top_k)[0]), len(part.tokens)) for part in _deal(rows, n)] for n in (1, 2, 8)]
-    fixed_bytes, error = shard_overhead(*parts)
+    def sizes(num_parts: int) -> list[tuple[int, int]]:
+        parts = _deal(cut(*own), num_parts)
+        return [(len(encode(part, top_k=config.top_k)[0]), len(part.tokens)) for part in parts]
+
+    shard_bytes, error = shard_overhead(sizes(1), sizes(2), sizes(8))
     pairs = {(k, None) for k in TOP_KS if k <= tokenizer_size} | {own, (config.top_k, TOP_P)}
     choices = []
     for top_k, top_p in sorted(pairs, key=lambda pair: (pair[1] is not None, pair)):
         rows = cut(top_k, top_p)
         start = time.perf_counter()
-        image, statistics = encode(rows, top_k)
+        image, statistics = encode(rows, top_k=top_k)
         seconds = time.perf_counter() - start
-        fixed = float((fixed_bytes + len(to_json(statistics))) * len(shard_tokens) / shard_tokens.sum())
-        growing = max(len(image) - fixed_bytes, 0) / len(rows.tokens)
-        errors = gradient_errors(rows, config.temperatures, tokenizer_size)
+        fixed = float((shard_bytes + len(to_json(statistics))) * len(shard_tokens) / shard_tokens.sum())
+        growing = max(len(image) - shard_bytes, 0) / len(rows.tokens)
         choices.append(
             {
                 "top_k": top_k,
                 "top_p": top_p,
                 "chosen": (top_k, top_p) == own,
-                "mean_k": statistics["entries"] / max(statistics["rows"], 1),
-                "captured_mass": {T: figures["mean"] for T, figures in statistics["captured_mass"].items()},
-                "codec_kl_nats": statistics["codec_kl_nats"],
-                "gradient_error": None if errors is None or not len(errors) else float(errors.mean()),
-                "next_token_in_row": statistics["gold_in_topk"],
+                **_figures(rows, statistics, config, tokenizer_size),
                 "bytes_per_token": {
                     "expected": fixed + growing,
                     "low": fixed + growing * (1 - error),
@@ -330,6 +352,20 @@ def weigh_choices(
             }
         )
     return choices
+
+
+def _figures(
+    rows: ShardArrays, statistics: dict[str, Any], config: TeacherConfig, tokenizer_size: int
+) -> dict[str, Any]:
+    """What the rows of a choice hold and lose."""
+    errors = gradient_errors(rows, config.temperatures, tokenizer_size)
+    return {
+        "mean_k": statistics["entries"] / max(statistics["rows"], 1),
+        "captured_mass": {T: figures["mean"] for T, figures in statistics["captured_mass"].items()},
+        "codec_kl_nats": statistics["codec_kl_nats"],
+        "gradient_error": None if errors is None or not len(errors) else float(errors.mean()),
+        "next_token_in_row": statistics["gold_in_topk"],
+    }
 
 
 def gradient_errors(rows: ShardArrays, temperatures: Sequence[float], tokenizer_size: int) -> Array | None:
@@ -378,19 +414,6 @@ def _deal(rows: ShardArrays, count: int) -> list[ShardArrays]:
     """Documents dealt out in turn, each part a shard of its own."""
     number = np.arange(len(rows.doc_meta))
     return [select(rows, number % count == i) for i in range(min(count, len(number)))]
-
-
-def _histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
-    """Documents and tokens by length, in bins that end at powers of two."""
-    bins = np.ceil(np.log2(lengths)).astype(int)
-    return [
-        {
-            "up_to": 1 << int(b),
-            "documents": int((bins == b).sum()),
-            "tokens": int(np.asarray(lengths)[bins == b].sum()),
-        }
-        for b in range(bins.min(), bins.max() + 1)
-    ]
 
 
 # --- as text ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Sampled targets: ids drawn from the teacher's distribution, or from its tail, for each token by a seed of its own.
+"""Sampled targets: for each token ids drawn from the teacher's distribution, or from its tail, by the token's own seed.
 
 Shapes: N rows of a chunk, S rows of a shard, V vocabulary, M draws per row.
 """
@@ -36,7 +36,7 @@ def draw(z_NV: Tensor, uniforms_NM: Tensor, temperature: float) -> tuple[Tensor,
     """Draw ids with probabilities ∝ exp(z/T) by inverting the cumulative distribution, in float64.
 
     Args:
-        z_NV: float32 logits; −inf for ids that are not to be drawn. A row with NaN draws anything.
+        z_NV: float32 logits; −inf for ids that must not be drawn. A row with NaN draws arbitrary ids.
         uniforms_NM: float64 in [0, 1), on the same device.
         temperature: T.
 
@@ -52,7 +52,7 @@ def draw(z_NV: Tensor, uniforms_NM: Tensor, temperature: float) -> tuple[Tensor,
         shift = torch.where(top == -torch.inf, 0.0, top)
         mass = ((z_NV[part] - shift) / temperature).exp_().double().cumsum_(1)
         total = mass[:, -1:]
-        # Below the total even where the product rounds up to it: an id after the last with any mass is never met.
+        # Below the total even if the product rounds up to it: no id after the last one with mass is drawn.
         bound = torch.minimum(uniforms_NM[part] * total, torch.nextafter(total, torch.zeros_like(total)))
         ids[part] = torch.searchsorted(mass, bound, right=True).clamp_(max=z_NV.shape[1] - 1)
         ids[part].masked_fill_(total == 0, -1)
