@@ -152,8 +152,9 @@ def weight_files(directory: Path) -> list[Path]:
         expected=", ".join(missing),
         fix="save it with save_pretrained (safetensors)",
     )
-    others = [name for name in ("adapter_config.json",) if (directory / name).exists()]
-    if "transformers_weights" in read_json(directory / "config.json"):
+    config = read_json(directory / "config.json")
+    others = ["adapter_config.json"] if (directory / "adapter_config.json").exists() else []
+    if isinstance(config, dict) and "transformers_weights" in config:
         others.append("transformers_weights in config.json")
     require(
         not others,

@@ -16,7 +16,7 @@ from shared.errors import ConfigError, DistillError, PeerEndedError
 from shared.process import is_main_process, rank, world_size
 
 JOIN_SECONDS = 45
-# accelerate takes any of these (srun sets some) for a distributed run; here only a launcher, which sets all, starts one.
+# accelerate takes any of these (srun sets some) for a distributed run; here only a launcher, which sets all, starts one
 OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
