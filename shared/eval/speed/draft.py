@@ -269,9 +269,7 @@ def compare_tokens(names: Sequence[str], timed: Sequence[_Timed]) -> Equality:
         if one.plain != one.drafted.ids:
             pairs = itertools.zip_longest(one.plain, one.drafted.ids)
             differences.append({"prompt": name, "position": next(i for i, (a, b) in enumerate(pairs) if a != b)})
-    return Equality(
-        num_prompts=len(timed), num_equal=len(timed) - len(differences), first_differences=differences
-    )
+    return Equality(num_prompts=len(timed), num_equal=len(timed) - len(differences), first_differences=differences)
 
 
 def _prompt_rows(names: Sequence[str], rounds: Sequence[Sequence[_Timed]]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from shared.eval.programs import benchmark
 from shared.eval.programs.benchmark import describe, score_completions, summarise
 from shared.eval.programs.completion import body_end
 from shared.eval.sandbox.runner import Verdict, open_sandbox
+from shared.process import own_command
 from tests.support.cache_faults import file_size_limit
 from tests.support.eval_models import save_model
 from tests.support.hub_contents import mbpp_row
@@ -171,7 +172,8 @@ def test_more_samples_and_fewer_problems_leave_a_sample_as_it_is(model, whole, t
 
 def test_several_processes_make_the_same(model, whole, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "shared.eval", "humaneval", "--model", str(model), "--out", str(tmp_path), *DECODING]
+    evaluation = own_command("eval", "humaneval", "--model", str(model), "--out", str(tmp_path), *DECODING)
+    command = [*launcher, "--no-python", *evaluation]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
@@ -183,7 +185,7 @@ def test_several_processes_make_the_same(model, whole, tmp_path):
 
 def test_killed_it_continues(model, whole, tmp_path):
     lines = tmp_path / "completions.rank-0.jsonl"
-    command = [sys.executable, "-m", "shared.eval", "humaneval", "--model", str(model), "--out", str(tmp_path)]
+    command = own_command("eval", "humaneval", "--model", str(model), "--out", str(tmp_path))
     process = subprocess.Popen([*command, *DECODING], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 250  # a busy machine takes long to start one
     while (not lines.exists() or not lines.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
