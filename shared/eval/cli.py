@@ -17,7 +17,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 _DTYPE = click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                       show_default=True, help="Precision of the weights; auto: the model's own.")  # fmt: skip
 _TEACHER_CACHE = click.option("--cache", "cache_dir", type=DIRECTORY,
-                              help="Take a Hub id that is this cache's teacher at the commit that made it.")  # fmt: skip
+                              help="Take a Hub id that is its teacher at the commit that made it.")  # fmt: skip
 _OUT = click.option("--out", type=FILE, required=True, help="JSON file to write.")
 
 
@@ -346,8 +346,8 @@ def compare(context: click.Context, a: Path, b: Path, fail_on: str | None, as_js
 def trace(context: click.Context, path: Path, look_in: tuple[Path, ...], as_json: bool) -> None:
     """Verify what a student was made from.
 
-    Follows the records of a run, export, cache or report, and forms each digest again. Exits with 1 if a part is altered,
-    missing or not recorded.
+    Follows the records of a run, export, cache or report, and forms each digest again. Exits with 1 if a part is
+    altered, missing or not recorded.
     """
     from shared.eval.report.lineage import broken_links, lineage_text, trace_lineage
     from shared.files import to_json

@@ -220,6 +220,54 @@ class BenchmarkResult(Result):
     scoring_seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A figure over seeds."""
+
+    mean: float
+    sd: float | None
+    seeds: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """A difference over paired seeds; `significant`: whether the interval excludes 0."""
+
+    difference: float
+    ci95: Interval
+    significant: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstBaseline(PairedDifference):
+    """A variant's test NLL and KL minus those of cross-entropy, in nats; `p_holm` is of the NLL."""
+
+    p_holm: float
+    kl: PairedDifference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to train a student; `versus_ce` is None for cross-entropy itself."""
+
+    name: str
+    loss: str
+    k: int | None
+    learning_rate: float
+    epochs: float
+    test_nll: Spread
+    test_kl: Spread
+    versus_ce: AgainstBaseline | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """`student proof`: what the report shows of it."""
+
+    variants: list[Variant]
+    summary: list[str]
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 T = typing.TypeVar("T")

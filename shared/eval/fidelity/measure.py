@@ -18,7 +18,8 @@ from shared.checkpoints import describe_model, dtype_name, load_model
 from shared.errors import CacheMismatchError, require
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
 from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
-from shared.eval.results import CacheFacts, CalibrationBin, Fidelity, ModelFacts, cache_digest
+from shared.eval.inputs import cache_digest
+from shared.eval.results import CacheFacts, CalibrationBin, Fidelity, ModelFacts
 from shared.files import read_json
 from shared.logits import LogitSource
 from shared.process import log
