@@ -36,8 +36,9 @@ class RecordingGroup(click.Group):
     """A group that remembers its command line for `command_line`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse as any group does; the outermost group's words are kept."""
-        ctx.meta.setdefault(_COMMAND_LINE, [*(ctx.info_name or "").split(), *args])
+        """Parse as any group does; the outermost group's words are kept, however Python was started."""
+        name = self.name or ""
+        ctx.meta.setdefault(_COMMAND_LINE, [*dict.fromkeys(("codedistill", name)), *args])
         return super().parse_args(ctx, args)
 
 

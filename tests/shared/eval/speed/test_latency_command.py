@@ -48,12 +48,13 @@ def test_latency_command(directory, tmp_path):
     model = result["models"]["a"]
     assert model["bytes"] == (directory / "model.safetensors").stat().st_size
     assert result["settings"]["new_tokens"] == 4
-    low, high = model["prefill_ms_range"]
-    assert 0 < low <= model["prefill_ms"] <= high
+    first = model["batches"]["1"]
+    low, high = first["prefill_ms_range"]
+    assert 0 < low <= first["prefill_ms"] <= high
     assert 0 < model["embedding_share"] < 1
     assert set(model["batches"]) == {"1", "8"}
-    assert model["ci95"] == {"prefill_ms": None, "decode_tokens_per_second": None}
-    assert model["reasons"]["ci95"] == "2 repeats bear no 95 % interval of the median; 6 do"
+    assert first["ci95"] == {"prefill_ms": None, "decode_tokens_per_second": None}
+    assert first["reasons"]["ci95"] == "2 repeats bear no 95 % interval of the median; 6 do"
     assert 0 <= model["memory_bytes"] - 4 * model["parameters"] < 1000  # float32, and rotary frequencies
     for batch in model["batches"].values():
         assert 0 < batch["decode_ms_p50"] <= batch["decode_ms_p95"]
@@ -61,6 +62,11 @@ def test_latency_command(directory, tmp_path):
         assert batch["peak_bytes"] is None or batch["peak_bytes"] >= model["memory_bytes"]
         assert (batch["peak_bytes"] is None) == ("peak_bytes" in batch["reasons"])
         assert (batch["tokens_per_second_per_watt"] is None) == ("tokens_per_second_per_watt" in batch["reasons"])
-    assert {key: model[key] for key in model["batches"]["1"]} == model["batches"]["1"]
+    command = ["eval", "latency", "--model", f"a={directory}", *options]
+    again = CliRunner().invoke(codedistill, command)
+    assert (again.exit_code, again.stderr) == (0, f"{out} is up to date\n")
+    out.write_text(out.read_text()[:-9])
+    for change in ([], ["--repeats", "1"]):
+        assert f"wrote {out}" in CliRunner().invoke(codedistill, [*command, *change]).stderr
     doubled = ["--model", f"a={directory}", "--model", f"a={directory}"]
     assert CliRunner().invoke(codedistill, ["eval", "latency", *doubled, *options]).exit_code == 2
