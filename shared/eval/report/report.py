@@ -31,6 +31,7 @@ from shared.machine import machine, versions
 from shared.process import log
 
 PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib", "jinja2")
+RESULT_FILES = ("fidelity.json", "latency.json", "draft.json", *(f"{key}/result.json" for key in BENCHMARKS))
 BULKY = ("per_document", "per_prompt", "ece_bins", "outcomes", "definitions")  # in report.json, not on the page
 NUM_PROMPTS = 3
 
@@ -101,12 +102,21 @@ def collect(
         out_dir: where the report goes; files are named relative to its parent.
 
     Raises:
-        ConfigError: a file that cannot be read as what it should be, or a student's name that is not its results'.
+        ConfigError: there are no results; a file cannot be read as what it should be; or a student's name is not its
+            results'.
     """
     files = Files(out_dir.parent)
     cache_entries = [_cache(path, files) for path in caches]
     together = files.result(eval_dir / "latency.json", Latency, "size, speed, memory")
-    folders = _model_folders(eval_dir, runs, caches, list(together.models) if together else [])
+    timed = list(together.models) if together else []
+    folders = _model_folders(eval_dir, runs, caches, timed)
+    require(
+        timed or runs or caches or proof_file or any(map(_holds_results, folders.values())),
+        "no results to report",
+        where=eval_dir,
+        expected=f"latency.json, or folders named for models with {' or '.join(RESULT_FILES)}",
+        fix="measure a model with `codedistill eval`, its --out in a folder named for the model",
+    )
     models = [_model(name, folder, runs.get(name), together, files) for name, folder in folders.items()]
     if models[0].fidelity is None:  # the teacher's NLL as a student's score recorded it from the cache
         recorded = (m.fidelity.teacher_nll_nats for m in models if m.fidelity)
@@ -153,8 +163,7 @@ def _model_folders(
 
 def _holds_results(folder: Path) -> bool:
     """Whether a folder holds a model's results."""
-    names = ["fidelity.json", "latency.json", "draft.json", *(f"{key}/result.json" for key in BENCHMARKS)]
-    return any((folder / name).is_file() for name in names)
+    return any((folder / name).is_file() for name in RESULT_FILES)
 
 
 def _model(name: str, folder: Path, run_dir: Path | None, together: Latency | None, files: Files) -> Model:
