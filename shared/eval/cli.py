@@ -62,7 +62,7 @@ def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype:
         batch_tokens=batch_tokens,
         teacher_dir=locate_model(teacher, cache_dir) if teacher else None,
     )
-    _write(out, result)
+    _write("fidelity", out, result)
     for key in ("nll_nats", "kl_to_teacher_nats", "top1_agreement", "ece"):
         low_high = result["ci95"][key]
         interval = f" (95 % interval {low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
@@ -99,6 +99,7 @@ def latency(
     located = {name: locate_model(model, cache_dir) for name, model in models}
 
     _write(
+        "latency",
         out,
         measure_latency(located, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, dtype=dtype),
     )
@@ -122,7 +123,7 @@ def draft(teacher: str, student: str, out: Path, cache_dir: Path | None, **optio
     from shared.eval.speed.draft import evaluate_draft
 
     result = evaluate_draft(locate_model(teacher, cache_dir), locate_model(student), **options)
-    _write(out, result)
+    _write("draft", out, result)
     same = result["equality"]["float32"]
     acceptance = "unknown" if result["acceptance_rate"] is None else f"{result['acceptance_rate']:.1%}"
     click.echo(
@@ -203,6 +204,7 @@ def _evaluate_benchmark(
     load: Callable[[], Any],
     *,
     model: str,
+    out: Path,
     cache_dir: Path | None,
     samples: int,
     unsafe_no_sandbox: bool,
@@ -210,6 +212,7 @@ def _evaluate_benchmark(
 ) -> None:
     """Run one benchmark; `load` gives it."""
     _quieten()
+    from shared import tracking
     from shared.eval.models import locate_model
     from shared.eval.programs.benchmark import evaluate_benchmark
     from shared.eval.programs.sample import Decoding
@@ -217,7 +220,9 @@ def _evaluate_benchmark(
     names = ("temperature", "top_p", "seed", "max_new_tokens", "batch_size")
     decoding = Decoding(num_samples=samples, **{name: options.pop(name) for name in names})
     model_dir = locate_model(model, cache_dir)
-    evaluate_benchmark(load, model_dir, decoding=decoding, unsafe=unsafe_no_sandbox, **options)
+    result = evaluate_benchmark(load, model_dir, out, decoding=decoding, unsafe=unsafe_no_sandbox, **options)
+    if result:
+        tracking.record_evaluation(result["benchmark"].lower(), out, result)
 
 
 @evaluate.command()
@@ -244,7 +249,11 @@ def report(
 
     result = build_report(eval_dir, {name: Path(folder) for name, folder in students}, list(caches), out, proof_file)
     with tracking.start(
-        "report", name=out.parent.name, config={"caveats": result["caveats"]}, directory=out.parent
+        "report",
+        name=out.resolve().parent.name,
+        config={"caveats": result["caveats"]},
+        directory=out.parent,
+        group=eval_dir.resolve().name,
     ) as run:
         for name, figures in result["models"].items():
             figures |= {f"humaneval/{key}": value for key, value in figures["humaneval"].items()}
@@ -304,10 +313,13 @@ def _quieten() -> None:
     logging.disable_progress_bar()
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
+def _write(kind: str, path: Path, result: dict[str, Any]) -> None:
+    """Write a result, then track it."""
+    from shared import tracking
     from shared.files import write_json
     from shared.process import log
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     log(f"wrote {path}")
+    tracking.record_evaluation(kind, path, result)

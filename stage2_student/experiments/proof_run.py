@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from shared import tracking
 from shared.cache.reader import Cache
+from shared.config import to_dict
 from shared.files import sha256_json
 from shared.model.gpt import GPT
 from stage2_student.dataset import PackedBlocks
@@ -54,7 +56,7 @@ def train_member(member: Member, train: Path, validation: Path, test: Path, dens
         member: what to train; the test cache is opened for its final ones alone.
         train, validation, test: caches of one teacher.
         dense: the full distributions of `train`, for the dense arm.
-        out: what the trainer takes for its folder; nothing is written there.
+        out: the proof's folder; only W&B's own files are written there, in `wandb`.
     """
     start, config = time.monotonic(), member.config
     cache = _open(train)
@@ -84,28 +86,35 @@ def train_member(member: Member, train: Path, validation: Path, test: Path, dens
         temperature=config.temperature,
     )
     ends = EpochEnds([-(-block // per_step) for block in [*blocks.first_block[1:-1], blocks.num_blocks]])
-    trainer = DistillTrainer(
-        model=model,
-        args=training_arguments(config, out, has_validation=True),
-        head_loss=loss,
-        train_dataset=blocks,
-        eval_dataset=held_out,
-        callbacks=[ends],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    figures = {
+    arguments = training_arguments(config, out, has_validation=True)
+    figures: dict[str, Any] = {
         "arm": member.arm.name,
         "learning_rate": member.learning_rate,
         "seed": member.seed,
-        "validation_nll_nats": ends.nll_nats,
-        "best_epoch": 1 + ends.nll_nats.index(min(ends.nll_nats)),
-        "steps": trainer.state.global_step,
         "initial_weights_sha256": initial,
         "data_order_sha256": sha256_json([blocks.documents(index) for index in range(len(blocks))]),
     }
-    if member.is_final:
-        model.load_state_dict(ends.best)
-        nll, kl = score_model(model, _open(test), block_size=model.sizes.max_position_embeddings)
-        figures |= {"test_nll_nats": nll, "test_kl_nats": kl}
+    about = {**figures, "config": to_dict(config)}
+    with tracking.start("train", name=member.name, config=about, directory=out, group=out.resolve().name) as run:
+        arguments.report_to = ["wandb"] if run.active else []
+        trainer = DistillTrainer(
+            model=model,
+            args=arguments,
+            head_loss=loss,
+            train_dataset=blocks,
+            eval_dataset=held_out,
+            callbacks=[ends],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        figures |= {
+            "validation_nll_nats": ends.nll_nats,
+            "best_epoch": 1 + ends.nll_nats.index(min(ends.nll_nats)),
+            "steps": trainer.state.global_step,
+        }
+        if member.is_final:
+            model.load_state_dict(ends.best)
+            nll, kl = score_model(model, _open(test), block_size=model.sizes.max_position_embeddings)
+            figures |= {"test_nll_nats": nll, "test_kl_nats": kl}
+        run.summary({key: value for key, value in figures.items() if key not in about})
     return figures | {"seconds": round(time.monotonic() - start, 1)}

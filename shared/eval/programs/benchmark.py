@@ -94,7 +94,7 @@ def evaluate_benchmark(
     dtype: str,
     allow_host_reads: bool,
     unsafe: bool,
-) -> None:
+) -> dict[str, Any] | None:
     """Score a model's completions, in one process or in several under torchrun, of which rank 0 scores.
 
     Writes problems.jsonl, completions.jsonl, verdicts.jsonl and, last, result.json into `out`, all at the end: until
@@ -112,6 +112,9 @@ def evaluate_benchmark(
         dtype: a key of `models.DTYPES`.
         allow_host_reads: run programs even where they can read the host's files.
         unsafe: run programs without walls.
+
+    Returns:
+        What result.json holds; None on ranks other than 0.
     """
     benchmark: Benchmark | None = None
     sandbox: Sandbox | SandboxError | None = None
@@ -133,7 +136,7 @@ def evaluate_benchmark(
         completions = complete(model, tokenizer, problems, out, decoding=decoding, settings=settings)
         generated = time.monotonic()
     if benchmark is None:
-        return
+        return None
     del model
     parses = [
         line["finish_reason"] != REFUSED and parse(line["prompt"] + line["completion"]) is not None
@@ -177,6 +180,7 @@ def evaluate_benchmark(
     replace_files(out, files)
     remove_parts(out)
     log(describe(result))
+    return result
 
 
 def score_completions(

@@ -18,6 +18,7 @@ from stage2_student.experiments.proof import prove
 from stage2_student.experiments.proof_plan import read_plan
 from stage2_student.experiments.proof_run import train_member
 from tests.support.eval_models import save_model
+from tests.support.wandb_runs import wandb_runs, wandb_summary
 
 PLAN = """
 learning_rates = [1e-3, 1e-2]
@@ -70,11 +71,12 @@ def arguments(made):
     return (made / "plan.toml", made / "train", made / "validation", made / "test", made / "out")
 
 
-def start(made):
+def start(made, **environment):
     plan, train, validation, test, out = map(str, arguments(made))
     command = own_command("student", "proof", "--cache", train, "--validation", validation)
     command += ["--test", test, "--config", plan, "--teacher", str(made / "teacher"), "--out", out]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = ENVIRONMENT | environment
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def times(made):
@@ -96,7 +98,7 @@ def children_of(pid):
 @pytest.fixture(scope="module")
 def proved(made):
     """Killed after its first members, then run to its end: the files there were at the kill, and the output."""
-    process = start(made)
+    process = start(made, WANDB_MODE="disabled")
     deadline = time.monotonic() + 120
     while len(times(made)) < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -108,7 +110,7 @@ def proved(made):
         assert time.monotonic() < deadline, "a worker outlives its parent"
         time.sleep(0.01)
     before = times(made)
-    again = start(made)
+    again = start(made, HOME=str(made), NETRC=str(made / "netrc"))  # no key for W&B
     output, errors = again.communicate(timeout=200)
     assert again.returncode == 0, errors
     return before, output
@@ -122,9 +124,20 @@ def test_what_was_finished_at_the_kill_is_kept(made, proved):
     result = read_json(made / "out" / "proof.json")
     assert output.splitlines() == result["summary"]
     assert {path.name for path in (made / "out").iterdir()} == {
-        "members", "settings.json", "proof.json", "proof.md", "proof.svg",
+        "members", "settings.json", "proof.json", "proof.md", "proof.svg", "wandb",
     }  # fmt: skip
     assert set(result["settings"]["caches"]) == {"train", "validation", "test"}
+
+
+def test_students_are_tracked_in_the_proofs_group(made, proved):
+    before, _ = proved
+    trained = {name.removesuffix(".json") for name in times(made)} - {name.removesuffix(".json") for name in before}
+    assert wandb_runs(made / "out") == dict.fromkeys(trained, ("out", 0))
+    name = next(name for name in trained if name.startswith("final"))
+    figures, summary = read_json(made / "out" / "members" / f"{name}.json"), wandb_summary(made / "out", name)
+    assert summary["test_nll_nats"] == figures["test_nll_nats"]
+    assert summary["best_epoch"] == figures["best_epoch"]
+    assert "train/loss" in summary or "train/train_loss" in summary
 
 
 def test_arms_of_a_seed_are_pairs_and_trials_never_see_the_test_set(made, proved):
