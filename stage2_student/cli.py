@@ -72,6 +72,8 @@ def student() -> None:
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="A file of overrides.")
 @click.option("--batch-tokens", type=BatchTokens(), metavar="N|auto",
               help="Most tokens of a micro-batch, or what memory allows; no step changes.")  # fmt: skip
+@click.option("--teacher-logprobs", metavar="F.npy", type=click.Path(path_type=Path),
+              help="For loss=dense: the teacher's full distribution.")  # fmt: skip
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One override; may be repeated.")
 def train(
     caches: tuple[tuple[Path, float | None], ...],
@@ -81,6 +83,7 @@ def train(
     preset: str | None,
     profile: Path | None,
     batch_tokens: int | str | None,
+    teacher_logprobs: Path | None,
     assignments: tuple[str, ...],
 ) -> None:
     """Train a student on cached soft labels; needs no teacher and no network.
@@ -118,18 +121,18 @@ def train(
     from stage2_student.train import train
 
     train(config, paths, out, weights=weights, validation_path=validation, init_from=init_from,
-          batch_tokens=batch_tokens)  # fmt: skip
+          batch_tokens=batch_tokens, teacher_logprobs=teacher_logprobs)  # fmt: skip
 
 
 @student.command()
 @click.option("--cache", "caches", required=True, multiple=True, type=Weighted(), metavar="CACHE[:WEIGHT]",
-              help="A logit cache to train on; may be given several times.")  # fmt: skip
+              help="A logit cache to train on; may be repeated.")  # fmt: skip
 @click.option("--validation", type=click.Path(path_type=Path), help="A cache of held-out documents, same teacher.")
 @click.option("--grid", required=True, metavar="F.toml", type=click.Path(path_type=Path), help="What to vary.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The sweep's folder.")
-@click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path), help="As for `train`, for every member.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder of all runs.")
+@click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path), help="As for `train`, for every run.")
 @click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
-              help="Students trained side by side: one GPU each, or a share of the processor's threads.")  # fmt: skip
+              help="Students trained at once: one GPU each, or a share of the processor's threads.")  # fmt: skip
 def sweep(
     caches: tuple[tuple[Path, float | None], ...],
     validation: Path | None,
@@ -138,56 +141,63 @@ def sweep(
     init_from: Path | None,
     jobs: int,
 ) -> None:
-    """Train the students of a grid from one cache and compare them.
+    """Train the students of a grid and compare them.
 
-    The grid is a training config (keys of `train --set`) with a table [grid] of lists, of which every combination is
-    one student, or tables [[run]] that describe one more each:
+    The grid is a training config (keys of `train --set`) with any of these tables. Every combination of the lists in
+    [grid] is one student. Each [[variant]] repeats the grid with its own settings. Each [[run]] is one more student.
 
     \b
       preset = "tiny"
       max_steps = 500
       [grid]
-      alpha = [0.5, 0.7, 1.0]
       learning_rate = [1e-3, 2e-3]
-      [[run]]
+      seed = [1, 2, 3]
+      [[variant]]
+      name = "cross-entropy"
       alpha = 0.0
+      [[variant]]
+      name = "ghost"
+      [[run]]
       num_hidden_layers = 6
 
-    All are checked before the first is trained. A student that fails is recorded and the others go on. The same
-    command continues: what is finished is kept. At the end sweep.json, sweep.md and sweep.svg rank the students by
-    NLL on the validation cache.
+    All are checked before the first is trained. A student that fails is recorded, and the others are trained. The same
+    command continues and keeps finished students. At the end sweep.json, sweep.md and sweep.svg rank the students by
+    NLL on the validation cache; settings with several seeds are compared with the first one, seed by seed.
 
     \b
     Example:
       codedistill student sweep --cache caches/train --validation caches/validation --grid grid.toml --out sweeps/first
     """
-    from stage2_student.experiments.runner import Sweep
+    from stage2_student.experiments.runner import Inputs
+    from stage2_student.experiments.sweep import sweep
 
     paths, weights = _split_weights(caches)
-    members = Sweep(grid, paths, out, weights=weights, validation_path=validation, init_from=init_from, jobs=jobs)
-    click.echo(members.run(), nl=False)
+    inputs = Inputs(caches=paths, weights=weights, validation=validation, init_from=init_from)
+    click.echo(sweep(grid, inputs, out, jobs=jobs), nl=False)
 
 
 @student.command()
 @click.option("--cache", required=True, type=click.Path(path_type=Path), help="The cache to train on.")
-@click.option("--validation", required=True, type=click.Path(path_type=Path), help="A cache to choose by.")
-@click.option("--test", required=True, type=click.Path(path_type=Path), help="A cache that nothing is chosen by.")
-@click.option("--config", "plan", required=True, metavar="F.toml", type=click.Path(path_type=Path),
-              help="Arms, learning rates, seeds and the student (stage2_student/configs/proof.toml).")  # fmt: skip
+@click.option("--validation", required=True, type=click.Path(path_type=Path), help="The cache to choose settings by.")
+@click.option("--test", required=True, type=click.Path(path_type=Path),
+              help="A held-out test cache, never used for selection.")  # fmt: skip
+@click.option("--config", required=True, metavar="F.toml", type=click.Path(path_type=Path),
+              help="Variants, grid and seeds (stage2_student/configs/proof.toml).")  # fmt: skip
 @click.option("--teacher", metavar="DIR", type=click.Path(path_type=Path),
-              help="The model that made the caches, for arms of its full distribution.")  # fmt: skip
+              help="The model that made the caches, for loss=dense.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The proof's folder.")
 @click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
-              help="Students trained side by side; they share the processor's threads.")  # fmt: skip
-def proof(cache: Path, validation: Path, test: Path, plan: Path, teacher: Path | None, out: Path, jobs: int) -> None:
-    """Compare ways to train a student, by paired seeds on a test set.
+              help="Students trained at once: one GPU each, or a share of the processor's threads.")  # fmt: skip
+def proof(cache: Path, validation: Path, test: Path, config: Path, teacher: Path | None, out: Path, jobs: int) -> None:
+    """Compare losses by paired seeds on a test set.
 
-    Every arm has the same small search over learning rates and epochs, judged on the validation cache. Then each is
-    trained with several seeds: a seed has the same initial weights and data order in all arms. Differences of the test
-    NLL come with Student's 95 % interval over the seeds.
+    The config is that of `sweep`, with two or more [[variant]] and a table [confirm] of seeds. Every variant is trained
+    with every combination of the grid. Its best settings, by validation NLL, are then trained with each of the seeds; a
+    seed has the same initial weights and data order in all variants. Differences of the test NLL come with Student's
+    95 % interval over the seeds.
 
-    The same command continues: what is finished is kept. At the end proof.json, proof.md and proof.svg say what was
-    found.
+    The same command continues and keeps finished students. At the end proof.json, proof.md and proof.svg report the
+    result.
 
     \b
     Example:
@@ -196,7 +206,7 @@ def proof(cache: Path, validation: Path, test: Path, plan: Path, teacher: Path |
     """
     from stage2_student.experiments.proof import prove
 
-    result = prove(plan, cache, validation, test, out, teacher=teacher, jobs=jobs)
+    result = prove(config, cache, validation, test, out, teacher=teacher, jobs=jobs)
     click.echo("\n".join(result["summary"]))
 
 

@@ -38,7 +38,8 @@ class StudentConfig:
         alpha: weight of the distillation term; the rest is cross-entropy. 0 reads no soft labels.
         temperature: T of the distillation term, one of the cache's grid.
         loss: `ghost` keeps the teacher's tail as one bucket beside the K ids; `truncated` drops it (biased); `sampled`
-            uses the cache's samples of the full distribution alone, `hybrid` the K ids and its samples of the tail.
+            uses the cache's samples of the full distribution alone, `hybrid` the K ids and its samples of the tail;
+            `dense` uses the teacher's full distribution at T = 1, which `student proof` writes to a file.
         divergence: of teacher p and student q: `forward` KL(p‖q), `reverse` KL(q‖p), `jsd`, or against their mixture m
             `skewed-forward` KL(p‖m) and `skewed-reverse` KL(q‖m). `sampled` and `hybrid` have the forward one alone.
         beta: the teacher's share of the mixture in `jsd`, which is beta·KL(p‖m) + (1 − beta)·KL(q‖m).
@@ -66,7 +67,7 @@ class StudentConfig:
     preset: str = "gpt-125m"
     alpha: float = 0.7
     temperature: float = 1.0
-    loss: Literal["ghost", "truncated", "sampled", "hybrid"] = "ghost"
+    loss: Literal["ghost", "truncated", "sampled", "hybrid", "dense"] = "ghost"
     divergence: Literal["forward", "reverse", "jsd", "skewed-forward", "skewed-reverse"] = "forward"
     beta: float = 0.5
     skew: float = 0.1
@@ -171,6 +172,17 @@ class StudentConfig:
                 where="loss, k",
                 expected="k=0, or loss=ghost or truncated",
                 got=f"loss={self.loss}, k={self.k}",
+            )
+        if self.loss == "dense" and (self.divergence, self.k, self.temperature, self.targets) != (
+            "forward",
+            0,
+            1,
+            "completion",
+        ):
+            raise ConfigError(
+                "the full distribution is kept for the loss mask's targets at T = 1, for the forward divergence",
+                where="loss=dense",
+                expected="divergence=forward, k=0, temperature=1, targets=completion",
             )
         positions = self.student_sizes().max_position_embeddings
         if self.block_size > positions:

@@ -42,9 +42,10 @@ from stage2_student.dataset import PackedBlocks, hold_out
 from stage2_student.fused import HeadLoss
 from stage2_student.init_weights import Start
 from stage2_student.memory import announce, fit_micro_batch
-from stage2_student.trainer import DistillTrainer, RunRecorder, StopEarly, StopOnSignal
+from stage2_student.trainer import DistillTrainer, EpochEnds, RunRecorder, StopEarly, StopOnSignal
 
 WEIGHTS = "model.safetensors"
+NEVER = 2**31  # steps between two evaluations or saves
 # May change between a kill and the resume without changing what is learnt.
 FREE_ON_RESUME = (
     "eval_steps", "save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers",
@@ -62,6 +63,7 @@ def train(
     validation_path: Path | None = None,
     init_from: Path | None = None,
     batch_tokens: int | str | None = None,
+    teacher_logprobs: Path | None = None,
 ) -> None:
     """Train a student on one or more caches, or continue a run that was stopped.
 
@@ -77,6 +79,7 @@ def train(
         validation_path: a cache of held-out documents, of the same label identity.
         init_from: a directory of weights to start from (see `Start`); None draws them from the seed.
         batch_tokens: most tokens of a micro-batch, or `auto` for what memory allows; see `fit_micro_batch`.
+        teacher_logprobs: the teacher's full distribution of the cache, for loss=dense; see `experiments.dense`.
 
     Raises:
         ResumeError: the folder holds another run, or another process trains in it.
@@ -87,6 +90,8 @@ def train(
         PeerEndedError: another process of the run has ended.
         Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; a checkpoint was saved.
     """
+    if (config.loss == "dense") != (teacher_logprobs is not None):
+        raise ConfigError("loss=dense and --teacher-logprobs belong together", got=f"loss={config.loss}")
     with joined(), contextlib.ExitStack() as held:
         task = None
         if rank() == 0:  # alone it looks at everything first, and says what is wrong
@@ -103,7 +108,7 @@ def train(
             return
         if task is None:
             task = check(config, cache_paths, out, weights, validation_path, init_from)
-        _train(task, out, batch_tokens)
+        _train(task, out, batch_tokens, teacher_logprobs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +167,7 @@ def check(
                 record=record, earlier=earlier)  # fmt: skip
 
 
-def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
+def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logprobs: Path | None) -> None:
     caches, record, earlier = task.caches, task.record, task.earlier
     if earlier and earlier["state"] == "finished":
         log(f"{out / WEIGHTS} is missing or damaged; it is made again")
@@ -182,7 +187,7 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
     model = GPT(sizes)
     if task.start:
         task.start.load_into(model)
-    model.head_loss = head_loss = HeadLoss(config)
+    model.head_loss = head_loss = _head_loss(config, caches, teacher_logprobs)
     record |= {
         "config": to_dict(config),
         "initial_weights_sha256": weights_digest(model),
@@ -218,7 +223,7 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
             head_loss=head_loss,
             train_dataset=blocks,
             eval_dataset=held_out_blocks,
-            callbacks=[recorder, early, stop],
+            callbacks=[recorder, early, stop, _epoch_ends(config, blocks)],
         )
         trainer.remove_callback(PrinterCallback)
         if checkpoint:
@@ -246,12 +251,36 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
         stop.raise_requested()
 
 
+def _head_loss(config: StudentConfig, caches: Sequence[Cache], teacher_logprobs: Path | None) -> HeadLoss:
+    if teacher_logprobs is None:
+        return HeadLoss(config)
+    from stage2_student.experiments.dense import DenseLoss
+
+    return DenseLoss(config, teacher_logprobs, caches)
+
+
+def _blocks_class(config: StudentConfig) -> type[PackedBlocks]:
+    if config.loss != "dense":
+        return PackedBlocks
+    from stage2_student.experiments.dense import DenseBlocks
+
+    return DenseBlocks
+
+
+def _epoch_ends(config: StudentConfig, blocks: PackedBlocks) -> EpochEnds:
+    """What to do at the last step of each epoch of the data set, which to HF `Trainer` is one epoch."""
+    per_step = _blocks_per_step(config)
+    steps = {-(-block // per_step) for block in [*blocks.first_block[1:-1], blocks.num_blocks]}
+    strategies = [config.training.get(name) for name in ("eval_strategy", "save_strategy")]
+    return EpochEnds(steps, evaluates=strategies[0] == "epoch", saves=strategies[1] == "epoch")
+
+
 def _data(task: Task, config: StudentConfig) -> tuple[PackedBlocks, PackedBlocks | None]:
     """Training blocks and held-out blocks; every step and rank has equally many."""
     held_out = None
     if config.validation_fraction:
         held_out = [hold_out(cache, config.validation_fraction, config.seed) for cache in task.caches]
-    blocks = PackedBlocks(
+    blocks = _blocks_class(config)(
         task.caches,
         weights=task.weights,
         held_out=held_out,
@@ -395,8 +424,12 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
         disable_tqdm=not sys.stderr.isatty(),
         use_cpu=not torch.accelerator.is_available(),
     )
+    options |= config.training
+    for kind in ("eval", "save"):
+        if options[f"{kind}_strategy"] == "epoch":  # `EpochEnds` knows when; HF adds the last step of all
+            options |= {f"{kind}_strategy": "steps", f"{kind}_steps": NEVER}
     try:
-        arguments = TrainingArguments(**options | config.training)
+        arguments = TrainingArguments(**options)
     except (ValueError, TypeError) as error:
         raise ConfigError("transformers refuses these training arguments", got=error) from error
     if arguments.fsdp and not torch.accelerator.is_available():
