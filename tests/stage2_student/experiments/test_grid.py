@@ -63,7 +63,7 @@ def test_names_that_would_be_equal_or_too_long_end_in_a_digest(grid):
         ("[grid]\nalpha = []\n", "needs a list of values"),
         ("[grid]\nalhpa = [0.5]\n", "did you mean 'alpha'"),
         ("temprature = 1.0\n[grid]\nalpha = [0.5]\n", "did you mean 'temperature'"),
-        ("[grid]\nalpha = [0.5, 2.0]\n", "refused: .*expected: 0 to 1; got: 2.0; where: .*alpha=2.0"),
+        ("[grid]\nalpha = [0.5, 2.0]\n", "refused: .*expected: at least 0, at most 1; got: 2.0; where: .*alpha=2.0"),
         ("[grid]\nalpha = [0.5, 0.5]\n", "two runs are the same.*alpha=0.5 and alpha=0.5"),
         ("[grid]\nalpha = [1, 1.0]\n", "two runs are the same"),
         ("[grid]\nalpha = [0.7]\n[[run]]\nseed = 0\n", "two runs are the same"),
