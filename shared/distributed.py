@@ -6,6 +6,7 @@ What they tell each other here is small and lies in main memory, so it goes thro
 import contextlib
 import datetime
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 
@@ -96,11 +97,15 @@ def _join(patience: datetime.timedelta | None) -> None:
     deadline = time.monotonic() + JOIN_SECONDS
     missing = "rank 0, which opens the meeting point"
     try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        is_server = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not is_server:
+            _wait_for_server(address, port, deadline)
         server = distributed.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            timeout=datetime.timedelta(seconds=JOIN_SECONDS),
+            address,
+            port,
+            is_master=is_server,
+            timeout=datetime.timedelta(seconds=max(deadline - time.monotonic(), 1)),
             wait_for_workers=False,
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's server outlives a restart of its ranks
@@ -121,3 +126,16 @@ def _join(patience: datetime.timedelta | None) -> None:
         ) from error
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=patience)
+
+
+def _wait_for_server(address: str, port: int, deadline: float) -> None:
+    """Return once something listens there; torch's own client would try for longer, and print its C++ stacks.
+
+    Raises:
+        TimeoutError: nothing listened until the deadline.
+    """
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=5):
+            return
+        time.sleep(0.1)
+    raise TimeoutError

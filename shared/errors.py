@@ -29,7 +29,12 @@ class DistillError(Exception):
         self.what, self.where, self.expected, self.got, self.fix = what, where, expected, got, fix
         labelled = [("where", where), ("expected", expected), ("got", got), ("fix", fix)]
         parts = [what] + [f"{label}: {value}" for label, value in labelled if value is not None]
-        super().__init__("; ".join(" ".join(str(part).split()) for part in parts))
+        self._parts = [" ".join(part.split()) for part in parts]
+        super().__init__("; ".join(self._parts))
+
+    def for_terminal(self) -> str:
+        """The message with where, expected, got and fix on lines of their own."""
+        return "\n  ".join(self._parts)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle by fields (worker processes send errors back), since `args` holds the joined message."""

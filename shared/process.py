@@ -46,6 +46,8 @@ def run_cli(command: Any) -> NoReturn:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         value = command.main(standalone_mode=False)
         code = value if isinstance(value, int) else 0  # click returns the code of `Exit` instead of raising it
@@ -62,7 +64,7 @@ def run_cli(command: Any) -> NoReturn:
         log(f"error: {error}")
         code = 1
     except DistillError as error:  # from whichever rank it comes
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {error.for_terminal() if sys.stderr.isatty() else error}\n")
         code = 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

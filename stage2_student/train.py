@@ -23,7 +23,7 @@ from shared.cache.lock import Claim
 from shared.cache.reader import DECODED_BYTES, Cache
 from shared.config import to_dict
 from shared.distributed import agree, joined
-from shared.errors import CacheMismatchError, ConfigError, ResumeError
+from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
 from shared.files import read_json, sha256_file, sha256_json, write_bytes, write_json
 from shared.machine import machine, versions
 from shared.model.gpt import GPT, GPTConfig
@@ -33,8 +33,10 @@ from stage2_student.checkpoint import (
     RUN_FORMAT,
     RUN_VERSION,
     is_leftover,
-    latest_complete,
-    remove_incomplete,
+    is_side_file,
+    newest_whole,
+    remove_leftovers,
+    require_no_file,
     step_of,
 )
 from stage2_student.config import StudentConfig, require_labels
@@ -173,8 +175,8 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
         log(f"{out / WEIGHTS} is missing or damaged; it is made again")
     newest = None
     if rank() == 0:
-        remove_incomplete(out)
-        newest = latest_complete(out)
+        remove_leftovers(out)
+        newest = newest_whole(out)
     (step,) = agree([-1 if newest is None else step_of(newest)])
     checkpoint = None if step < 0 else out / f"checkpoint-{step}"
 
@@ -190,12 +192,15 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
     model.head_loss = head_loss = _head_loss(config, caches, teacher_logprobs)
     record |= {
         "config": to_dict(config),
-        "initial_weights_sha256": weights_digest(model),
+        "initial_weights_sha256": weights_digest(model.state_dict()),
         "parameters": num_parameters,
     }
 
     blocks, held_out_blocks = _data(task, config)
     arguments = training_arguments(config, out, has_validation=held_out_blocks is not None)
+    if config.save_steps:
+        for step in range(config.save_steps, len(blocks) // _blocks_per_step(config) + 1, config.save_steps):
+            require_no_file(out / f"checkpoint-{step}")
     waste = 1 - blocks.num_rows * blocks.num_epochs / (blocks.num_blocks * config.block_size)
     log(
         f"student {config.preset}: {num_parameters:,} parameters; {blocks.num_rows:,} rows x {blocks.num_epochs:.4g} "
@@ -213,9 +218,10 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
         record["wandb_run_id"] = run.id
         if rank() == 0:
             write_json(out / "run.json", record | {"state": "running"})
-        arguments.report_to = ["wandb"] if run.active else []
         tokens_per_step = blocks.num_rows * blocks.num_epochs / blocks.num_blocks * _blocks_per_step(config)
-        recorder = RunRecorder(out, save_total_limit=config.save_total_limit, tokens_per_step=tokens_per_step)
+        recorder = RunRecorder(
+            out, save_total_limit=config.save_total_limit, tokens_per_step=tokens_per_step, tracked=run
+        )
         stop, early = StopOnSignal(), StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
         trainer = DistillTrainer(
             model=model,
@@ -239,10 +245,21 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
             # From here on a signal waits: without a last checkpoint (save_steps=0) the weights are in memory alone.
             seconds = time.monotonic() - start
             metrics = trainer.final_evaluation() if held_out_blocks else {}
-            record["metrics"] = metrics | {"steps": trainer.state.global_step, "seconds_since_start_or_resume": seconds}
+            record["metrics"] = metrics | {
+                "steps": trainer.state.global_step,
+                "skipped_steps": trainer.skipped_steps,
+                "seconds_since_start_or_resume": seconds,
+            }
             run.summary(record["metrics"])
             weights = trainer.accelerator.get_state_dict(trainer.model)  # gathered on all ranks where FSDP has cut them
             if rank() == 0:
+                require(
+                    weights_digest(weights) != record["initial_weights_sha256"],
+                    "training has changed no weight",
+                    where=out,
+                    expected="steps with targets and a learning rate above 0",
+                    got=f"{trainer.state.global_step} steps, {trainer.skipped_steps} of them without targets",
+                )
                 _write_student(weights, sizes, caches[0], out)
                 finished = {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)}
                 write_json(out / "run.json", record | finished)
@@ -329,14 +346,20 @@ def _describe(
             got=config.temperature,
         )
     require_labels(config, cache)
+    if config.targets == "completion":
+        for each in [*caches, *([validation] if validation else [])]:
+            each.require_targets()
+    trained_on = [identify(cache) for cache in caches]
+    if validation and validation.shares_data(trained_on):
+        log(f"warning: {validation.path} holds documents that are trained on: its figures are not held out")
     return {
         "format": RUN_FORMAT,
         "version": RUN_VERSION,
         "config": to_dict(config),
         "world_size": world_size(),
         "caches": [
-            identify(cache) | {"weight": weight}
-            for cache, weight in zip(caches, weights or itertools.repeat(None), strict=False)
+            each | {"weight": weight}
+            for each, weight in zip(trained_on, weights or itertools.repeat(None), strict=False)
         ],
         "validation": validation and identify(validation),
         "machine": machine(),
@@ -360,7 +383,7 @@ def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     if out.exists() and not out.is_dir():
         raise ResumeError("the run's path is not a folder", where=out, fix="choose another --out")
     if not (out / "run.json").exists():
-        if out.exists() and not all(is_leftover(path) for path in out.iterdir()):
+        if out.exists() and not all(is_leftover(path) or is_side_file(path) for path in out.iterdir()):
             raise ResumeError("the folder holds something that is no run", where=out, fix="choose another --out")
         return None
     earlier: dict[str, Any] = read_json(out / "run.json")
@@ -440,9 +463,9 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
     return arguments
 
 
-def weights_digest(model: GPT) -> str:
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of all weights, as safetensors."""
-    return hashlib.sha256(to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()})).hexdigest()
+    return hashlib.sha256(to_safetensors({k: v.cpu().contiguous() for k, v in weights.items()})).hexdigest()
 
 
 def _write_student(weights: Mapping[str, Tensor], sizes: GPTConfig, cache: Cache, out: Path) -> None:

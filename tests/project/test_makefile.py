@@ -1,4 +1,4 @@
-"""What the Makefile would do, by `make --dry-run` in a folder of empty files."""
+"""What the Makefile would run, by `make --dry-run` in a folder of empty files."""
 
 import os
 import shutil
@@ -9,105 +9,151 @@ import pytest
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
 PROFILE = "artifacts/starcoder2"
-BUILD = ".venv/bin/codedistill teacher build"
-TRAIN = ".venv/bin/codedistill student train"
+DISTILL = ".venv/bin/codedistill"
+DEMO_TEACHER = "artifacts/teachers/SmolLM2-135M-Instruct"
 
 
 @pytest.fixture
-def made(tmp_path):
-    """A folder in which both caches, the teacher's results and three students are made, in that order."""
+def folder(tmp_path):
+    """An installed clone in which nothing is made yet."""
     shutil.copy(MAKEFILE, tmp_path)
-    names = ["pyproject.toml", "constraints.txt", ".venv/.installed", f"{PROFILE}/cache-validation/manifest.json"]
-    names += [f"{PROFILE}/eval/teacher/{name}.json" for name in ("fidelity", "humaneval/result", "latency")]
-    names += [f"{PROFILE}/cache-train/{name}" for name in ("manifest.json", "teacher_eval/latency.json")]
-    names += [f"{PROFILE}/students/{name}/model.safetensors" for name in ("student_kd", "student_ce", "cool")]
-    for seconds, name in enumerate(names):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+    for seconds, name in enumerate(["pyproject.toml", "constraints.txt", ".venv/installed"]):
+        touch(tmp_path / name)
         os.utime(tmp_path / name, (1e9 + seconds, 1e9 + seconds))
     return tmp_path
 
 
+@pytest.fixture
+def trained(folder):
+    """The same with three finished runs and one that is not."""
+    for name in ("cool", "student_kd", "student_ce"):
+        touch(folder / PROFILE / "students" / name / "model.safetensors")
+    touch(folder / PROFILE / "students" / "killed" / "checkpoint-1" / "model.safetensors")
+    return folder
+
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
 def make(folder, *arguments):
-    """The commands that make would run, with continued lines joined and its own messages left out."""
+    """The product's commands that make would run, continued lines joined."""
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "TEACHER", "SET", "RUN")}
     command = ["make", "--dry-run", "PROFILE=starcoder2", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()) for line in lines if line.startswith(".venv")]
+    return [" ".join(line.split()).removeprefix(f"{DISTILL} ") for line in lines if line.startswith(DISTILL)]
 
 
-def test_what_is_made_is_not_made_again(made):
-    assert make(made, "cache", "student") == []
+def test_all_runs_every_step_in_order(folder):
+    verbs = [" ".join(command.split()[:2]) for command in make(folder, "all")]
+    teacher = ["teacher build"] * 2 + ["eval fidelity", "eval humaneval", "eval latency", "cache attach"]
+    students = ["student train"] * 2 + ["eval fidelity", "eval humaneval"] * 2 + ["eval latency", "eval report"]
+    assert verbs == teacher + students
+    demo = make(folder, "all", "PROFILE=demo")
+    assert demo[0] == f"teacher fetch-demo --out {DEMO_TEACHER}"
+    assert [" ".join(command.split()[:2]) for command in demo[1:]] == verbs
 
 
-def test_a_named_teacher_data_set_or_setting_is_held_against_what_is_there(made):
-    """The commands themselves then find it up to date, or refuse; make alone would keep silent."""
-    profile = "--config stage1_teacher/configs/starcoder2.toml"
-    assert make(made, "cache", "TEACHER=x/y") == [
-        f"{BUILD} {profile} --teacher x/y --split {split} --out {PROFILE}/cache-{split}"
-        for split in ("train", "validation")
+def test_the_caches_take_the_teacher_and_data_that_are_named(folder):
+    profile = "--config stage1_teacher/configs/starcoder2.toml --teacher x/y"
+    commands = make(folder, "cache", "TEACHER=x/y", "DATASET=a.jsonl", "VALIDATION_DATASET=b.jsonl", "ART=out")
+    assert commands == [
+        f"teacher build {profile} --dataset a.jsonl --split train --out out/cache-train",
+        f"teacher build {profile} --dataset b.jsonl --split validation --out out/cache-validation",
+        "eval fidelity --model x/y --cache out/cache-validation --out out/eval/teacher/fidelity.json",
+        "eval humaneval --model x/y --cache out/cache-train --out out/eval/teacher/humaneval",
+        "eval latency --model teacher=x/y --cache out/cache-train --out out/eval/teacher/latency.json",
+        "cache attach out/cache-train --teacher-eval out/eval/teacher",
     ]
-    (validation,) = make(made, "cache", "VALIDATION_DATASET=held.jsonl")
-    assert "--dataset held.jsonl --split validation" in validation
-    kd, ce = make(made, "student", "SET=seed=1 alpha=0.5")
-    assert kd.endswith(f"--out {PROFILE}/students/student_kd --set seed=1 --set alpha=0.5")
-    assert ce.endswith(f"--out {PROFILE}/students/student_ce --set seed=1 --set alpha=0.5 --set alpha=0")
 
 
-def test_a_run_of_its_own_name_stands_beside_the_others_in_the_report(made):
-    (warm,) = make(made, "student", "RUN=warm", "SET=temperature=2")
-    assert warm.startswith(TRAIN)
-    assert warm.endswith(f"--out {PROFILE}/students/warm --set temperature=2")
-    commands = make(made, "report", "HUMANEVAL=--limit 20")
-    runs = {name: f"{PROFILE}/students/{name}" for name in ("student_kd", "student_ce", "cool")}
-    assert commands[-1] == (
-        f".venv/bin/codedistill eval report --eval {PROFILE}/eval "
-        + "".join(f"--student {name}={run} " for name, run in runs.items())
-        + f"--cache {PROFILE}/cache-train --cache {PROFILE}/cache-validation --out {PROFILE}/report"
+def test_the_baseline_is_the_distilled_student_with_alpha_0(folder):
+    train = (
+        f"student train --cache {PROFILE}/cache-train --validation {PROFILE}/cache-validation "
+        "--config stage2_student/configs/starcoder2.toml"
     )
+    assert make(folder, "student", "SET=seed=1 alpha=0.5") == [
+        f"{train} --out {PROFILE}/students/student_kd --set seed=1 --set alpha=0.5",
+        f"{train} --out {PROFILE}/students/student_ce --set seed=1 --set alpha=0.5 --set alpha=0",
+    ]
+    (warm,) = make(folder, "student", "RUN=warm", "SET=temperature=2")
+    assert warm == f"{train} --out {PROFILE}/students/warm --set temperature=2"
+
+
+def test_all_finished_runs_are_measured_and_reported(trained):
+    touch(trained / PROFILE / "cache-train/teacher_eval/humaneval/problems.jsonl")
+    runs = {name: f"{PROFILE}/students/{name}" for name in ("student_kd", "student_ce", "cool")}
+    problems = f"--problems {PROFILE}/cache-train/teacher_eval/humaneval/problems.jsonl"
+    expected = []
     for name, run in runs.items():
-        assert f".venv/bin/codedistill eval fidelity --model {run} --cache {PROFILE}/cache-validation " \
-            f"--out {PROFILE}/eval/{name}/fidelity.json" in commands  # fmt: skip
-        assert f".venv/bin/codedistill eval humaneval --model {run} --out {PROFILE}/eval/{name}/humaneval " \
-            "--limit 20" in commands  # fmt: skip
+        out = f"--out {PROFILE}/eval/{name}"
+        expected += [
+            f"eval fidelity --model {run} --cache {PROFILE}/cache-validation {out}/fidelity.json",
+            f"eval humaneval --model {run} {out}/humaneval {problems} --limit 20",
+        ]
+    expected += [
+        f"eval latency --model teacher=bigcode/starcoder2-3b --cache {PROFILE}/cache-train "
+        + "".join(f"--model {name}={run} " for name, run in runs.items())
+        + f"--out {PROFILE}/eval/latency.json",
+        f"eval report --eval {PROFILE}/eval "
+        + "".join(f"--student {name}={run} " for name, run in runs.items())
+        + f"--cache {PROFILE}/cache-train --cache {PROFILE}/cache-validation --out {PROFILE}/report",
+    ]
+    assert make(trained, "eval", "report", "HUMANEVAL=--limit 20") == expected
 
 
-def test_the_demos_report_shows_the_proof_where_there_is_one(made):
-    proof = made / "artifacts/proof/proof.json"
-    proof.parent.mkdir()
-    proof.touch()
-    assert "--proof" not in make(made, "report")[-1]
-    shutil.copytree(made / PROFILE, made / "artifacts/demo")
-    (report,) = [line for line in make(made, "report", "PROFILE=demo") if " eval report " in line]
-    assert "--proof artifacts/proof/proof.json --out artifacts/demo/report" in report
+def test_on_a_machine_with_copied_caches_nothing_names_the_teacher(trained):
+    commands = make(trained, "student", "eval", "report", "CACHE=caches")
+    assert len(commands) == 2 + 3 * 2 + 2
+    assert not [command for command in commands if "starcoder2-3b" in command]
+    assert all("--cache caches/cache-" in command for command in commands if "humaneval" not in command and
+               "latency" not in command)  # fmt: skip
 
 
-def test_students_draft_for_their_teacher_only_where_it_is_at_hand(made):
-    assert not any(" eval draft " in command for command in make(made, "eval"))
-    teacher = made / "teachers" / "mine"
-    teacher.mkdir(parents=True)
-    (teacher / "config.json").touch()
-    commands = make(made, "eval", "TEACHER=teachers/mine", "DRAFT=--limit 2")
-    for name in ("student_kd", "student_ce", "cool"):
-        assert f".venv/bin/codedistill eval draft --teacher teachers/mine --cache {PROFILE}/cache-train " \
-            f"--student {PROFILE}/students/{name} --out {PROFILE}/eval/{name}/draft.json --limit 2" \
-            in commands  # fmt: skip
-    away = make(made, "eval", "TEACHER=teachers/mine", f"CACHE={PROFILE}")
-    assert not any(" eval draft " in command for command in away)
+def test_one_cache_alone_is_enough_to_train(folder):
+    touch(folder / "mine" / "manifest.json")
+    kd, _ = make(folder, "student", "CACHE=mine")
+    assert "--cache mine " in kd and "--validation" not in kd
+    touch(folder / "cache-validation" / "manifest.json")
+    assert "--cache mine --validation ./cache-validation " in make(folder, "student", "CACHE=mine")[0]
 
 
-def test_the_proof_has_caches_of_its_own_of_three_splits(made):
-    *builds, proof = [line for line in make(made, "proof") if "fetch-demo" not in line]
-    teacher = "artifacts/teachers/SmolLM2-135M-Instruct"
+def test_the_demos_report_shows_the_proof_where_there_is_one(folder):
+    touch(folder / "artifacts/proof/proof.json")
+    assert "--proof" not in make(folder, "report")[-1]
+    assert (
+        "--proof artifacts/proof/proof.json --out artifacts/demo/report" in make(folder, "report", "PROFILE=demo")[-1]
+    )
+
+
+def test_students_draft_for_their_teacher(trained):
+    commands = make(trained, "draft", "TEACHER=teachers/mine", "DRAFT=--limit 2")
+    assert commands == [
+        f"eval draft --teacher teachers/mine --cache {PROFILE}/cache-train --student {PROFILE}/students/{name} "
+        f"--out {PROFILE}/eval/{name}/draft.json --limit 2"
+        for name in ("student_kd", "student_ce", "cool")
+    ]
+
+
+def test_the_proof_has_caches_of_its_own_of_three_splits(folder):
+    fetch, *builds, proof = make(folder, "proof")
+    assert fetch == f"teacher fetch-demo --out {DEMO_TEACHER}"
     assert builds == [
-        f"{BUILD} --config stage1_teacher/configs/demo.toml --teacher {teacher} --split {split} "
+        f"teacher build --config stage1_teacher/configs/demo.toml --teacher {DEMO_TEACHER} --split {split} "
         f"--limit-docs {documents} --out artifacts/proof/cache-{split}"
         for split, documents in (("train", 200), ("validation", 40), ("test", 100))
     ]
     assert proof == (
-        f".venv/bin/codedistill student proof --config stage2_student/configs/proof.toml --jobs 2 --teacher {teacher} "
+        f"student proof --config stage2_student/configs/proof.toml --jobs 2 --teacher {DEMO_TEACHER} "
         "--out artifacts/proof --cache artifacts/proof/cache-train --validation artifacts/proof/cache-validation "
         "--test artifacts/proof/cache-test"
     )
+
+
+def test_an_unknown_profile_is_refused(folder):
+    done = subprocess.run(["make", "cache", "PROFILE=bogus"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert 'PROFILE must be demo, starcoder2 or auto, not "bogus"' in done.stderr

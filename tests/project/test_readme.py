@@ -1,31 +1,34 @@
-"""Every command in README.md is run here or by `.ci/run`, or stands in a section that says what it needs.
+"""Every command of the READMEs is run or parsed, and those of the quick start are run as a newcomer would."""
 
-Those of the cache tools, of sweeps and of comparing are parsed here, and run by the tests of the tools.
-"""
-
+import contextlib
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import time
+from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from shared.cache.reader import Cache
+from shared.cache import Cache
 from shared.cli import codedistill
 from shared.files import read_json
 from tests.support.hub_contents import mbpp_row, starcoder2
-from tests.support.readme import README, REPOSITORY, SECTIONS, commands_of
+from tests.support.readme import READMES, REPOSITORY, SECTIONS, blocks_of, commands_of
 
-RUN_HERE = ("Step by step", "Bring your own teacher and data")
-# What these do is tested under tests/shared, tests/stage1_teacher and tests/stage2_student.
-PARSED_HERE = ("Cache tools", "Sweeps", "Compare and trace")
-RUN_BY_CI = ("all", "check", "test")  # `make check` runs `make test`
+QUICK_START = (".", "Your own teacher and data")
+SLURM = ("stage1_teacher", "Several GPUs and Slurm")
+LAUNCHERS = ("srun", "torchrun")
+OTHERS = ("rsync", "trap", "wait", "pip", "hf")
+LINKS = [(folder, link) for folder, text in READMES.items() for link in re.findall(r"\]\(([^)#]+)\)", text)]
 
 
+@mock.patch.object(click.Path, "convert", lambda self, value, *_: Path(value))  # the files need not be there
 def parse(words):
     """Hold a command's options to be known and well-formed, as click does before it runs anything."""
     context = click.Context(codedistill, info_name=words[0])
@@ -47,41 +50,40 @@ def dry_run(words):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("section", [title for title in SECTIONS if commands_of(title)])
-def test_every_command_is_accounted_for(section):
-    needs = re.search(r"^Needs: ", SECTIONS[section], re.MULTILINE)
+@pytest.mark.parametrize("section", [section for section in SECTIONS if commands_of(section)], ids=" ".join)
+def test_every_command_is_well_formed(section):
     for words in commands_of(section):
-        if section in RUN_HERE:
-            assert words[0] == "codedistill"  # and the tests below run it
-            continue
-        if section in PARSED_HERE:
-            parse(words)
-            continue
+        if words[0] in LAUNCHERS:
+            words = words[words.index("codedistill") : words.index("&") if "&" in words else None]
         if words[0] == "make":
             dry_run(words)
-            assert needs or words[1] in RUN_BY_CI
+        elif words[0] == "codedistill":
+            parse(words)
         else:
-            assert needs, words
-            assert words[0] in ("codedistill", "rsync", "srun", "trap", "wait")
-            if words[0] == "srun":
-                module, *rest = words[words.index("-m") + 1 : words.index("&")]
-                words = ["codedistill", {"stage1_teacher": "teacher", "stage2_student": "student"}[module], *rest]
-            if words[0] == "codedistill":
-                parse(words)
+            assert words[0] in OTHERS, words
 
 
 def test_every_block_is_checked_and_so_is_every_make_command_in_the_text():
-    assert README.count("```bash") == sum(text.count("```bash") for text in SECTIONS.values())
-    assert set(re.findall(r"^```(.*)$", README, re.MULTILINE)) == {"", "bash"}
-    for command in re.findall(r"`(?:\w+=\S+ )?(make [^`]*)`", README):
-        dry_run(shlex.split(command))
+    known = {"bash", "python", "text", "toml", "mermaid"}
+    for folder, readme in READMES.items():
+        blocks = re.findall(r"^```(.*)$", readme, re.MULTILINE)
+        assert set(blocks[::2]) <= known and set(blocks[1::2]) <= {""}
+        in_sections = sum(text.count("```bash") for (where, _), text in SECTIONS.items() if where == folder)
+        assert readme.count("```bash") == in_sections
+        for command in re.findall(r"`(?:\w+=\S+ )?(make [^`]*)`", readme):
+            dry_run(shlex.split(command))
     steps = [line for line in (REPOSITORY / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
     assert steps == ["make check", "make all PROFILE=demo"]
 
 
+@pytest.mark.parametrize(("folder", "link"), [pair for pair in LINKS if "://" not in pair[1]])
+def test_links_lead_to_files(folder, link):
+    assert (REPOSITORY / folder / link).exists()
+
+
 def test_the_batch_script_passes_the_signal_on_and_requeues_after_its_processes(tmp_path):
     """With stand-ins for Slurm's commands, which write what they were called for."""
-    script = re.search(r"^```bash\n(#!/bin/bash\n.*?)^```$", SECTIONS["Slurm"], re.MULTILINE | re.DOTALL)[1]
+    (script,) = [block for block in blocks_of(SLURM, "bash") if block.startswith("#!/bin/bash")]
     (tmp_path / "job").write_text(script)
     stand_ins = {
         "srun": "trap 'sleep 0.3; echo ended >> log; exit 1' TERM; echo $$ > pid; while :; do sleep 0.1; done",
@@ -102,49 +104,52 @@ def test_the_batch_script_passes_the_signal_on_and_requeues_after_its_processes(
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A new user's folder: a tiny teacher where the README puts the demo's, MBPP, and a file of their own."""
+    """A new user's folder: a tiny teacher and files of their own."""
     folder = tmp_path_factory.mktemp("workplace")
-    teacher = folder / "artifacts" / "teachers" / "demo"
-    teacher.mkdir(parents=True)
-    starcoder2(teacher)
-    rows = [mbpp_row(i) for i in (*range(511, 517), *range(601, 625))]
-    (folder / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, numbers in (("mine.jsonl", range(30)), ("heldout.jsonl", range(30, 35))):
-        own = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}."} for i in numbers]
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in own))
+    (folder / "TEACHER").mkdir()
+    starcoder2(folder / "TEACHER")
+    rows = [{"prompt": f"What is {i} + 1?\n", "completion": f"It is {i + 1}."} for i in range(30)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mbpp = [mbpp_row(i) for i in (*range(511, 517), *range(601, 625))]
+    (folder / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mbpp))
     return folder
 
 
-def run_section(section, folder, monkeypatch, *, instead):
-    """Run a section's commands in order, in this process; `instead` exchanges whole words and adds options."""
-    monkeypatch.chdir(folder)
+def run(words):
+    result = CliRunner().invoke(codedistill, words)
+    assert result.exit_code == 0, (words, result.output, result.exception)
+
+
+def test_the_quick_start(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    for words in commands_of(section):
-        words = [instead.get(word, word) for word in words[1:]] + instead.get(" ".join(words[1:3]), [])
-        if words[:2] == ["teacher", "fetch-demo"]:  # needs the registry: `.ci/run` has it
-            parse(["codedistill", *words])
-            assert (folder / words[3] / "model.safetensors").exists()
-            continue
-        result = CliRunner().invoke(codedistill, words)
-        assert result.exit_code == 0, (words, result.output, result.exception)
+    for words in commands_of(QUICK_START):
+        run(words[1:] + (["--limit=2", "--max-new-tokens=4"] if "humaneval" in words else []))
+    assert Cache("caches/mine").num_documents == 30
+    (program,) = blocks_of(QUICK_START, "python")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(program, "README.md", "exec"), {})
+    lines = printed.getvalue().splitlines()
+    probabilities = [float(line.split()[-1]) for line in lines[:5]]
+    assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1.001
+    assert lines[5].startswith("def add(a, b):")
 
 
-def test_step_by_step(workplace, monkeypatch):
-    brief = {"eval humaneval": ["--limit=2", "--max-new-tokens=4"], "eval draft": ["--limit=2", "--new-tokens=4"]}
-    run_section("Step by step", workplace, monkeypatch, instead=brief)
-    artifacts = workplace / "artifacts"
-    assert [Cache(artifacts / "caches" / name).num_documents for name in ("mbpp-train", "mbpp-validation")] == [24, 6]
-    report = read_json(artifacts / "report" / "report.json")
-    assert list(report["models"]) == ["teacher", "kd", "ce"]
-
-
-def test_bring_your_own_teacher_and_data(workplace, monkeypatch):
-    run_section(
-        "Bring your own teacher and data", workplace, monkeypatch, instead={"DIR_OR_ID": "artifacts/teachers/demo"}
-    )
-    assert Cache(workplace / "caches" / "mine").num_documents == 30
-    assert read_json(workplace / "eval/mine/fidelity.json")["seen_in_training"] is False
-    from transformers import AutoModelForCausalLM
-
-    exported = AutoModelForCausalLM.from_pretrained(workplace / "exported" / "mine")
-    assert exported.config.vocab_size == Cache(workplace / "caches" / "mine").tokenizer_size
+def test_mbpps_own_file_becomes_two_caches_and_a_report(workplace, monkeypatch):
+    """The Makefile's steps by hand: two splits of MBPP, a student and its baseline, and the report of all three."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    build = ["teacher", "build", "--teacher", "TEACHER", "--dataset", "mbpp.jsonl"]
+    for split in ("train", "validation"):
+        run([*build, "--split", split, "--out", f"caches/{split}"])
+    assert [Cache(f"caches/{split}").num_documents for split in ("train", "validation")] == [24, 6]
+    for name, alpha in (("kd", 0.7), ("ce", 0)):
+        train = ["student", "train", "--cache", "caches/train", "--preset", "tiny", "--set", "max_steps=2"]
+        run([*train, "--out", f"runs/{name}", "--set", f"alpha={alpha}"])
+    for name, model in (("teacher", "TEACHER"), ("kd", "runs/kd"), ("ce", "runs/ce")):
+        fidelity = ["eval", "fidelity", "--model", model, "--cache", "caches/validation"]
+        run([*fidelity, "--out", f"measured/{name}/fidelity.json"])
+    students = ["--student", "kd=runs/kd", "--student", "ce=runs/ce"]
+    run(["eval", "report", "--eval", "measured", *students, "--cache", "caches/train", "--out", "report"])
+    assert list(read_json(workplace / "report" / "report.json")["models"]) == ["teacher", "kd", "ce"]

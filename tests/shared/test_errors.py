@@ -10,7 +10,8 @@ def test_require_raises_the_error_named_with_all_its_parts():
     with pytest.raises(ConfigError) as caught:
         require(False, "two and two", where="sum", expected=4, got=5, fix="count again")
     assert str(caught.value) == "two and two; where: sum; expected: 4; got: 5; fix: count again"
-    with pytest.raises(CacheFormatError, match="^no shard$"):
+    assert caught.value.for_terminal() == "two and two\n  where: sum\n  expected: 4\n  got: 5\n  fix: count again"
+    with pytest.raises(CacheFormatError, match=r"^no shard$"):
         require([], "no shard", error=CacheFormatError)
 
 

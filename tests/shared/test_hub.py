@@ -17,7 +17,7 @@ from shared.cache.verify import verify_cache
 from tests.support.hub_contents import HUMANEVAL, MBPP, TEACHER, humaneval, mbpp, starcoder2
 from tests.support.loopback_hub import Repository
 
-PROGRAM = "from shared.cli import main; main()"
+PROGRAM = "from shared.__main__ import main; main()"
 
 
 def run(environment, *arguments, code=0, program=PROGRAM):

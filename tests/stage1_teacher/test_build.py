@@ -341,7 +341,7 @@ def test_a_damaged_finished_cache_is_found_and_mended_by_the_same_build(teacher,
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    program = [sys.executable, "-c", "from shared.cli import main; main()", "cache", "verify", str(out)]
+    program = [sys.executable, "-c", "from shared.__main__ import main; main()", "cache", "verify", str(out)]
     result = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert "shard-00001.h5: SHA-256" in result.stdout

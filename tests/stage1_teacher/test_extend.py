@@ -14,7 +14,7 @@ from shared.cache.verify import verify_cache
 from shared.errors import CacheMismatchError, ResumeError
 from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
 
-PROGRAM = [sys.executable, "-c", "from shared.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from shared.__main__ import main; main()"]
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shared.batching import plan_batches
 from shared.cache.format import Array
 from shared.cache.reader import Cache
-from shared.errors import CacheMismatchError, ConfigError
+from shared.errors import CacheMismatchError
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
 from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
 from shared.eval.models import describe_model, dtype_name, load_model
@@ -78,12 +78,11 @@ def evaluate_fidelity(
     """
     start = time.monotonic()
     cache = Cache(cache_dir)
+    cache.require_targets()
     model = _load(model_dir, dtype, cache)
     teacher = _load(teacher_dir, dtype, cache) if teacher_dir else None
     sums = score_cache(model, cache, batch_tokens=batch_tokens, teacher=teacher)
     num_targets = int(sums.columns["targets"].sum())
-    if num_targets == 0:
-        raise ConfigError("the cache has no targets to score", where=cache_dir)
     metas = [cache.meta(doc) for doc in range(cache.num_documents)]
     sums.columns["target_bytes"] = np.array([meta.get("target_bytes", math.nan) for meta in metas], np.float64)
     figures, intervals = summarise(sums)
@@ -143,11 +142,7 @@ def _seen_in_training(model_dir: Path, cache: Cache) -> bool:
     record = next((record for record in records if record.is_file()), None)
     if record is None:
         return False
-    trained_on = read_json(record).get("caches", [])
-    shards = {digest for part in trained_on for digest in part["shards"].values()}
-    sources = {source["digest"] for part in trained_on for source in part["sources"]}
-    ours = {entry["sha256"] for name, entry in cache.manifest["files"].items() if name.endswith(".h5")}
-    seen = bool(shards & ours or sources & {source.get("digest") for source in cache.manifest["sources"]})
+    seen = cache.shares_data(read_json(record).get("caches", []))
     if seen:
         log(f"warning: {model_dir} was trained on documents of {cache.path}: these are no held-out figures")
     return seen

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from shared.errors import ConfigError
 from shared.eval.fidelity.measure import evaluate_fidelity
 from stage2_student.cli import student
 from tests.support.student_cache import make_cache
+from tests.support.wandb_records import records
 
 COMMAND = [sys.executable, "-m", "stage2_student", "sweep"]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {
@@ -81,24 +81,12 @@ def processes_naming(folder):
 
 def wandb_runs(folder):
     """Of each run recorded offline: its group and the exit code it ended with, by its name."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     found = {}
-    for path in folder.glob("wandb/offline-run-*/run-*.wandb"):
-        data, at, whole, run, code = path.read_bytes(), 7, b"", None, None
-        while at + 7 <= len(data):  # LevelDB's log: blocks of 32 KiB; checksum, length and kind before each piece
-            left = 32768 - at % 32768
-            if left < 7:
-                at += left
-                continue
-            length, kind = struct.unpack_from("<HB", data, at + 4)
-            whole, at = whole + data[at + 7 : at + 7 + length], at + 7 + length
-            if kind in (1, 4):  # whole, or the last piece
-                record, whole = Record.FromString(whole), b""
-                run = record.run if record.HasField("run") else run
-                code = record.exit.exit_code if record.HasField("exit") else code
-        assert run.display_name not in found
-        found[run.display_name] = (run.run_group, code)
+    for run in records(folder):
+        (described, *_) = (record.run for record in run if record.HasField("run"))
+        code = next((record.exit.exit_code for record in run if record.HasField("exit")), None)
+        assert described.display_name not in found
+        found[described.display_name] = (described.run_group, code)
     return found
 
 
