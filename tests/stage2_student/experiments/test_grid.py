@@ -9,6 +9,7 @@ from shared.errors import ConfigError
 from stage2_student.experiments.grid import read_experiment, to_toml
 from stage2_student.experiments.report import rank_rows, run_plot, run_table
 from stage2_student.experiments.runner import Row, job_environment
+from tests.support.readme import blocks_of
 
 
 @pytest.fixture
@@ -105,6 +106,11 @@ def test_each_variant_has_the_whole_grid(grid):
     assert runs[4].swept == {"variant": "ghost", "learning_rate": 1e-3, "seed": 1}
     assert runs[4].setting == runs[5].setting == "ghost,learning_rate=0.001"
     assert [run.name for run in grid("[[variant]]\nname = 'ghost'\n")] == ["ghost"]
+
+
+def test_the_readmes_grid_is_one(grid):
+    (text,) = blocks_of(("stage2_student", "Sweeps"), "toml")
+    assert len(grid(text)) == 3 * 2 * 3 + 1
 
 
 def row(name, nll, kl, **swept):
