@@ -60,7 +60,7 @@ def _open(*paths: Path) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def student() -> None:
-    """Stage 2: train and export students from a cache."""
+    """Stage 2: train and export students."""
 
 
 @student.command(cls=GroupedCommand, groups={
@@ -149,7 +149,7 @@ def sweep(
     init_from: Path | None,
     jobs: int,
 ) -> None:
-    """Train the students of a grid and compare them.
+    """Train and compare the students of a grid.
 
     The grid is a training config (keys of `train --set`) with any of these tables. Every combination of the lists in
     [grid] is one student. Each [[variant]] repeats the grid with its own settings. Each [[run]] is one more student.
