@@ -44,10 +44,10 @@ class StudentConfig:
         alpha: weight of the distillation term; the rest is cross-entropy. 0 reads no soft labels.
         temperature: T of the distillation term, one of the cache's grid.
         loss: `ghost` keeps the teacher's tail as one bucket beside the K ids; `truncated` drops it (biased); `sampled`
-            uses the cache's samples of the full distribution alone, `hybrid` the K ids and its samples of the tail;
+            uses only the cache's samples of the full distribution, `hybrid` the K ids and samples of the tail;
             `dense` uses the teacher's full distribution at T = 1, which `student proof` writes to a file.
         divergence: of teacher p and student q: `forward` KL(p‖q), `reverse` KL(q‖p), `jsd`, or against their mixture m
-            `skewed-forward` KL(p‖m) and `skewed-reverse` KL(q‖m). `sampled` and `hybrid` have the forward one alone.
+            `skewed-forward` KL(p‖m) and `skewed-reverse` KL(q‖m). `sampled` and `hybrid` have only the forward one.
         beta: the teacher's share of the mixture in `jsd`, which is beta·KL(p‖m) + (1 − beta)·KL(q‖m).
         skew: the teacher's share of the mixture in the skewed divergences.
         k: use the best k entries of each row, the others' mass joins the tail; 0 uses all that the cache holds.
@@ -58,7 +58,7 @@ class StudentConfig:
         num_train_epochs: passes over the cache's documents, each packed anew; the last may be a part of one.
         validation_fraction: without a validation cache, the share of the documents of each cache that is held out.
         max_steps: optimizer steps; above 0 it wins over `num_train_epochs`.
-        eval_steps, save_steps: 0 evaluates, or saves, at the end alone.
+        eval_steps, save_steps: 0 evaluates, or saves, only at the end.
         save_total_limit: complete checkpoints kept.
         bf16: mixed precision; weights and optimizer stay in float32.
         seed: initial weights, data order and held-out documents.

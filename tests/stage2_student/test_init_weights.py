@@ -84,7 +84,7 @@ def test_a_student_of_any_size(first):
     [
         ({"num_attention_heads": 5}, "a multiple of 2 x num_attention_heads = 10"),
         ({"num_key_value_heads": 2}, "a divisor of num_attention_heads = 3"),
-        ({"num_hidden_layers": 0}, "a size must be positive"),
+        ({"num_hidden_layers": 0}, "GPTConfig.num_hidden_layers; expected: above 0; got: 0"),
         ({"max_position_embeddings": 47}, "at most max_position_embeddings = 47"),
         ({"hidden_size": 24.5}, "StudentConfig.hidden_size"),
         ({"vocab_size": 99}, "vocabulary is the cache's"),
