@@ -43,7 +43,7 @@ class BatchTokens(click.ParamType[int | str]):
 
 
 def _split_weights(caches: tuple[tuple[Path, float | None], ...]) -> tuple[list[Path], list[float] | None]:
-    """Paths and weights; all caches have one or none has."""
+    """Paths, and weights if the caches have them: all or none."""
     weights = [weight for _, weight in caches if weight is not None]
     if weights and len(weights) < len(caches):
         raise click.UsageError("some caches have a weight and some have none; give all of them one, as CACHE:WEIGHT")

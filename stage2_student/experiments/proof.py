@@ -71,8 +71,8 @@ def prove(
     with locked(out):
         searched = _train(Runner(searching, out / "search", inputs, jobs=jobs, group=out.resolve().name), teacher)
         chosen = choose(experiment, searched)
-        log("chosen: " + "; ".join(f"{variant} {values}" for variant, values in chosen.items()))
         confirming = experiment.confirming_runs(chosen, BEST_EPOCH)
+        log("chosen: " + "; ".join(dict.fromkeys(run.setting for run in confirming)))
         runs = _train(Runner(confirming, out / "final", inputs, jobs=jobs, scored_on=test, known=known,
                              group=out.resolve().name), teacher)  # fmt: skip
         (out / "teacher-logprobs.npy").unlink(missing_ok=True)

@@ -132,6 +132,9 @@ class Runner:
         self._scored_on = scored_on
         self.rows: list[Row] = []
         for run in runs:
+            if run.config.loss == "dense" and not inputs.teacher_logprobs:
+                fix = "`student proof --teacher DIR`"
+                raise ConfigError("loss=dense needs the teacher's full distribution", where=run.name, fix=fix)
             try:
                 task = check(
                     run.config, inputs.caches, out / run.name, inputs.weights, inputs.validation, inputs.init_from

@@ -155,12 +155,12 @@ def test_a_finished_run_is_up_to_date(finished, caches):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
-def test_the_twin_without_soft_labels_starts_from_the_same_weights(finished, caches, tmp_path):
-    assert run_here(arguments(caches / "train", tmp_path / "twin", caches / "validation", alpha=0)) is None
-    ours, twin = (json.loads((out / "run.json").read_text()) for out in (finished, tmp_path / "twin"))
-    assert ours["initial_weights_sha256"] == twin["initial_weights_sha256"]
-    assert ours["data"] == twin["data"]
-    log = log_of(tmp_path / "twin")
+def test_the_baseline_without_soft_labels_starts_from_the_same_weights(finished, caches, tmp_path):
+    assert run_here(arguments(caches / "train", tmp_path / "baseline", caches / "validation", alpha=0)) is None
+    ours, baseline = (json.loads((out / "run.json").read_text()) for out in (finished, tmp_path / "baseline"))
+    assert ours["initial_weights_sha256"] == baseline["initial_weights_sha256"]
+    assert ours["data"] == baseline["data"]
+    log = log_of(tmp_path / "baseline")
     assert [line["step"] for line in log] == [line["step"] for line in log_of(finished)]
     assert not any("kd" in line for line in log)  # training read nothing that it could be measured by
     assert all(line["eval_kd"] > 0 for line in log if "eval_kd" in line)

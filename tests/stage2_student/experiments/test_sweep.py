@@ -177,6 +177,7 @@ def test_a_signal_ends_the_sweep_and_its_processes(caches, tmp_path, number, cod
         ("k = 7", "k at most 6"),
         ('lr_scheduler_type = "zigzag"', "zigzag"),
         ('loss = "sampled"', "needs sampled targets"),
+        ('loss = "dense"', "needs the teacher's full distribution"),
     ],
 )
 def test_a_run_that_does_not_fit_the_cache_is_refused_before_any_is_trained(caches, tmp_path, change, words):
