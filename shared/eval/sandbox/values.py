@@ -420,6 +420,7 @@ class Decoder:
         number = self.table.next_number
         self.table.next_number += 1
         self.table.objects[number] = _UNFINISHED
+        value: Any
         if tag == b"x":
             (form,) = self._unpack("c")
             value = self._proxy(number, form, *(self._value(depth) for _ in range(3)))
@@ -501,9 +502,12 @@ class Decoder:
                     base.__setitem__(value, items[i], items[i + 1])
             elif base is list:
                 list.__setitem__(value, slice(None), items)
+            elif base is set:
+                set.clear(value)
+                set.update(value, items)
             else:
-                base.clear(value)
-                (set.update if base is set else collections.deque.extend)(value, items)
+                collections.deque.clear(value)
+                collections.deque.extend(value, items)
         if self.table.class_name(type(value)) is not None:
             items = self._items(depth)
             _set_attributes(value, dict(zip(items[::2], items[1::2], strict=True)))
@@ -533,7 +537,10 @@ def _base(kind: type, among: Mapping[type, Any]) -> type | None:
 
 def _type_name(value: Any) -> str | None:
     """The name of a builtin type; not of a class that says it is one."""
-    return value.__name__ if type(value) is type and _TYPES.get(value.__name__) is value else None
+    if type(value) is not type:
+        return None
+    name = str(value.__name__)
+    return name if _TYPES.get(name) is value else None
 
 
 def _attributes(value: Any) -> dict[str, Any]:
