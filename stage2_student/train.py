@@ -196,10 +196,12 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
     if config.save_steps:
         for step in range(config.save_steps, len(blocks) // _blocks_per_step(config) + 1, config.save_steps):
             require_no_file(out / f"checkpoint-{step}")
+    embeddings = model.model.embed_tokens.weight.numel() / num_parameters  # the output head is the same tensor
     waste = 1 - blocks.num_rows * blocks.num_epochs / (blocks.num_blocks * config.block_size)
     log(
-        f"student {config.preset}: {num_parameters:,} parameters; {blocks.num_rows:,} rows x {blocks.num_epochs:.4g} "
-        f"epochs in {blocks.num_blocks:,} blocks of {config.block_size} ({waste:.1%} padding)"
+        f"student {config.preset}: {num_parameters:,} parameters ({embeddings:.0%} in embeddings); "
+        f"{blocks.num_rows:,} rows x {blocks.num_epochs:.4g} epochs in {blocks.num_blocks:,} blocks of "
+        f"{config.block_size} ({waste:.1%} padding)"
     )
     record["data"] = {
         "rows_per_epoch": blocks.num_rows,

@@ -86,6 +86,13 @@ def num_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def embedding_share(model: Any) -> float:
+    """The share of the parameters that lies in the token embeddings and the output head, tied ones once."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    sizes: dict[Any, int] = {weight: weight.numel() for layer in layers if layer for weight in layer.parameters()}
+    return sum(sizes.values()) / num_parameters(model)
+
+
 def weight_bytes(directory: Path) -> int:
     """Size of a model's weight files on disk; a run's checkpoints do not count."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
@@ -97,6 +104,7 @@ def describe_model(model: Any, directory: Path) -> dict[str, Any]:
         "path": str(directory),
         "commit": hub_commit(directory),
         "parameters": num_parameters(model),
+        "embedding_share": embedding_share(model),
         "bytes": weight_bytes(directory),
         "dtype": dtype_name(model),
     }

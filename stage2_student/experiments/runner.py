@@ -19,7 +19,7 @@ import torch
 from shared.errors import ConfigError, DistillError, ResumeError
 from shared.files import read_json, sha256_file, write_bytes, write_json
 from shared.model.gpt import GPTConfig
-from shared.process import Terminated, log, world_size
+from shared.process import Terminated, log, own_command, world_size
 from stage2_student.experiments.grid import Member, read_grid, to_toml
 from stage2_student.experiments.report import plot, rank_rows, table
 from stage2_student.experiments.score import score
@@ -133,7 +133,7 @@ class Sweep:
         number = self.members.index(member) + 1
         log_file = Path(f"{self.out / member.name}.log")
         log(f"{member.name}: training, {number} of {len(self.members)}; log: {log_file}")
-        command = [sys.executable, "-m", "stage2_student", "train", f"--out={self.out / member.name}", *self._options]
+        command = own_command("student", "train", f"--out={self.out / member.name}", *self._options)
         command += [f"--set={key}={to_toml(value)}" for key, value in member.settings.items()]
         with log_file.open("ab") as file:
             start = file.tell()

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.errors import CacheFormatError, ConfigError, DistillError, ResumeError
+from shared.process import own_command
 from stage1_teacher.cli import teacher as command
 
 VOCABULARY, WIDTH = 300, 304
@@ -366,7 +367,7 @@ def test_a_killed_and_resumed_build_is_one_wandb_run(teacher, rows, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"WANDB_MODE": "offline", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     arguments = ["--teacher", teacher, "--dataset", rows, "--out", out, "--dtype", "float32", "--shard-tokens", 60]
-    command = [sys.executable, "-m", "stage1_teacher", "build", *map(str, arguments)]
+    command = own_command("teacher", "build", *map(str, arguments))
 
     def ids():
         return [path.name.rpartition("-")[2] for path in sorted(out.parent.glob("wandb/offline-run-*"))]

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from shared.process import own_command
 from stage1_teacher import pipeline
 from stage1_teacher.cli import teacher as command
 from tests.support import hub_contents
@@ -53,7 +54,7 @@ def contents(out):
 
 def torchrun(arguments, out, num_processes, **options):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    command = [*launcher, "-m", "stage1_teacher", *arguments, "--out", str(out)]
+    command = [*launcher, "--no-python", *own_command("teacher", *arguments, "--out", str(out))]
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **options)
 
 

@@ -25,7 +25,7 @@ def partition_rows(
 ) -> tuple[Tensor, Tensor]:
     """Compare rows with the teacher's K+1 partition at T=1.
 
-    The student's tail is a logsumexp over all ids outside the row (LOSSES: never 1 − Σq, which errs by 1 % at a tail of
+    The student's tail is a logsumexp over all ids outside the row (never 1 − Σq, which errs by 1 % at a tail of
     1e-4). Where the teacher has no tail, the reverse KL leaves the bucket out.
 
     Args:

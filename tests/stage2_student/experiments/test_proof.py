@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from click.testing import CliRunner
 
 from shared.errors import CacheMismatchError, ConfigError, ResumeError
 from shared.files import read_json
+from shared.process import own_command
 from stage1_teacher.cli import teacher as teacher_command
 from stage2_student.experiments.proof import prove
 from stage2_student.experiments.proof_plan import read_plan
@@ -72,7 +72,7 @@ def arguments(made):
 
 def start(made):
     plan, train, validation, test, out = map(str, arguments(made))
-    command = [sys.executable, "-m", "stage2_student", "proof", "--cache", train, "--validation", validation]
+    command = own_command("student", "proof", "--cache", train, "--validation", validation)
     command += ["--test", test, "--config", plan, "--teacher", str(made / "teacher"), "--out", out]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
