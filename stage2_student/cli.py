@@ -212,7 +212,7 @@ def export(run: Path, out: Path, repo_id: str | None, private: bool) -> None:
     uploads the directory, weights as safetensors alone, and prints the repository's URL; the repository is made where
     there is none.
     """
-    from stage2_student.push import push, require_repository
+    from shared.hub import push, require_repository
 
     if private and repo_id is None:
         raise click.UsageError("--private needs --push-to-hub")

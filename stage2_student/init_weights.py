@@ -7,8 +7,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared.cache.reader import Cache
+from shared.checkpoints import weight_files, weights_sha256
 from shared.errors import CacheMismatchError, ConfigError
-from shared.files import read_json, sha256_file, sha256_json
+from shared.files import read_json, sha256_file
 from shared.model.gpt import GPT, GPTConfig
 from shared.tokenizer import load_tokenizer, tokenizer_digest
 
@@ -54,8 +55,7 @@ class Start:
         self._file_of = _find_tensors(directory)
         _require_shapes(directory, self._file_of, sizes)
         files = sorted(set(self._file_of.values()))
-        digests = [sha256_file(file) for file in files]
-        self.weights_sha256 = digests[0] if len(digests) == 1 else sha256_json(digests)
+        self.weights_sha256 = weights_sha256([sha256_file(file) for file in files])
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` records."""
@@ -122,9 +122,8 @@ def _require_architecture(directory: Path, sizes: GPTConfig) -> None:
 
 def _find_tensors(directory: Path) -> dict[str, Path]:
     """The file of each tensor, by name."""
-    index = directory / "model.safetensors.index.json"  # of weights in several files
     found: dict[str, Path] = {}
-    for file in sorted(directory.glob("model-*.safetensors")) if index.exists() else [directory / "model.safetensors"]:
+    for file in weight_files(directory):
         try:
             with safe_open(file, framework="pt") as tensors:
                 found |= dict.fromkeys(tensors.keys(), file)

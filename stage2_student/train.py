@@ -21,6 +21,7 @@ from shared import tracking
 from shared.cache.identity import require_same
 from shared.cache.lock import Claim
 from shared.cache.reader import DECODED_BYTES, Cache
+from shared.checkpoints import WEIGHTS
 from shared.config import to_dict
 from shared.distributed import agree, joined
 from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
@@ -46,7 +47,6 @@ from stage2_student.init_weights import Start
 from stage2_student.memory import announce, fit_micro_batch
 from stage2_student.trainer import DistillTrainer, RunRecorder, StopEarly, StopOnSignal
 
-WEIGHTS = "model.safetensors"
 # May change between a kill and the resume without changing what is learnt.
 FREE_ON_RESUME = (
     "eval_steps", "save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers",

@@ -23,9 +23,9 @@ import torch
 from shared.cache.identity import require_same
 from shared.cache.lock import Claim
 from shared.cache.reader import Cache
+from shared.checkpoints import model_digest
 from shared.config import to_dict
 from shared.errors import ConfigError, DistillError, ResumeError
-from shared.eval.models import model_digest
 from shared.files import read_json, write_bytes, write_json
 from shared.process import log
 from shared.tokenizer import load_tokenizer
