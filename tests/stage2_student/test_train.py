@@ -185,6 +185,32 @@ def test_killed_and_run_again_equals_an_uninterrupted_run(finished, caches, tmp_
     assert not (out / ".run.json.tmp-1").exists()
 
 
+def test_epochs_of_the_data_set_are_evaluated_and_saved_and_a_resume_changes_nothing(caches, tmp_path):
+    changes = {
+        "max_steps": -1, "num_train_epochs": 5, "eval_steps": 0, "save_steps": 0, "eval_strategy": "epoch",
+        "save_strategy": "epoch", "save_total_limit": 9, "load_best_model_at_end": True, "metric_for_best_model": "ce",
+        "greater_is_better": False, "learning_rate": 0.02,
+    }  # fmt: skip
+    whole = tmp_path / "whole"
+    said = run(arguments(caches / "train", whole, caches / "validation", **changes)).stderr
+    assert "5 epochs in 20 blocks" in said
+    evaluated = {line["step"]: line["eval_ce"] for line in log_of(whole) if "eval_ce" in line}
+    assert list(evaluated) == [2, 4, 6, 8, 10]
+    assert {path.name for path in whole.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in evaluated}
+    best = min(evaluated, key=evaluated.get)
+    saved = load_file(whole / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in load_file(whole / "model.safetensors").items())
+    assert json.loads((whole / "run.json").read_text())["metrics"]["eval_ce"] == evaluated[best]
+
+    for signal_number, expected in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        out = tmp_path / signal_number.name
+        command = arguments(caches / "train", out, caches / "validation", **changes)
+        code, errors = stop_when(command, (out / "checkpoint-2" / "COMPLETE").exists, signal_number)
+        assert code == expected, errors
+        assert "continuing from" in run(command).stderr
+        same_student(whole, out)
+
+
 def test_a_checkpoint_without_its_marker_is_set_aside_and_the_one_before_used(finished, caches, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)

@@ -139,7 +139,7 @@ def write_proof(root: Path) -> Path:
         }  # fmt: skip
 
     return write(root / "proof" / "proof.json", {
-        "arms": [arm("cross-entropy", "ce", 5.331, None, 0), arm("ghost K=64", "ghost", 5.082, -0.249, 0.021),
+        "variants": [arm("cross-entropy", "ce", 5.331, None, 0), arm("ghost K=64", "ghost", 5.082, -0.249, 0.021),
                  arm("label smoothing", "ce", 5.342, 0.011, 0.018),
                  arm("truncated K=64", "truncated", 5.404, 0.073, 0.03)],
         "summary": ["Over five paired seeds, ghost K=64 has a test NLL 0.249 nats per token below cross-entropy."],
