@@ -1,13 +1,21 @@
-"""Durable files and strict JSON."""
+"""Durable files and folders, and strict JSON."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from shared.errors import ConfigError
+
+_SCRATCH = ".tmp-"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -15,17 +23,78 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     Temporary name in the same folder → fsync → rename → folder fsync.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    replace_files(path.parent, {path.name: data})
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes | None]) -> None:
+    """Replace files that belong together; None removes one.
+
+    All new files are durable under temporary names before any old one is touched. Of several, the last says that the
+    others are whole: it is removed first and comes back last, so it never stands beside others' content.
+    """
+    temporary = {name: folder / f".{name}.tmp-{os.getpid()}" for name, data in files.items() if data is not None}
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for name, path in temporary.items():
+            with path.open("wb") as file:
+                file.write(files[name] or b"")
+                file.flush()
+                os.fsync(file.fileno())
+        removed = [name for name, data in files.items() if data is None]
+        if len(files) > 1:
+            removed.insert(0, list(files)[-1])
+        for name in removed:
+            (folder / name).unlink(missing_ok=True)
+        for name, path in temporary.items():
+            path.replace(folder / name)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    fsync_directory(folder)
+
+
+@contextlib.contextmanager
+def publish_folder(out: Path) -> Iterator[Path]:
+    """A new folder that stands at `out` once the block ends, whole, also after a power cut; or not at all.
+
+    The folder is made beside `out`, in a scratch folder (its parent) that the block may use too and that is removed
+    either way. What killed processes of this machine left beside `out` is removed first.
+
+    Raises:
+        OSError: `out` is there and is no empty folder.
+    """
+    remove_abandoned(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}{_SCRATCH}{platform.node()}-{os.getpid()}-"
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    try:
+        folder = scratch / out.name
+        folder.mkdir()
+        yield folder
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                with Path(parent, name).open("rb") as file:
+                    os.fsync(file.fileno())
+            fsync_directory(Path(parent))
+        folder.rename(out)
+        fsync_directory(out.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove the scratch folders that killed processes of this machine left in a folder (see `publish_folder`)."""
+    own = re.compile(rf"\..+{re.escape(f'{_SCRATCH}{platform.node()}')}-(\d+)-[^-]+")
+    for path in parent.iterdir() if parent.is_dir() else ():
+        found = own.fullmatch(path.name)
+        if found is None:
+            continue
+        try:
+            os.kill(int(found[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (PermissionError, OverflowError):
+            pass  # another user's process, or no number of a process
 
 
 def fsync_directory(path: Path) -> None:

@@ -23,19 +23,29 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if _launched() else 0
 
 
+def is_main_process() -> bool:
+    """Whether this process writes what its job shares: rank 0."""
+    return rank() == 0
+
+
 def _launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
 def log(message: str) -> None:
-    """One line to standard error, from rank 0 alone."""
-    if rank() == 0:
+    """One line to standard error; other ranks than 0 stay silent."""
+    if is_main_process():
         sys.stderr.write(message + "\n")
         sys.stderr.flush()
 
 
 class Terminated(BaseException):
     """SIGTERM arrived; raised in the main thread so that `finally` blocks run."""
+
+
+def own_command(*arguments: str) -> list[str]:
+    """A `codedistill` command to be run as a child; no module of the working directory stands in for one of ours."""
+    return [sys.executable, "-P", "-c", "from shared.cli import main; main()", *arguments]
 
 
 def run_cli(command: Any) -> NoReturn:

@@ -21,7 +21,7 @@ class Encoded:
 
     Args:
         ids: BOS, text, EOS (BOS and EOS only where the tokenizer has them).
-        is_target: for each id whether it is to be learnt, rather than BOS, prompt or what others say in a chat.
+        is_target: for each id whether it is a target; BOS, the prompt and the other turns of a chat are not.
         target_bytes: UTF-8 bytes of the text that the targets spell; special tokens have none.
         lossless: whether decoding the ids gives the text again.
     """
@@ -41,7 +41,7 @@ def load_tokenizer(path_or_id: str | Path, revision: str = "main") -> Tokenizer:
     """Load a tokenizer from a directory or the Hub; code that comes with it is never run.
 
     `tokenizer.json` is read as it is. `AutoTokenizer` rebuilds some classes (`GPT2Tokenizer`, which StarCoder2 names)
-    from vocabulary and merges alone, and loses the pre-tokenizer that the model was trained with.
+    only from vocabulary and merges, and loses the pre-tokenizer that the model was trained with.
 
     Raises:
         DistillError: it cannot be loaded, or has no `tokenizers` backend (character offsets are needed).
@@ -59,7 +59,7 @@ def load_tokenizer(path_or_id: str | Path, revision: str = "main") -> Tokenizer:
     if not tokenizer.is_fast:
         expected = "a tokenizer with a `tokenizers` backend (tokenizer.json)"
         raise DistillError("unusable tokenizer", where=path_or_id, expected=expected, got=type(tokenizer).__name__)
-    for key in ("local_files_only", "is_local"):  # how it was found is no part of it, and would be saved with it
+    for key in ("local_files_only", "is_local"):  # where it came from; `save_pretrained` would write it
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
@@ -156,7 +156,7 @@ def _swap(text: str, stand_ins: Mapping[str, str]) -> str:
     """Stand-ins in place of special tokens and special tokens in place of stand-ins."""
     both = dict(stand_ins) | {stand_in: special for special, stand_in in stand_ins.items()}
     longest_first = "|".join(re.escape(token) for token in sorted(both, key=len, reverse=True))
-    return re.sub(longest_first, lambda found: both[found[0]], text)
+    return re.sub(longest_first, lambda match: both[match[0]], text)
 
 
 def _encode_with_stand_ins(
@@ -186,7 +186,7 @@ def _encode_with_stand_ins(
 def count_target_bytes(
     tokenizer: Tokenizer, ids: Sequence[int], is_target: Sequence[bool], start: int, stop: int
 ) -> int:
-    """UTF-8 bytes that the targets among `ids[start + 1 : stop]` spell (nothing predicts the first id of a piece).
+    """UTF-8 bytes that the targets among `ids[start + 1 : stop]` spell (nothing predicts the first id of a segment).
 
     Differences of prefixes, so that a character cut in two is counted once and the parts add up to the whole.
     """

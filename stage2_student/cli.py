@@ -230,7 +230,7 @@ def export(run: Path, out: Path, repo_id: str | None, private: bool) -> None:
     checkpoints load it without custom code. --push-to-hub also uploads it, with weights only as safetensors, to a
     repository that is created if needed, and prints its URL.
     """
-    from stage2_student.push import push, require_repository
+    from shared.hub import push, require_repository
 
     if private and repo_id is None:
         raise click.UsageError("--private needs --push-to-hub")

@@ -1,12 +1,11 @@
 """A finished run as a transformers directory that can be shared: weights, config, tokenizer, model card."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ResumeError, require
-from shared.files import fsync_directory, read_json, sha256_file, write_bytes, write_json
+from shared.files import publish_folder, read_json, sha256_file, write_bytes, write_json
 from shared.process import log
 from stage2_student.checkpoint import RUN_FORMAT, RUN_VERSION
 from stage2_student.config import SIZES
@@ -31,21 +30,12 @@ def export(run: Path, out: Path) -> None:
     for licence, what in _licences(record):
         if licence is None:
             log(f"warning: the licence of {what} is unknown; look it up before you share the student")
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    with publish_folder(out) as folder:
         for file in sorted(run.iterdir()):
             if file.is_file() and file.name not in PRIVATE and not file.name.startswith("."):
-                shutil.copy(file, temporary / file.name)
-        write_json(temporary / LINEAGE, _lineage(run, record, temporary))
-        write_bytes(temporary / "README.md", _card(out.name, record).encode())
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-        fsync_directory(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+                shutil.copy(file, folder / file.name)
+        write_json(folder / LINEAGE, _lineage(run, record, folder))
+        write_bytes(folder / "README.md", _card(out.name, record).encode())
 
 
 def _lineage(run: Path, record: dict[str, Any], exported: Path) -> dict[str, Any]:

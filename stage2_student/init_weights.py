@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from shared.cache.identity import require_same
 from shared.cache.reader import Cache
+from shared.checkpoints import weight_files, weights_sha256
 from shared.errors import ConfigError, require
-from shared.files import read_json, sha256_file, sha256_json
+from shared.files import read_json, sha256_file
 from shared.model.gpt import GPT, GPTConfig
 from shared.tokenizer import load_tokenizer, tokenizer_digest
 
@@ -48,13 +49,9 @@ class Start:
             theirs, ours = (tokenizer_digest(load_tokenizer(path)) for path in (directory, cache.tokenizer_path))
             require_same("the tokenizers", ours, theirs, ours_name=cache.path, theirs_name=directory,
                          fix="start from weights with the cache's tokenizer")  # fmt: skip
-        self._files = [directory / "model.safetensors"]
-        index = directory / "model.safetensors.index.json"  # of weights in several files
-        if index.exists() and not self._files[0].exists():
-            self._files = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        self._files = weight_files(directory)
         _require_tensors(directory, self._files, sizes)
-        digests = [sha256_file(file) for file in self._files]
-        self.weights_sha256 = digests[0] if len(digests) == 1 else sha256_json(digests)
+        self.weights_sha256 = weights_sha256([sha256_file(file) for file in self._files])
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` records."""

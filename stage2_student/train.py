@@ -21,6 +21,7 @@ from shared import tracking
 from shared.cache.identity import require_same
 from shared.cache.lock import Claim
 from shared.cache.reader import DECODED_BYTES, Cache
+from shared.checkpoints import WEIGHTS
 from shared.config import to_dict
 from shared.distributed import agree, joined
 from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
@@ -46,7 +47,6 @@ from stage2_student.init_weights import Start
 from stage2_student.memory import announce, fit_micro_batch
 from stage2_student.trainer import DistillTrainer, EpochEnds, RunRecorder, StopEarly, StopOnSignal
 
-WEIGHTS = "model.safetensors"
 NEVER = 2**31  # steps between two evaluations or saves
 PASSED_ON = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps",
@@ -193,7 +193,7 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
         "parameters": num_parameters,
     }
     blocks, held_out_blocks = _data(task, config)
-    record["data"] = _describe_blocks(blocks, config, num_parameters)
+    record["data"] = _describe_blocks(blocks, config, model)
     arguments = training_arguments(config, out, has_validation=held_out_blocks is not None)
     if config.save_steps:
         for step in range(config.save_steps, len(blocks) // _blocks_per_step(config) + 1, config.save_steps):
@@ -245,12 +245,15 @@ def _newest_checkpoint(out: Path, earlier: dict[str, Any] | None) -> Path | None
     return None if step < 0 else out / f"checkpoint-{step}"
 
 
-def _describe_blocks(blocks: PackedBlocks, config: StudentConfig, num_parameters: int) -> dict[str, Any]:
+def _describe_blocks(blocks: PackedBlocks, config: StudentConfig, model: GPT) -> dict[str, Any]:
     """What `run.json` records of the training data, which is also logged."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = model.model.embed_tokens.weight.numel() / num_parameters  # the output head is the same tensor
     padding = 1 - blocks.num_rows * blocks.num_epochs / (blocks.num_blocks * config.block_size)
     log(
-        f"student {config.preset}: {num_parameters:,} parameters; {blocks.num_rows:,} rows x {blocks.num_epochs:.4g} "
-        f"epochs in {blocks.num_blocks:,} blocks of {config.block_size} ({padding:.1%} padding)"
+        f"student {config.preset}: {num_parameters:,} parameters ({embeddings:.0%} in embeddings); "
+        f"{blocks.num_rows:,} rows x {blocks.num_epochs:.4g} epochs in {blocks.num_blocks:,} blocks of "
+        f"{config.block_size} ({padding:.1%} padding)"
     )
     return {
         "rows_per_epoch": blocks.num_rows,

@@ -38,7 +38,7 @@ def encode_shard(
         The bytes and the shard's statistics (FORMAT.md, "Statistics").
 
     Raises:
-        CacheFormatError: what CACHE.md refuses at write time, with document and position.
+        CacheFormatError: labels that FORMAT.md does not allow to be written, with document and position.
     """
     sizes = {"top_k": top_k, "head_width": head_width}
     check_options(

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shared.cache.format import (
+    BUILD,
     CODECS,
     FILTERS,
     FORMAT,
@@ -152,23 +153,26 @@ def _current(directory: Path) -> tuple[str, bytes]:
             if data is not None and hashlib.sha256(data).hexdigest().encode() == expected:
                 return name, data
     found = files[MANIFEST]
+    if not directory.is_dir():
+        raise CacheFormatError("there is no cache here", where=directory, got="no such folder")
+    names = {entry.name for entry in directory.iterdir()}
+    shards = {m[1] for name in names if (m := SHARD_PATTERN.fullmatch(name))}
+    if not (shards or names & {BUILD, MANIFEST_SHA256}):
+        raise CacheFormatError("not a logit cache", where=directory, expected=f"{MANIFEST}, {MANIFEST_SHA256}, shards")
     if found is None:
-        if not directory.is_dir():
-            raise CacheFormatError("there is no cache here", where=directory, got="no such folder")
-        shards = len({m[1] for entry in directory.iterdir() if (m := SHARD_PATTERN.fullmatch(entry.name))})
         raise CacheFormatError(
-            "the cache is unfinished or this is none",
+            "an unfinished logit cache",
             where=directory,
             expected=MANIFEST,
-            got=f"{shards} shards and no manifest",
-            fix="run the same `codedistill teacher build` again; it keeps what is done",
+            got=f"{len(shards)} shards and no manifest",
+            fix="run the command that makes it again; it keeps what is done",
         )
     raise CacheCorruptError(
         "the manifest does not match its digest",
         where=directory / MANIFEST,
         expected=(expected or b"no manifest.sha256").decode(errors="replace"),
         got=hashlib.sha256(found).hexdigest(),
-        fix="copy the cache again, or run the same `codedistill teacher build` again",
+        fix="copy the cache again, or run the command that made it again",
     )
 
 

@@ -239,7 +239,7 @@ class Cache:
                     where=file,
                     expected=f"{entry['bytes']} bytes",
                     got="no file" if size is None else f"{size} bytes",
-                    fix="copy the cache again, or run the same `codedistill teacher build` again",
+                    fix="copy the cache again, or run the command that made it again",
                 )
 
     @cached_property
@@ -290,7 +290,7 @@ class Cache:
                     where=self.path / name,
                     expected=expected,
                     got=digest,
-                    fix="copy the cache again, or run the same `codedistill teacher build` again",
+                    fix="copy the cache again, or run the command that made it again",
                 )
             self._checked.add(shard)
         return decode_shard(image, self.path / name)

@@ -1,6 +1,5 @@
 """The teacher's full distribution, for `loss=dense`: all V log-probabilities of every target, in one file."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,18 @@ from torch import Tensor
 
 from shared.cache.format import Array
 from shared.cache.reader import Cache
+from shared.checkpoints import load_model
 from shared.errors import CacheMismatchError, require
-from shared.eval.fidelity.measure import float32_head
 from shared.eval.fidelity.rows import partition_rows
-from shared.eval.models import load_model
 from shared.files import fsync_directory
+from shared.logits import LogitSource
 from shared.progress import progress
 from stage2_student.config import StudentConfig
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
 from stage2_student.losses import ChunkLoss, SoftLabels, dense_distill_
 
+CHUNK_ROWS = 256  # rows that go through the teacher's head at once
 MAX_KL_NATS = 0.01  # mean KL between the cache's rows and the teacher's; other batches of a bf16 model make 1e-4
 
 
@@ -41,23 +41,22 @@ def write_dense(teacher: Path, cache: Cache, path: Path) -> None:
     if path.exists():
         return
     model, _ = load_model(teacher, cache.manifest["identity"]["labels"]["dtype"])
-    V = cache.tokenizer_size
+    source, V = LogitSource(model, CHUNK_ROWS), cache.tokenizer_size
     masks = _target_masks(cache)
     temporary = path.with_name(f".{path.name}.tmp")
     kl_nats, at, shape = 0.0, 0, (sum(int(mask.sum()) for mask in masks), V)
     rows_NV = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-    with contextlib.ExitStack() as stack:
-        head = stack.enter_context(float32_head(model))
-        bar = stack.enter_context(progress("Full distributions", cache.num_tokens, "tokens"))
+    with progress("Full distributions", cache.num_tokens, "tokens") as bar:
         for doc, mask in enumerate(masks):
-            tokens = torch.from_numpy(cache.tokens(doc).astype(np.int64)).to(model.device)
-            head.rows_BT = torch.from_numpy(mask)[None].to(model.device)
-            logits_NV = model(input_ids=tokens[None, :-1], use_cache=False).logits[:, :V].cpu()
+            tokens = torch.from_numpy(cache.tokens(doc).astype(np.int64))
             soft = cache.targets(doc, 1.0, 0, len(mask))
             cached = [torch.from_numpy(part[mask]) for part in (soft.k, soft.ids, soft.logp, soft.log_tail)]
-            kl_nats += partition_rows(logits_NV, *cached)[0].sum().item()
-            rows_NV[at : at + len(logits_NV)] = logits_NV.log_softmax(1).numpy()
-            at += len(logits_NV)
+            first = at
+            for chunk_CV in source.chunks(tokens[None, :-1], torch.from_numpy(mask)[None]):
+                logits_CV, rows = chunk_CV[:, :V].cpu(), slice(at - first, at - first + len(chunk_CV))
+                kl_nats += partition_rows(logits_CV, *(part[rows] for part in cached))[0].sum().item()
+                rows_NV[at : at + len(logits_CV)] = logits_CV.log_softmax(1).numpy()
+                at += len(logits_CV)
             bar.advance(len(tokens))
     kl_nats /= max(at, 1)
     if not kl_nats <= MAX_KL_NATS:

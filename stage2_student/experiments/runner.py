@@ -21,7 +21,7 @@ from shared.cache.lock import LAPSE_SECONDS, Claim, is_dead
 from shared.errors import ConfigError, DistillError, require
 from shared.eval.fidelity.measure import evaluate_fidelity
 from shared.files import read_json, sha256_file
-from shared.process import Terminated, log, world_size
+from shared.process import Terminated, log, own_command, world_size
 from stage2_student.checkpoint import checkpoints
 from stage2_student.experiments.grid import Run, to_toml
 from stage2_student.train import check
@@ -211,8 +211,7 @@ class Runner:
     def _begin(self, run: Run, slot: int) -> _Job:
         log_file = Path(f"{self.out / run.name}.log")
         log(f"{run.name}: training; log: {log_file}")
-        # -P: a folder of the user's called `shared` or `data` is not imported.
-        command = [sys.executable, "-P", "-m", "stage2_student", "train", f"--out={self.out / run.name}"]
+        command = own_command("student", "train", f"--out={self.out / run.name}")
         self.out.mkdir(parents=True, exist_ok=True)
         with log_file.open("ab") as file:
             start = file.tell()

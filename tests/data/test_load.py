@@ -177,7 +177,7 @@ def test_limit(tmp_path):
     path = write(tmp_path, [{"text": str(i)} for i in range(5)], "rows.jsonl")
     assert [d.id for d in load_documents(path, "train", limit_docs=2).documents] == ["1", "2"]
     assert len(load_documents(path, "train", limit_docs=9).documents) == 5
-    with pytest.raises(ConfigError, match="limit_docs; expected: 1 or more; got: 0"):
+    with pytest.raises(ConfigError, match="limit_docs; expected: at least 1; got: 0"):
         load_documents(path, "train", limit_docs=0)
 
 

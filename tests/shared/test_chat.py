@@ -104,16 +104,16 @@ def test_without_a_chat_template_the_teacher_and_the_document_are_named():
         cut_documents([document], made, max_length=None, on_long="split", head_width=400)
 
 
-def test_pieces_of_a_chat_predict_each_target_once():
+def test_segments_of_a_chat_predict_each_target_once():
     made = tokenizer(CHATML)
     whole = encode_chat(made, CHAT)
     document = Document(id="d", source="s", messages=tuple(CHAT))
     for max_length in (5, 16, 33):
-        pieces = cut_documents([document], made, max_length=max_length, on_long="split", head_width=400).pieces
-        assert sum(piece.meta["target_bytes"] for piece in pieces) == whole.target_bytes
-        learnt = [id for piece in pieces for id, t in zip(piece.ids, piece.is_target, strict=True) if t]
+        segments = cut_documents([document], made, max_length=max_length, on_long="split", head_width=400).segments
+        assert sum(segment.meta["target_bytes"] for segment in segments) == whole.target_bytes
+        learnt = [id for segment in segments for id, t in zip(segment.ids, segment.is_target, strict=True) if t]
         assert learnt == [id for id, t in zip(whole.ids, whole.is_target, strict=True) if t]
-        assert not any(piece.is_target[0] for piece in pieces)
+        assert not any(segment.is_target[0] for segment in segments)
     assert decode(made, learnt) == " return é12\nreturn y\n\n"
 
 

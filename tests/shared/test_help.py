@@ -5,21 +5,7 @@ import pytest
 
 from shared.cli import codedistill
 from shared.options import GroupedCommand
-
-
-def walk(command, context, path=()):
-    """All commands below a group, with their paths."""
-    if isinstance(command, click.Group):
-        for name in command.list_commands(context):
-            child = command.get_command(context, name)
-            yield from walk(child, click.Context(child, info_name=name, parent=context), (*path, name))
-    if path:
-        yield path, command, context
-
-
-COMMANDS = {
-    " ".join(path): (command, context) for path, command, context in walk(codedistill, click.Context(codedistill))
-}
+from tests.support.commands import COMMANDS
 
 
 def test_the_pipelines_commands_are_all_found():

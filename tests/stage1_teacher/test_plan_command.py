@@ -140,7 +140,7 @@ def test_a_pilot_without_memory_is_one_line(teacher, rows, tmp_path, monkeypatch
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
 
-    monkeypatch.setattr("stage1_teacher.capture.label_shard", exhausted)
+    monkeypatch.setattr("stage1_teacher.capture.capture_shard", exhausted)
     arguments = ["plan", "--teacher", teacher, "--dataset", rows, "--out", tmp_path / "cache", *OPTIONS]
     error = CliRunner().invoke(command, list(map(str, arguments))).exception
     assert isinstance(error, ConfigError)

@@ -46,7 +46,7 @@ def test_frequencies_are_the_distributions(temperature):
 
 
 def test_weighted_draws_estimate_another_temperature_without_bias():
-    """E[count/S · p_T/p_Ts] = p_T, the weights of LOSSES: within five standard errors in every cell."""
+    """E[count/S · p_T/p_Ts] = p_T: within five standard errors in every cell."""
     z = torch.randn(1, 12, generator=torch.Generator().manual_seed(3))
     p_s, p = (z[0].double() / 2).softmax(0).numpy(), z[0].double().softmax(0).numpy()
     ids, _ = draw(z, torch.from_numpy(uniforms(META, 1, 50_000)), 2.0)

@@ -1,6 +1,9 @@
 """An exported student as the draft of a larger model of the same tokenizer."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import torch
 from click.testing import CliRunner
@@ -12,16 +15,34 @@ from tests.support.student_cache import make_cache, save_tokenizer
 NEW_TOKENS = 24
 
 
-def test_assisted_generation_takes_an_export_as_draft_and_gives_the_teachers_greedy_text(tmp_path, monkeypatch):
+def run_of(tmp_path, monkeypatch):
+    """A student of four steps."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     options = {"preset": "tiny", "block_size": 48, "max_steps": 4, "save_steps": 0, "bf16": False}
     assigned = [f"--set={key}={json.dumps(value)}" for key, value in options.items()]
     cache = make_cache(tmp_path / "cache").path
-    for command in (
-        ["train", "--cache", str(cache), "--out", str(tmp_path / "run"), *assigned],
-        ["export", str(tmp_path / "run"), "--out", str(tmp_path / "draft")],
-    ):
-        assert CliRunner().invoke(student, command).exit_code == 0
+    command = ["train", "--cache", str(cache), "--out", str(tmp_path / "run"), *assigned]
+    assert CliRunner().invoke(student, command).exit_code == 0
+    return tmp_path / "run"
+
+
+def test_a_killed_export_leaves_nothing_behind_once_another_is_made(tmp_path, monkeypatch):
+    run, exports = run_of(tmp_path, monkeypatch), tmp_path / "exports"
+    code = (
+        "import os, shutil, signal, sys; from pathlib import Path; from stage2_student.export import export\n"
+        "shutil.copy = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "export(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(run), str(exports / "student")], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(exports.iterdir())) == 1
+    assert CliRunner().invoke(student, ["export", str(run), "--out", str(exports / "student")]).exit_code == 0
+    assert [path.name for path in exports.iterdir()] == ["student"]
+
+
+def test_assisted_generation_takes_an_export_as_draft_and_gives_the_teachers_greedy_text(tmp_path, monkeypatch):
+    run = run_of(tmp_path, monkeypatch)
+    assert CliRunner().invoke(student, ["export", str(run), "--out", str(tmp_path / "draft")]).exit_code == 0
     draft = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
     # A teacher that mostly agrees: the same weights, moved a little, in a directory of its own.
     torch.manual_seed(0)

@@ -190,4 +190,4 @@ def test_what_holds_no_weights_is_refused(cache, copy, tmp_path):
     (copy / "model.safetensors").write_bytes(b"no header")
     assert "cannot read the weights" in train(cache, tmp_path / "run", "--init-from", copy)
     (copy / "model.safetensors").unlink()
-    assert "cannot read the weights" in train(cache, tmp_path / "run", "--init-from", copy)
+    assert "the model lacks a file" in train(cache, tmp_path / "run", "--init-from", copy)

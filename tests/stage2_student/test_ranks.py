@@ -16,7 +16,7 @@ from tests.support.student_cache import make_cache
 
 def torchrun(command, num_processes=2):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    return subprocess.Popen([*launcher, *command[1:]], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*launcher, "--no-python", *command], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 def children(pid):

@@ -8,7 +8,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -17,6 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from shared.errors import DistillError
+from shared.process import own_command
 from stage2_student.checkpoint import seal
 from stage2_student.cli import student
 from tests.support.student_cache import VOCABULARY, make_cache
@@ -24,7 +24,7 @@ from tests.support.student_kills import strew
 from tests.support.wandb_records import records
 
 # Most runs are processes of their own. What needs neither signals nor equal bits runs in this one, which saves imports.
-COMMAND = [sys.executable, "-m", "stage2_student"]
+COMMAND = own_command("student")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
 ON_A_PROCESSOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="about machines without accelerators")
 OPTIONS = {

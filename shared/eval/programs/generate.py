@@ -74,6 +74,12 @@ def eos_ids(model: Any, tokenizer: Tokenizer) -> list[int]:
     return sorted(id for id in ids | {special_ids(tokenizer)["eos"]} if id is not None)
 
 
+def special_texts(tokenizer: Tokenizer) -> list[str]:
+    """The texts of the tokens that end a generation, as a model may also spell them."""
+    texts = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(texts | ({tokenizer.eos_token} if tokenizer.eos_token else set()))
+
+
 def prepare(
     model: Any,
     tokenizer: Tokenizer,

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,13 +15,14 @@ from data.templates import humaneval_prompt
 from shared.distributed import agree
 from shared.errors import ConfigError
 from shared.eval.programs.completion import Ending, ending_after
-from shared.eval.programs.generate import Sampling, generate_batch, plan_batches, prepare
+from shared.eval.programs.generate import Request, Sampling, generate_batch, plan_batches, prepare, special_texts
 from shared.files import write_bytes
 from shared.process import log, rank, world_size
 from shared.progress import progress
-from shared.tokenizer import Tokenizer
+from shared.tokenizer import Tokenizer, encode_prompt
 
 COMPLETIONS = "completions.jsonl"
+REFUSED = "refused"  # the finish reason where the model cannot take the prompt
 
 Key = tuple[str, int]  # task id and number of the sample
 
@@ -84,51 +85,55 @@ def complete(
     decoding: Decoding,
     settings: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Complete every problem; `completions.jsonl` in `out` has one line per sample, by problem, with its settings.
+    """Complete every problem: one line per sample, by problem, with its settings.
 
     Batches follow from problems and decoding alone, and each is made by one rank, so neither an interruption nor the
-    number of processes changes a completion. Every rank writes a batch's lines as soon as it is made; run again with
-    the same settings, what is there is kept. Lines made with other settings, and lines half-written, are made anew.
+    number of processes changes a completion. Every rank saves a batch's lines as soon as it is made, in a part of its
+    own, `completions.rank-N.jsonl`; the caller writes all lines as `completions.jsonl` and then removes the parts.
+    Lines of either that have the same settings are reused. `completions.jsonl` itself is not changed.
 
     Args:
         model: a transformers model.
         tokenizer: the model's own.
         problems: in the order of the result.
-        out: a folder that all ranks see.
+        out: created where missing; a folder that all ranks see.
         decoding: how.
         settings: what else decides the completions, such as the model's digest; recorded in every line.
 
     Returns:
-        All lines, in order (on rank 0; nothing on others).
+        All lines, in order (on rank 0; nothing on others). A prompt that leaves the model no position to write to has
+        empty completions with the finish reason `REFUSED` and a `reason`.
 
     Raises:
-        ConfigError: the model cannot continue a prompt.
+        ConfigError: the model can continue none of the prompts.
         PeerEndedError: another rank has ended (through `shared.distributed.joined`).
     """
     settings = {**decoding.to_dict(), **settings}
     prompts = {problem.task_id: humaneval_prompt(problem) for problem in problems}
-    ends = {task_id: ending_after(prompt) for task_id, prompt in prompts.items()}
-    prepared = {
-        task_id: prepare(
-            model,
-            tokenizer,
-            prompt,
-            max_new_tokens=decoding.max_new_tokens,
-            finished=functools.partial(_has_ended, ends[task_id]),
-            where=task_id,
-        )
-        for task_id, prompt in prompts.items()
-    }
-    keys = [(task_id, sample) for task_id in prompts for sample in range(decoding.num_samples)]
+    special = special_texts(tokenizer)
+    ends = {task_id: ending_after(prompt, special) for task_id, prompt in prompts.items()}
+    prepared: dict[str, Request] = {}
+    refused: dict[str, str] = {}
+    for task_id, prompt in prompts.items():
+        finished = functools.partial(_has_ended, ends[task_id])
+        try:
+            prepared[task_id] = prepare(
+                model, tokenizer, prompt, max_new_tokens=decoding.max_new_tokens, finished=finished, where=task_id
+            )
+        except ConfigError as error:
+            if len(prompts) == 1 + len(refused):  # no prompt is left
+                raise
+            refused[task_id] = str(error)
+    keys = [(task_id, sample) for task_id in prepared for sample in range(decoding.num_samples)]
     requests = [replace(prepared[task_id], seed=f"{decoding.seed}/{task_id}/{sample}") for task_id, sample in keys]
     batches = plan_batches(requests, decoding.batch_size)
 
-    kept = _gather(out, keys, settings) if rank() == 0 else {}
+    kept = _resume(out, keys, settings) if rank() == 0 else {}
     if kept:
-        log(f"{out / COMPLETIONS}: {len(kept):,} of {len(keys):,} completions are there already")
+        log(f"{out}: {len(kept):,} of {len(keys):,} completions are there already")
     missing = agree([any(keys[index] not in kept for index in batch) for batch in batches])
     mine = [batch for batch, is_missing in zip(batches, missing, strict=True) if is_missing][rank() :: world_size()]
-    own_file = out / (COMPLETIONS if rank() == 0 else f"completions.rank-{rank()}.jsonl")
+    own_file = out / f"completions.rank-{rank()}.jsonl"
     start, num_tokens = time.monotonic(), 0
     of_ranks = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
     with (
@@ -150,7 +155,7 @@ def complete(
                     "num_new_tokens": generation.num_new_tokens,
                     "settings": settings,
                 }
-                file.write(_to_line(line))
+                file.write(to_jsonl([line]))
             file.flush()
             os.fsync(file.fileno())
             num_tokens += sum(generation.num_new_tokens for generation in made)
@@ -158,8 +163,34 @@ def complete(
     agree([0])
     if rank() != 0:
         return []
-    whole = _gather(out, keys, settings)
-    return [whole[key] for key in keys]
+    whole = _read(out, settings)[0]
+    for task_id, reason in refused.items():
+        log(f"refused, which counts as failed: {reason}")
+        for sample in range(decoding.num_samples):
+            whole[task_id, sample] = {
+                "task_id": task_id,
+                "sample": sample,
+                "prompt": prompts[task_id],
+                "completion": "",
+                "raw": "",
+                "finish_reason": REFUSED,
+                "reason": reason,
+                "num_prompt_tokens": len(encode_prompt(tokenizer, prompts[task_id])),
+                "num_new_tokens": 0,
+                "settings": settings,
+            }
+    return [whole[task_id, sample] for task_id in prompts for sample in range(decoding.num_samples)]
+
+
+def remove_parts(out: Path) -> None:
+    """Remove the ranks' parts, once `completions.jsonl` has their lines."""
+    for part in _parts(out):
+        part.unlink()
+
+
+def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Strict JSON, a row a line."""
+    return b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
 
 
 @contextlib.contextmanager
@@ -177,12 +208,37 @@ def _has_ended(end: Ending, text: str) -> bool:
     return end(text) is not None
 
 
-def _gather(out: Path, keys: Sequence[Key], settings: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
-    """Bring what all ranks wrote under these settings into `completions.jsonl`, each completion once and in order."""
-    parts = sorted(out.glob("completions.rank-*.jsonl"))
+def _parts(out: Path) -> list[Path]:
+    return sorted(out.glob("completions.rank-*.jsonl"))
+
+
+def _resume(out: Path, keys: Sequence[Key], settings: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
+    """What earlier runs made under these settings; unless it is all in `completions.jsonl`, it becomes rank 0's part.
+
+    So half-written lines are gone before a rank appends to its part.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    found, differing, num_unreadable = _read(out, settings)
+    if differing:
+        log(f"{out} has completions made with other settings ({', '.join(differing)}): they are not reused")
+    if num_unreadable:
+        log(f"{out}: {num_unreadable} unreadable lines, as an interruption leaves them, are made anew")
+    kept = {key: found[key] for key in keys if key in found}
+    parts = _parts(out)
+    if parts:
+        write_bytes(out / "completions.rank-0.jsonl", to_jsonl(kept.values()))
+        for part in parts:
+            if part.name != "completions.rank-0.jsonl":
+                part.unlink()
+    return kept
+
+
+def _read(out: Path, settings: Mapping[str, Any]) -> tuple[dict[Key, dict[str, Any]], list[str], int]:
+    """The readable lines with these settings, each completion once; which settings differ in others; bad lines."""
     found: dict[Key, dict[str, Any]] = {}
     num_unreadable = 0
-    for path in [out / COMPLETIONS, *parts]:
+    differing: set[str] = set()
+    for path in [out / COMPLETIONS, *_parts(out)]:
         for text in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 line = json.loads(text)
@@ -190,23 +246,8 @@ def _gather(out: Path, keys: Sequence[Key], settings: Mapping[str, Any]) -> dict
             except (ValueError, KeyError, TypeError):
                 num_unreadable += 1
                 continue
-            if made_with != settings:
-                names = sorted(k for k in {*made_with, *settings} if made_with.get(k) != settings.get(k))
-                log(f"{path} was made with other settings ({', '.join(names)}): everything is generated anew")
-                return _replace(out, parts, {})
-            found.setdefault(key, line)
-    if num_unreadable:
-        log(f"{out / COMPLETIONS}: {num_unreadable} unreadable lines, as an interruption leaves them, are made anew")
-    return _replace(out, parts, {key: found[key] for key in keys if key in found})
-
-
-def _replace(out: Path, parts: Sequence[Path], lines: dict[Key, dict[str, Any]]) -> dict[Key, dict[str, Any]]:
-    """Write the lines; only then remove the parts of the other ranks."""
-    write_bytes(out / COMPLETIONS, b"".join(map(_to_line, lines.values())))
-    for part in parts:
-        part.unlink()
-    return lines
-
-
-def _to_line(line: Mapping[str, Any]) -> bytes:
-    return json.dumps(line, allow_nan=False).encode() + b"\n"
+            if made_with == settings:
+                found.setdefault(key, line)
+            else:
+                differing |= {k for k in {*made_with, *settings} if made_with.get(k) != settings.get(k)}
+    return found, sorted(differing), num_unreadable

@@ -5,11 +5,32 @@ from pathlib import Path
 from typing import Any
 
 from data.humaneval import read_problems
+from data.records import Problem
 from data.tabular import read_rows
+from data.templates import humaneval_prompt
 from shared.errors import ConfigError
 from shared.eval.sandbox.runner import Candidate, open_sandbox, run_candidates
 from shared.files import write_bytes
 from shared.process import log
+
+
+def to_candidate(problem: Problem, completion: str, prompt: object = None) -> Candidate:
+    """The program that a completion makes of a problem.
+
+    Args:
+        problem: the problem.
+        completion: what follows the prompt.
+        prompt: what the completion's own line says was continued. It is taken if it is the problem's prompt without
+            the white space at its end, as `eval humaneval` gives it to models; anything else, such as a chat, is not.
+    """
+    continued = humaneval_prompt(problem)
+    return Candidate(
+        prompt=continued if prompt == continued else problem.prompt,
+        completion=completion,
+        test=problem.test,
+        entry_point=problem.entry_point,
+        same_process=problem.same_process,
+    )
 
 
 def score_file(
@@ -26,7 +47,7 @@ def score_file(
 
     Args:
         problems_file: rows with `task_id prompt test entry_point` (and `same_process` where known).
-        completions_file: rows with `task_id completion`; other fields are passed over.
+        completions_file: rows with `task_id completion`, and `prompt` where known (see `to_candidate`).
         out: JSONL; its folder is made where missing.
         timeout_seconds: wall time of one program.
         workers: programs at once; None for one per processor.
@@ -45,15 +66,7 @@ def score_file(
         if problem is None:
             raise row.error("task_id", expected=f"a problem of {problems_file}", got=repr(task_id))
         task_ids.append(task_id)
-        candidates.append(
-            Candidate(
-                prompt=problem.prompt,
-                completion=completion,
-                test=problem.test,
-                entry_point=problem.entry_point,
-                same_process=problem.same_process,
-            )
-        )
+        candidates.append(to_candidate(problem, completion, row.fields.get("prompt")))
     if not candidates:
         raise ConfigError("no completions in the file", where=completions_file)
     if missing := by_id.keys() - set(task_ids):

@@ -31,7 +31,7 @@ from shared.eval.report.tables import (
     proof_rows,
     signed,
 )
-from shared.files import to_json, write_bytes, write_json
+from shared.files import replace_files, to_json
 from shared.machine import machine, versions
 
 TIMES = tuple(
@@ -39,13 +39,14 @@ TIMES = tuple(
 )
 RATIOS = tuple(key for key, figure in FIGURES.items() if figure.less)
 PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib", "jinja2")
+_RESULTS = ("fidelity.json", "latency.json", "draft.json", *(f"{name}/result.json" for name in BENCHMARKS))
 BULKY = ("per_document", "per_prompt", "ece_bins", "outcomes", "definitions")  # in report.json, not on the page
 
 
 def build_report(
     eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path], out_dir: Path, proof_file: Path | None = None
 ) -> dict[str, Any]:
-    """Write `report.json`, `report.md` and `report.html`, each atomically, and return the first as data.
+    """Write `report.md`, `report.html` and `report.json` together, and return the last as data.
 
     Args:
         eval_dir: holds `<name>/{fidelity,latency,draft}.json` and `<name>/{humaneval,mbpp}/result.json` per model, and
@@ -56,15 +57,15 @@ def build_report(
         proof_file: what `student proof` wrote: arms over several seeds.
 
     Raises:
-        ConfigError: a file that exists but cannot be read as what it should be, or a student's name that is not its
-        results'.
+        ConfigError: there are no results; a file cannot be read as what it should be; or a student's name is not its
+            results'.
     """
     files = Files(out_dir.parent)
     cache_entries = [_cache(path, files) for path in caches]
     shared_latency = files.read(eval_dir / "latency.json") or {}
     files.say(eval_dir / "latency.json", "size, speed, memory", sources.latency_command(shared_latency))
     timed = shared_latency.get("models") or {}
-    found = sorted(p.name for p in eval_dir.iterdir() if p.is_dir()) if eval_dir.is_dir() else []
+    found = sorted(p.name for p in eval_dir.iterdir() if _has_results(p)) if eval_dir.is_dir() else []
     names = list(dict.fromkeys(["teacher", *runs, *timed, *found]))
     folders = {name: eval_dir / name for name in names}
     unnamed = [name for name in names if name not in runs and name != "teacher"]
@@ -77,6 +78,13 @@ def build_report(
                 got=name,
                 fix="name the student as its results are, or measure it with `codedistill eval`",
             )
+    if not (found or timed or runs or caches or proof_file):
+        raise ConfigError(
+            "no results to report",
+            where=eval_dir,
+            expected=f"latency.json, or folders named for models with {' or '.join(_RESULTS)}",
+            fix="measure a model with `codedistill eval`, its --out in a folder named for the model",
+        )
     if "teacher" not in found:  # measured where the cache was made
         attached = [cache / "teacher_eval" for cache in caches if (cache / "teacher_eval").is_dir()]
         folders["teacher"] = next(iter(attached), folders["teacher"])
@@ -104,11 +112,12 @@ def build_report(
         "versions": versions(*PACKAGES),
     }
     plots = _plots(models, logs, cache_entries)
+    pages = {
+        f"report.{suffix}": _render(f"report.{suffix}.j2", report=report, plots=plots).encode(errors="backslashreplace")
+        for suffix in ("md", "html")
+    }
     out_dir.mkdir(parents=True, exist_ok=True)
-    for suffix in ("md", "html"):
-        text = _render(f"report.{suffix}.j2", report=report, plots=plots)
-        write_bytes(out_dir / f"report.{suffix}", text.encode(errors="backslashreplace"))
-    write_json(out_dir / "report.json", report)
+    replace_files(out_dir, pages | {"report.json": to_json(report).encode()})
     return report
 
 
@@ -154,7 +163,7 @@ def _model(
             model[key], reason = None, "not held out: the model was scored on documents that it was trained on"
         if reason:
             reasons[key] = reason
-    intervals = {key: mapping((results[key] or {}).get("ci95")) for key in ("fidelity", "draft")}
+    intervals = {key: mapping((results[key] or {}).get("ci95")) for key in ("fidelity", "draft", "latency")}
     model["ci95"] = {
         key: interval
         for key, figure in FIGURES.items()
@@ -171,6 +180,11 @@ def _model(
     model["machines"] = {key: result.get("machine") for key, result in results.items() if result is not None}
     model["versions"] = {key: result.get("versions") for key, result in results.items() if result is not None}
     return model
+
+
+def _has_results(folder: Path) -> bool:
+    """Whether a folder is that of a measured model."""
+    return any((folder / name).is_file() for name in _RESULTS)
 
 
 def _label(name: str) -> str:

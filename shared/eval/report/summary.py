@@ -138,8 +138,8 @@ def caveats(models: Models, proof: Mapping[str, Any] | None = None) -> list[str]
     ]
     if any(m["ci95"] or m["humaneval"]["ci95"] for m in models.values()):
         sentences.append(
-            "Intervals cover the choice of test documents or problems alone, not seeds, and each is 95% by itself: of "
-            "twenty, one misses."
+            "Intervals cover the choice of test documents or problems, or the repeats of one timing, and not seeds. "
+            "Each is 95% by itself: of twenty, one misses."
         )
     if student and twin:
         sentences += _twin_caveats(student, twin)

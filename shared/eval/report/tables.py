@@ -48,6 +48,7 @@ _RATE: dict[str, Any] = {"form": ",.1f", "less": "slower", "more": "faster"}
 _SHARE: dict[str, Any] = {"form": ".1%"}
 FIGURES = {  # the report's key → the row
     "parameters": Figure("sizes", "parameters", "Parameters", always=True, **_SIZE),
+    "embedding_share": Figure("sizes", "embedding_share", "Parameters in embeddings and output head", **_SHARE),
     "bytes": Figure("sizes", "bytes", "Weights on disk, MB", always=True, **_MB),
     "memory_bytes": Figure("latency", "memory_bytes", "Weights in memory, MB", **_MB),
     "peak_bytes": Figure("latency", "peak_bytes", "Peak memory, MB ↓", **_MB),
@@ -79,7 +80,7 @@ FIGURES = {  # the report's key → the row
 
 def group(figure: Figure) -> str:
     """The heading that a row stands under."""
-    if figure.more == "larger":
+    if figure.more == "larger" or figure.file == "sizes":
         return "Size"
     return {"fidelity": "Held-out text", "latency": "Speed", "draft": "As the teacher's draft"}[figure.file]
 

@@ -1,5 +1,6 @@
 """How fast models are, and what that takes: all models in one process, their repeats interleaved."""
 
+import math
 import os
 import statistics
 import time
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.checkpoints import dtype_name, embedding_share, hub_commit, load_model, num_parameters, weight_bytes
 from shared.errors import ConfigError
-from shared.eval.models import dtype_name, hub_commit, load_model, num_parameters, weight_bytes
 from shared.eval.speed import memory
 from shared.eval.speed.energy import Meter, open_meter
 from shared.machine import machine, versions
@@ -51,15 +52,15 @@ def measure_latency(
         prompt_tokens: length of a prompt.
         new_tokens: decode steps after it.
         repeats: timed rounds.
-        dtype: a key of `models.DTYPES`.
+        dtype: one of `checkpoints.DTYPES`.
 
     Returns:
-        `models`: per name `commit` (of a Hub id), `parameters`, `bytes` (files), `memory_bytes` (weights in memory),
-        `dtype`, the figures at batch 1, and those of every batch size under `batches`: `prefill_ms` and
-        `decode_tokens_per_second` (medians over repeats, with `…_range`: least and greatest),
-        `prefill_tokens_per_second`, `decode_ms_p50` and `…_p95` (over all steps), `peak_bytes`,
-        `tokens_per_second_per_watt` (tokens per joule of decoding); null where unknown, with `reasons`.
-        `settings`, `machine`, `versions`.
+        `models`: per name `commit` (of a Hub id), `parameters`, `embedding_share` (of them), `bytes` (files),
+        `memory_bytes` (weights in memory), `dtype`, the figures at batch 1, and those of every batch size under
+        `batches`: `prefill_ms` and `decode_tokens_per_second` (medians over repeats, with `…_range`: least and
+        greatest, and 95 % intervals under `ci95`, see `median_interval`), `prefill_tokens_per_second`, `decode_ms_p50`
+        and `…_p95` (over all steps), `peak_bytes`, `tokens_per_second_per_watt` (tokens per joule of decoding); null
+        where unknown, with `reasons`. `settings`, `machine`, `versions`.
 
     Raises:
         ConfigError: the tokens asked for exceed a model's positions.
@@ -96,6 +97,8 @@ def measure_latency(
             figures = summarise(times[name, batch_size], batch_size, prompt_tokens)
             figures["peak_bytes"] = None if peak.bytes is None else memory_bytes[name] + peak.bytes
             reasons = {"peak_bytes": peak.reason} if peak.reason else {}
+            if None in figures["ci95"].values():
+                reasons["ci95"] = f"{repeats} repeats bear no 95 % interval of the median; 6 do"
             if isinstance(meter, str):
                 reasons["tokens_per_second_per_watt"] = meter
             elif figures["tokens_per_second_per_watt"] is None:
@@ -104,6 +107,7 @@ def measure_latency(
         results[name] = {
             "commit": hub_commit(model_dirs[name]),
             "parameters": num_parameters(model),
+            "embedding_share": embedding_share(model),
             "bytes": weight_bytes(model_dirs[name]),
             "memory_bytes": memory_bytes[name],
             "dtype": dtype_name(model),
@@ -143,10 +147,23 @@ def summarise(times: Sequence[Timed], batch_size: int, prompt_tokens: int) -> di
         "prefill_tokens_per_second": 1000 * batch_size * prompt_tokens / statistics.median(prefill_ms),
         "decode_tokens_per_second": statistics.median(speeds),
         "decode_tokens_per_second_range": [min(speeds), max(speeds)],
+        "ci95": {"prefill_ms": median_interval(prefill_ms), "decode_tokens_per_second": median_interval(speeds)},
         "decode_ms_p50": float(np.quantile(step_ms, 0.5)),
         "decode_ms_p95": float(np.quantile(step_ms, 0.95)),
         "tokens_per_second_per_watt": batch_size * len(step_ms) / joules if joules else None,
     }
+
+
+def median_interval(values: Sequence[float]) -> list[float] | None:
+    """The narrowest two order statistics, as far from one end as from the other, with 95 % or more between them.
+
+    For values drawn independently from any one distribution, its median lies outside the j-th least and j-th greatest
+    of n with probability 2 · P(Binomial(n, 1/2) < j). None for fewer than six values, which bear no such interval.
+    """
+    n = len(values)
+    ranks = range(1, n // 2 + 1)
+    bearing = [j for j in ranks if 2 * sum(math.comb(n, i) for i in range(j)) / 2**n <= 0.05]
+    return [sorted(values)[bearing[-1] - 1], sorted(values)[-bearing[-1]]] if bearing else None
 
 
 @torch.inference_mode()

@@ -563,10 +563,23 @@ def test_info_during_a_build(tmp_path):
         assert (info["finished"], info["shards_done"], info["num_shards"], info["in_progress"]) == (False, 1, 2, True)
     output = CliRunner().invoke(cache_command, ["info", str(tmp_path / "c")]).output
     assert "unfinished" in output and "1 of 2 shards done" in output
-    with pytest.raises(CacheFormatError, match=r"unfinished.*1 shards and no manifest"):
+    with pytest.raises(CacheFormatError, match=r"^an unfinished logit cache;.*1 shards and no manifest"):
         Cache(tmp_path / "c")
     with pytest.raises(CacheFormatError, match="no such folder"):
         cache_info(tmp_path / "nothing")
+
+
+def test_a_folder_of_something_else_is_no_unfinished_cache(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "manifest.json").write_text("{}")  # of a web page, say
+    assert verify_cache(tmp_path)[0].startswith("not a logit cache;")
+    for open_cache in (Cache, cache_info):
+        with pytest.raises(CacheFormatError, match=r"^not a logit cache;") as caught:
+            open_cache(tmp_path)
+        assert "again" not in str(caught.value)
+    CacheWriter(tmp_path / "begun", build_options()).close()
+    with pytest.raises(CacheFormatError, match=r"^an unfinished logit cache;.*the command that makes it again"):
+        Cache(tmp_path / "begun")
 
 
 def test_imports_need_no_torch_and_no_click():

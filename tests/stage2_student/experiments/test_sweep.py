@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,11 +13,12 @@ from click.testing import CliRunner
 
 from shared.errors import ConfigError
 from shared.eval.fidelity.measure import evaluate_fidelity
+from shared.process import own_command
 from stage2_student.cli import student
 from tests.support.student_cache import make_cache
 from tests.support.wandb_records import records
 
-COMMAND = [sys.executable, "-m", "stage2_student", "sweep"]
+COMMAND = own_command("student", "sweep")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",

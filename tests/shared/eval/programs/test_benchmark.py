@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import torch
 from click.testing import CliRunner
 
 from data.humaneval import load_humaneval
+from data.templates import humaneval_prompt
 from shared.cli import codedistill
 from shared.errors import ConfigError, SandboxError
 from shared.eval.programs import benchmark
 from shared.eval.programs.benchmark import describe, score_completions, summarise
 from shared.eval.programs.completion import body_end
 from shared.eval.sandbox.runner import Verdict, open_sandbox
+from shared.process import own_command
 from tests.support.cache_faults import file_size_limit
 from tests.support.eval_models import save_model
 from tests.support.hub_contents import mbpp_row
@@ -69,7 +72,7 @@ def whole(model, tmp_path_factory):
 
 def verdicts_of(complete):
     problems = load_humaneval()
-    lines = [{"task_id": p.task_id, "completion": complete(p)} for p in problems]
+    lines = [{"task_id": p.task_id, "prompt": humaneval_prompt(p), "completion": complete(p)} for p in problems]
     return [
         v.verdict for v in score_completions(problems, lines, sandbox=open_sandbox(unsafe=True), timeout_seconds=15)
     ]
@@ -91,7 +94,7 @@ def test_empty_completions_fail():
 
 def test_unknown_tasks_are_refused():
     with pytest.raises(ConfigError, match="HumanEval/999"):
-        lines = [{"task_id": "HumanEval/999", "completion": ""}]
+        lines = [{"task_id": "HumanEval/999", "prompt": "", "completion": ""}]
         score_completions(load_humaneval(), lines, sandbox=open_sandbox(unsafe=True), timeout_seconds=3)
 
 
@@ -134,7 +137,9 @@ def test_what_is_incomplete_is_no_score(rows, reason):
     unknown = ["pass_at_1", "ci95", "pass_at_k", "pass_at_k_ci95", "share_runs", "share_some_assert"]
     assert [summary[key] for key in unknown] == [None] * 6
     assert summary["reasons"] == dict.fromkeys(unknown, reason)
-    assert describe({"benchmark": "B", **summary}) == f"B: no score, since {reason}; see verdicts.jsonl"
+    assert (
+        describe({"benchmark": "B", "num_refused": 0, **summary}) == f"B: no score, since {reason}; see verdicts.jsonl"
+    )
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------
@@ -167,7 +172,8 @@ def test_more_samples_and_fewer_problems_leave_a_sample_as_it_is(model, whole, t
 
 def test_several_processes_make_the_same(model, whole, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "shared.eval", "humaneval", "--model", str(model), "--out", str(tmp_path), *DECODING]
+    evaluation = own_command("eval", "humaneval", "--model", str(model), "--out", str(tmp_path), *DECODING)
+    command = [*launcher, "--no-python", *evaluation]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
@@ -178,8 +184,8 @@ def test_several_processes_make_the_same(model, whole, tmp_path):
 
 
 def test_killed_it_continues(model, whole, tmp_path):
-    lines = tmp_path / "completions.jsonl"
-    command = [sys.executable, "-m", "shared.eval", "humaneval", "--model", str(model), "--out", str(tmp_path)]
+    lines = tmp_path / "completions.rank-0.jsonl"
+    command = own_command("eval", "humaneval", "--model", str(model), "--out", str(tmp_path))
     process = subprocess.Popen([*command, *DECODING], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 250  # a busy machine takes long to start one
     while (not lines.exists() or not lines.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
@@ -196,7 +202,8 @@ def test_killed_it_continues(model, whole, tmp_path):
     assert f"{kept} of 16 completions are there already" in said
     assert "1 unreadable lines, as an interruption leaves them, are made anew" in said
     assert re.search(rf"Generating: {16 - kept} completions in .* completions/s, [\d,]+ tokens/s\)", said)
-    assert lines.read_bytes() == (whole / "completions.jsonl").read_bytes()
+    assert (tmp_path / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    assert not lines.exists()
 
 
 def test_what_is_finished_is_scored_again_and_other_settings_start_anew(model, whole, tmp_path):
@@ -208,11 +215,39 @@ def test_what_is_finished_is_scored_again_and_other_settings_start_anew(model, w
     few = ["--max-new-tokens", "8"]
     for changes, name in ((few, "max_new_tokens"), ([*few, "--seed", "1"], "seed")):
         said = evaluate("humaneval", model, tmp_path, *DECODING, *changes).stderr
-        assert f"was made with other settings ({name}): everything is generated anew" in said
+        assert f"has completions made with other settings ({name}): they are not reused" in said
         assert len(read(tmp_path)) == 16
     other = save_model(tmp_path / "other", seed=1, positions=2048)
     said = evaluate("humaneval", other, tmp_path, *DECODING, *few, "--seed", "1").stderr
-    assert "was made with other settings (model_sha256)" in said
+    assert "made with other settings (model_sha256)" in said
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_is_finished_stays_until_its_replacement_is_whole(model, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = contents(out)
+    assert sorted(before) == ["completions.jsonl", "problems.jsonl", "result.json", "verdicts.jsonl"]
+    evaluate("humaneval", tmp_path / "nope", out, *DECODING, code=1)
+    evaluate("humaneval", model, out, "--problems", str(tmp_path / "nope.jsonl"), code=1)
+    assert contents(out) == before
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    other = [*DECODING, "--seed", "1", "--max-new-tokens", "4", "--limit", "4"]
+    monkeypatch.setattr(benchmark, "score_completions", stop)
+    evaluate("humaneval", model, out, *other, code=1)
+    now = contents(out)
+    assert now.pop("completions.rank-0.jsonl").count(b"\n") == 8
+    assert now == before
+    monkeypatch.undo()
+    assert "8 of 8 completions are there already" in evaluate("humaneval", model, out, *other).stderr
+    assert sorted(contents(out)) == sorted(before)
+    assert (result_of(out)["num_problems"], len(read(out, "problems")), len(read(out))) == (4, 4, 8)
 
 
 def test_a_part_of_a_rank_that_died_is_taken_up(model, whole, tmp_path):
@@ -251,6 +286,37 @@ def test_any_file_of_humaneval_s_form(model, tmp_path):
     evaluate("humaneval", model, tmp_path / "out", *options, "--problems", str(tmp_path / "own.jsonl"), code=2)
 
 
+def test_a_prompt_beyond_the_positions_is_refused_and_counts_as_failed(tmp_path):
+    model = save_model(tmp_path / "model", positions=64)
+    test = "def check(candidate):\n    assert candidate(1) == 1\n"
+    prompts = ["def f(x):\n", "def f(x):\n    # " + "x" * 90 + "\n    return x\n", "def f(y):\n"]
+    rows = [{"task_id": f"own/{i}", "prompt": p, "entry_point": "f", "test": test} for i, p in enumerate(prompts)]
+    problems = tmp_path / "own.jsonl"
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--benchmark", str(problems), "--max-new-tokens", "4", "--timeout", "10"]
+    options += ["--samples", "2", "--temperature", "1"]
+    said = evaluate("humaneval", model, tmp_path / "out", *options).stderr
+    result = result_of(tmp_path / "out")
+    reason = result["refused"]["own/1"]
+    assert reason.startswith("a prompt the model cannot continue; where: own/1; expected: 1 to 63 tokens; got: ")
+    assert (result["num_refused"], result["num_problems"], result["num_samples"]) == (1, 3, 6)
+    assert (result["pass_at_1"], result["verdicts"]) == (0.0, {"failed": 6})
+    assert f"refused, which counts as failed: {reason}" in said
+    assert "prompts too long for the model, counted as failed: 1" in said
+    completions, verdicts = read(tmp_path / "out"), read(tmp_path / "out", "verdicts")
+    keys = [(f"own/{i}", sample) for i in range(3) for sample in (0, 1)]
+    assert [(line["task_id"], line["sample"]) for line in completions] == keys
+    assert [line["finish_reason"] == "refused" for line in completions] == [False, False, True, True, False, False]
+    assert [line["detail"] for line in verdicts[2:4]] == [reason, reason]
+    assert [line["parses"] for line in verdicts[2:4]] == [False, False]
+    said = evaluate("humaneval", model, tmp_path / "out", *options).stderr
+    assert "4 of 4 completions are there already" in said
+
+    problems.write_text(json.dumps(rows[1]) + "\n")
+    done = evaluate("humaneval", model, tmp_path / "none", *options, code=1)
+    assert str(done.exception).startswith("a prompt the model cannot continue")
+
+
 def test_a_full_disk_is_named_and_what_fitted_is_kept(model, tmp_path):
     test = "def check(candidate):\n    assert candidate(1) == 1\n"
     rows = [{"task_id": f"own/{i}", "prompt": "def f(x):\n", "entry_point": "f", "test": test} for i in range(8)]
@@ -259,8 +325,8 @@ def test_a_full_disk_is_named_and_what_fitted_is_kept(model, tmp_path):
     with file_size_limit(4000):
         done = evaluate("humaneval", model, tmp_path / "out", *options, code=1)
     assert isinstance(done.exception, OSError)
-    assert done.exception.filename == str(tmp_path / "out" / "completions.jsonl")
-    kept = (tmp_path / "out" / "completions.jsonl").read_bytes().count(b"\n")
+    assert done.exception.filename == str(tmp_path / "out" / "completions.rank-0.jsonl")
+    kept = (tmp_path / "out" / "completions.rank-0.jsonl").read_bytes().count(b"\n")
     assert 2 <= kept < 8
     said = evaluate("humaneval", model, tmp_path / "out", *options).stderr
     assert f"{kept} of 8 completions are there already" in said

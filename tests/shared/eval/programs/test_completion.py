@@ -2,7 +2,13 @@
 
 import pytest
 
-from shared.eval.programs.completion import body_end, ending_after, parse, program_end
+from shared.eval.programs.completion import (
+    body_end,
+    ending_after,
+    is_never_code,
+    parse,
+    program_end,
+)
 
 BODY = "\n    return 1\n"
 
@@ -133,3 +139,55 @@ def test_what_parses(recwarn):
     for text in ("def f(:", "x = 1\0", "'\ud800'", "(" * 500, "-" * 100_000 + "1"):
         assert parse(text) is None
     assert not recwarn.list
+
+
+END = "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_never"),
+    [
+        ("<|endoftext|>", True),
+        ("<|im_end|>", True),
+        ("</s>", True),
+        ("<｜end▁of▁sentence｜>", True),
+        ("<s>", False),  # a<s>b is a comparison
+        ("<file_sep>", False),
+        ("[PAD]", False),
+        ("END", False),
+        ("#", False),
+        ("", False),
+        ("<| end |>", False),
+    ],
+)
+def test_which_special_tokens_python_can_never_hold(text, is_never):
+    assert is_never_code(text) is is_never
+
+
+@pytest.mark.parametrize(
+    ("before", "end_of_body"),
+    [("\n    return 1", 13), ("\n    return (1,", 15), ("\n    ", 5), ("", 0), ("\nx = 'a'", 1), ("\nx = 1\n", 1)],
+)
+def test_a_special_token_that_is_spelled_out_ends_a_completion(before, end_of_body):
+    text = before + END + "\n    y = 2\n"
+    for prompt, expected in (("def f(x):", end_of_body), ("# Write a function.", len(before))):
+        end = ending_after(prompt, [END, "<s>"])
+        found = [end(text[:length]) for length in range(len(text) + 1)]
+        first = found.index(expected)
+        assert found == [None] * first + [expected] * (len(found) - first)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n    return text.split('<|endoftext|>')\n",
+        '\n    """Cut at\n<|endoftext|>.\n    """\n    return 1\n',
+        "\n    # up to <|endoftext|>\n    return 1\n",
+        "\n    return f'{x}<|endoftext|>'\n",
+        "\n    return a<s>b\n",
+        "\n    return '<|endoftext",
+        "\n    return a <|endo",
+    ],
+)
+def test_in_strings_and_comments_it_is_the_program_s_own(text):
+    assert ending_after("def f(x):", [END, "<s>"])(text) is None

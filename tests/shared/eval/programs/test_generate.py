@@ -8,9 +8,9 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
+from shared.checkpoints import load_model
 from shared.errors import ConfigError
-from shared.eval.models import load_model
-from shared.eval.programs.generate import Sampling, eos_ids, generate_batch, plan_batches, prepare
+from shared.eval.programs.generate import Sampling, eos_ids, generate_batch, plan_batches, prepare, special_texts
 from shared.tokenizer import decode, encode_prompt
 from tests.support.eval_models import save_model
 
@@ -169,6 +169,7 @@ def test_rows_end_by_text_by_eos_and_at_the_model_s_last_position(directory, tmp
     # So does any special token, which StarCoder2 puts between files.
     tokenizer.add_tokens([AddedToken("<file_sep>", special=True)])
     assert eos_ids(model, tokenizer) == sorted([0, third, tokenizer.convert_tokens_to_ids("<file_sep>")])
+    assert special_texts(tokenizer) == ["<file_sep>", "<|endoftext|>"]
 
     short, tokenizer = load_model(save_model(tmp_path, positions=50))
     made = generate(short, tokenizer)

@@ -5,7 +5,9 @@ import json
 import re
 
 import pytest
+from click.testing import CliRunner
 
+from shared.cli import codedistill
 from shared.errors import ConfigError
 from shared.eval.report.report import build_report
 from shared.eval.report.tables import FIGURES, compare, count
@@ -42,6 +44,7 @@ def test_every_figure_arrives_in_report_json(full):
     assert strict((root / "report" / "report.json").read_text()) == report
     assert list(report["models"]) == ["teacher", "student_kd", "student_ce"]
     student = report["models"]["student_kd"]
+    assert student["embedding_share"] == 0.4857
     assert [student[key] for key in KEYS] == [5_181_312, 20_733_040, 4.631, 1.873, 2.482, 0.331, 9.8, 214.6]
     assert student["humaneval"] == {
         "pass_at_1": 0.0, "num_problems": 164, "ci95": [0.0, 0.0229], "share_parses": 141 / 164,
@@ -49,6 +52,7 @@ def test_every_figure_arrives_in_report_json(full):
         "pass_at_k_ci95": {"1": [0.0, 0.0229]}, "sampled": False,
     }  # fmt: skip
     assert student["ci95"]["heldout_nll_nats"] == [4.631 - 0.08, 4.631 + 0.08] and "ece" not in student["ci95"]
+    assert student["ci95"]["prefill_ms"] == [9.8 * 0.97, 9.8 * 1.08]
     assert [student[key] for key in ("reverse_kl_nats", "decode_ms_p95_batch_8", "draft_speedup")] == [
         1.5 * 2.482, 2.6 * (1000 / 214.6), 1.31,
     ]  # fmt: skip
@@ -266,8 +270,22 @@ def test_a_second_report_has_the_same_bytes(full, tmp_path):
     assert {path.name: path.read_bytes() for path in (root / "report").iterdir()} == before
 
 
-def test_nothing_measured(tmp_path):
-    report = build_report(tmp_path / "eval", {}, [], tmp_path / "report")
+def test_without_results_nothing_is_written_and_nothing_tracked(tmp_path, monkeypatch):
+    monkeypatch.setattr("shared.tracking.start", lambda *a, **k: pytest.fail("a W&B run was opened"))
+    folder = tmp_path / "eval"
+    (folder / "photos").mkdir(parents=True)
+    (folder / "photos" / "notes.json").write_text("{}")
+    done = CliRunner().invoke(codedistill, ["eval", "report", "--eval", str(folder), "--out", str(tmp_path / "report")])
+    assert done.exit_code == 1
+    assert str(done.exception).startswith(f"no results to report; where: {folder}; expected: latency.json, or folders")
+    assert [path.name for path in tmp_path.iterdir()] == ["eval"]
+    write_fidelity(tmp_path, "student_kd")
+    report = build_report(folder, {}, [], tmp_path / "report")
+    assert list(report["models"]) == ["teacher", "student_kd"]
+
+
+def test_a_cache_of_which_nothing_is_measured(tmp_path):
+    report = build_report(tmp_path / "eval", {}, [tmp_path / "cache"], tmp_path / "report")
     assert report["headline"] == ["No student has been measured yet."]
     teacher = report["models"]["teacher"]
     assert all(teacher[key] is None for key in KEYS)

@@ -53,6 +53,17 @@ def test_a_verdict_for_each_line_in_order(tmp_path):
     assert "4 completions: 2 passed, 2 failed" in done.output
 
 
+def test_a_completion_follows_the_prompt_that_its_line_says_was_continued(tmp_path):
+    problem = PROBLEM | {"prompt": "def f(x):\n    y = x +\n"}
+    ours = {"task_id": "T/0", "prompt": "def f(x):\n    y = x +", "completion": " 1\n    return y\n"}
+    theirs = {"task_id": "T/0", "completion": " 1\n    return y\n"}
+    chat = theirs | {"prompt": "Write a function."}
+    done, out = score(tmp_path, [ours, theirs, chat], "--timeout", "20", problems=[problem])
+    assert done.exit_code == 0, done.output
+    verdicts = [json.loads(line)["verdict"] for line in out.read_text().splitlines()]
+    assert verdicts == ["passed", "failed", "failed"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

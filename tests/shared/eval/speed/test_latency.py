@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shared.eval.speed import energy
-from shared.eval.speed.latency import Timed, summarise
+from shared.eval.speed.latency import Timed, median_interval, summarise
 from shared.eval.speed.memory import peak_growth, weights_in_memory
 
 
@@ -16,6 +16,7 @@ def test_figures_of_made_up_times():
         Timed(prefill_seconds=0.4, step_seconds=[0.04] * 10, decode_joules=4.0),
     ]
     figures = summarise(times, 8, 64)
+    assert figures.pop("ci95") == {"prefill_ms": None, "decode_tokens_per_second": None}  # of three repeats
     assert figures.pop("prefill_ms_range") == pytest.approx([100, 400])
     assert figures.pop("decode_tokens_per_second_range") == pytest.approx([200, 400])
     assert figures == pytest.approx({
@@ -28,6 +29,20 @@ def test_figures_of_made_up_times():
     })  # fmt: skip
     silent = [Timed(prefill_seconds=1, step_seconds=[1], decode_joules=None)]
     assert summarise(silent, 1, 1)["tokens_per_second_per_watt"] is None
+
+
+@pytest.mark.parametrize(
+    ("n", "low", "high"),
+    [(6, 1, 6), (8, 1, 8), (9, 2, 8), (11, 2, 10), (12, 3, 10), (20, 6, 15), (100, 40, 61)],  # Conover's table
+)
+def test_the_median_lies_between_two_order_statistics(n, low, high):
+    assert median_interval([float(i) for i in range(n, 0, -1)]) == [low, high]
+
+
+def test_five_values_bear_no_interval():
+    """The least and the greatest of five hold the median between them with probability 1 - 2/32."""
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0]) is None
+    assert median_interval([]) is None
 
 
 def write_counters(folder, *values):

@@ -4,9 +4,10 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
+from shared.checkpoints import embedding_share, load_model, num_parameters
 from shared.cli import codedistill
-from shared.eval.models import load_model, num_parameters
 from tests.support.eval_models import save_model
 
 
@@ -28,6 +29,14 @@ def test_tied_parameters_count_once(directory):
     assert "lm_head.weight" not in names
     assert num_parameters(model) == sum(names.values())
     assert names["model.embed_tokens.weight"] == model.config.vocab_size * 32
+    assert embedding_share(model) == model.config.vocab_size * 32 / sum(names.values())
+
+
+def test_an_output_head_of_its_own_counts_with_the_embeddings():
+    sizes = {"vocab_size": 10, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
+    config = Starcoder2Config(**sizes, num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=False)
+    model = Starcoder2ForCausalLM(config)
+    assert embedding_share(model) == 2 * 10 * 4 / num_parameters(model)
 
 
 def test_latency_command(directory, tmp_path):
@@ -41,7 +50,10 @@ def test_latency_command(directory, tmp_path):
     assert result["settings"]["new_tokens"] == 4
     low, high = model["prefill_ms_range"]
     assert 0 < low <= model["prefill_ms"] <= high
+    assert 0 < model["embedding_share"] < 1
     assert set(model["batches"]) == {"1", "8"}
+    assert model["ci95"] == {"prefill_ms": None, "decode_tokens_per_second": None}
+    assert model["reasons"]["ci95"] == "2 repeats bear no 95 % interval of the median; 6 do"
     assert 0 <= model["memory_bytes"] - 4 * model["parameters"] < 1000  # float32, and rotary frequencies
     for batch in model["batches"].values():
         assert 0 < batch["decode_ms_p50"] <= batch["decode_ms_p95"]

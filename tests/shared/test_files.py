@@ -1,0 +1,87 @@
+"""Files that belong together are replaced together; folders appear whole."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.files import publish_folder, replace_files
+from tests.support.cache_faults import file_size_limit
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_files_are_replaced_and_removed(tmp_path):
+    before = {"a": b"1", "b": b"2", "last": b"3"}
+    replace_files(tmp_path, before)
+    assert contents(tmp_path) == before
+    replace_files(tmp_path, {"a": b"4", "b": None, "last": b"5"})
+    assert contents(tmp_path) == {"a": b"4", "last": b"5"}
+
+
+def test_a_full_disk_leaves_the_old_files(tmp_path):
+    before = {"a": b"1", "last": b"3"}
+    replace_files(tmp_path, before)
+    with file_size_limit(1000), pytest.raises(OSError):
+        replace_files(tmp_path, {"a": b"4", "last": b"5" * 2000})
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_stopped_between_renames_the_last_file_never_stands_beside_others_content(tmp_path, monkeypatch, number):
+    replace_files(tmp_path, {"a": b"old", "b": b"old", "last": b"old"})
+    renamed = []
+    replace = Path.replace
+
+    def stop(self, target):
+        if len(renamed) == number:
+            raise KeyboardInterrupt
+        renamed.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        replace_files(tmp_path, {"a": b"new", "b": b"new", "last": b"new"})
+    expected = {"a": b"old", "b": b"old"} | dict.fromkeys(renamed, b"new")
+    assert contents(tmp_path) == expected
+
+
+def test_a_folder_appears_whole(tmp_path):
+    out = tmp_path / "made" / "out"
+    with publish_folder(out) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_bytes(b"1")
+        (folder.parent / "download").write_bytes(b"2")
+        assert not out.exists()
+    assert contents(out / "sub") == {"a": b"1"}
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_block_that_fails_leaves_nothing_and_a_folder_that_holds_something_stays(tmp_path):
+    with pytest.raises(KeyboardInterrupt), publish_folder(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_bytes(b"1")
+    with pytest.raises(OSError), publish_folder(tmp_path / "out") as folder:
+        (folder / "a").write_bytes(b"2")
+    assert contents(tmp_path / "out") == {"mine": b"1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_one_s_kept(tmp_path):
+    code = "import os, signal, sys; from pathlib import Path; from shared.files import publish_folder\n"
+    code += "with publish_folder(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "other")], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    living = tmp_path / left.name.replace(left.name.split("-")[-2], str(os.getpid()))
+    living.mkdir()
+    with publish_folder(tmp_path / "out"):
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted([living, tmp_path / "out"])
