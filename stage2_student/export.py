@@ -27,9 +27,9 @@ def export(run: Path, out: Path) -> None:
         raise ConfigError("not a finished training run", where=run, fix="finish it with `codedistill student train`")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ResumeError("the folder to export to is not empty", where=out, fix="choose another --out")
-    for licence, what in _licences(record):
-        if licence is None:
-            log(f"warning: the licence of {what} is unknown; find it out before you share the student")
+    for license, what in _licenses(record):
+        if license is None:
+            log(f"warning: the license of {what} is unknown; find it out before you share the student")
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
@@ -61,10 +61,10 @@ def _lineage(run: Path, record: dict[str, Any], exported: Path) -> dict[str, Any
     }
 
 
-def _licences(record: dict[str, Any]) -> list[tuple[str | None, str]]:
+def _licenses(record: dict[str, Any]) -> list[tuple[str | None, str]]:
     teacher = record["caches"][0]["teacher"]
-    return [(teacher.get("licence"), f"the teacher {teacher.get('name')}")] + [
-        (source.get("licence"), f"the data set {source['name']}") for source in _sources(record)
+    return [(teacher.get("license"), f"the teacher {teacher.get('name')}")] + [
+        (source.get("license"), f"the data set {source['name']}") for source in _sources(record)
     ]
 
 
@@ -78,11 +78,11 @@ def _sources(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _card(name: str, record: dict[str, Any]) -> str:
-    """A model card that says what the student was made from; licences of teacher and data pass on."""
+    """A model card that says what the student was made from; licenses of teacher and data pass on."""
     config, teacher = record["config"], record["caches"][0]["teacher"]
     sources = "\n".join(
         f"- {s['name']} ({s['split']}, {s['num_documents']} documents"
-        f"{s['weighted']}), licence: {s.get('licence') or 'unknown'}, "
+        f"{s['weighted']}), license: {s.get('license') or 'unknown'}, "
         f"revision: {s.get('revision') or 'none'}, digest: `{s['digest']}`\n"
         f"  Attribution: {s.get('attribution') or 'unknown'}"
         for s in _sources(record)
@@ -99,7 +99,7 @@ def _card(name: str, record: dict[str, Any]) -> str:
     sizes = "".join(f", {name} = {config[name]}" for name in SIZES if config[name] is not None)
     metrics = "\n".join(f"- {key}: {value:.6g}" for key, value in record["metrics"].items())
     start = record["init_from"]
-    started = f"from weights `{start['weights_sha256']}`, whose licence passes on too," if start else "from scratch"
+    started = f"from weights `{start['weights_sha256']}`, whose license passes on too," if start else "from scratch"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -114,11 +114,11 @@ with codedistill {record["versions"]["codedistill"]} {
         "on cached soft labels" if config["alpha"] > 0 else "as a twin, on the raw data"
     }.
 
-- Teacher: {teacher.get("name")}, licence: {teacher.get("licence") or "unknown"}, commit: {
+- Teacher: {teacher.get("name")}, license: {teacher.get("license") or "unknown"}, commit: {
         teacher.get("commit") or "none"
     },
   weights: `{teacher["weights_digest"]}`.
-  Attribution: {teacher.get("attribution") or "unknown"}. Restrictions of the teacher's licence pass on to this model.
+  Attribution: {teacher.get("attribution") or "unknown"}. Restrictions of the teacher's license pass on to this model.
 - Objective: {objective}
 - Label identity: `{record["caches"][0]["label_identity"]}`
 
