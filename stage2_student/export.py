@@ -27,9 +27,9 @@ def export(run: Path, out: Path) -> None:
     require(is_finished, "not a finished training run", where=run, fix=fix)
     is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(is_free, "the export's folder is not empty", error=ResumeError, where=out, fix="choose another --out")
-    for licence, what in _licences(record):
-        if licence is None:
-            log(f"warning: the licence of {what} is unknown; look it up before you share the student")
+    for license, what in _licenses(record):
+        if license is None:
+            log(f"warning: the license of {what} is unknown; look it up before you share the student")
     with publish_folder(out) as folder:
         for file in sorted(run.iterdir()):
             if file.is_file() and file.name not in PRIVATE and not file.name.startswith("."):
@@ -52,30 +52,30 @@ def _lineage(run: Path, record: dict[str, Any], exported: Path) -> dict[str, Any
     }
 
 
-def _licences(record: dict[str, Any]) -> list[tuple[str | None, str]]:
+def _licenses(record: dict[str, Any]) -> list[tuple[str | None, str]]:
     teacher = record["caches"][0]["teacher"]
     sources = [source for cache in record["caches"] for source in cache["sources"]]
-    return [(teacher.get("licence"), f"the teacher {teacher.get('name')}")] + [
-        (source.get("licence"), f"the data set {source['name']}") for source in sources
+    return [(teacher.get("license"), f"the teacher {teacher.get('name')}")] + [
+        (source.get("license"), f"the data set {source['name']}") for source in sources
     ]
 
 
 def _card(name: str, record: dict[str, Any]) -> str:
-    """A model card that says what the student was made from; licences of teacher and data pass on."""
+    """A model card that says what the student was made from; licenses of teacher and data pass on."""
     config, teacher, start = record["config"], record["caches"][0]["teacher"], record["init_from"]
     sizes = "".join(f", {name} = {config[name]}" for name in SIZES if config[name] is not None)
-    started = f"from weights `{start['weights_sha256']}`, whose licence passes on too," if start else "from scratch"
+    started = f"from weights `{start['weights_sha256']}`, whose license passes on too," if start else "from scratch"
     labels = "on cached soft labels" if config["alpha"] > 0 else "with cross-entropy only, as a baseline"
     return "\n".join([
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation, code]\n---",
         f"# {name}\n",
         f"A {record['parameters']:,}-parameter decoder (architecture Starcoder2, preset `{config['preset']}`{sizes}), "
         f"trained {started}\nwith codedistill {record['versions']['codedistill']} {labels}.\n",
-        f"- Teacher: {teacher.get('name')}, licence: {teacher.get('licence') or 'unknown'}, "
+        f"- Teacher: {teacher.get('name')}, license: {teacher.get('license') or 'unknown'}, "
         f"commit: {teacher.get('commit') or 'none'},",
         f"  weights: `{teacher['weights_digest']}`.",
         f"  Attribution: {teacher.get('attribution') or 'unknown'}. "
-        "Restrictions of the teacher's licence pass on to this model.",
+        "Restrictions of the teacher's license pass on to this model.",
         f"- Objective: {_objective(config)}",
         f"- Label identity: `{record['caches'][0]['label_identity']}`",
         "\n## Data\n",
@@ -103,6 +103,6 @@ def _describe_source(source: dict[str, Any], weight: float | None) -> str:
     weighted = "" if weight is None else f", in a cache of weight {weight:g}"
     return (
         f"- {source['name']} ({source['split']}, {source['num_documents']} documents{weighted}), "
-        f"licence: {source.get('licence') or 'unknown'}, revision: {source.get('revision') or 'none'}, "
+        f"license: {source.get('license') or 'unknown'}, revision: {source.get('revision') or 'none'}, "
         f"digest: `{source['digest']}`\n  Attribution: {source.get('attribution') or 'unknown'}"
     )

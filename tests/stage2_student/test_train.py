@@ -555,8 +555,8 @@ def test_several_caches_mixed_by_weight(caches, tmp_path):
     assert record["data"]["rows_per_epoch"] == (175 - 8) + (92 - 3)
     assert run_here([*COMMAND, "export", str(out), "--out", str(tmp_path / "student")]) is None
     card = (tmp_path / "student" / "README.md").read_text()
-    assert "- made (train, 8 documents, in a cache of weight 0.7), licence" in card
-    assert "- made (train, 3 documents, in a cache of weight 0.3), licence" in card
+    assert "- made (train, 8 documents, in a cache of weight 0.7), license" in card
+    assert "- made (train, 3 documents, in a cache of weight 0.3), license" in card
 
 
 @pytest.mark.parametrize(("loss", "drawn_from"), [("sampled", "full"), ("hybrid", "tail")])
@@ -621,9 +621,9 @@ def test_an_export_loads_as_a_plain_transformers_model(finished, tmp_path):
 
     result = run([*COMMAND, "export", str(finished), "--out", str(tmp_path / "student")])
     assert result.stdout == f"{tmp_path / 'student'}\n"
-    assert result.stderr.count("licence of") == 2
+    assert result.stderr.count("license of") == 2
     card = (tmp_path / "student" / "README.md").read_text()
-    assert card.count("licence: unknown") == card.count("Attribution: unknown") == 2
+    assert card.count("license: unknown") == card.count("Attribution: unknown") == 2
     assert sorted(path.name for path in (tmp_path / "student").iterdir()) == [
         "README.md", "config.json", "generation_config.json", "lineage.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
