@@ -27,11 +27,11 @@ import click
     help="Tokens per shard, about.",
 )
 def import_command(file: Path, out: Path, **options: Any) -> None:
-    """Make a cache of top-k logprobs that were recorded elsewhere, FILE.jsonl or FILE.parquet.
+    """Make a cache from recorded logprobs.
 
-    Takes vLLM's prompt_logprobs with prompt_token_ids, and DistillKit's uncompressed rows (input_ids, token_ids,
-    top_values). The cache holds the temperature 1 alone. Columns: shared/cache/FORMAT.md, "Importing". Interrupted, the
-    same command continues.
+    FILE.jsonl or FILE.parquet holds vLLM's prompt_logprobs with prompt_token_ids, or DistillKit's uncompressed rows
+    (input_ids, token_ids, top_values); shared/cache/FORMAT.md, "Importing", lists the columns. The cache holds only the
+    temperature 1. If it is interrupted, the same command resumes.
     """
     if not options["teacher_name"].strip():
         raise click.UsageError("--teacher-name is empty: a cache must say who made its labels")

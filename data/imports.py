@@ -9,7 +9,7 @@ from typing import Any
 from data.tabular import Row, read_rows
 from shared.cache.documents import MASS_TOLERANCE
 from shared.cache.writer import CacheWriter
-from shared.errors import CacheFormatError, ConfigError
+from shared.errors import CacheFormatError, ConfigError, require
 from shared.files import sha256_file
 from shared.progress import progress
 from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
@@ -53,7 +53,7 @@ def import_cache(
     compression: str = "gzip",
     shard_tokens: int = 32_768,
 ) -> None:
-    """Make a cache with the grid {1} from recorded rows; run again after a kill it continues.
+    """Make a cache with the grid {1} from recorded rows; run again, it resumes.
 
     Teacher and tokenizer are recorded as declared: nothing proves that they made these rows.
 
@@ -71,17 +71,10 @@ def import_cache(
     """
     loaded = load_tokenizer(tokenizer)
     size, digest = len(loaded), tokenizer_digest(loaded)
-    file_digest = sha256_file(file) if file.is_file() else ""
-    num_documents, shortest, longest, has_own = 0, math.inf, 1, True
-    for document in read_recorded(file, size):
-        num_documents += 1
-        lengths, has_own = [len(row) for row in document.rows], has_own and document.has_own
-        shortest, longest = min([shortest, *lengths]), max([longest, *lengths])
-    if num_documents == 0:
-        raise ConfigError("an empty data set", where=file, expected="at least one row")
-    # vLLM records k entries, and k + 1 where the next token ranks last: that one is not among the k.
-    kept = top_k or (longest - 1 if has_own and longest == shortest + 1 else longest)
+    num_documents, longest = _survey(file, size)
+    kept = top_k or longest
     labels = {"temperatures": [1.0], "top_k": kept, "codec": codec}
+    file_digest = sha256_file(file)
     build = {
         "command": "cache import",
         "sources": [{"name": file.name, "digest": file_digest}],
@@ -93,6 +86,13 @@ def import_cache(
         "filter": compression,
         **labels,
     }
+    identity = {
+        "declared": True,
+        "teacher": _declared_teacher(teacher_name),
+        "tokenizer": {"digest": digest, **special_ids(loaded)},
+        "labels": labels,
+    }
+    source = {"name": file.name, "split": "train", "revision": None, "license": None, "digest": file_digest}
     with CacheWriter(out, build) as writer:
         if writer.finished:
             return
@@ -101,21 +101,24 @@ def import_cache(
                 _add(writer, document, kept, file.name)
                 bar.advance(1)
         save_tokenizer(loaded, out / "tokenizer")
-        declared = f"declared: {teacher_name}"
-        identity = {
-            "declared": True,
-            "teacher": {
-                "name": teacher_name,
-                "commit": None,
-                "licence": None,
-                "weights_digest": declared,
-                "config_digest": declared,
-            },
-            "tokenizer": {"digest": digest, **special_ids(loaded)},
-            "labels": labels,
-        }
-        source = {"name": file.name, "split": "train", "revision": None, "licence": None, "digest": file_digest}
         writer.finish(identity, [source | {"num_documents": num_documents}])
+
+
+def _declared_teacher(name: str) -> dict[str, str | None]:
+    declared = f"declared: {name}"
+    return {"name": name, "commit": None, "license": None, "weights_digest": declared, "config_digest": declared}
+
+
+def _survey(file: Path, tokenizer_size: int) -> tuple[int, int]:
+    """The number of documents, and the entries of the longest row, without vLLM's extra entry for the next token."""
+    num_documents, shortest, longest, has_own = 0, math.inf, 1, True
+    for document in read_recorded(file, tokenizer_size):
+        num_documents += 1
+        lengths, has_own = [len(row) for row in document.rows], has_own and document.has_own
+        shortest, longest = min([shortest, *lengths]), max([longest, *lengths])
+    require(num_documents, "an empty data set", where=file, expected="at least one row")
+    # vLLM records k entries, and k + 1 where the next token ranks last: that one is not among the k.
+    return num_documents, longest - 1 if has_own and longest == shortest + 1 else longest
 
 
 def read_recorded(file: Path, tokenizer_size: int) -> Iterator[Recorded]:
@@ -191,7 +194,7 @@ def _vllm(row: Row, tokens: list[int], size: int) -> tuple[list[list[tuple[int, 
         place = f"{field}[{at}]"
         if not isinstance(entries, dict) or not entries:
             raise row.error(place, expected="an object of token ids", got=repr(entries)[:60])
-        found = []
+        known = []
         for key, value in entries.items():
             if not (key.isascii() and key.isdigit() and len(key) <= MAX_DIGITS and int(key) < size):
                 raise row.error(place, expected=f"token ids from 0 to {size - 1} as keys", got=repr(key))
@@ -200,14 +203,14 @@ def _vllm(row: Row, tokens: list[int], size: int) -> tuple[list[list[tuple[int, 
             rank = value.get("rank")
             if rank is not None and (type(rank) is not int or rank < 1):
                 raise row.error(f"{place}.{key}.rank", expected="an integer from 1, or null", got=repr(rank))
-            found.append((rank, int(key), _logprob(row, f"{place}.{key}.logprob", value.get("logprob"))))
-        if len({id for _, id, _ in found}) < len(found):
+            known.append((rank, int(key), _logprob(row, f"{place}.{key}.logprob", value.get("logprob"))))
+        if len({id for _, id, _ in known}) < len(known):
             raise row.error(place, expected="each token id once", got="one of them in two spellings")
-        gold.append(next((logprob for _, id, logprob in found if id == tokens[at]), math.nan))
-        found.sort(key=lambda entry: (-entry[2], entry[1]))
+        gold.append(next((logprob for _, id, logprob in known if id == tokens[at]), math.nan))
+        known.sort(key=lambda entry: (-entry[2], entry[1]))
         # The next token's own entry comes on top of the k: where its rank is beyond the row's length, it is the extra.
-        found = [entry for entry in found if entry[1] != tokens[at] or (entry[0] or 0) <= len(found)]
-        rows.append([(id, logprob) for _, id, logprob in found])
+        known = [entry for entry in known if entry[1] != tokens[at] or (entry[0] or 0) <= len(known)]
+        rows.append([(id, logprob) for _, id, logprob in known])
     return rows, gold
 
 

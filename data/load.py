@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data import mbpp, stdlib
+from data.hub import read_hub
 from data.records import Document, DocumentSet
 from data.tabular import Row, read_rows
 from data.templates import chat_document, mbpp_document, prompt_document
-from shared.errors import ConfigError
+from shared.errors import ConfigError, require, require_range
 
 FORMS = (("prompt", "completion"), ("messages",), ("text",))  # the first that a data set has the columns of
 
@@ -29,8 +30,7 @@ def load_documents(
         dataset: `mbpp`, `stdlib`, `FILE.jsonl`, `FILE.parquet` or a Hub id `owner/name`. Files and Hub data sets have
             MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
             where there is one.
-        split: a split of that data set; a local file that is not MBPP is the split that its user
-            names.
+        split: a split of that data set; a local file that is not MBPP is whatever split its user calls it.
         limit_docs: keep only the first so many documents.
         columns: what these columns are called in this data set, such as `prompt=instruction,completion=output`.
         revision: branch, tag or commit of a Hub id.
@@ -38,47 +38,43 @@ def load_documents(
     Raises:
         ConfigError: an unknown data set or split, a malformed row (by file, line and field), or no documents.
     """
-    if limit_docs is not None and limit_docs < 1:
-        raise ConfigError("a limit that keeps no document", where="limit_docs", expected="1 or more", got=limit_docs)
+    if limit_docs is not None:
+        require_range(limit_docs, "limit_docs", at_least=1)
     names = parse_columns(columns)
     on_hub = dataset == "mbpp" or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and not Path(dataset).exists())
     on_hub = on_hub and not dataset.endswith((".jsonl", ".parquet"))
-    if revision is not None and not on_hub:
-        raise ConfigError("only a Hub data set has revisions", where=dataset, got=revision)
+    require(revision is None or on_hub, "only a Hub data set has revisions", where=dataset, got=revision)
     commit: str | None = None
-    licence: str | None
+    license: str | None
     attribution: str | None
     if dataset == "stdlib":
-        if names:
-            raise ConfigError("stdlib has no columns", where="columns", got=columns)
+        require(not names, "stdlib has no columns", where="columns", got=columns)
         name, commit = "stdlib", platform.python_version()
-        licence, attribution = stdlib.LICENCE, stdlib.ATTRIBUTION
+        license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
         documents = stdlib.read_split(split)
     elif dataset.endswith((".jsonl", ".parquet")):
         path = Path(dataset)
         name, documents = _from_rows(read_rows(path), split, path.name, names)
-        licence, attribution = _known_rights(name)
+        license, attribution = _known_rights(name)
     elif on_hub:
-        from data.hub import read_hub
-
         hub_id = mbpp.HUB_ID if dataset == "mbpp" else dataset
-        commit, stated_licence, rows = read_hub(hub_id, split, revision)
+        commit, stated_license, rows = read_hub(hub_id, split, revision)
         name, documents = _from_rows(rows, split, hub_id, names)
-        licence, attribution = _known_rights(name)
-        licence = licence or stated_licence
+        license, attribution = _known_rights(name)
+        license = license or stated_license
         attribution = attribution or f"{hub_id}, https://huggingface.co/datasets/{hub_id}"
     else:
         expected = "mbpp, stdlib, FILE.jsonl, FILE.parquet or a Hub id owner/name"
         raise ConfigError("unknown data set", where="dataset", expected=expected, got=repr(dataset))
     kept = tuple(documents[:limit_docs])
     return DocumentSet(
-        name=name, split=split, revision=commit, licence=licence, attribution=attribution, documents=kept
+        name=name, split=split, revision=commit, license=license, attribution=attribution, documents=kept
     )
 
 
 def _known_rights(name: str) -> tuple[str | None, str | None]:
-    """Licence and attribution of rows that were recognised."""
-    return (mbpp.LICENCE, mbpp.ATTRIBUTION) if name == mbpp.NAME else (None, None)
+    """License and attribution of rows that were recognised."""
+    return (mbpp.LICENSE, mbpp.ATTRIBUTION) if name == mbpp.NAME else (None, None)
 
 
 def parse_columns(columns: str | None) -> dict[str, str]:
@@ -89,22 +85,23 @@ def parse_columns(columns: str | None) -> dict[str, str]:
     """
     pairs = [part.partition("=") for part in columns.split(",")] if columns else []
     names = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-    if columns is not None and (
-        len(names) != len(pairs)
-        or not all(names.values())
-        or not any(set(form) == names.keys() - {"id"} for form in FORMS)
-    ):
-        raise ConfigError(
-            "cannot read the columns",
-            where="columns",
-            expected="prompt=NAME,completion=NAME or messages=NAME or text=NAME, and id=NAME where wanted",
-            got=repr(columns),
-        )
+    require(
+        columns is None
+        or (
+            len(names) == len(pairs)
+            and all(names.values())
+            and any(set(form) == names.keys() - {"id"} for form in FORMS)
+        ),
+        "cannot read the columns",
+        where="columns",
+        expected="prompt=NAME,completion=NAME or messages=NAME or text=NAME, and id=NAME where wanted",
+        got=repr(columns),
+    )
     return names
 
 
 def _from_rows(rows: Iterator[Row], split: str, name: str, names: Mapping[str, str]) -> tuple[str, list[Document]]:
-    """Name and documents of rows whose first one tells the columns (`names` where the user does)."""
+    """Name and documents of rows; their columns are those of the first row, or `names` where the user gives them."""
     first = next(rows, None)
     if first is None:
         raise ConfigError("an empty data set", where=name, expected="at least one row")

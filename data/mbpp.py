@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data.hub import read_hub
 from data.records import Document, Problem
 from data.tabular import Row, read_rows
 from data.templates import mbpp_document, normalise
-from shared.errors import ConfigError
+from shared.errors import ConfigError, require
 
 T = TypeVar("T", Document, Problem)
 
 NAME = "mbpp"
 HUB_ID = "google-research-datasets/mbpp"
-LICENCE = "CC-BY-4.0"
+LICENSE = "CC-BY-4.0"
 ATTRIBUTION = (
     "MBPP by J. Austin, A. Odena, M. Nye et al., Google Research: Program Synthesis with Large Language Models, 2021, "
     "arXiv:2108.07732, https://github.com/google-research/google-research/tree/master/mbpp"
@@ -46,24 +47,22 @@ def load_problems(dataset: str, split: str) -> tuple[tuple[Problem, ...], str | 
         ConfigError: the Hub or the file cannot be read, a row is malformed, or the split has no rows.
     """
     if dataset == NAME:
-        from data.hub import read_hub
-
         commit, _, rows = read_hub(HUB_ID, split)
         return tuple(read_split(rows, split, mbpp_problem)), commit
-    if not dataset.endswith((".jsonl", ".parquet")):
-        expected = "mbpp, FILE.jsonl or FILE.parquet"
-        raise ConfigError("unknown data set", where="dataset", expected=expected, got=repr(dataset))
+    expected = "mbpp, FILE.jsonl or FILE.parquet"
+    known = dataset.endswith((".jsonl", ".parquet"))
+    require(known, "unknown data set", where="dataset", expected=expected, got=repr(dataset))
     return tuple(read_split(read_rows(Path(dataset)), split, mbpp_problem)), None
 
 
 def read_split(rows: Iterable[Row], split: str, of_row: Callable[[Row], T]) -> list[T]:
-    """What `of_row` makes of the rows of one split, in their order; every row is checked, of whatever split.
+    """What `of_row` makes of the rows of one split, in their order; the rows of other splits are checked, too.
 
     Raises:
         ConfigError: a malformed row, a `task_id` twice or outside MBPP, or a split without rows.
     """
     seen: dict[int, str] = {}
-    found: dict[str, list[T]] = {}
+    by_split: dict[str, list[T]] = {}
     for row in rows:
         item, task_id = of_row(row), row.integer("task_id")
         if task_id in seen:
@@ -72,17 +71,17 @@ def read_split(rows: Iterable[Row], split: str, of_row: Callable[[Row], T]) -> l
         home = next((name for name, ids in SPLITS.items() if task_id in ids), None)
         if home is None:
             raise row.error("task_id", expected="1 to 974", got=task_id)
-        found.setdefault(home, []).append(item)
-    if split not in found:
-        available = ", ".join(name for name in SPLITS if name in found) or "none"
+        by_split.setdefault(home, []).append(item)
+    if split not in by_split:
+        available = ", ".join(name for name in SPLITS if name in by_split) or "none"
         raise ConfigError("no rows in the split", where="MBPP", expected=f"one of: {available}", got=repr(split))
-    return found[split]
+    return by_split[split]
 
 
 def mbpp_problem(row: Row) -> Problem:
-    """A row as a problem: the prompt is that of its document and shows `test_list`; `check` asserts the same.
+    """A row as a problem: its prompt, that of the document, shows `test_list`, and `check` asserts the same.
 
-    The challenge tests take no part. The entry point is what the tests call and the reference solution defines.
+    The challenge tests are not used. The entry point is what the tests call and the reference solution defines.
 
     Raises:
         ConfigError: code or tests are no Python, or the tests call nothing that the code defines.

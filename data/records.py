@@ -13,9 +13,9 @@ class Document:
     Args:
         id: unique within its set.
         source: where it comes from, such as `mbpp`.
-        prompt: what is given; never ends in white space.
-        completion: what is to be learnt; its text follows the prompt directly and ends in one newline.
-        messages: a chat (`role`, `content`) in place of prompt and completion; the assistant's turns are learnt.
+        prompt: what a model is given; never ends in white space.
+        completion: the text to learn; it follows the prompt directly and ends in one newline.
+        messages: a chat (`role`, `content`) in place of prompt and completion; the targets are the assistant's turns.
     """
 
     id: str
@@ -26,7 +26,7 @@ class Document:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the text alone: neither id nor source is part of it."""
+        """SHA-256 of the text, without id and source."""
         messages = None if self.messages is None else [dict(message) for message in self.messages]
         return sha256_json({"prompt": self.prompt, "completion": self.completion, "messages": messages})
 
@@ -41,8 +41,8 @@ class Problem:
         test: defines `check(candidate)`, which is called with what the program calls `entry_point`.
         entry_point: an identifier.
         canonical_solution: the published completion; None where there is none.
-        same_process: whether the test uses more of the program's names than the entry point, so that only a run in one
-            process can tell; such a verdict can be forged.
+        same_process: whether the test uses other names of the program than the entry point. It then runs in the
+            program's own process, where a verdict can be forged.
     """
 
     task_id: str
@@ -55,20 +55,20 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentSet:
-    """The documents of one split, in order, with what is known of their origin.
+    """The documents of one split, in order, and their origin.
 
     Args:
         name: the data set's name; a local file's name without its folder.
         split: the split they were taken from.
         revision: the Hub commit, or the Python version for `stdlib`; None for local files.
-        licence: SPDX identifier; None where unknown.
-        attribution: whom to credit and where it is found; None where unknown.
+        license: SPDX identifier; None where unknown.
+        attribution: whom to credit, and where it is published; None where unknown.
     """
 
     name: str
     split: str
     revision: str | None
-    licence: str | None
+    license: str | None
     attribution: str | None
     documents: tuple[Document, ...]
 

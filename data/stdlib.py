@@ -14,9 +14,9 @@ from pathlib import Path
 
 from data.records import Document
 from data.templates import prompt_document
-from shared.errors import ConfigError
+from shared.errors import require
 
-LICENCE = "PSF-2.0"
+LICENSE = "PSF-2.0"
 ATTRIBUTION = "the Python standard library, © Python Software Foundation, https://docs.python.org/3/license.html"
 SPLITS = ("train", "validation", "test")
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
@@ -33,8 +33,7 @@ def read_split(split: str, root: Path | None = None) -> list[Document]:
         split: train (about 90 % of the modules), validation or test (5 % each).
         root: the library's folder; the running interpreter's own by default.
     """
-    if split not in SPLITS:
-        raise ConfigError("unknown split", where="stdlib", expected=f"one of: {', '.join(SPLITS)}", got=repr(split))
+    require(split in SPLITS, "unknown split", where="stdlib", expected=f"one of: {', '.join(SPLITS)}", got=repr(split))
     root = root or Path(sysconfig.get_path("stdlib"))
     unique: dict[str, Document] = {}
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
@@ -43,13 +42,12 @@ def read_split(split: str, root: Path | None = None) -> list[Document]:
             for document in _read_module(path, ".".join(relative.with_suffix("").parts).removesuffix(".__init__")):
                 unique.setdefault(" ".join((document.prompt + document.completion).split()), document)
     kept = [document for document in unique.values() if split_of(document.id) == split]
-    if not kept:
-        raise ConfigError("no documented functions in the split", where=root, got=repr(split))
+    require(kept, "no documented functions in the split", where=root, got=repr(split))
     return sorted(kept, key=lambda document: _hash(document.id))
 
 
 def split_of(id: str) -> str:
-    """The split of a document or module, from the name of its top-level module alone."""
+    """The split of a document or module, which follows from the name of its top-level module."""
     module = id.partition(":")[0].partition(".")[0]
     bucket = _hash(f"stdlib/{module}") % 20
     return {0: "validation", 1: "test"}.get(bucket, "train")

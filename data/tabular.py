@@ -1,4 +1,4 @@
-"""Rows from JSONL and parquet files, read strictly: a row is right or is refused by file, line and field."""
+"""Rows from JSONL and parquet files; a malformed row is refused by file, line and field."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ from shared.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row; `where` names its file and line. The accessors refuse whatever is not of their type."""
+    """One row; `where` names its file and line. The accessors refuse values of another type."""
 
     where: str
     fields: dict[str, Any]
@@ -51,7 +51,7 @@ class Row:
             raise self.error(field, expected="an object with role and content", got=_describe(value))
         for key in value.keys() - {"role", "content"}:
             if value[key] is not None:  # parquet gives every message every key
-                raise self.error(field, expected="role and content alone", got=repr(key))
+                raise self.error(field, expected="only role and content", got=repr(key))
         return {
             key: _checked_text(value.get(key), f"{self.where}, field '{field}.{key}'") for key in ("role", "content")
         }

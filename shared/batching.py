@@ -1,19 +1,19 @@
-"""Documents → batches: one pure function for labelling and for scoring, so that both run a model on the same shapes."""
+"""Documents → batches: a pure function that labelling and scoring share, so that both run a model on equal shapes."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# What one more batch costs, in tokens' worth of work. On MBPP padding is then 1.5–2.8 % at budgets of 1,024 to 4,096.
+# The cost of one more batch, in tokens. On MBPP padding is then 1.5–2.8 % at budgets of 1,024 to 4,096.
 _BATCH_COST = 64
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group documents by length, so that padding and a price per batch are together as small as can be.
+    """Group documents by length, so that padding plus a fixed cost per batch is minimal.
 
     Args:
         lengths: tokens of each document.
-        token_budget: most tokens of a batch, padding included (a longer document is a batch alone).
+        token_budget: most tokens of a batch, padding included (a longer document is a batch by itself).
 
     Returns:
         Document indices of each batch, longest first (running out of memory shows at the start), ties in order.

@@ -5,13 +5,11 @@ from typing import Any
 
 import click
 
-from shared.process import run_cli
-
 Commands = dict[str, tuple[str, str, str]]
 
 # Subcommand → (module, attribute, help). The composition root: the only place that knows every layer.
 COMMANDS: Commands = {
-    "teacher": ("stage1_teacher.cli", "teacher", "Stage 1: capture a frozen teacher's top-k logits into a cache."),
+    "teacher": ("stage1_teacher.cli", "teacher", "Stage 1: label documents, write caches."),
     "cache": ("shared.cache.cli", "cache", "Inspect, check, mend, join and cut logit caches."),
     "student": ("stage2_student.cli", "student", "Stage 2: train, sweep and export students from a cache."),
     "eval": ("shared.eval.cli", "evaluate", "Measure teacher and students; write the report."),
@@ -20,9 +18,8 @@ COMMANDS: Commands = {
 # What a group takes from layers above its own.
 MOUNTED: dict[str, Commands] = {
     "cache": {
-        "audit": ("stage1_teacher.cli", "audit", "Check that a cache comes from the teacher it names."),
-        "import": ("data.cli", "import_command", "Make a cache of top-k logprobs that were recorded elsewhere."),
-        "simulate": ("stage1_teacher.simulate_cli", "simulate", "Weigh fewer entries and other codecs on a sample."),
+        "audit": ("stage1_teacher.cli", "audit", "Compare a cache with its teacher."),
+        "import": ("data.cli", "import_command", "Make a cache from recorded logprobs."),
     }
 }
 
@@ -68,8 +65,3 @@ def codedistill() -> None:
     Stage 1 runs a large teacher once and caches its top-k logits; stage 2 trains any number of students from that cache
     on another machine. Every command answers to --help.
     """
-
-
-def main() -> None:
-    """Entry point of the `codedistill` command."""
-    run_cli(codedistill)

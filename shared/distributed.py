@@ -1,11 +1,12 @@
-"""Several processes under torchrun: they meet within a minute or say who is missing, agree, and notice a death.
+"""Several processes under torchrun: they meet within a minute or name who is missing, agree, and notice a death.
 
-What they tell each other here is small and lies in main memory, so it goes through gloo beside whatever DDP uses.
+Their messages here are small and lie in main memory, so they go through gloo, beside the backend that DDP uses.
 """
 
 import contextlib
 import datetime
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 
@@ -13,20 +14,20 @@ import torch
 from torch import Tensor, distributed
 
 from shared.errors import ConfigError, DistillError, PeerEndedError
-from shared.process import rank, world_size
+from shared.process import is_main_process, rank, world_size
 
 JOIN_SECONDS = 45
-# Any of these alone, such as srun sets them, would be a distributed run to accelerate; to us only a launcher's is one.
+# accelerate takes any of these (srun sets some) for a distributed run; here only a launcher, which sets all, starts one
 OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @contextlib.contextmanager
 def joined(patience: datetime.timedelta | None = None) -> Iterator[None]:
-    """The processes of this run as torch's default group; alone, nothing is set up.
+    """The processes of this run as torch's default group; a single process sets nothing up.
 
     Args:
-        patience: how long one process may work before the others, waiting for it, give up; torch's default if None. A
-            process that ends is noticed at once.
+        patience: how long the others wait for a process that works on; torch's default if None. They notice a process
+            that ends at once.
 
     Raises:
         ConfigError: fewer processes than `WORLD_SIZE` says came within 45 s.
@@ -53,19 +54,30 @@ def joined(patience: datetime.timedelta | None = None) -> Iterator[None]:
 
 
 def agree(numbers: Sequence[int]) -> list[int]:
-    """What rank 0 says, on every rank."""
-    said = torch.tensor(numbers, dtype=torch.int64)
-    if world_size() > 1:
-        distributed.broadcast(said, 0)
-    return said.tolist()
+    """The numbers that rank 0 gives, on every rank, however many; returns once all ranks have called it."""
+    if world_size() == 1:
+        return list(numbers)
+    count = torch.tensor(len(numbers))
+    distributed.broadcast(count, 0)
+    agreed = torch.zeros(int(count), dtype=torch.int64)
+    if is_main_process():
+        agreed = torch.tensor(numbers, dtype=torch.int64)
+    distributed.broadcast(agreed, 0)
+    wait()
+    return agreed.tolist()
+
+
+def wait() -> None:
+    """Return once all ranks have called it."""
+    smallest(0)
 
 
 def smallest(number: int) -> int:
     """The smallest number of all ranks."""
-    said = torch.tensor(number, dtype=torch.int64)
+    value = torch.tensor(number, dtype=torch.int64)
     if world_size() > 1:
-        distributed.all_reduce(said, distributed.ReduceOp.MIN)
-    return int(said)
+        distributed.all_reduce(value, distributed.ReduceOp.MIN)
+    return int(value)
 
 
 def on_any(flag: bool) -> bool:
@@ -96,11 +108,15 @@ def _join(patience: datetime.timedelta | None) -> None:
     deadline = time.monotonic() + JOIN_SECONDS
     missing = "rank 0, which opens the meeting point"
     try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        is_server = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not is_server:
+            _wait_for_server(address, port, deadline)
         server = distributed.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            timeout=datetime.timedelta(seconds=JOIN_SECONDS),
+            address,
+            port,
+            is_master=is_server,
+            timeout=datetime.timedelta(seconds=max(deadline - time.monotonic(), 1)),
             wait_for_workers=False,
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's server outlives a restart of its ranks
@@ -121,3 +137,16 @@ def _join(patience: datetime.timedelta | None) -> None:
         ) from error
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=patience)
+
+
+def _wait_for_server(address: str, port: int, deadline: float) -> None:
+    """Return once something listens there; torch's own client would try for longer, and print its C++ stacks.
+
+    Raises:
+        TimeoutError: nothing listened until the deadline.
+    """
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=5):
+            return
+        time.sleep(0.1)
+    raise TimeoutError

@@ -23,13 +23,18 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if _launched() else 0
 
 
+def is_main_process() -> bool:
+    """Whether this process writes what its job shares: rank 0."""
+    return rank() == 0
+
+
 def _launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
 def log(message: str) -> None:
-    """One line to standard error, from rank 0 alone."""
-    if rank() == 0:
+    """One line to standard error; other ranks than 0 stay silent."""
+    if is_main_process():
         sys.stderr.write(message + "\n")
         sys.stderr.flush()
 
@@ -40,7 +45,7 @@ class Terminated(BaseException):
 
 def own_command(*arguments: str) -> list[str]:
     """A `codedistill` command to be run as a child; no module of the working directory stands in for one of ours."""
-    return [sys.executable, "-P", "-c", "from shared.cli import main; main()", *arguments]
+    return [sys.executable, "-P", "-m", "shared", *arguments]
 
 
 def run_cli(command: Any) -> NoReturn:
@@ -51,6 +56,8 @@ def run_cli(command: Any) -> NoReturn:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         value = command.main(standalone_mode=False)
         code = value if isinstance(value, int) else 0  # click returns the code of `Exit` instead of raising it

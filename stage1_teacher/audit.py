@@ -1,16 +1,16 @@
-"""Does a cache come from the teacher that it names? Random documents are run through that teacher again and compared.
+"""Does a cache come from the teacher that it names? Random documents run through that teacher again and are compared.
 
-**What runs again.** A document runs in the very batch of its build (a function of the shard and its recorded token
-budget), since a batch's shape changes half-precision logits; alone, where the shard records no budget.
+**What runs again.** A document runs in the batch of its build, which follows from the shard and its recorded token
+budget: a batch's shape changes half-precision logits. Where the shard records no budget, the document runs by itself.
 
-**What is compared.** The teacher's logits z are read at the cache's own ids, so that ids which tie within the tolerance
-may be swapped, at the row's boundary too. A row's deviation, in logits, is the largest of
+**What is compared.** The teacher's logits z are read at the cache's own ids: ids that tie within the tolerance may be
+swapped, at the row's boundary too. A row's deviation, in logits, is the largest of
 
 - |z_1 − z_i − m̂_i| beyond the codec's bound, over its entries, and over its samples, whose margins are exact;
 - how far the best id outside the row exceeds the last one inside;
 - T · |log tail_T − log tail̂_T| beyond the codec's bound, over the grid.
 
-The next token's probability follows from these; the cache stores no other figure of it per row.
+The next token's probability follows from these.
 
 **Tolerance.** Roundings with unit roundoff u after each of the 2L residual additions, independent of one another, move
 the last hidden state by u √(2L) of its length, and a logit by that share of σ, the row's standard deviation over the
@@ -37,12 +37,12 @@ from shared.cache.codec import decode_tail
 from shared.cache.format import MAX_MARGIN, Array, shard_name
 from shared.cache.reader import Cache
 from shared.cache.shard import Shard
-from shared.errors import CacheMismatchError
+from shared.checkpoints import ModelFiles, identify_model, load_frozen
+from shared.errors import CacheMismatchError, require
 from shared.files import read_json
+from shared.logits import LogitSource
 from shared.progress import progress
 from shared.tokenizer import load_tokenizer, tokenizer_digest
-from stage1_teacher.logits import LogitSource
-from stage1_teacher.teacher import TeacherFiles, load_teacher, locate_teacher
 
 MAX_DEVIATION = 16.0
 CODEC_KL = 2.6e-3  # codec.py, for K ≤ 256
@@ -52,8 +52,8 @@ UNIT_ROUNDOFF = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CachedRows:
-    """Rows as the cache holds them: N rows with entries, K and R the most entries and samples of one, G temperatures.
+class BatchRows:
+    """Cached rows as padded tensors: N rows with entries, K and R the most entries and samples of one, G temperatures.
 
     Args:
         k: i64 `[N]`; ids: i64 `[N, K]`, padded with the row's first id; margins: f32 `[N, K]`, z_1 − z_i.
@@ -69,26 +69,20 @@ class CachedRows:
     sample_ids: Tensor
     sample_margins: Tensor
 
-    def part(self, rows: slice, device: torch.device) -> "CachedRows":
+    def chunk(self, rows: slice, device: torch.device) -> "BatchRows":
         """Some of the rows, on a device."""
-        return CachedRows(**{name: getattr(self, name)[rows].to(device) for name in self.__dataclass_fields__})
+        return BatchRows(**{name: getattr(self, name)[rows].to(device) for name in self.__dataclass_fields__})
 
 
 def audit_cache(
-    path: Path,
-    teacher: str,
-    *,
-    revision: str | None = None,
-    num_documents: int,
-    seed: int = 0,
-    device_map: str = "auto",
+    path: Path, teacher: str, *, revision: str | None = None, num_docs: int, seed: int = 0, device_map: str = "auto"
 ) -> dict[str, Any]:
     """Run random documents of a cache through a teacher and compare its rows with the cache's.
 
     Args:
         path: a finished cache.
         teacher: a directory or a Hub id; revision: branch, tag or commit of a Hub id.
-        num_documents: documents to choose; all where there are fewer.
+        num_docs: documents to choose; all where there are fewer.
         seed: of the choice.
         device_map: where the teacher's layers go, as transformers reads it.
 
@@ -99,31 +93,12 @@ def audit_cache(
         CacheMismatchError: the teacher's head is narrower than the cache's vocabulary, or the labels' dtype is unknown.
         CacheFormatError, CacheCorruptError: the cache cannot be read.
     """
-    cache = Cache(path)
-    files = locate_teacher(teacher, revision)
-    identity = cache.manifest["identity"]
-    dtype = identity["labels"].get("dtype", "bfloat16")  # an import does not say; most teachers run in it
-    if dtype not in UNIT_ROUNDOFF:
-        raise CacheMismatchError("the labels have a dtype that no teacher runs in", where=path, got=dtype)
-    load_in = identity["labels"].get("load_in")
-    model = load_teacher(files.path, dtype=dtype, device_map=device_map, load_in=load_in).model
-    source = LogitSource(model, HEAD_ROWS)
-    if source.head_width < cache.tokenizer_size:
-        raise CacheMismatchError(
-            "the teacher's head is narrower than the cache's vocabulary",
-            where=f"{teacher} and {path}",
-            expected=f"at least {cache.tokenizer_size}",
-            got=source.head_width,
-        )
-    config = model.config.get_text_config()
-    roundoff = UNIT_ROUNDOFF[dtype] + config.hidden_size**0.5 * UNIT_ROUNDOFF["float32"]
-    share = (2 * config.num_hidden_layers) ** 0.5 * roundoff
-
+    cache, files = Cache(path), identify_model(teacher, revision)
+    source, dtype, share = _load_teacher(cache, files, device_map)
     with_rows = np.flatnonzero(cache.doc_lengths > 1)
-    if not len(with_rows):
-        raise CacheMismatchError("the cache has no rows to compare", where=path)
+    require(len(with_rows), "the cache has no rows to compare", error=CacheMismatchError, where=path)
     rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.choice(with_rows, min(num_documents, len(with_rows)), replace=False))
+    chosen = np.sort(rng.choice(with_rows, min(num_docs, len(with_rows)), replace=False))
     deviations: list[Tensor] = []  # per document f64 [3, N]: deviation and σ in logits, KL in nats
     with progress("auditing", int(cache.doc_lengths[chosen].sum()), "tokens") as bar:
         for document in chosen:
@@ -133,16 +108,15 @@ def audit_cache(
     allowed = MAX_DEVIATION * share * sigma
     ratio = (deviation / allowed).nan_to_num(nan=torch.inf)
     mean_kl_allowed = CODEC_KL + 0.5 * float((share * sigma).square().mean())
-    mean_kl = float(kl.mean())
-    rows_pass = bool((ratio <= 1).all()) and mean_kl <= mean_kl_allowed
+    rows_pass = bool((ratio <= 1).all()) and float(kl.mean()) <= mean_kl_allowed
     worst = int(ratio.argmax())
     ends = np.cumsum([part.shape[1] for part in deviations])
     number = int(np.searchsorted(ends, worst, side="right"))
-    digests = _differing_digests(identity, files)
+    digests = _differing_digests(cache.manifest["identity"], files)
     return {
         "passed": rows_pass and not digests,
         "digests_that_differ": digests,
-        "declared": bool(identity.get("declared")),
+        "declared": bool(cache.manifest["identity"].get("declared")),
         "rows_pass": rows_pass,
         "documents": len(chosen),
         "rows": len(ratio),
@@ -158,8 +132,34 @@ def audit_cache(
     }
 
 
+def _load_teacher(cache: Cache, files: ModelFiles, device_map: str) -> tuple[LogitSource, str, float]:
+    """The teacher's logits in the labels' dtype, that dtype, and √(2L) (u + √D · 2⁻²⁴) of the tolerance."""
+    labels = cache.manifest["identity"]["labels"]
+    dtype = labels.get("dtype", "bfloat16")  # an import does not say; most teachers run in it
+    require(
+        dtype in UNIT_ROUNDOFF,
+        "the labels have a dtype that no teacher runs in",
+        error=CacheMismatchError,
+        where=cache.path,
+        got=dtype,
+    )
+    model = load_frozen(files.path, dtype, load_in=labels.get("load_in"), device_map=device_map)
+    source = LogitSource(model, HEAD_ROWS)
+    require(
+        source.head_width >= cache.tokenizer_size,
+        "the teacher's head is narrower than the cache's vocabulary",
+        error=CacheMismatchError,
+        where=f"{files.name} and {cache.path}",
+        expected=f"at least {cache.tokenizer_size}",
+        got=source.head_width,
+    )
+    config = model.config.get_text_config()
+    roundoff = UNIT_ROUNDOFF[dtype] + config.hidden_size**0.5 * UNIT_ROUNDOFF["float32"]
+    return source, dtype, (2 * config.num_hidden_layers) ** 0.5 * roundoff
+
+
 def verdict(path: Path, teacher: str, result: dict[str, Any]) -> str:
-    """What an audit found, in one line."""
+    """An audit's result in one line."""
     worst, kl = result["worst"], result["kl_nats"]
     figures = (
         f"{result['documents']:,} documents, {result['rows']:,} rows; largest deviation "
@@ -178,13 +178,13 @@ def verdict(path: Path, teacher: str, result: dict[str, Any]) -> str:
     return f"{path}: NOT from {teacher}: {', and '.join(reasons)}; {figures}{declared}"
 
 
-def _differing_digests(identity: dict[str, Any], files: TeacherFiles) -> list[str]:
+def _differing_digests(identity: dict[str, Any], files: ModelFiles) -> list[str]:
     """The parts of the teacher whose digest is not the recorded one; a declared teacher has that of its tokenizer."""
     parts = {"tokenizer": (identity["tokenizer"]["digest"], tokenizer_digest(load_tokenizer(files.path)))}
     if not identity.get("declared"):
         parts["weights"] = (identity["teacher"]["weights_digest"], files.weights_digest)
         parts["config"] = (identity["teacher"]["config_digest"], files.config_digest)
-    return [part for part, (recorded, found) in parts.items() if recorded != found]
+    return [part for part, (recorded, present) in parts.items() if recorded != present]
 
 
 def _audit_document(cache: Cache, document: int, source: LogitSource) -> Tensor:
@@ -200,17 +200,17 @@ def _audit_document(cache: Cache, document: int, source: LogitSource) -> Tensor:
     real_BT = torch.arange(lengths[batch[0]] - 1) < torch.from_numpy(lengths[batch] - 1)[:, None]
     ids_BT = torch.zeros(real_BT.shape, dtype=torch.int64)
     ids_BT[real_BT] = torch.cat([torch.from_numpy(cache.tokens(first + i)[:-1]) for i in batch])
-    wanted_BT = torch.zeros_like(real_BT)  # the head runs over this document alone
+    wanted_BT = torch.zeros_like(real_BT)  # the head runs only over this document
     wanted_BT[batch.index(local)] = real_BT[batch.index(local)]
 
     start, stop = int(shard.doc_indptr[local]), int(shard.doc_indptr[local + 1]) - 1
-    rows = cached_rows(shard, start, stop, cache.temperatures)
+    rows = batch_rows(shard, start, stop, cache.temperatures)
     parts, done = [], 0
     for logits_NV in source.chunks(ids_BT, wanted_BT):
-        part = rows.part(slice(done, done + len(logits_NV)), logits_NV.device)
+        chunk = rows.chunk(slice(done, done + len(logits_NV)), logits_NV.device)
         deviations = compare(
             logits_NV[:, : cache.tokenizer_size],
-            part,
+            chunk,
             temperatures=cache.temperatures,
             codec=cache.manifest["codec"],
             tail_scale=shard.tail_scale,
@@ -221,7 +221,7 @@ def _audit_document(cache: Cache, document: int, source: LogitSource) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def cached_rows(shard: Shard, start: int, stop: int, temperatures: Sequence[float]) -> CachedRows:
+def batch_rows(shard: Shard, start: int, stop: int, temperatures: Sequence[float]) -> BatchRows:
     """Rows `start` to `stop` of a shard, none of them empty."""
     k = shard.k[start:stop]
     entries = slice(int(shard.row_indptr[start]), int(shard.row_indptr[stop]))
@@ -240,12 +240,12 @@ def cached_rows(shard: Shard, start: int, stop: int, temperatures: Sequence[floa
         "sample_ids": none if samples is None else samples.ids,
         "sample_margins": none.astype(np.float32) if samples is None else samples.margins,
     }
-    return CachedRows(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    return BatchRows(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 @torch.inference_mode()
 def compare(
-    z_NV: Tensor, rows: CachedRows, *, temperatures: Sequence[float], codec: str, tail_scale: int, num_codings: int = 1
+    z_NV: Tensor, rows: BatchRows, *, temperatures: Sequence[float], codec: str, tail_scale: int, num_codings: int = 1
 ) -> Tensor:
     """Deviation and σ in logits, and KL(cache‖teacher) over head and tail at T = 1 in nats: f64 `[3, N]`.
 

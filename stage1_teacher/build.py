@@ -1,93 +1,167 @@
-"""Build a logit cache: documents → pieces → shards, each labelled by the frozen teacher and written once."""
+"""Build a logit cache: request, resume and identity around the capture of its shards."""
 
 import contextlib
+import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.load import load_documents
 from data.records import Document, DocumentSet
-from shared.cache.assemble import extensions
+from shared import tracking
 from shared.cache.derive import Input
 from shared.cache.directory import has_leftovers, is_finished, plain_errors
-from shared.cache.extend import CacheExtender
 from shared.cache.format import BUILD, MANIFEST, shard_name
 from shared.cache.identity import require_same_labels
 from shared.cache.manifest import read_manifest
 from shared.cache.writer import CacheWriter
+from shared.checkpoints import ModelFiles, head_and_positions, identify_model
 from shared.config import to_dict
-from shared.errors import ConfigError, ResumeError
-from shared.files import read_json, sha256_file
-from shared.process import log
-from stage1_teacher.batching import plan_shards
+from shared.errors import ResumeError, require
+from shared.files import read_json, sha256_file, sha256_json, write_json
+from shared.process import is_main_process, log, rank, world_size
+from shared.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
 from stage1_teacher.config import TeacherConfig
-from stage1_teacher.disk import least_bytes_per_token, require_room
-from stage1_teacher.ranks import Ranks, joined
-from stage1_teacher.teacher import TeacherFiles, head_and_positions, locate_teacher
+from stage1_teacher.disk import least_bytes_per_token, require_space
+from stage1_teacher.documents import Corpus, Segment, cut_documents, plan_shards
 
-if TYPE_CHECKING:  # torch and transformers load only where there is something to label
-    from stage1_teacher.documents import Corpus
-
+LABELLING = datetime.timedelta(days=30)  # ranks may work that long before they meet again
 NAMED = ("teacher", "revision", "dataset", "dataset_revision", "split")  # recorded by commit and digest instead
 OPTIONS = (
-    "columns",
-    "codec",
-    "filter",
-    "temperatures",
-    "top_k",
-    "top_p",
-    "dtype",
-    "shard_tokens",
-    "batch_tokens",
-    "head_rows",
-    "max_length",
-    "on_long",
-    "load_in",
-    "samples",
-    "samples_from",
-    "samples_temperature",
+    *("columns", "codec", "filter", "temperatures", "top_k", "top_p", "dtype", "shard_tokens", "batch_tokens"),
+    *("head_rows", "max_length", "on_long", "load_in", "samples", "samples_from", "samples_temperature"),
 )
 
 
-def build_cache(config: TeacherConfig, out: Path, *, extend: bool = False) -> None:
-    """Label a data set with a teacher and write the cache; run again it continues, or finds all done.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What is to be built.
+
+    Attributes:
+        config: options; out: the cache's directory.
+        files: the teacher's; data: the documents, those to be skipped among them.
+        skip_in: finished caches whose documents are skipped.
+    """
+
+    config: TeacherConfig
+    out: Path
+    files: ModelFiles
+    data: DocumentSet
+    skip_in: tuple[Input, ...]
+
+    def request(self) -> dict[str, Any]:
+        """What was asked for, by content: `build.json` holds it, and a resume must match it."""
+        files, data = self.files, self.data
+        return {
+            "teacher": {
+                "commit": files.commit,
+                "weights_digest": files.weights_digest,
+                "config_digest": files.config_digest,
+                "tokenizer_files_digest": files.tokenizer_files_digest,
+            },
+            "sources": [{"name": data.name, "split": data.split, "revision": data.revision, "digest": data.digest}],
+            "skip_in": [cache.digest() for cache in self.skip_in],
+            **{key: value for key, value in to_dict(self.config).items() if key in OPTIONS},
+        }
+
+    def identity(self, tokenizer: Tokenizer, head: str) -> dict[str, Any]:
+        """Who makes the labels; `head` is the precision of the teacher's head."""
+        config, files = self.config, self.files
+        labels = {
+            "temperatures": list(config.temperatures),
+            "top_k": config.top_k,
+            "top_p": config.top_p,
+            "codec": config.codec,
+            "dtype": config.dtype,
+            "head": head,
+        }
+        if config.load_in:
+            labels["load_in"] = config.load_in
+        if config.samples:
+            labels["samples"] = [config.samples, config.samples_from, config.samples_temperature]
+        return {
+            "teacher": {
+                "name": files.name,
+                "commit": files.commit,
+                "license": files.license,
+                "attribution": files.attribution,
+                "weights_digest": files.weights_digest,
+                "config_digest": files.config_digest,
+            },
+            "tokenizer": {"digest": tokenizer_digest(tokenizer), **special_ids(tokenizer)},
+            "labels": labels,
+        }
+
+    def source(self, corpus: Corpus, num_skipped: int) -> dict[str, Any]:
+        """The manifest's record of the data set."""
+        data = self.data
+        return {
+            "name": data.name,
+            "split": data.split,
+            "revision": data.revision,
+            "license": data.license,
+            "attribution": data.attribution,
+            "digest": data.digest,
+            "num_documents": len(data.documents),
+            **({"num_skipped": num_skipped} if self.skip_in else {}),
+            "num_long": len(corpus.long),
+            "on_long": self.config.on_long,
+            "num_lossy": len(corpus.lossy),
+            "config": {key: value for key, value in to_dict(self.config).items() if key not in NAMED},
+        }
+
+    def require_skipped_labels(self, identity: dict[str, Any] | None, tokenizer: Tokenizer) -> None:
+        """Refuse skipped documents whose labels are of another kind than this build's, as far as those are known."""
+        for cache in self.skip_in:
+            theirs = cache.manifest["identity"]
+            # The head's precision is known once the teacher is loaded.
+            ours = identity or self.identity(tokenizer, theirs["labels"].get("head", "none"))
+            require_same_labels(theirs, ours, ours_name=cache.path, theirs_name="this build")
+
+
+def build_cache(config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = ()) -> None:
+    """Label a data set with a teacher and write the cache. Run again, it resumes, or reports the cache up to date.
 
     Args:
         config: teacher, data and options.
         out: the cache's directory.
-        extend: add the data set's documents to a finished cache, those that it does not hold yet. It stays valid
-            throughout; its teacher, tokenizer and label options must be these.
+        skip_in: finished caches of the same label identity; a document that one of them holds is skipped.
 
     Raises:
-        ConfigError: options, teacher or documents that cannot be used, or a disk that cannot hold the cache.
-        ResumeError: `out` was begun with other options, teacher or documents, or holds something else.
-        CacheFormatError: labels that may not be written, such as NaN logits; with `extend`, no finished cache.
-        CacheMismatchError: with `extend`, a cache of other labels.
+        ConfigError: options, teacher or documents that cannot be used, a disk that cannot hold the cache, or no
+            document that is not skipped.
+        ResumeError: `out` was begun with other options, teacher, documents or skipped caches, or holds something else.
+        CacheFormatError: labels that may not be written, such as NaN logits; or `skip_in` names no finished cache.
+        CacheMismatchError: `skip_in` names a cache of another label identity.
     """
-    files, documents = find_inputs(config)
-    request = _request(config, files, documents)
-    with joined() as ranks:
-        if ranks.agree([ranks.leads and _is_done(out, request, extend)]) == [1]:
+    files, data = find_inputs(config)
+    task = Task(config=config, out=out, files=files, data=data, skip_in=tuple(map(Input.open, skip_in)))
+    if world_size() == 1 and _is_done(task):  # answered without loading torch
+        log(f"{out} is up to date")
+        return
+    from shared.distributed import agree, joined
+
+    with joined(LABELLING):
+        if agree([world_size() > 1 and is_main_process() and _is_done(task)]) == [1]:
             log(f"{out} is up to date")
-        elif not extend:
-            _refuse_moved(out, request)
-            _build(config, out, files, documents, documents.documents, request, ranks)
-        elif new := _new_documents(documents, out):
-            _build(config, out, files, documents, new, request, ranks, extends=read_manifest(out))
+        else:
+            _refuse_moved(task)
+            _build(task)
 
 
-def find_inputs(config: TeacherConfig) -> tuple[TeacherFiles, DocumentSet]:
+def find_inputs(config: TeacherConfig) -> tuple[ModelFiles, DocumentSet]:
     """The teacher's files and the documents that a configuration names.
 
     Raises:
         ConfigError: either is not named, or cannot be used.
     """
     for name in ("teacher", "dataset"):
-        if not getattr(config, name):
-            raise ConfigError(f"no {name} is named", fix=f"pass --{name}, or set it in the configuration file")
-    files = locate_teacher(config.teacher, config.revision)
+        fix = f"pass --{name}, or set it in the configuration file"
+        require(getattr(config, name), f"no {name} is named", fix=fix)
+    files = identify_model(config.teacher, config.revision)
     documents = load_documents(
         config.dataset,
         config.split,
@@ -98,205 +172,186 @@ def find_inputs(config: TeacherConfig) -> tuple[TeacherFiles, DocumentSet]:
     return files, documents
 
 
-def _request(config: TeacherConfig, files: TeacherFiles, documents: DocumentSet) -> dict[str, Any]:
-    """What was asked for, by content: `build.json` holds it, and a resume must match it."""
-    return {
-        "teacher": {
-            "commit": files.commit,
-            "weights_digest": files.weights_digest,
-            "config_digest": files.config_digest,
-            "tokenizer_files_digest": files.tokenizer_files_digest,
-        },
-        "sources": [
-            {
-                "name": documents.name,
-                "split": documents.split,
-                "revision": documents.revision,
-                "digest": documents.digest,
-            }
-        ],
-        **{key: value for key, value in to_dict(config).items() if key in OPTIONS},
-    }
+def read_corpus(
+    config: TeacherConfig, files: ModelFiles, documents: Sequence[Document]
+) -> tuple[Tokenizer, Corpus, int]:
+    """The teacher's tokenizer, the documents' segments, and the rows of the teacher's head.
+
+    Raises:
+        ConfigError: `max_length` is beyond the teacher's positions, or documents that cannot be labelled.
+    """
+    tokenizer = load_tokenizer(files.path)
+    head_width, positions = head_and_positions(files.path)
+    asked = config.max_length
+    require(
+        asked is None or positions is None or asked <= positions,
+        "--max-length is beyond the teacher's positions",
+        expected=f"at most {positions}",
+        got=asked,
+    )
+    corpus = cut_documents(
+        documents, tokenizer, max_length=asked or positions, on_long=config.on_long, head_width=head_width
+    )
+    return tokenizer, corpus, head_width
 
 
-def _is_done(out: Path, request: dict[str, Any], extend: bool) -> bool:
-    """Whether a whole, finished cache of the same request is there; loads neither torch nor transformers."""
-    if not is_finished(out) or has_leftovers(out):
+def _is_done(task: Task) -> bool:
+    """Whether a whole, finished cache of the same request is there."""
+    if not is_finished(task.out) or has_leftovers(task.out):
         return False
-    done = [read_json(out / BUILD)["options"]]
-    if extend:
-        listed = read_manifest(out)["files"]
-        done += [part.options for part in extensions(out) if part.name in listed]
-    return any(all(options.get(key) == value for key, value in request.items()) for options in done)
+    options = read_json(task.out / BUILD)["options"]
+    return all(options.get(key) == value for key, value in task.request().items())
 
 
-def _new_documents(documents: DocumentSet, out: Path) -> tuple[Document, ...]:
-    """The documents that a finished cache does not hold, by digest of their text."""
-    cache = Input.open(out)
-    shards = range(cache.manifest["num_shards"])
-    held = {meta.get("digest") for shard in shards for meta in cache.documents(shard)}
-    new = tuple(document for document in documents.documents if document.digest not in held)
-    log(f"{out}: {len(documents.documents) - len(new):,} of {len(documents.documents):,} documents are there already")
-    return new
-
-
-def _refuse_moved(out: Path, request: dict[str, Any]) -> None:
-    """Refuse to continue at other commits than the cache was begun at, also where the content is the same."""
+def _refuse_moved(task: Task) -> None:
+    """Refuse to resume at other commits than the cache was begun at, also where the content is the same."""
     try:
-        options = json.loads((out / BUILD).read_bytes())["options"]
+        options = json.loads((task.out / BUILD).read_bytes())["options"]
         before = {"teacher": options["teacher"]["commit"], "data set": options["sources"][0]["revision"]}
     except (OSError, ValueError, LookupError, TypeError):
-        return  # nothing begun, or not by us: the writer tells
-    now = {"teacher": request["teacher"]["commit"], "data set": request["sources"][0]["revision"]}
+        return  # nothing begun, or not by us: the writer says which
+    now = {"teacher": task.files.commit, "data set": task.data.revision}
     flags = {"teacher": "--revision", "data set": "--dataset-revision"}
     for what, flag in flags.items():
         commits = (before[what], now[what])
         if before[what] != now[what] and all(re.fullmatch(r"[0-9a-f]{40}", str(commit)) for commit in commits):
             raise ResumeError(
                 f"the {what} has moved since the cache was begun",
-                where=out,
+                where=task.out,
                 expected=before[what],
                 got=now[what],
                 fix=f"pass {flag} {before[what]}, or name another --out",
             )
 
 
-def _build(
-    config: TeacherConfig,
-    out: Path,
-    files: TeacherFiles,
-    data: DocumentSet,
-    documents: Sequence[Document],
-    request: dict[str, Any],
-    ranks: Ranks,
-    extends: dict[str, Any] | None = None,
-) -> None:
-    """Label documents of a data set; `extends` is the manifest of the finished cache that they are added to."""
-    from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
-    from stage1_teacher.documents import cut_documents
-
-    tokenizer = load_tokenizer(files.path)
-    head_width, limit = head_and_positions(files.path)
-    corpus = cut_documents(
-        documents,
-        tokenizer,
-        max_length=max_length(config.max_length, limit),
-        on_long=config.on_long,
-        head_width=head_width,
-    )
-    _report(corpus, data, len(documents), config)
-    lengths = [len(piece.ids) for piece in corpus.pieces]
-    shards = plan_shards(lengths, config.shard_tokens)
-    digest = tokenizer_digest(tokenizer)
-    derived = {
-        "tokenizer_digest": digest,
+def _build(task: Task) -> None:
+    config, out = task.config, task.out
+    documents = _new_documents(task)
+    tokenizer, corpus, head_width = read_corpus(config, task.files, documents)
+    task.require_skipped_labels(None, tokenizer)
+    _report(corpus, task.data, len(documents), config)
+    shards = plan_shards(corpus.lengths, config.shard_tokens)
+    present_bytes = sum(file.stat().st_size for file in out.glob("shard-*.h5"))
+    least = least_bytes_per_token(config, len(tokenizer))
+    require_space(out, sum(corpus.lengths), least, present_bytes=present_bytes)
+    options = task.request() | {
+        "tokenizer_digest": tokenizer_digest(tokenizer),
         "tokenizer_size": len(tokenizer),
         "head_width": head_width,
         "num_shards": len(shards),
     }
-    source = {
-        "name": data.name,
-        "split": data.split,
-        "revision": data.revision,
-        "licence": data.licence,
-        "attribution": data.attribution,
-        "digest": data.digest,
-        "num_documents": len(data.documents),
-        **({"num_new_documents": len(documents)} if extends else {}),
-        "num_long": len(corpus.long),
-        "on_long": config.on_long,
-        "num_lossy": len(corpus.lossy),
-        "config": {key: value for key, value in to_dict(config).items() if key not in NAMED},
+    source = task.source(corpus, len(task.data.documents) - len(documents))
+    with _opened(out, options) as writer:
+        if writer is None:
+            return
+        with _tracked(writer, config) as run:
+            _label(task, writer, shards, corpus.segments, run)
+            if is_main_process():
+                _finish(task, writer, tokenizer, source, run)
+
+
+def _new_documents(task: Task) -> Sequence[Document]:
+    """The documents that no cache of `skip_in` holds, by the digest of their text."""
+    documents = task.data.documents
+    if not task.skip_in:
+        return documents
+    known = {
+        meta.get("digest")
+        for cache in task.skip_in
+        for shard in range(cache.manifest["num_shards"])
+        for meta in cache.documents(shard)
     }
+    new = [document for document in documents if document.digest not in known]
+    log(f"{len(documents) - len(new):,} of {len(documents):,} documents are skipped: --skip-in holds them")
+    require(new, "every document is in a cache of --skip-in", where=task.data.name, fix="train on these caches")
+    return new
 
-    def identity(head: str) -> dict[str, Any]:
-        return {
-            "teacher": {
-                "name": files.name,
-                "commit": files.commit,
-                "licence": files.licence,
-                "attribution": files.attribution,
-                "weights_digest": files.weights_digest,
-                "config_digest": files.config_digest,
-            },
-            "tokenizer": {"digest": digest, **special_ids(tokenizer)},
-            "labels": {
-                "temperatures": list(config.temperatures),
-                "top_k": config.top_k,
-                "top_p": config.top_p,
-                "codec": config.codec,
-                "dtype": config.dtype,
-                "head": head,
-                **({"load_in": config.load_in} if config.load_in else {}),
-                **({"samples": [config.samples, *config.sampled()]} if config.samples else {}),
-            },
-        }
 
-    if extends:  # all but the head's precision is known before anything is labelled
-        wanted = identity(extends["identity"]["labels"].get("head", "none"))
-        require_same_labels(extends["identity"], wanted, ours_name=out, theirs_name="the extension")
-    present = 0 if extends else sum(file.stat().st_size for file in out.glob("shard-*.h5"))
-    require_room(out, sum(lengths), least_bytes_per_token(config, len(tokenizer)), present_bytes=present)
-    options = request | derived
-
-    def open_writer(leads: bool) -> CacheWriter:
-        if extends:
-            return CacheExtender(out, options, source, leads=leads)
-        return CacheWriter(out, options, leads=leads)
+@contextlib.contextmanager
+def _opened(out: Path, options: dict[str, Any]) -> Iterator[CacheWriter | None]:
+    """The cache's writer on each rank; None where the cache was finished but for a killed process's leftovers."""
+    from shared.distributed import agree
 
     with contextlib.ExitStack() as stack:
-        if ranks.leads:  # the others come when it has claimed the folder
-            writer = stack.enter_context(open_writer(True))
-        if ranks.agree([ranks.leads and writer.finished]) == [1]:
-            return  # only a killed process's leftovers were to be cleared
-        if not ranks.leads:
-            writer = stack.enter_context(open_writer(False))
-        numbers = range(writer.first_shard, writer.first_shard + len(shards))
-        todo = ranks.agree([n for n in numbers if not writer.has_shard(n)] if ranks.leads else [])
-        if len(todo) < len(shards):
-            log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
-        mine = {n: shards[n - writer.first_shard] for n in todo[ranks.rank :: ranks.world_size]}
-        from stage1_teacher.pipeline import label_shards, run_file, tracked
-
-        with tracked(writer, config) as run:
-            if mine:
-                label_shards(writer, config, files, mine, corpus.pieces, ranks, run)
-            ranks.wait()
-            if not ranks.leads:
-                return
-            if not extends:
-                with plain_errors(out):
-                    save_tokenizer(tokenizer, out / "tokenizer")
-            fused = all(read_json(out / f"{shard_name(shard)}.json")["fused_head"] for shard in numbers)
-            writer.finish(identity("float32" if fused else config.dtype), [source])
-            digests = {
-                "label_identity": read_manifest(out)["label_identity"],
-                "manifest_sha256": sha256_file(out / MANIFEST),
-            }
-            run.refer_to("logit-cache", out.name, out, digests)
-            run_file(out).unlink(missing_ok=True)
+        if is_main_process():  # the others come when it has claimed the folder
+            writer = stack.enter_context(CacheWriter(out, options))
+        if agree([is_main_process() and writer.finished]) == [1]:
+            yield None
+            return
+        if not is_main_process():
+            writer = stack.enter_context(CacheWriter(out, options, leads=False))
+        yield writer
 
 
-def max_length(asked: int | None, limit: int | None) -> int | None:
-    """The longest piece: what was asked for, else the teacher's positions; None where neither says.
+def _label(
+    task: Task, writer: CacheWriter, shards: Sequence[range], segments: Sequence[Segment], run: tracking.Run
+) -> None:
+    """Capture this rank's share of the shards that are not there yet; returns once all ranks are done."""
+    from shared.distributed import agree, wait
+    from stage1_teacher.capture import capture_shards
 
-    Raises:
-        ConfigError: more than the teacher's positions is asked for.
-    """
-    if asked is not None and limit is not None and asked > limit:
-        raise ConfigError("--max-length is beyond the teacher's positions", expected=f"at most {limit}", got=asked)
-    return asked or limit
+    missing = [shard for shard in range(len(shards)) if not writer.has_shard(shard)] if is_main_process() else []
+    todo = agree(missing)
+    if len(todo) < len(shards):
+        log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
+    mine = {shard: shards[shard] for shard in todo[rank() :: world_size()]}
+    if mine:
+        capture_shards(writer, task.config, task.files, mine, segments, run)
+    wait()
 
 
-def _report(corpus: "Corpus", data: DocumentSet, num_documents: int, config: TeacherConfig) -> None:
-    """Say what was read, and what happened to documents that are not simply kept."""
-    tokens = sum(len(piece.ids) for piece in corpus.pieces)
-    log(f"{data.name} {data.split}: {num_documents:,} documents, {tokens:,} tokens")
+def _finish(task: Task, writer: CacheWriter, tokenizer: Tokenizer, source: dict[str, Any], run: tracking.Run) -> None:
+    """Write tokenizer and manifest."""
+    out = task.out
+    with plain_errors(out):
+        save_tokenizer(tokenizer, out / "tokenizer")
+    records = [read_json(out / f"{shard_name(shard)}.json") for shard in range(writer.build["num_shards"])]
+    fused = all(record["fused_head"] for record in records)
+    identity = task.identity(tokenizer, "float32" if fused else task.config.dtype)
+    task.require_skipped_labels(identity, tokenizer)
+    writer.finish(identity, [source])
+    digests = {
+        "label_identity": read_manifest(out)["label_identity"],
+        "manifest_sha256": sha256_file(out / MANIFEST),
+    }
+    run.refer_to("logit-cache", out.name, out, digests)
+    _run_file(out).unlink(missing_ok=True)
+
+
+def _report(corpus: Corpus, data: DocumentSet, num_documents: int, config: TeacherConfig) -> None:
+    """Log what was read, and which documents were cut or dropped."""
+    log(f"{data.name} {data.split}: {num_documents:,} documents, {sum(corpus.lengths):,} tokens")
     first = data.documents[0]
     if first.prompt:
         log(f"prompt and completion meet as in {first.id}: {first.prompt[-30:]!r} + {first.completion[:30]!r}")
     verb = {"split": "split", "truncate": "truncated", "drop": "dropped"}[config.on_long]
     for what, ids in ((f"too long and {verb}", corpus.long), ("not restored by the tokenizer", corpus.lossy)):
         if ids:
-            more = f" and {len(ids) - 5:,} more" if len(ids) > 5 else ""
-            log(f"{len(ids):,} documents {what}: {', '.join(ids[:5])}{more}")
+            others = f" and {len(ids) - 5:,} more" if len(ids) > 5 else ""
+            log(f"{len(ids):,} documents {what}: {', '.join(ids[:5])}{others}")
+
+
+# --- tracking --------------------------------------------------------------------------------------------------------
+
+
+def _run_file(out: Path) -> Path:
+    """Holds the id of an unfinished build's W&B run, beside wandb's own files: it is no part of the cache."""
+    return out.parent / "wandb" / f"{out.name}.json"
+
+
+@contextlib.contextmanager
+def _tracked(writer: CacheWriter, config: TeacherConfig) -> Iterator[tracking.Run]:
+    """The build's W&B run: the one it had before it was stopped, if any."""
+    file, build = _run_file(writer.path), sha256_json(writer.build)
+    earlier = read_json(file) if file.is_file() else {"build": None}
+    with tracking.start(
+        "teacher-build",
+        name=writer.path.name,
+        config=to_dict(config),
+        directory=writer.path.parent,
+        run_id=earlier["id"] if earlier["build"] == build else None,
+    ) as run:
+        if run.id:
+            with contextlib.suppress(OSError):  # tracking is an aid: where it cannot be noted, a resume is a new run
+                write_json(file, {"id": run.id, "build": build})
+        yield run

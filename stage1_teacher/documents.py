@@ -1,17 +1,18 @@
-"""Documents → pieces: token ids within the length limit, with their targets; counts what did not fit."""
+"""Documents → token segments within the length limit → shards."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from data.records import Document
-from shared.errors import ConfigError
-from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, encode_chat, encode_document
+from shared.chat import encode_chat
+from shared.errors import ConfigError, require
+from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, encode_document
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """A document, or a part of a long one.
+class Segment:
+    """The tokens of a document, or of a part of a long one.
 
     Attributes:
         ids: token ids.
@@ -26,11 +27,16 @@ class Piece:
 
 @dataclass(kw_only=True, slots=True)
 class Corpus:
-    """All pieces in order, and the ids of the documents that something happened to."""
+    """All segments in order, and the ids of documents that are too long or that the tokenizer does not restore."""
 
-    pieces: list[Piece] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     long: list[str] = field(default_factory=list)
     lossy: list[str] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        return [len(segment.ids) for segment in self.segments]
 
 
 def cut_documents(
@@ -41,41 +47,42 @@ def cut_documents(
     Args:
         documents: texts with prompt and completion.
         tokenizer: the teacher's.
-        max_length: most tokens of a piece; None for no limit.
-        on_long: `split` into parts that overlap by one token, so that every token is predicted exactly once;
-            `truncate` to the first part; `drop`.
+        max_length: most tokens of a segment; None for no limit.
+        on_long: `split` into segments that overlap by one token, so that every token is predicted exactly once;
+            `truncate` to the first segment; `drop`.
         head_width: rows of the teacher's head.
 
     Raises:
-        ConfigError: an id the head cannot predict (the document is named), or nothing is left.
+        ConfigError: an id that the head cannot predict (the document is named), or no document is left.
     """
     corpus = Corpus()
     for document in documents:
         encoded = _encode(document, tokenizer)
-        if not encoded.ids or max(encoded.ids) >= head_width:
-            raise ConfigError(
-                "a document that the teacher cannot label",
-                where=f"{document.source} {document.id}",
-                expected=f"token ids below {head_width}, at least one",
-                got=max(encoded.ids, default="none"),
-            )
+        length = len(encoded.ids)
+        require(
+            encoded.ids and max(encoded.ids) < head_width,
+            "a document that the teacher cannot label",
+            where=f"{document.source} {document.id}",
+            expected=f"token ids below {head_width}, at least one",
+            got=max(encoded.ids, default="none"),
+        )
         if not encoded.lossless:
             corpus.lossy.append(document.id)
-        meta = {"id": document.id, "source": document.source, "origin": "corpus", "digest": document.digest}
-        length = len(encoded.ids)
-        if max_length is None or length <= max_length:
-            starts = [0]
-        else:
+        starts = [0]
+        if max_length is not None and length > max_length:
             corpus.long.append(document.id)
             starts = {"split": list(range(0, length - 1, max_length - 1)), "truncate": [0], "drop": []}[on_long]
+        meta = {"id": document.id, "source": document.source, "origin": "corpus", "digest": document.digest}
         for part, start in enumerate(starts):
             stop = length if max_length is None else min(start + max_length, length)
-            more = {"part": part, "parts": len(starts)} if len(starts) > 1 else {}
-            corpus.pieces.append(_piece(encoded, start, stop, tokenizer, meta | more))
-    if not corpus.pieces:
-        raise ConfigError(
-            "no document is left", expected=f"documents of at most {max_length} tokens", got=corpus.long[:3]
-        )
+            place = {"part": part, "parts": len(starts)} if len(starts) > 1 else {}
+            corpus.segments.append(_segment(encoded, start, stop, tokenizer, meta | place))
+    require(
+        corpus.segments,
+        "no document is left",
+        expected=f"documents of at most {max_length} tokens",
+        got=corpus.long[:3],
+    )
     return corpus
 
 
@@ -90,12 +97,34 @@ def _encode(document: Document, tokenizer: Tokenizer) -> Encoded:
         raise ConfigError(error.what, where=where, expected=error.expected, got=error.got, fix=error.fix) from error
 
 
-def _piece(encoded: Encoded, start: int, stop: int, tokenizer: Tokenizer, meta: dict[str, Any]) -> Piece:
+def _segment(encoded: Encoded, start: int, stop: int, tokenizer: Tokenizer, meta: dict[str, Any]) -> Segment:
     target_bytes = encoded.target_bytes
     if stop - start < len(encoded.ids):
         target_bytes = count_target_bytes(tokenizer, encoded.ids, encoded.is_target, start, stop)
-    return Piece(
+    return Segment(
         ids=encoded.ids[start:stop],
         is_target=[False, *encoded.is_target[start + 1 : stop]],
         meta=meta | {"target_bytes": target_bytes},
     )
+
+
+def plan_shards(lengths: Sequence[int], shard_tokens: int) -> list[range]:
+    """Cut segments, in order, into shards of at most `shard_tokens` tokens; a longer segment is a shard by itself.
+
+    A pure function of the lengths, so that every resume and every number of processes plans the same shards.
+
+    Args:
+        lengths: tokens of each segment.
+        shard_tokens: most tokens of a shard.
+
+    Returns:
+        The segment indices of each shard.
+    """
+    shards: list[range] = []
+    start = tokens = 0
+    for index, length in enumerate(lengths):
+        if index > start and tokens + length > shard_tokens:
+            shards.append(range(start, index))
+            start, tokens = index, 0
+        tokens += length
+    return [*shards, range(start, len(lengths))] if lengths else []

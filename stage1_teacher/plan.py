@@ -1,9 +1,10 @@
-"""The planner: what a build will take, measured on a pilot before the expensive run.
+"""The planner: what a build will take and what each K would hold, measured on a pilot before the expensive run.
 
-The pilot labels a sample of documents, evenly spaced in order of length, so that short and long ones are in it as often
-as in the data. Seconds come from a fit over its batches, bytes from really encoding its rows.
+The pilot labels a sample of documents, evenly spaced in order of length, so that short and long ones occur in it as
+often as in the data. Seconds come from a fit over its batches, bytes from encoding its rows.
 """
 
+import functools
 import resource
 import sys
 import time
@@ -15,23 +16,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.batching import plan_batches
+from shared.cache.derive import select
 from shared.cache.encode import encode_shard
-from shared.cache.format import Array, ShardArrays, indptr
+from shared.cache.format import Array, ShardArrays
 from shared.cache.rows import truncate
-from shared.errors import ConfigError
+from shared.checkpoints import ModelFiles, device_kinds
+from shared.errors import ConfigError, require
 from shared.files import to_json
 from shared.machine import machine
 from shared.process import world_size
 from shared.progress import progress
-from stage1_teacher.batching import plan_shards
-from stage1_teacher.build import find_inputs, max_length
+from stage1_teacher.build import find_inputs, read_corpus
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import free_bytes
-from stage1_teacher.ranks import Ranks
-from stage1_teacher.teacher import head_and_positions, load_teacher
+from stage1_teacher.documents import Corpus, Segment, plan_shards
 
-if TYPE_CHECKING:
-    from stage1_teacher.documents import Piece
+if TYPE_CHECKING:  # torch loads with the pilot
+    from shared.logits import LogitSource
 
 TOP_KS = (8, 16, 32, 64, 128)
 TOP_P = 0.98
@@ -57,30 +58,16 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
         pilot_docs: documents of the pilot; all where there are fewer.
 
     Returns:
-        JSON values: `teacher`, `data`, `batches`, `pilot`, `bytes`, `hours`, `memory`, and `choices`: for several K and
-        for a top-p the mean mass that a row captures, the KL that the codec adds over row and tail, and bytes. What is
-        lost *inside* the tail has no KL, since a cache says nothing of it: the captured mass bounds it.
+        JSON values: `teacher`, `data`, `batches`, `pilot`, `bytes`, `hours`, `memory`, and `choices`; see
+        `weigh_choices`.
 
     Raises:
         ConfigError: options, teacher or documents that cannot be used.
     """
-    if world_size() > 1:
-        raise ConfigError("`teacher plan` runs in one process", expected=1, got=f"{world_size()} processes")
-    from shared.tokenizer import load_tokenizer
-    from stage1_teacher.documents import cut_documents
-
+    require(world_size() == 1, "`teacher plan` runs in one process", expected=1, got=f"{world_size()} processes")
     files, documents = find_inputs(config)
-    tokenizer = load_tokenizer(files.path)
-    head_width, limit = head_and_positions(files.path)
-    corpus = cut_documents(
-        documents.documents,
-        tokenizer,
-        max_length=max_length(config.max_length, limit),
-        on_long=config.on_long,
-        head_width=head_width,
-    )
-    pieces = corpus.pieces
-    lengths = [len(piece.ids) for piece in pieces]
+    tokenizer, corpus, head_width = read_corpus(config, files, documents.documents)
+    segments, lengths = corpus.segments, corpus.lengths
     shards = plan_shards(lengths, config.shard_tokens)
     batches = [
         [shard[i] for i in batch]
@@ -88,35 +75,20 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
         for batch in plan_batches([lengths[i] for i in shard], config.batch_tokens)
     ]
     cells = np.array([len(batch) * (lengths[batch[0]] - 1) for batch in batches])
-    largest = [pieces[i] for i in batches[int(cells.argmax())]]
-    chosen = [pieces[i] for i in spread_by_length(lengths, pilot_docs)]
-    pilot = run_pilot(config, files.path, chosen, largest, len(tokenizer), head_width)
+    largest = [segments[i] for i in batches[int(cells.argmax())]]
+    chosen = [segments[i] for i in spread_by_length(lengths, pilot_docs)]
+    pilot = run_pilot(config, files, chosen, largest, len(tokenizer))
 
     num_tokens, shard_tokens = sum(lengths), np.array([sum(lengths[i] for i in shard) for shard in shards])
-    other_bytes = len(tokenizer.backend_tokenizer.to_str(pretty=True).encode()) + MANIFEST_BYTES
     choices = weigh_choices(config, pilot, shard_tokens, len(tokenizer), head_width)
     own = next(choice for choice in choices if choice["chosen"])
+    other_bytes = len(tokenizer.backend_tokenizer.to_str(pretty=True).encode()) + MANIFEST_BYTES
     size = {key: round(value * num_tokens + other_bytes) for key, value in own["bytes_per_token"].items()}
-    # Shards are encoded while the teacher labels the next one: what takes longer decides, and the last one's encoding.
-    labelling = predict_seconds(pilot.cells, pilot.seconds, cells)
-    encoding = own["encode_seconds_per_token"] * num_tokens
-    fixed = pilot.load_seconds + encoding / len(shards)
-    seconds = fixed + max(labelling.expected, encoding)
-    low = None if labelling.low is None else fixed + max(labelling.low, encoding)
-    high = None if labelling.high is None else fixed + max(labelling.high, encoding)
     free = free_bytes(out)
     return {
-        "teacher": {"name": files.name, "licence": files.licence, **pilot.teacher},
-        "data": {
-            "name": documents.name,
-            "split": documents.split,
-            "documents": len(documents.documents),
-            "tokens": num_tokens,
-            "targets": sum(sum(piece.is_target) for piece in pieces),
-            "long": {"documents": len(corpus.long), "become": config.on_long},
-            "not_restored_by_the_tokenizer": len(corpus.lossy),
-            "lengths": _histogram(lengths),
-        },
+        "teacher": {"name": files.name, "license": files.license, **pilot.teacher},
+        "data": {"name": documents.name, "split": documents.split, "documents": len(documents.documents)}
+        | _describe_corpus(corpus, config.on_long),
         "batches": {
             "shards": len(shards),
             "batches": len(batches),
@@ -129,12 +101,7 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
             "seconds": float(pilot.seconds.sum()),
         },
         "bytes": {**size, "free": free, "fits": free >= size["high"]},
-        "hours": {
-            "expected": seconds / 3600,
-            "low": None if low is None else low / 3600,
-            "high": None if high is None else high / 3600,
-            "tokens_per_second": num_tokens / seconds,
-        },
+        "hours": _hours_of(pilot, cells, num_tokens, len(shards), own["encode_seconds_per_token"]),
         "memory": pilot.memory,
         "choices": choices,
     }
@@ -145,6 +112,32 @@ def spread_by_length(lengths: Sequence[int], count: int) -> list[int]:
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     count = min(count, len(order))
     return sorted(order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count))
+
+
+def _describe_corpus(corpus: Corpus, on_long: str) -> dict[str, Any]:
+    return {
+        "tokens": sum(corpus.lengths),
+        "targets": sum(sum(segment.is_target) for segment in corpus.segments),
+        "long": {"documents": len(corpus.long), "become": on_long},
+        "not_restored_by_the_tokenizer": len(corpus.lossy),
+        "lengths": _histogram(corpus.lengths),
+    }
+
+
+def _histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
+    """Documents and tokens by length, in bins that end at powers of two."""
+    bins = np.ceil(np.log2(lengths)).astype(int)
+    return [
+        {
+            "up_to": 1 << int(b),
+            "documents": int((bins == b).sum()),
+            "tokens": int(np.asarray(lengths)[bins == b].sum()),
+        }
+        for b in range(bins.min(), bins.max() + 1)
+    ]
+
+
+# --- the pilot -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,38 +154,26 @@ class Pilot:
 
 def run_pilot(
     config: TeacherConfig,
-    path: Path,
-    pieces: Sequence["Piece"],
-    largest: Sequence["Piece"],
+    files: ModelFiles,
+    segments: Sequence[Segment],
+    largest: Sequence[Segment],
     tokenizer_size: int,
-    head_width: int,
 ) -> Pilot:
-    """Label a pilot's documents and time each batch.
+    """Label a pilot's segments and time each batch.
 
-    The largest batch of the whole plan runs before: it warms up, and shows the most memory that a batch takes.
+    The largest batch of the whole plan runs first: it warms up, and shows the most memory that a batch takes.
     """
     import torch
 
-    from stage1_teacher.capture import label_shard
-    from stage1_teacher.logits import LogitSource
+    from stage1_teacher.capture import capture_shard, load_teacher, to_arrays
 
     start = time.perf_counter()
-    placement = Ranks().placement(config.device_map, config.gpus_per_teacher)
-    teacher = load_teacher(path, dtype=config.dtype, load_in=config.load_in, **placement)
-    source = LogitSource(teacher.model, config.head_rows)
+    model, source = load_teacher(config, files)
     load_seconds = time.perf_counter() - start
     wide = replace(config, top_k=max(config.top_k, TOP_KS[-1]), top_p=None)
     cuda = [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(device)]
-    try:
-        label_shard(source, largest, replace(wide, batch_tokens=1 << 60), tokenizer_size, lambda _: None)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            "the device has too little memory for the largest batch",
-            where=f"{len(largest)} documents, batch_tokens = {config.batch_tokens:,}",
-            got=str(error).partition("\n")[0],
-            fix="a smaller batch_tokens in the configuration file; `teacher build` would halve it by itself",
-        ) from None
-    lengths = [len(piece.ids) for piece in pieces]
+    _warm_up(source, largest, wide, tokenizer_size)
+    lengths = [len(segment.ids) for segment in segments]
     marks = [time.perf_counter()]
     with progress("pilot", sum(lengths), "tokens") as bar:
 
@@ -202,24 +183,23 @@ def run_pilot(
             marks.append(time.perf_counter())
             bar.advance(tokens)
 
-        arrays, _ = label_shard(source, pieces, wide, tokenizer_size, advance)
+        captured = capture_shard(source, segments, wide, tokenizer_size, advance)
     batches = plan_batches(lengths, config.batch_tokens)
-    parameters = list(teacher.model.parameters())
     return Pilot(
-        arrays=arrays,
+        arrays=to_arrays(captured, segments, wide, tokenizer_size)[0],
         cells=np.array([len(batch) * (lengths[batch[0]] - 1) for batch in batches]),
         seconds=np.diff(marks),
         load_seconds=load_seconds,
         teacher={
-            "parameters": teacher.num_parameters,
+            "parameters": model.num_parameters(),
             "dtype": config.dtype,
             "head": "float32" if source.notice is None else config.dtype,
             "notice": source.notice,
-            "devices": teacher.devices,
+            "devices": device_kinds(model),
             "threads": torch.get_num_threads(),
         },
         memory={
-            "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
             "head_bytes": source.head_bytes,
             "peak_bytes_by_device": {f"cuda:{i}": torch.cuda.max_memory_allocated(i) for i in cuda},
             "peak_resident_bytes": _peak_resident_bytes(),
@@ -228,15 +208,61 @@ def run_pilot(
     )
 
 
-def predict_seconds(cells: Array, seconds: Array, planned_cells: Array) -> Interval:
-    """Seconds of all planned batches from a·cells + b, fitted to the pilot's; the bounds by bootstrap over its batches.
+def _warm_up(source: "LogitSource", batch: Sequence[Segment], config: TeacherConfig, tokenizer_size: int) -> None:
+    """Run one batch, whatever its size."""
+    import torch
 
-    The fit has used up two of the pilot's n batches, so that deviations are widened by √(n/(n − 2)); up to n = 2 there
-    are no bounds.
+    from stage1_teacher.capture import capture_shard
+
+    try:
+        capture_shard(source, batch, replace(config, batch_tokens=1 << 60), tokenizer_size, lambda _: None)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "the device has too little memory for the largest batch",
+            where=f"{len(batch)} documents, batch_tokens = {config.batch_tokens:,}",
+            got=str(error).partition("\n")[0],
+            fix="a smaller --batch-tokens; `teacher build` would halve it by itself",
+        ) from None
+
+
+def _peak_resident_bytes() -> int:
+    """The most memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def _hours_of(
+    pilot: Pilot, cells: Array, num_tokens: int, num_shards: int, encode_seconds_per_token: float
+) -> dict[str, float | None]:
+    """Hours of the build: shards are encoded while the teacher labels the next one, so the slower of both decides."""
+    labelling = predict_seconds(pilot.cells, pilot.seconds, cells)
+    encoding = encode_seconds_per_token * num_tokens
+    fixed = pilot.load_seconds + encoding / num_shards  # nothing is labelled beside the last shard's encoding
+
+    def hours(seconds: float | None) -> float | None:
+        return None if seconds is None else (fixed + max(seconds, encoding)) / 3600
+
+    expected = fixed + max(labelling.expected, encoding)
+    return {
+        "expected": expected / 3600,
+        "low": hours(labelling.low),
+        "high": hours(labelling.high),
+        "tokens_per_second": num_tokens / expected,
+    }
+
+
+def predict_seconds(cells: Array, seconds: Array, planned_cells: Array) -> Interval:
+    """Seconds of all planned batches from a·cells + b, fitted to the pilot's; bounds by bootstrap over its batches.
+
+    The fit uses up two of the pilot's n batches, so deviations are widened by √(n/(n − 2)); up to n = 2 there are no
+    bounds.
 
     Args:
         cells: tokens of each pilot batch, padding included; seconds: what it took.
-        planned_cells: the same of each batch of the build.
+        planned_cells: tokens of each batch of the build, padding included.
     """
     n = len(cells)
 
@@ -263,66 +289,108 @@ def _fit_line(x: Array, y: Array) -> tuple[float, float]:
     return (slope, intercept) if intercept >= 0 else (float(x @ y / (x @ x)), 0.0)
 
 
+# --- bytes, and what each K holds ------------------------------------------------------------------------------------
+
+
 def weigh_choices(
     config: TeacherConfig, pilot: Pilot, shard_tokens: Array, tokenizer_size: int, head_width: int
 ) -> list[dict[str, Any]]:
-    """What rows of several K and of a top-p would hold and take, from the pilot's rows; the configured one is marked.
+    """What rows of several K and of a top-p would hold, lose and take, from the pilot's rows.
 
     Args:
-        config: codec, grid and filter; its own top-k and top-p are among the choices.
+        config: codec, grid and filter; its own top-k and top-p are among the choices, and marked.
         pilot: rows of the largest K.
         shard_tokens: tokens of each planned shard.
         tokenizer_size: as in the cache; head_width: as in the cache.
+
+    Returns:
+        For each choice the mean mass that a row captures at each temperature, the KL that the codec adds over row and
+        tail, `gradient_error` (see `gradient_errors`), and bytes.
     """
     own = (config.top_k, config.top_p)
 
-    def encode(rows: ShardArrays, top_k: int) -> tuple[bytes, dict[str, Any]]:
-        return encode_shard(
-            rows,
-            codec=config.codec,
-            temperatures=config.temperatures,
-            top_k=top_k,
-            tokenizer_size=tokenizer_size,
-            head_width=head_width,
-            compression=config.filter,
-        )
-
+    encode = functools.partial(
+        encode_shard,
+        codec=config.codec,
+        temperatures=config.temperatures,
+        tokenizer_size=tokenizer_size,
+        head_width=head_width,
+        compression=config.filter,
+    )
     bare = replace(pilot.arrays, samples=None)
 
     def cut(top_k: int, top_p: float | None) -> ShardArrays:
         # Samples of the longest rows' tails are outside shorter rows, too, and take about as many bytes as theirs.
         return replace(truncate(bare, config.temperatures, top_k=top_k, top_p=top_p), samples=pilot.arrays.samples)
 
-    rows = cut(config.top_k, config.top_p)
-    parts = [[(len(encode(part, config.top_k)[0]), len(part.tokens)) for part in _parts(rows, n)] for n in (1, 2, 8)]
-    fixed_bytes, error = shard_overhead(*parts)
+    def sizes(num_parts: int) -> list[tuple[int, int]]:
+        parts = _deal(cut(*own), num_parts)
+        return [(len(encode(part, top_k=config.top_k)[0]), len(part.tokens)) for part in parts]
+
+    shard_bytes, error = shard_overhead(sizes(1), sizes(2), sizes(8))
     pairs = {(k, None) for k in TOP_KS if k <= tokenizer_size} | {own, (config.top_k, TOP_P)}
     choices = []
     for top_k, top_p in sorted(pairs, key=lambda pair: (pair[1] is not None, pair)):
         rows = cut(top_k, top_p)
         start = time.perf_counter()
-        image, statistics = encode(rows, top_k)
+        image, statistics = encode(rows, top_k=top_k)
         seconds = time.perf_counter() - start
-        fixed = (fixed_bytes + len(to_json(statistics))) * len(shard_tokens) / shard_tokens.sum()
-        growing = max(len(image) - fixed_bytes, 0) / len(rows.tokens)
+        fixed = float((shard_bytes + len(to_json(statistics))) * len(shard_tokens) / shard_tokens.sum())
+        growing = max(len(image) - shard_bytes, 0) / len(rows.tokens)
         choices.append(
             {
                 "top_k": top_k,
                 "top_p": top_p,
                 "chosen": (top_k, top_p) == own,
-                "mean_k": statistics["entries"] / max(statistics["rows"], 1),
-                "captured_mass": {T: figures["mean"] for T, figures in statistics["captured_mass"].items()},
-                "codec_kl_nats": statistics["codec_kl_nats"],
-                "next_token_in_row": statistics["gold_in_topk"],
+                **_figures(rows, statistics, config, tokenizer_size),
                 "bytes_per_token": {
-                    "expected": float(fixed + growing),
-                    "low": float(fixed + growing * (1 - error)),
-                    "high": float(fixed + growing * (1 + error)),
+                    "expected": fixed + growing,
+                    "low": fixed + growing * (1 - error),
+                    "high": fixed + growing * (1 + error),
                 },
                 "encode_seconds_per_token": seconds / len(rows.tokens),
             }
         )
     return choices
+
+
+def _figures(
+    rows: ShardArrays, statistics: dict[str, Any], config: TeacherConfig, tokenizer_size: int
+) -> dict[str, Any]:
+    """What the rows of a choice hold and lose."""
+    errors = gradient_errors(rows, config.temperatures, tokenizer_size)
+    return {
+        "mean_k": statistics["entries"] / max(statistics["rows"], 1),
+        "captured_mass": {T: figures["mean"] for T, figures in statistics["captured_mass"].items()},
+        "codec_kl_nats": statistics["codec_kl_nats"],
+        "gradient_error": None if errors is None or not len(errors) else float(errors.mean()),
+        "next_token_in_row": statistics["gold_in_topk"],
+    }
+
+
+def gradient_errors(rows: ShardArrays, temperatures: Sequence[float], tokenizer_size: int) -> Array | None:
+    """How far a cut row bends the gradient of an untrained student (equal logits) at T = 1: |sparse − dense| / |dense|.
+
+    Dense is q − p over all V ids. Sparse, as `ghost` training forms it, is q − p on the row's ids and spreads the tail
+    p_τ evenly over the others, so both differ there by p_j − p_τ / (V − k). Σ p_j² over the tail is its mass at T = ½.
+
+    Returns:
+        f64 `[N]`, one for each row that has entries; None where the grid lacks 0.5.
+    """
+    if 0.5 not in temperatures:
+        return None
+    real = rows.k > 0
+    k = rows.k[real]
+    inside = np.arange(k.max(initial=0)) < k[:, None]
+    weights_NK = np.zeros(inside.shape)  # exp(z_i − z_1) = p_i / p_1
+    weights_NK[inside] = np.exp(-rows.topk_margins.astype(np.float64))
+    one, half = (np.exp(rows.tail_log[real, list(temperatures).index(T)]) for T in (1.0, 0.5))
+    total = weights_NK.sum(1) + one
+    tail, tail_squares = one / total, half / total**2
+    squares = (weights_NK**2).sum(1) / total**2 + tail_squares
+    difference = tail_squares - tail**2 / np.maximum(tokenizer_size - k, 1)
+    errors: Array = np.sqrt(np.maximum(difference, 0) / np.maximum(squares - 1 / tokenizer_size, 1e-300))
+    return errors
 
 
 def shard_overhead(
@@ -331,7 +399,7 @@ def shard_overhead(
     """What of a shard's bytes does not grow with its tokens, and how far the rest per token may be off, relatively.
 
     The first is what two halves take more than the whole (tables of ids, HDF5's own). The second is twice the standard
-    error over eighths and 1 % for the straight line itself: pilots of 64 documents foretold 102,091 tokens to 0.5 %.
+    error over eighths, and 1 % for the straight line itself: pilots of 64 documents predicted 102,091 tokens to 0.5 %.
 
     Args:
         whole: bytes and tokens of the pilot as one shard; halves, eighths: of its parts, each a shard of its own.
@@ -342,43 +410,130 @@ def shard_overhead(
     return float(fixed), float(min(error + 0.01, 1.0))
 
 
-def _parts(rows: ShardArrays, count: int) -> list[ShardArrays]:
-    """Documents dealt out in turn."""
-    D = len(rows.doc_meta)
-    return [take_documents(rows, range(i, D, count)) for i in range(min(count, D))]
+def _deal(rows: ShardArrays, count: int) -> list[ShardArrays]:
+    """Documents dealt out in turn, each part a shard of its own."""
+    number = np.arange(len(rows.doc_meta))
+    return [select(rows, number % count == i) for i in range(min(count, len(number)))]
 
 
-def take_documents(rows: ShardArrays, documents: Sequence[int]) -> ShardArrays:
-    """Some documents of a shard as a shard of their own."""
-    kept = np.zeros(len(rows.tokens), bool)
-    for document in documents:
-        kept[rows.doc_indptr[document] : rows.doc_indptr[document + 1]] = True
-    entries = np.repeat(kept, rows.k)
-    per_row = ("tokens", "loss_mask", "k", "tail_log", "gold_logprob", "gold_in_topk", "entropy_nats")
-    per_entry = ("topk_ids", "topk_margins")
-    parts: dict[str, Any] = {name: getattr(rows, name)[kept] for name in per_row}
-    parts |= {name: getattr(rows, name)[entries] for name in per_entry}
-    if rows.samples is not None:
-        s, drawn = rows.samples, np.repeat(kept, rows.samples.k)
-        parts["samples"] = replace(s, k=s.k[kept], ids=s.ids[drawn], counts=s.counts[drawn], margins=s.margins[drawn])
-    lengths = np.diff(rows.doc_indptr)[list(documents)]
-    return replace(rows, doc_indptr=indptr(lengths), doc_meta=[rows.doc_meta[i] for i in documents], **parts)
+# --- as text ---------------------------------------------------------------------------------------------------------
 
 
-def _histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
-    """Documents and tokens by length, in bins that end at powers of two."""
-    bins = np.ceil(np.log2(lengths)).astype(int)
+def print_plan(plan: dict[str, Any]) -> None:
+    """Write the plan to standard output: tables on a terminal, plain text elsewhere."""
+    import click
+    from rich.console import Console
+    from rich.table import Table
+
+    facts, (header, *rows) = plan_facts(plan), choice_rows(plan)
+    note = "mass: in the row, mean; KL: what the codec adds over row and tail at T=1, in nats; grad. error: relative, "
+    note += "for an untrained student"
+    console = Console()
+    if not console.is_terminal:
+        click.echo("\n".join(f"{label:<10} {text}" for label, text in facts))
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        for row in (header, *rows):
+            click.echo("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        click.echo(note)
+        return
+    summary, choices = Table(show_header=False), Table(*header, caption=note)
+    for label, text in facts:
+        summary.add_row(label, text)
+    for row in rows:
+        choices.add_row(*row)
+    console.print(summary, choices)
+
+
+def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the plan says besides the choices of K: a label and a line each."""
+    teacher, data, batches, pilot = plan["teacher"], plan["data"], plan["batches"], plan["pilot"]
+    size, hours, memory, threads = plan["bytes"], plan["hours"], plan["memory"], plan["teacher"]["threads"]
+    parameters, license = f"{teacher['parameters'] / 1e6:,.1f} M parameters", teacher["license"] or "unknown"
+    bounds = "no bounds: under 3 pilot batches"
+    if hours["low"] is not None:
+        bounds = f"{_hours(hours['low'])} to {_hours(hours['high'])}"
+    peaks = [f"{device} {_bytes(peak)}" for device, peak in memory["peak_bytes_by_device"].items()]
+    peaks.append(f"resident {_bytes(memory['peak_resident_bytes'])}")
+    head = "" if memory["head_bytes"] is None else f", float32 head and buffer {_bytes(memory['head_bytes'])}"
+    notice = [("notice", f"the float32 head cannot be used: {teacher['notice']}")] if teacher["notice"] else []
     return [
-        {
-            "up_to": 1 << int(b),
-            "documents": int((bins == b).sum()),
-            "tokens": int(np.asarray(lengths)[bins == b].sum()),
-        }
-        for b in range(bins.min(), bins.max() + 1)
+        ("teacher", f"{teacher['name']}, {parameters}, license {license}"),
+        (
+            "device",
+            f"{', '.join(teacher['devices'])}; {teacher['dtype']}, head {teacher['head']}; one process, {threads} "
+            f"CPU thread{'s' if threads > 1 else ''} (torchrun sets OMP_NUM_THREADS=1 unless it is set)",
+        ),
+        *notice,
+        (
+            "data",
+            f"{data['name']} {data['split']}: {data['documents']:,} documents, {data['tokens']:,} tokens, "
+            f"{data['targets']:,} of them targets",
+        ),
+        (
+            "documents",
+            f"{data['long']['documents']:,} too long ({data['long']['become']}), "
+            f"{data['not_restored_by_the_tokenizer']:,} not restored by the tokenizer",
+        ),
+        ("lengths", ", ".join(f"≤{b['up_to']:,}: {b['documents']:,}" for b in data["lengths"])),
+        ("batches", f"{batches['batches']:,} in {batches['shards']:,} shards, {batches['padding']:.1%} padding"),
+        (
+            "pilot",
+            f"{pilot['documents']:,} documents, {pilot['tokens']:,} tokens, {pilot['batches']:,} batches in "
+            f"{pilot['seconds']:,.1f} s",
+        ),
+        ("time", f"{_hours(hours['expected'])} ({bounds}), {hours['tokens_per_second']:,.0f} tokens/s"),
+        (
+            "size",
+            f"{_bytes(size['expected'])} ({_bytes(size['low'])} to {_bytes(size['high'])}); {_bytes(size['free'])} "
+            f"free: {'it fits' if size['fits'] else 'IT MAY NOT FIT'}",
+        ),
+        (
+            "memory",
+            f"weights {_bytes(memory['weight_bytes'])}{head}; peak {', '.join(peaks)} of "
+            f"{_bytes(memory['machine_bytes'])}",
+        ),
     ]
 
 
-def _peak_resident_bytes() -> int:
-    """The most memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def choice_rows(plan: dict[str, Any]) -> list[list[str]]:
+    """The table of choices: a header, then a row for each; the configured one is marked."""
+    choices = plan["choices"]
+    temperatures = list(choices[0]["captured_mass"])
+    header = ["K", "top-p", "mean k", *(f"mass T={T}" for T in temperatures), "KL mean", "KL max", "grad. error"]
+    table = [[*header, "next in row", "B/token", "size", ""]]
+    for choice in choices:
+        kl, per_token = choice["codec_kl_nats"]["1"], choice["bytes_per_token"]["expected"]
+        table.append(
+            [
+                f"{choice['top_k']}",
+                "" if choice["top_p"] is None else f"{choice['top_p']:g}",
+                f"{choice['mean_k']:.1f}",
+                *(_figure(choice["captured_mass"][T], ".4f") for T in temperatures),
+                _figure(kl["mean"], ".1e"),
+                _figure(kl["max"], ".1e"),
+                _figure(choice["gradient_error"], ".4f"),
+                _figure(choice["next_token_in_row"], ".4f"),
+                f"{per_token:.1f}",
+                _bytes(per_token * plan["data"]["tokens"]),
+                "← asked for" if choice["chosen"] else "",
+            ]
+        )
+    return table
+
+
+def _hours(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "none" if value is None else format(value, form)

@@ -1,4 +1,4 @@
-"""Sampled targets: ids drawn from the teacher's distribution, or from its tail, for each token by a seed of its own.
+"""Sampled targets: for each token ids drawn from the teacher's distribution, or from its tail, by the token's own seed.
 
 Shapes: N rows of a chunk, S rows of a shard, V vocabulary, M draws per row.
 """
@@ -17,13 +17,13 @@ from stage1_teacher.topk import block_rows
 
 
 def uniforms(meta: Mapping[str, Any], num_rows: int, num: int) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1) for a piece's rows: f64 `[num_rows, num]`.
+    """Uniform numbers in [0, 1) for a segment's rows: f64 `[num_rows, num]`.
 
-    They follow from the document's digest, the part of it that the piece is, and the position alone, so that neither
-    batches nor shards, ranks or devices change them.
+    They follow only from the document's digest, the part of it that the segment is, and the position: batches, shards,
+    ranks and devices do not change them.
 
     Args:
-        meta: the piece's `digest` and, where the document was split, its `part`.
+        meta: the segment's `digest` and, where the document was split, its `part`.
         num_rows: tokens that have a next one.
         num: draws per row.
     """
@@ -36,7 +36,7 @@ def draw(z_NV: Tensor, uniforms_NM: Tensor, temperature: float) -> tuple[Tensor,
     """Draw ids with probabilities ∝ exp(z/T) by inverting the cumulative distribution, in float64.
 
     Args:
-        z_NV: float32 logits; −inf for ids that are not to be drawn. A row with NaN draws anything.
+        z_NV: float32 logits; −inf for ids that must not be drawn. A row with NaN draws arbitrary ids.
         uniforms_NM: float64 in [0, 1), on the same device.
         temperature: T.
 
@@ -52,7 +52,7 @@ def draw(z_NV: Tensor, uniforms_NM: Tensor, temperature: float) -> tuple[Tensor,
         shift = torch.where(top == -torch.inf, 0.0, top)
         mass = ((z_NV[part] - shift) / temperature).exp_().double().cumsum_(1)
         total = mass[:, -1:]
-        # Below the total even where the product rounds up to it: an id after the last with any mass is never met.
+        # Below the total even if the product rounds up to it: no id after the last one with mass is drawn.
         bound = torch.minimum(uniforms_NM[part] * total, torch.nextafter(total, torch.zeros_like(total)))
         ids[part] = torch.searchsorted(mass, bound, right=True).clamp_(max=z_NV.shape[1] - 1)
         ids[part].masked_fill_(total == 0, -1)

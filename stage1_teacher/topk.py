@@ -12,7 +12,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-# torch.topk on a CPU looks at every column with a heap; the maxima of groups of this many columns leave few of them.
+# torch.topk on a CPU puts every column through a heap; maxima of groups of this many columns rule most of them out.
 _GROUP = 16
 # Below this distance from the tail's maximum exp() is exactly 0 in float32 at every allowed temperature. Being finite
 # (unlike −inf) it makes 0 · distance a 0.
@@ -22,8 +22,8 @@ _MAX_POWER = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LabelRows:
-    """What the cache keeps of N rows of logits, normalised over the tokenizer's ids."""
+class CapturedRows:
+    """What the cache keeps of N rows of logits, normalised over the tokenizer's ids; on the logits' device."""
 
     k: Tensor  # i64 [N] entries that are not −inf
     ids: Tensor  # i64 [N, K] descending logit, ties by ascending id
@@ -34,12 +34,14 @@ class LabelRows:
     entropy_nats: Tensor  # f32 [N] at T=1
     excess_mass: Tensor  # f32 [N] probability at T=1 of ids beyond the tokenizer, before they were masked
     top_logit: Tensor  # f32 [N] NaN or infinite where the row cannot be used
+    sample_ids: Tensor | None = None  # i64 [N, M] drawn ids; −1 where a row has nothing to draw
+    sample_margins: Tensor | None = None  # f32 [N, M] z_1 − z_i of each
 
 
 @torch.inference_mode()
-def label_rows(
+def capture_rows(
     logits_NV: Tensor, gold_N: Tensor, *, top_k: int, temperatures: Sequence[float], tokenizer_size: int
-) -> LabelRows:
+) -> CapturedRows:
     """Reduce rows of logits to what the cache keeps.
 
     Args:
@@ -50,59 +52,73 @@ def label_rows(
         tokenizer_size: ids from here on are masked before anything is normalised.
 
     Returns:
-        Tensors on the logits' device. A row with NaN or +inf, or of −inf alone, has a `top_logit` that is not finite
-        and is meaningless otherwise.
+        Tensors on the logits' device. A row with NaN or +inf, or with nothing but −inf, has a `top_logit` that is not
+        finite; its other values mean nothing.
     """
     z_NV, excess_NX = logits_NV[:, :tokenizer_size], logits_NV[:, tokenizer_size:]
-    N, K = len(z_NV), min(top_k, tokenizer_size)
-    gold_logit = z_NV.gather(1, gold_N[:, None]).squeeze(1)
-    # One entry more than asked is the tail's own maximum, and tells whether a tie crosses the boundary.
-    values_NK = z_NV.new_full((N, K + 1), -torch.inf)
-    ids_NK = gold_N.new_empty(N, K)
-    sums_NG, weighted_N = z_NV.new_empty(N, len(temperatures)), z_NV.new_empty(N)
-    block = min(block_rows(z_NV.device), N)
-    scratch = [z_NV.new_empty(block, tokenizer_size) for _ in range(4)]
-    for start in range(0, N, block):
-        part = slice(start, start + block)
-        z_RV = z_NV[part]
-        values, ids = _topk(z_RV, min(K + 1, tokenizer_size))
-        values_NK[part, : values.shape[1]], ids_NK[part] = values, ids[:, :K]
-        z_RV.scatter_(1, ids[:, :K], -torch.inf)
-        shift = values_NK[part, K:]
-        sums_NG[part], weighted_N[part] = _tail_sums(z_RV, shift.where(shift.isfinite(), 0.0), temperatures, scratch)
-    _order_ties(z_NV, values_NK, ids_NK)
-    values_NK, left_N = values_NK[:, :K], values_NK[:, K]
-
-    top = values_NK[:, 0].clone()
-    margins = top[:, None] - values_NK
-    kept = values_NK > -torch.inf
-    shift = left_N.where(left_N.isfinite(), 0.0)
-    gap_N = (shift - top).double()
-    tail_log = sums_NG.double().log() + gap_N[:, None] / torch.tensor(temperatures, device=gap_N.device).double()
+    gold_logit_N = z_NV.gather(1, gold_N[:, None]).squeeze(1)
+    K = min(top_k, tokenizer_size)
+    values_NK1, ids_NK, sums_NG, weighted_N = _split_rows(z_NV, K, temperatures)
+    values_NK, left_N = values_NK1[:, :K], values_NK1[:, K]  # what is kept; the largest logit that is not
+    top_N = values_NK[:, 0].clone()
+    margins_NK = top_N[:, None] - values_NK
+    kept_NK = values_NK > -torch.inf
+    # The tail sums are relative to its own largest logit: bring them to the row's, z_1.
+    gap_N = (left_N.where(left_N.isfinite(), 0.0) - top_N).double()
+    T_G = torch.tensor(temperatures, device=gap_N.device).double()
+    tail_log_NG = sums_NG.double().log() + gap_N[:, None] / T_G
 
     # T = 1, in float64, relative to z_1: log Z, then H = log Z + Σ p · (z_1 − z).
-    head_N = torch.exp(-margins.double())
-    tail_one = sums_NG[:, list(temperatures).index(1.0)].double()
-    log_z = torch.log(head_N.sum(1) + tail_one * gap_N.exp())
-    head_gap = torch.where(kept, head_N * margins, 0.0).sum(1)
-    tail_gap = gap_N.exp() * (-gap_N * tail_one - weighted_N.double())
-    entropy = log_z + (head_gap + tail_gap) * torch.exp(-log_z)
+    head_NK = torch.exp(-margins_NK.double())
+    tail_N = sums_NG[:, list(temperatures).index(1.0)].double()
+    log_z_N = torch.log(head_NK.sum(1) + tail_N * gap_N.exp())
+    head_gap_N = torch.where(kept_NK, head_NK * margins_NK, 0.0).sum(1)
+    tail_gap_N = gap_N.exp() * (-gap_N * tail_N - weighted_N.double())
+    entropy_N = log_z_N + (head_gap_N + tail_gap_N) * torch.exp(-log_z_N)
 
-    excess = torch.zeros_like(top)
+    excess_N = torch.zeros_like(top_N)
     if excess_NX.shape[1]:
-        excess = torch.sigmoid(excess_NX.logsumexp(1) - top - log_z.float())
-    is_gold = (ids_NK == gold_N[:, None]) & kept
-    return LabelRows(
-        k=kept.sum(1),
+        excess_N = torch.sigmoid(excess_NX.logsumexp(1) - top_N - log_z_N.float())
+    is_gold_NK = (ids_NK == gold_N[:, None]) & kept_NK
+    return CapturedRows(
+        k=kept_NK.sum(1),
         ids=ids_NK,
-        margins=margins,
-        tail_log=tail_log,
-        gold_logprob=(gold_logit - top).double().sub(log_z).float(),
-        gold_rank=torch.where(is_gold.any(1), is_gold.int().argmax(1), K),
-        entropy_nats=entropy.float(),
-        excess_mass=excess,
-        top_logit=top,
+        margins=margins_NK,
+        tail_log=tail_log_NG,
+        gold_logprob=(gold_logit_N - top_N).double().sub(log_z_N).float(),
+        gold_rank=torch.where(is_gold_NK.any(1), is_gold_NK.int().argmax(1), K),
+        entropy_nats=entropy_N.float(),
+        excess_mass=excess_N,
+        top_logit=top_N,
     )
+
+
+def _split_rows(z_NV: Tensor, K: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Split rows into their K largest logits and the rest, block by block; `z_NV` becomes −inf at the former.
+
+    Returns:
+        values: f32 `[N, K + 1]`, the K + 1 largest, descending; −inf where there are fewer. One more than is kept: it
+            is the tail's maximum, and shows whether a tie crosses the boundary.
+        ids: i64 `[N, K]`, of the first K, equal logits by ascending id.
+        sums, weighted: of the rest, as `_tail_sums` forms them.
+    """
+    N, V = z_NV.shape
+    values_NK1 = z_NV.new_full((N, K + 1), -torch.inf)
+    ids_NK = torch.empty(N, K, dtype=torch.int64, device=z_NV.device)
+    sums_NG, weighted_N = z_NV.new_empty(N, len(temperatures)), z_NV.new_empty(N)
+    block = min(block_rows(z_NV.device), N)
+    scratch = [z_NV.new_empty(block, V) for _ in range(4)]
+    for start in range(0, N, block):
+        rows = slice(start, start + block)
+        z_RV = z_NV[rows]
+        values, ids = _topk(z_RV, min(K + 1, V))
+        values_NK1[rows, : values.shape[1]], ids_NK[rows] = values, ids[:, :K]
+        z_RV.scatter_(1, ids[:, :K], -torch.inf)
+        shift_R1 = values_NK1[rows, K:]
+        shift_R1 = shift_R1.where(shift_R1.isfinite(), 0.0)
+        sums_NG[rows], weighted_N[rows] = _tail_sums(z_RV, shift_R1, temperatures, scratch)
+    _order_ties(z_NV, values_NK1, ids_NK)
+    return values_NK1, ids_NK, sums_NG, weighted_N
 
 
 def block_rows(device: torch.device) -> int:
@@ -115,10 +131,10 @@ def block_rows(device: torch.device) -> int:
 
 
 def _topk(z_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk; among equal values at the boundary any may be chosen.
+    """torch.topk: values and ids `[R, k]`; among equal values at the boundary any may be chosen.
 
-    On a CPU first the k groups of columns with the largest maxima are found: whatever exceeds the k-th largest maximum
-    lies in them, and at least k values in them reach it.
+    On a CPU the k groups of columns with the largest maxima come first: they hold every value above the k-th largest
+    maximum, and at least k values that reach it.
     """
     R, V = z_RV.shape
     groups = V // _GROUP
@@ -164,16 +180,16 @@ def _tail_sums(
         temperatures: the grid.
         scratch: four tensors that z fits into, overwritten: memory fresh from the system costs more than the sums.
     """
-    distance, unit, u, product = (buffer[: len(z_RV)] for buffer in scratch)
+    distance, unit, u, product = (buffer[: len(z_RV)] for buffer in scratch)  # [R, V] each
     sums = z_RV.new_empty(len(temperatures), len(z_RV))
-    torch.sub(z_RV, shift_R1, out=distance).clamp_(min=_FLOOR)
+    torch.sub(z_RV, shift_R1, out=distance).clamp_(min=_FLOOR)  # z − shift ≤ 0
     for rate, chains in _powers(tuple(temperatures)):
-        torch.mul(distance, rate, out=unit).exp_()
+        torch.mul(distance, rate, out=unit).exp_()  # the one exp() of this rate
         for odd, columns in chains:
             torch.pow(unit, odd, out=u)
             for doublings, column in enumerate(columns):
                 if doublings:
-                    torch.mul(u, u, out=u)
+                    torch.mul(u, u, out=u)  # exp(2 x) from exp(x)
                 if column is not None:
                     torch.sum(u, 1, out=sums[column])
                     if temperatures[column] == 1.0:
@@ -183,11 +199,14 @@ def _tail_sums(
 
 @functools.cache
 def _powers(temperatures: tuple[float, ...]) -> list[tuple[float, list[tuple[int, list[int | None]]]]]:
-    """How to reach exp(x/T) for a grid with few exp(): rates r, for each odd powers of exp(r·x), squared repeatedly.
+    """How to form exp(x/T) for a whole grid with few exp(): rates r, and for each the odd powers of exp(r·x) to square.
 
-    Where all 1/T are small multiples of one rate, as 2, 1, ⅔ and ½ are of ⅙, that rate is enough: exp(x/6)³ and its
-    squares are T = 2, 1 and ½, exp(x/6)⁴ is T = 1.5. A multiplication costs a tenth of an exp(). The columns of a
-    chain are the places in the grid of its powers odd, 2·odd, 4·odd, …
+    If all 1/T are small multiples of one rate, as 2, 1, ⅔ and ½ are of ⅙, that rate suffices: exp(x/6)³ and its
+    squares are T = 2, 1 and ½, exp(x/6)⁴ is T = 1.5. A multiplication costs a tenth of an exp().
+
+    Returns:
+        For each rate its chains: an odd power, and the grid's columns of the powers odd, 2·odd, 4·odd, … (None where
+        no temperature of the grid has that power).
     """
     inverse = [1 / Fraction(t).limit_denominator(1000) for t in temperatures]
     common = math.lcm(*(r.denominator for r in inverse))

@@ -1,5 +1,10 @@
-"""Which checkpoints count: only one that bears `COMPLETE`, written last and fsynced, and whose files are as it says."""
+"""Which checkpoints count: only one that bears `COMPLETE`, written last and fsynced, and whose files are as it says.
 
+Files that were not sealed with a checkpoint never count for or against it: systems and people leave files anywhere.
+Nothing that may still be of use is removed; a damaged checkpoint is set aside under another name.
+"""
+
+import contextlib
 import os
 import re
 import shutil
@@ -8,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.format import CLAIM
-from shared.errors import ConfigError
+from shared.errors import ConfigError, ResumeError, require
 from shared.files import fsync_directory, read_json, sha256_file, write_json
 from shared.process import log
 
 RUN_FORMAT, RUN_VERSION = "codedistill-run", 2  # of run.json
 MARKER = "COMPLETE"
+WINDOW = "window.json"  # the last file that training writes into a checkpoint: the loss sums since the last log
+# What systems put into folders at any time, and take away again.
+_SIDE_FILE = re.compile(r"\.nfs.*|\.DS_Store|\._.*")
 
 
 def seal(checkpoint: Path) -> None:
@@ -35,7 +43,7 @@ def damage(checkpoint: Path) -> str | None:
         sealed = read_json(checkpoint / MARKER)
     except ConfigError as error:
         return str(error)
-    if not isinstance(sealed, dict) or not isinstance(sealed.get("files"), dict):
+    if not isinstance(sealed, dict) or not isinstance(sealed.get("files"), dict) or not sealed["files"]:
         return f"{MARKER} names no files"
     for name, expected in sealed["files"].items():
         file = checkpoint / name
@@ -43,14 +51,24 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if (got := _describe(file)) != expected:
             return f"{name} is not what was saved (expected: {expected}, got: {got})"
-    more = {str(file.relative_to(checkpoint)) for file in _files(checkpoint)} - sealed["files"].keys()
-    return f"{min(more)} was not there when it was saved" if more else None
+    return None
 
 
 def checkpoints(run: Path) -> list[Path]:
     """All checkpoint folders of a run, oldest first."""
-    found = (path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    found = (path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir())
     return sorted(found, key=step_of)
+
+
+def require_no_file(checkpoint: Path) -> None:
+    """Raise `ResumeError` where a file that is no checkpoint stands under a checkpoint's name."""
+    require(
+        checkpoint.is_dir() or not checkpoint.exists(),
+        "a file stands where a checkpoint goes",
+        error=ResumeError,
+        where=checkpoint,
+        fix="move it elsewhere",
+    )
 
 
 def step_of(checkpoint: Path) -> int:
@@ -58,16 +76,54 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
-def latest_complete(run: Path) -> Path | None:
-    """The newest checkpoint that is whole, or None; newer ones that are damaged are named and removed."""
-    for path in reversed(checkpoints(run)):
-        if not (path / MARKER).exists():
-            continue
+def newest_whole(run: Path) -> Path | None:
+    """The checkpoint to resume from, or None where the run has never finished one.
+
+    Newer checkpoints that are damaged are named and set aside as `damaged-checkpoint-N`. What a kill left of a save or
+    of a removal is cleared away.
+
+    Raises:
+        ResumeError: the run had checkpoints, and none is whole. Nothing is changed.
+    """
+    unsealed = [path for path in checkpoints(run) if not (path / MARKER).exists()]
+    sealed = [path for path in checkpoints(run) if (path / MARKER).exists()]
+    damaged: dict[Path, str] = {}
+    whole = None
+    for path in reversed(sealed):
         if (wrong := damage(path)) is None:
-            return path
-        log(f"{path} is damaged and removed: {wrong}")
-        _remove(path)
-    return None
+            whole = path
+            break
+        damaged[path] = wrong
+    # Without sealed ones a kill leaves one unsealed checkpoint, of the first save; more have lost their markers.
+    earlier = [path for path in run.glob("damaged-checkpoint-*") if (path / MARKER).exists()]
+    lost = [*damaged, *earlier] or (unsealed if len(unsealed) > 1 else [])
+    if whole is None and lost:
+        words = dict.fromkeys(unsealed, f"no {MARKER}") | dict.fromkeys(earlier, "set aside earlier") | damaged
+        named = "; ".join(f"{path.name}: {words[path]}" for path in lost)
+        raise ResumeError(
+            "no checkpoint of this run is whole",
+            where=run,
+            got=named,
+            fix="restore a checkpoint from a copy; or start over: choose another --out, or delete this folder",
+        )
+    for path, wrong in damaged.items():
+        _set_aside(path, wrong)
+    for path in unsealed:
+        if whole is not None and step_of(path) < step_of(whole):
+            _remove(path)  # a removal that was killed
+        elif (path / WINDOW).exists():
+            _set_aside(path, f"{MARKER} is missing")
+        else:
+            log(f"{path} was never finished; removed")
+            _remove(path)
+    return whole
+
+
+def _set_aside(path: Path, wrong: str) -> None:
+    names = (f"damaged-{path.name}{suffix}" for suffix in ("", *(f".{number}" for number in range(1, 1000))))
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    path.rename(target)
+    log(f"{path} is damaged and set aside as {target.name}: {wrong}")
 
 
 def is_leftover(path: Path) -> bool:
@@ -75,15 +131,16 @@ def is_leftover(path: Path) -> bool:
     return path.name == CLAIM or re.fullmatch(r"\..+\.tmp-\d+", path.name) is not None
 
 
-def remove_incomplete(run: Path) -> None:
-    """Remove what a killed save left behind."""
+def is_side_file(path: Path) -> bool:
+    """Whether a file is one that systems put into folders at any time, and take away again."""
+    return _SIDE_FILE.fullmatch(path.name) is not None
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove the temporary files that a killed process left."""
     for path in list(run.iterdir()):
-        if is_leftover(path) and path.name != CLAIM:
+        if is_leftover(path) and path.name != CLAIM and path.is_file():
             path.unlink(missing_ok=True)
-    for path in checkpoints(run):
-        if not (path / MARKER).exists():
-            log(f"{path} was never finished; removed")
-            shutil.rmtree(path)
 
 
 def rotate(run: Path, keep: int, best: str | None = None) -> None:
@@ -94,12 +151,22 @@ def rotate(run: Path, keep: int, best: str | None = None) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    (checkpoint / MARKER).unlink()  # first, so that a half-removed folder never counts
-    shutil.rmtree(checkpoint)
+    """Remove a checkpoint; what cannot be removed is named and left, since training is worth more."""
+    with contextlib.suppress(FileNotFoundError):
+        (checkpoint / MARKER).unlink()  # first, so that a half-removed folder never counts
+    try:
+        if checkpoint.is_symlink():
+            checkpoint.unlink()
+        else:
+            shutil.rmtree(checkpoint)
+    except OSError as error:
+        log(f"{checkpoint} cannot be removed: {error}")
 
 
 def _files(checkpoint: Path) -> Iterator[Path]:
-    return (file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file != checkpoint / MARKER)
+    """What training wrote."""
+    files = (file for file in sorted(checkpoint.rglob("*")) if file.is_file() and not is_side_file(file))
+    return (file for file in files if file != checkpoint / MARKER)
 
 
 def _describe(file: Path) -> dict[str, Any]:

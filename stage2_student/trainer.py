@@ -5,27 +5,30 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType
 
 from shared.distributed import gathered, on_any, summed
-from shared.errors import NonFiniteLossError, PeerEndedError
+from shared.errors import NonFiniteLossError, PeerEndedError, require
 from shared.files import read_json, write_bytes, write_json
 from shared.model.gpt import IGNORE
 from shared.process import Terminated, log, rank, world_size
-from stage2_student.checkpoint import rotate, seal
+from shared.tracking import Run
+from stage2_student.checkpoint import WINDOW, require_no_file, rotate, seal
 from stage2_student.dataset import PackedBlocks
 from stage2_student.fused import HeadLoss
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-WINDOW = "window.json"  # in a checkpoint: the loss sums since the last log
 
 
 class DistillTrainer(Trainer):
@@ -38,6 +41,7 @@ class DistillTrainer(Trainer):
         self._head_loss = head_loss
         self._step: list[Tensor] = []  # loss, kd, ce, targets of each micro-batch since the last step
         self._window = torch.zeros(3, dtype=torch.float64)  # kd, ce, targets since the last log
+        self.skipped_steps = 0  # so far, on all ranks alike
         self.add_callback(_CheckBeforeStep(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -55,6 +59,32 @@ class DistillTrainer(Trainer):
         """Matrices decay; biases and norms, which have one dimension, do not."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As the base class has it, but a warm-up of W steps starts at 1/(W + 1), so that the first step counts too.
+
+        Raises:
+            ConfigError: the first step would not move the weights all the same.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        num_warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        groups = scheduler.optimizer.param_groups
+        if isinstance(scheduler, LambdaLR) and num_warmup_steps:
+            scheduler.lr_lambdas = [_warmed_up(factor, num_warmup_steps) for factor in scheduler.lr_lambdas]
+            for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group["lr"] = base * factor(0)
+            scheduler._last_lr = [group["lr"] for group in groups]
+        require(
+            any(group["lr"] > 0 for group in groups),
+            "the first step would not move the weights",
+            where="learning_rate, lr_scheduler_type, warmup_steps",
+            expected="a learning rate above 0 at step 1",
+            got=f"learning_rate={self.args.learning_rate:g}, {SchedulerType(self.args.lr_scheduler_type).value}, "
+            f"warmup_steps={self.args.warmup_steps:g}, {num_training_steps} steps",
+        )
+        return scheduler
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -66,7 +96,8 @@ class DistillTrainer(Trainer):
     def check_step(self) -> None:
         """Called with all gradients of a step, before it is taken: refuse it where a loss or gradient is not finite.
 
-        One look at the device per step, where one per micro-batch would let it wait.
+        A step without targets is skipped: it would move the weights by decay and momentum only. It looks at the device
+        once per step; once per micro-batch would let it wait.
 
         Raises:
             NonFiniteLossError: naming the documents of the micro-batches at fault, all of them where it is a gradient.
@@ -80,7 +111,11 @@ class DistillTrainer(Trainer):
         # Under float16 a gradient may overflow: the scaler then leaves the step out.
         if not wrong and self.accelerator.scaler is None and not torch.nn.utils.get_total_norm(gradients).isfinite():
             wrong = list(range(len(rows)))
-        if not on_any(bool(wrong)):
+        num_wrong, num_targets = summed(torch.stack((torch.tensor(float(len(wrong))), rows[:, 3].sum()))).tolist()
+        if num_targets == 0:
+            self.skipped_steps += 1
+            self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]  # no gradient: no decay, no momentum
+        if not num_wrong:
             return
         documents = gathered([name for number in wrong for name in self._documents(number)])
         step = self.state.global_step + 1
@@ -105,7 +140,12 @@ class DistillTrainer(Trainer):
         if "train_runtime" in logs:  # the Trainer's summary, which counts only what ran since the start or resume
             return
         if "loss" in logs:
-            logs |= self._averages(self._window, with_kd=self._head_loss.config.alpha > 0)
+            averages = self._averages(self._window, with_kd=self._head_loss.config.alpha > 0)
+            logs = {
+                key: value for key, value in logs.items() if averages or key not in ("loss", "grad_norm")
+            } | averages
+            if self.skipped_steps:
+                logs["skipped_steps"] = self.skipped_steps
             self._window.zero_()
         epoch = self.state.epoch
         self.state.epoch = epoch and epoch * self.train_dataset.num_epochs
@@ -114,8 +154,9 @@ class DistillTrainer(Trainer):
 
     def restore_window(self, checkpoint: Path) -> None:
         """Take up the loss sums of a checkpoint, so that the first log after a resume covers all of its window."""
+        *window, self.skipped_steps = read_json(checkpoint / WINDOW)
         if self.is_world_process_zero():
-            self._window = torch.tensor(read_json(checkpoint / WINDOW), dtype=torch.float64)
+            self._window = torch.tensor(window, dtype=torch.float64)
 
     def take_up(self, checkpoint: Path) -> None:
         """Be where training was when a checkpoint that it ended with was saved."""
@@ -125,10 +166,12 @@ class DistillTrainer(Trainer):
             self._load_best_model()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir or "", f"checkpoint-{self.state.global_step}")
+        require_no_file(folder)
         super()._save_checkpoint(model, trial)
         window = summed(self._window).tolist()  # after this, what the other ranks have written is there too
         if self.is_world_process_zero():
-            write_json(Path(self.args.output_dir or "", f"checkpoint-{self.state.global_step}", WINDOW), window)
+            write_json(folder / WINDOW, [*window, self.skipped_steps])
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Averages over all held-out targets, whatever batch they fell into; KD also where it is not trained on."""
@@ -141,7 +184,9 @@ class DistillTrainer(Trainer):
                 with self.accelerator.autocast():
                     sums += _sums(model(**inputs), inputs).double().cpu()
         model.train()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages(sums, with_kd=True).items()}
+        averages = self._averages(sums, with_kd=True)
+        require(averages, "the held-out documents have no targets", where="--validation, validation_fraction")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in averages.items()}
         if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
             raise NonFiniteLossError("the held-out loss is not finite", where=f"step {self.state.global_step}")
         self.log(metrics)
@@ -158,11 +203,21 @@ class DistillTrainer(Trainer):
         return {key: value for key, value in self.evaluate().items() if key != "epoch"}
 
     def _averages(self, sums: Tensor, *, with_kd: bool) -> dict[str, float]:
-        """Loss and its terms in nats per target over all ranks; no `kd` where no soft labels were read."""
+        """Loss and its terms in nats per target over all ranks; no `kd` where no soft labels were read.
+
+        Nothing where there were no targets: their average is not 0.
+        """
         kd, ce, targets = summed(sums).tolist()
-        kd, ce = kd / max(targets, 1), ce / max(targets, 1)
+        if targets == 0:
+            return {}
+        kd, ce = kd / targets, ce / targets
         loss = self._head_loss.combine(kd, ce)
         return {"loss": loss, "kd": kd, "ce": ce} if with_kd else {"loss": loss, "ce": ce}
+
+
+def _warmed_up(factor: Callable[[int], float], num_warmup_steps: int) -> Callable[[int], float]:
+    """A schedule's factor by step, from 0, with a linear warm-up that starts above 0."""
+    return lambda step: (step + 1) / (num_warmup_steps + 1) if step < num_warmup_steps else factor(step)
 
 
 def _sums(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
@@ -197,10 +252,12 @@ class RunRecorder(TrainerCallback):
         run: the run's folder.
         save_total_limit: complete checkpoints kept.
         tokens_per_step: tokens trained on in one optimizer step, on average over all blocks.
+        tracked: takes every log at its optimizer step, so that a resumed run continues the steps of W&B too.
     """
 
-    def __init__(self, run: Path, *, save_total_limit: int, tokens_per_step: float) -> None:
+    def __init__(self, run: Path, *, save_total_limit: int, tokens_per_step: float, tracked: Run) -> None:
         self.run, self.save_total_limit, self.tokens_per_step = run, save_total_limit, tokens_per_step
+        self.tracked = tracked
         self.log_file = run / "training_log.jsonl"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -216,6 +273,8 @@ class RunRecorder(TrainerCallback):
         if state.is_world_process_zero:
             with self.log_file.open("a") as file:
                 file.write(_log_line({"step": state.global_step, **logs}))
+            named = {(f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"): logs[key] for key in logs}
+            self.tracked.log(named | {"train/global_step": state.global_step}, step=state.global_step)
         if args.disable_tqdm:
             log(f"step {state.global_step:,}/{state.max_steps:,}: {self._in_words(state, logs)}")
 
@@ -238,6 +297,24 @@ class RunRecorder(TrainerCallback):
 def _log_line(record: dict[str, Any]) -> str:
     ordered = {key: record[key] for key in sorted(record)}  # the order that a checkpoint gives back
     return json.dumps({"step": record["step"], **ordered}, allow_nan=False) + "\n"
+
+
+class EpochEnds(TrainerCallback):
+    """Evaluates and saves at the last step of each epoch of the data set.
+
+    Args:
+        steps: these steps.
+        evaluates, saves: what to do there.
+    """
+
+    def __init__(self, steps: set[int], *, evaluates: bool, saves: bool) -> None:
+        self.steps, self.evaluates, self.saves = steps, evaluates, saves
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for both where an epoch ends."""
+        if state.global_step in self.steps:
+            control.should_evaluate |= self.evaluates
+            control.should_save |= self.saves
 
 
 class StopEarly(TrainerCallback):

@@ -1,4 +1,4 @@
-"""`codedistill cache info|verify|repair|merge|slice|attach`; the root command adds `import` and `simulate`."""
+"""`codedistill cache info|verify|repair|merge|slice|attach`; the root command adds `audit` and `import`."""
 
 from pathlib import Path
 from typing import Any

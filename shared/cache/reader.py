@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from shared.cache.format import TOKENIZER, Array, indptr, shard_name
 from shared.cache.manifest import read_manifest
 from shared.cache.order import shuffled_pools
 from shared.cache.shard import SampledTargets, Shard, Targets, decode_shard
-from shared.errors import CacheCorruptError, CacheMismatchError
+from shared.errors import CacheCorruptError, CacheMismatchError, require
 
 DECODED_BYTES = 256 << 20
 
@@ -70,6 +70,28 @@ class Cache:
         self._checked: set[int] = set()
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
         self._check_files()
+
+    def require_targets(self) -> None:
+        """Raise `ConfigError` where the cache has nothing to train on and nothing to score."""
+        require(
+            self.statistics["targets"] > 0,
+            "the cache has no targets",
+            where=self.path,
+            expected="at least one token that is a training target",
+            got=f"{self.num_tokens:,} tokens in {self.num_documents:,} documents",
+            fix="build it from documents with completions that --max-length and --on-long leave something of",
+        )
+
+    def shares_data(self, others: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether the cache has a shard or a data set in common with others, as `run.json` records them.
+
+        Args:
+            others: records with `shards`, SHA-256 by file name, and `sources`, the manifest's entries.
+        """
+        theirs = {digest for other in others for digest in other["shards"].values()}
+        theirs |= {source["digest"] for other in others for source in other["sources"]}
+        ours = {entry["sha256"] for name, entry in self.manifest["files"].items() if name.endswith(".h5")}
+        return not theirs.isdisjoint(ours | {source.get("digest") for source in self.manifest["sources"]})
 
     @property
     def doc_lengths(self) -> Array:

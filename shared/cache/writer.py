@@ -197,7 +197,7 @@ class CacheWriter:
 
         Args:
             identity: who made the labels; see `identity.label_identity`.
-            sources: the data sets, each with name, split, revision, licence, digest, num_documents.
+            sources: the data sets, each with name, split, revision, license, digest, num_documents.
             provenance: further keys of the manifest, such as `derived_from`.
 
         Raises:
@@ -306,7 +306,7 @@ class CacheWriter:
         for key, before, now in differences:
             more = ""
             if key == "sources":
-                more = ", or add to a finished cache with --extend"
+                more = f"; with --skip-in {self.path} a new cache holds only what this one does not"
                 before, now = (
                     ", ".join(f"{s.get('name')} {s.get('split')}, digest {s.get('digest')}" for s in sources)
                     for sources in (before, now)

@@ -52,8 +52,8 @@ evaluate.add_command(sandbox_check)
 def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype: str, batch_tokens: int) -> None:
     """NLL, KL to the teacher, agreement and calibration over a cache's targets, with intervals."""
     _quieten()
+    from shared.checkpoints import locate_model
     from shared.eval.fidelity.measure import evaluate_fidelity
-    from shared.eval.models import locate_model
 
     result = evaluate_fidelity(
         locate_model(model, cache_dir),
@@ -93,7 +93,7 @@ def latency(
     if len(dict(models)) < len(models):
         raise click.UsageError("two models have the same name")
     _quieten()
-    from shared.eval.models import locate_model
+    from shared.checkpoints import locate_model
     from shared.eval.speed.latency import measure_latency
 
     located = {name: locate_model(model, cache_dir) for name, model in models}
@@ -119,7 +119,7 @@ def latency(
 def draft(teacher: str, student: str, out: Path, cache_dir: Path | None, **options: Any) -> None:
     """Speculative decoding: the student drafts for its teacher. Acceptance, speed-up, and whether tokens stay equal."""
     _quieten()
-    from shared.eval.models import locate_model
+    from shared.checkpoints import locate_model
     from shared.eval.speed.draft import evaluate_draft
 
     result = evaluate_draft(locate_model(teacher, cache_dir), locate_model(student), **options)
@@ -213,7 +213,7 @@ def _evaluate_benchmark(
     """Run one benchmark; `load` gives it."""
     _quieten()
     from shared import tracking
-    from shared.eval.models import locate_model
+    from shared.checkpoints import locate_model
     from shared.eval.programs.benchmark import evaluate_benchmark
     from shared.eval.programs.sample import Decoding
 

@@ -17,15 +17,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data.load import load_documents
 from shared.cache.format import ShardArrays
 from shared.cache.info import cache_info
 from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
 from shared.machine import versions
-from stage1_teacher.batching import plan_shards
-from stage1_teacher.capture import label_shard
+from stage1_teacher.build import find_inputs, read_corpus
+from stage1_teacher.capture import capture_shard, load_teacher, to_arrays
 from stage1_teacher.config import TeacherConfig
+from stage1_teacher.documents import plan_shards
 
 K = 128
 LIMITS = {"K=16": 35, "K=50": 92, "K=64": 116, "top-p 0.98 within 64": 43}  # bytes per token, codec q with gzip
@@ -37,22 +37,15 @@ PEERS = (
 
 def capture(teacher: str, dataset: str, split: str, shard_tokens: int) -> tuple[list[ShardArrays], int, int]:
     """The exact rows of a build, shard by shard, with the tokenizer's size and the head's width."""
-    from shared.tokenizer import load_tokenizer
-    from stage1_teacher.documents import cut_documents
-    from stage1_teacher.logits import LogitSource
-    from stage1_teacher.teacher import head_and_positions, load_teacher, locate_teacher
-
     config = TeacherConfig(teacher=teacher, dataset=dataset, split=split, top_k=K, shard_tokens=shard_tokens)
-    files = locate_teacher(teacher)
-    tokenizer = load_tokenizer(files.path)
-    width, limit = head_and_positions(files.path)
-    documents = load_documents(dataset, split).documents
-    corpus = cut_documents(documents, tokenizer, max_length=limit, on_long="split", head_width=width)
-    source = LogitSource(load_teacher(files.path, dtype=config.dtype, device_map="auto").model, config.head_rows)
+    files, documents = find_inputs(config)
+    tokenizer, corpus, width = read_corpus(config, files, documents.documents)
+    _, source = load_teacher(config, files)
     shards = []
-    for part in plan_shards([len(piece.ids) for piece in corpus.pieces], shard_tokens):
-        pieces = [corpus.pieces[i] for i in part]
-        shards.append(label_shard(source, pieces, config, len(tokenizer), lambda tokens: None)[0])
+    for part in plan_shards(corpus.lengths, shard_tokens):
+        segments = [corpus.segments[i] for i in part]
+        captured = capture_shard(source, segments, config, len(tokenizer), lambda tokens: None)
+        shards.append(to_arrays(captured, segments, config, len(tokenizer))[0])
         print(f"captured {sum(len(shard.tokens) for shard in shards):,} tokens", flush=True)
     return shards, len(tokenizer), width
 
@@ -69,11 +62,11 @@ def write_cache(path: Path, shards: list[ShardArrays], size: int, width: int, **
         "excess_mass": 0.0,
     }
     identity = {
-        "teacher": {"name": "teacher", "licence": "apache-2.0", "weights_digest": "0" * 64, "config_digest": "0" * 64},
+        "teacher": {"name": "teacher", "license": "apache-2.0", "weights_digest": "0" * 64, "config_digest": "0" * 64},
         "tokenizer": {"digest": "0" * 64, "bos": 0, "eos": 0, "pad": 0, "unk": 0},
         "labels": build,
     }
-    source = {"name": "mbpp", "split": "train", "revision": None, "licence": "CC-BY-4.0", "digest": "0" * 64}
+    source = {"name": "mbpp", "split": "train", "revision": None, "license": "CC-BY-4.0", "digest": "0" * 64}
     with CacheWriter(path, build) as writer:
         for number, arrays in enumerate(shards):
             writer.write_shard(number, arrays, extra)

@@ -2,7 +2,7 @@
 
 - naive: padded batches of B documents in file order, `logits.float().log_softmax(-1).topk(K)`, written to a file; the
   best of several B counts.
-- ours: `label_shard` (grid, entropy, gold and top-k) and `write_shard`.
+- ours: `capture_shard` and `to_arrays` (grid, entropy, gold and top-k) and `write_shard`.
 - limit: backbone and float32 head matmul on the same batches in the same chunks, and nothing else.
 
 Speed: all ways run in one process, interleaved; medians of real tokens per second, and the ratios of each repeat.
@@ -29,13 +29,12 @@ import torch
 from data.load import load_documents
 from shared.batching import plan_batches
 from shared.cache.writer import CacheWriter
+from shared.checkpoints import load_frozen
+from shared.logits import LogitSource
 from shared.tokenizer import load_tokenizer
-from stage1_teacher.batching import plan_shards
-from stage1_teacher.capture import label_shard
+from stage1_teacher.capture import capture_shard, to_arrays
 from stage1_teacher.config import TeacherConfig
-from stage1_teacher.documents import cut_documents
-from stage1_teacher.logits import LogitSource
-from stage1_teacher.teacher import load_teacher
+from stage1_teacher.documents import cut_documents, plan_shards
 
 SPEEDUP, MEMORY, SHARE_CPU, SHARE_GPU, SCALING = 1.8, 0.5, 0.88, 0.95, 0.05
 # https://huggingface.co/bigcode/starcoder2-3b/blob/main/config.json
@@ -68,10 +67,8 @@ class Bench:
         tokenizer = load_tokenizer(Path(options.teacher))
         documents = load_documents(options.dataset, "train", limit_docs=options.documents).documents
         self.size = len(tokenizer)
-        self.pieces = cut_documents(
-            documents, tokenizer, max_length=2_048, on_long="split", head_width=self.size
-        ).pieces
-        self.lengths = [len(piece.ids) for piece in self.pieces]
+        corpus = cut_documents(documents, tokenizer, max_length=2_048, on_long="split", head_width=self.size)
+        self.segments, self.lengths = corpus.segments, corpus.lengths
         self.device = "cuda" if on_gpu else "cpu"
         if options.shape:
             from transformers import Starcoder2Config, Starcoder2ForCausalLM
@@ -81,7 +78,7 @@ class Bench:
                 config = Starcoder2Config(**STARCODER2_3B, dtype=self.config.dtype)
                 self.model = Starcoder2ForCausalLM._from_config(config).eval().requires_grad_(False)
         else:
-            self.model = load_teacher(Path(options.teacher), dtype=self.config.dtype, device_map="auto").model
+            self.model = load_frozen(Path(options.teacher), dtype=self.config.dtype, device_map="auto")
             sum(float(parameter.sum()) for parameter in self.model.parameters())  # mapped files are read when touched
 
     def source(self):
@@ -98,8 +95,9 @@ class Bench:
         }
         with tempfile.TemporaryDirectory() as folder, CacheWriter(Path(folder) / "cache", options) as writer:
             for number, shard in enumerate(plan_shards(self.lengths[:documents], self.config.shard_tokens)):
-                pieces = [self.pieces[i] for i in shard]
-                arrays, _ = label_shard(source, pieces, self.config, self.size, lambda tokens: None)
+                segments = [self.segments[i] for i in shard]
+                captured = capture_shard(source, segments, self.config, self.size, lambda tokens: None)
+                arrays, _ = to_arrays(captured, segments, self.config, self.size)
                 writer.write_shard(number, arrays, {})
 
     @torch.inference_mode()
@@ -131,7 +129,7 @@ class Bench:
         lengths = [self.lengths[i] - drop_last for i in documents]
         ids_BT = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
         for row, i in enumerate(documents):
-            ids_BT[row, : lengths[row]] = torch.tensor(self.pieces[i].ids[: lengths[row]])
+            ids_BT[row, : lengths[row]] = torch.tensor(self.segments[i].ids[: lengths[row]])
         real_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return ids_BT.to(self.device), real_BT.to(self.device)
 
@@ -162,7 +160,7 @@ def measure_memory(options):
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    documents = options.run_documents or len(bench.pieces)
+    documents = options.run_documents or len(bench.segments)
     if options.memory == "ours":
         source = bench.source()
         start = time.perf_counter()
@@ -205,7 +203,7 @@ def main():
         return
 
     bench = Bench(options)
-    source, documents = bench.source(), len(bench.pieces)
+    source, documents = bench.source(), len(bench.segments)
     tokens = sum(bench.lengths)
     device = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{documents} documents, {tokens:,} tokens; {device}; torch {torch.__version__}; {options.dtype}")

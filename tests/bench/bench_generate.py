@@ -18,7 +18,7 @@ import torch
 
 from data.humaneval import load_humaneval
 from data.templates import humaneval_prompt
-from shared.eval.models import load_model
+from shared.checkpoints import load_model
 from shared.eval.programs.completion import body_end
 from shared.eval.programs.generate import generate_batch, plan_batches, prepare
 from shared.eval.programs.passk import mean_interval, pass_at_k

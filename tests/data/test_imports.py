@@ -15,7 +15,7 @@ from shared.cache.verify import verify_cache
 from shared.errors import ConfigError, ResumeError
 from tests.support.student_cache import VOCABULARY, save_tokenizer
 
-PROGRAM = [sys.executable, "-c", "from shared.cli import main; main()", "cache", "import"]
+PROGRAM = [sys.executable, "-c", "from shared.__main__ import main; main()", "cache", "import"]
 K = 5
 
 

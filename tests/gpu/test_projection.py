@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stage1_teacher.projection import Projection
+from shared.logits import Projection
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -6,8 +6,9 @@ import pytest
 
 from data.load import load_documents
 from data.records import Document
+from shared.chat import encode_chat
 from shared.errors import ConfigError
-from shared.tokenizer import decode, encode_chat
+from shared.tokenizer import decode
 from stage1_teacher.documents import cut_documents
 from tests.shared.test_tokenizer import train
 
@@ -104,16 +105,16 @@ def test_without_a_chat_template_the_teacher_and_the_document_are_named():
         cut_documents([document], made, max_length=None, on_long="split", head_width=400)
 
 
-def test_pieces_of_a_chat_predict_each_target_once():
+def test_segments_of_a_chat_predict_each_target_once():
     made = tokenizer(CHATML)
     whole = encode_chat(made, CHAT)
     document = Document(id="d", source="s", messages=tuple(CHAT))
     for max_length in (5, 16, 33):
-        pieces = cut_documents([document], made, max_length=max_length, on_long="split", head_width=400).pieces
-        assert sum(piece.meta["target_bytes"] for piece in pieces) == whole.target_bytes
-        learnt = [id for piece in pieces for id, t in zip(piece.ids, piece.is_target, strict=True) if t]
+        segments = cut_documents([document], made, max_length=max_length, on_long="split", head_width=400).segments
+        assert sum(segment.meta["target_bytes"] for segment in segments) == whole.target_bytes
+        learnt = [id for segment in segments for id, t in zip(segment.ids, segment.is_target, strict=True) if t]
         assert learnt == [id for id, t in zip(whole.ids, whole.is_target, strict=True) if t]
-        assert not any(piece.is_target[0] for piece in pieces)
+        assert not any(segment.is_target[0] for segment in segments)
     assert decode(made, learnt) == " return é12\nreturn y\n\n"
 
 
@@ -132,7 +133,7 @@ def test_messages_are_read_strictly(tmp_path):
         ("x", "field 'messages'; expected: a list of messages; got: str 'x'"),
         (["x"], r"field 'messages\[0\]'; expected: an object with role and content; got: str 'x'"),
         ([{"role": "user", "content": None}], r"field 'messages\[0\]\.content'; expected: a string; got: null"),
-        ([*chat, chat[0] | {"name": "x"}], r"field 'messages\[2\]'; expected: role and content alone; got: 'name'"),
+        ([*chat, chat[0] | {"name": "x"}], r"field 'messages\[2\]'; expected: only role and content; got: 'name'"),
         (chat[:1], "field 'messages'; expected: an assistant's turn with some text; got: none"),
     ):
         with pytest.raises(ConfigError, match=f"line 2, {message}"):

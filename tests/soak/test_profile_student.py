@@ -18,7 +18,7 @@ from shared.cache.reader import Cache
 from shared.files import read_json
 from shared.model.gpt import GPT, PRESETS
 
-COMMAND = [sys.executable, "-c", "from shared.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from shared.__main__ import main; main()"]
 STEPS = 8
 OPTIONS = f"max_steps={STEPS} per_device_train_batch_size=2 block_size=256 logging_steps=1 warmup_steps=1".split()
 

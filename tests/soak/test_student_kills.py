@@ -18,6 +18,15 @@ def test_thirty_kills_change_nothing(tmp_path):
     print(f"{trainings.kills} kills, {trainings.in_saves} of them inside a save")
 
 
+@pytest.mark.timeout(3600)
+def test_kills_among_stray_files_lose_no_checkpoint(tmp_path):
+    rng = np.random.default_rng(1)
+    trainings = Trainings(tmp_path)
+    while trainings.kills < 15 or trainings.in_saves < 3:
+        trainings.kill_in_random_moments(tmp_path / "run", rng, strays=True)
+    print(f"{trainings.kills} kills, {trainings.in_saves} of them inside a save, stray files everywhere")
+
+
 def kill_once(trainings, out):
     """One run, killed after its first checkpoint, and the same command again; what that leaves."""
     status, said = trainings.run(out, kill_when=lambda: list(out.glob("checkpoint-*/COMPLETE")) and progress(out) > 3)

@@ -24,7 +24,7 @@ from shared.files import to_json
 from stage1_teacher.cli import audit as command
 from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
 
-PROGRAM = [sys.executable, "-c", "from shared.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from shared.__main__ import main; main()"]
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@ import pytest
 
 from data.records import Document
 from shared.errors import ConfigError
-from stage1_teacher import documents as pieces
+from stage1_teacher import documents as module
 from stage1_teacher.documents import cut_documents
 
 
@@ -23,7 +23,7 @@ def letters(monkeypatch):
             lossless="~" not in prompt + completion,
         )
 
-    monkeypatch.setattr(pieces, "encode_document", encode)
+    monkeypatch.setattr(module, "encode_document", encode)
     monkeypatch.setattr("shared.tokenizer.decode", lambda tokenizer, ids: "".join(chr(i) for i in ids if i))
 
 
@@ -32,18 +32,18 @@ def cut(*texts, max_length=None, on_long="split", head_width=200):
     return cut_documents(documents, Letters(), max_length=max_length, on_long=on_long, head_width=head_width)
 
 
-def spelled(piece):
+def spelled(segment):
     """The targets' text."""
-    return "".join(chr(i) for i, learnt in zip(piece.ids, piece.is_target, strict=True) if i and learnt)
+    return "".join(chr(i) for i, learnt in zip(segment.ids, segment.is_target, strict=True) if i and learnt)
 
 
-def test_a_document_that_fits_is_one_piece():
+def test_a_document_that_fits_is_one_segment():
     corpus = cut(("ab", "cde"), max_length=7)
-    (piece,) = corpus.pieces
-    assert piece.ids == [0, *b"abcde", 0]
-    assert piece.is_target == [False] * 3 + [True] * 4
-    assert piece.meta["target_bytes"] == 3
-    assert (piece.meta["id"], piece.meta["origin"], "part" in piece.meta) == ("d0", "corpus", False)
+    (segment,) = corpus.segments
+    assert segment.ids == [0, *b"abcde", 0]
+    assert segment.is_target == [False] * 3 + [True] * 4
+    assert segment.meta["target_bytes"] == 3
+    assert (segment.meta["id"], segment.meta["origin"], "part" in segment.meta) == ("d0", "corpus", False)
     assert (corpus.long, corpus.lossy) == ([], [])
 
 
@@ -51,25 +51,25 @@ def test_a_document_that_fits_is_one_piece():
 def test_split_parts_predict_every_target_once(max_length):
     corpus = cut(("ab", "cdefghij"), max_length=max_length)
     assert corpus.long == ["d0"]
-    assert all(2 <= len(piece.ids) <= max_length for piece in corpus.pieces)
-    rebuilt = corpus.pieces[0].ids + [i for piece in corpus.pieces[1:] for i in piece.ids[1:]]
+    assert all(2 <= len(segment.ids) <= max_length for segment in corpus.segments)
+    rebuilt = corpus.segments[0].ids + [i for segment in corpus.segments[1:] for i in segment.ids[1:]]
     assert rebuilt == [0, *b"abcdefghij", 0]
-    assert "".join(spelled(piece) for piece in corpus.pieces) == "cdefghij"
-    assert sum(piece.meta["target_bytes"] for piece in corpus.pieces) == 8
-    assert [piece.meta["part"] for piece in corpus.pieces] == list(range(len(corpus.pieces)))
+    assert "".join(spelled(segment) for segment in corpus.segments) == "cdefghij"
+    assert sum(segment.meta["target_bytes"] for segment in corpus.segments) == 8
+    assert [segment.meta["part"] for segment in corpus.segments] == list(range(len(corpus.segments)))
 
 
 def test_truncate_keeps_the_first_part_and_its_bytes():
-    (piece,) = cut(("ab", "cdefghij"), max_length=6, on_long="truncate").pieces
-    assert piece.ids == [0, *b"abcde"]
-    assert piece.meta["target_bytes"] == 3
-    (piece,) = cut(("ab", "cdefghij"), max_length=2, on_long="truncate").pieces
-    assert (any(piece.is_target), piece.meta["target_bytes"]) == (False, 0)  # the prompt alone fills it: no target
+    (segment,) = cut(("ab", "cdefghij"), max_length=6, on_long="truncate").segments
+    assert segment.ids == [0, *b"abcde"]
+    assert segment.meta["target_bytes"] == 3
+    (segment,) = cut(("ab", "cdefghij"), max_length=2, on_long="truncate").segments
+    assert (any(segment.is_target), segment.meta["target_bytes"]) == (False, 0)  # the prompt alone fills it: no target
 
 
 def test_drop_leaves_the_others_and_refuses_to_leave_none():
     corpus = cut(("a", "b"), ("a", "bcdef"), max_length=4, on_long="drop")
-    assert [piece.meta["id"] for piece in corpus.pieces] == ["d0"]
+    assert [segment.meta["id"] for segment in corpus.segments] == ["d0"]
     assert corpus.long == ["d1"]
     with pytest.raises(ConfigError, match="no document is left"):
         cut(("a", "bcdef"), max_length=4, on_long="drop")

@@ -4,23 +4,23 @@ import pytest
 from click.testing import CliRunner
 
 from shared.errors import ResumeError
-from stage1_teacher import audit, pipeline
+from stage1_teacher import audit, capture
 from stage1_teacher.cli import audit as audit_command
 from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What `load_teacher` is asked to quantise to, call by call."""
+    """What `load_frozen` is asked to quantise to, call by call."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    load_teacher, asked = pipeline.load_teacher, []
+    load_frozen, asked = capture.load_frozen, []
 
-    def unquantised(path, *, load_in=None, **options):
+    def unquantised(path, dtype, *, load_in=None, **options):
         asked.append(load_in)
-        return load_teacher(path, **options)
+        return load_frozen(path, dtype, **options)
 
-    monkeypatch.setattr(pipeline, "load_teacher", unquantised)
-    monkeypatch.setattr(audit, "load_teacher", unquantised)
+    monkeypatch.setattr(capture, "load_frozen", unquantised)
+    monkeypatch.setattr(audit, "load_frozen", unquantised)
     return asked
 
 

@@ -8,8 +8,8 @@ import torch
 
 from shared.cache.encode import encode_shard
 from shared.cache.reader import decode_shard
-from stage1_teacher.audit import cached_rows, compare
-from stage1_teacher.plan import predict_seconds, shard_overhead, spread_by_length, take_documents
+from stage1_teacher.audit import batch_rows, compare
+from stage1_teacher.plan import gradient_errors, predict_seconds, shard_overhead, spread_by_length
 from tests.support.cache_rows import GRID, shard_of_logits
 
 
@@ -48,15 +48,23 @@ def random_rows(k=5):
     return z, shard_of_logits(z, lengths, k, generator.integers(0, V, sum(lengths)))
 
 
-def test_documents_are_taken_with_their_rows():
-    arrays = random_rows()[1]
-    part = take_documents(arrays, [0, 2])
-    rows = [*range(6), *range(7, 16)]
-    assert part.doc_indptr.tolist() == [0, 6, 15]
-    assert [meta["id"] for meta in part.doc_meta] == ["doc/0", "doc/2"]
-    np.testing.assert_array_equal(part.tail_log, arrays.tail_log[rows])
-    want = np.concatenate([arrays.topk_ids[arrays.row_indptr()[r] : arrays.row_indptr()[r + 1]] for r in rows])
-    np.testing.assert_array_equal(part.topk_ids, want)
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_gradient_errors_equal_the_dense_gradients(k):
+    """The sparse gradient of an untrained student, q = 1/V, formed id by id."""
+    z, arrays = random_rows(k)
+    V, want = z.shape[1], []
+    begins = arrays.row_indptr()
+    for row in np.flatnonzero(arrays.k):
+        p = np.exp(z[row].astype(np.float64) - z[row].max())
+        p /= p.sum()
+        ids = arrays.topk_ids[begins[row] : begins[row + 1]]
+        outside = np.setdiff1d(np.arange(V), ids)
+        sparse = 1 / V - p
+        if len(outside):
+            sparse[outside] = (len(outside) / V - p[outside].sum()) / len(outside)
+        want.append(np.linalg.norm(sparse - (1 / V - p)) / np.linalg.norm(1 / V - p))
+    np.testing.assert_allclose(gradient_errors(arrays, GRID, V), want, rtol=1e-5, atol=1e-6)
+    assert gradient_errors(arrays, (1.0,), V) is None
 
 
 def stored(arrays, codec, top_k=5):
@@ -65,7 +73,7 @@ def stored(arrays, codec, top_k=5):
 
 
 def deviations(z, shard, codec, start=7, stop=15):
-    rows = cached_rows(shard, start, stop, GRID)
+    rows = batch_rows(shard, start, stop, GRID)
     return compare(torch.from_numpy(z[start:stop]), rows, temperatures=GRID, codec=codec, tail_scale=16)
 
 

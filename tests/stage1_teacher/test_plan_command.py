@@ -15,7 +15,7 @@ from shared.errors import ConfigError
 from stage1_teacher.cli import teacher as command
 from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
 
-PROGRAM = [sys.executable, "-c", "from shared.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from shared.__main__ import main; main()"]
 OPTIONS = ["--dtype", "float32", "--shard-tokens", "300", "--top-k", "20"]
 
 
@@ -132,7 +132,7 @@ def on_a_small_disk(tmp_path, kilobytes, *steps):
 
 
 def command_line(teacher, rows):  # noqa: F811
-    program = f"{sys.executable} -c 'from shared.cli import main; main()'"
+    program = f"{sys.executable} -c 'from shared.__main__ import main; main()'"
     return f"{program} teacher build --teacher {teacher} --dataset {rows} --out $DISK/cache {' '.join(OPTIONS)}"
 
 
@@ -140,7 +140,7 @@ def test_a_pilot_without_memory_is_one_line(teacher, rows, tmp_path, monkeypatch
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
 
-    monkeypatch.setattr("stage1_teacher.capture.label_shard", exhausted)
+    monkeypatch.setattr("stage1_teacher.capture.capture_shard", exhausted)
     arguments = ["plan", "--teacher", teacher, "--dataset", rows, "--out", tmp_path / "cache", *OPTIONS]
     error = CliRunner().invoke(command, list(map(str, arguments))).exception
     assert isinstance(error, ConfigError)

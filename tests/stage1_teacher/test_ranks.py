@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shared.process import own_command
-from stage1_teacher import pipeline
+from stage1_teacher import capture
 from stage1_teacher.cli import teacher as command
 from tests.support import hub_contents
 
@@ -94,24 +94,24 @@ def test_one_error_for_all_ranks(arguments, tmp_path):
     errors = process.communicate(timeout=100)[1]
     assert process.returncode == 1
     assert errors.count("error: the folder holds something that is no cache") == 1
-    assert "another process of this build has ended" not in errors
+    assert "another process of this run has ended" not in errors
 
 
 def test_out_of_memory_takes_the_shard_again_with_half_the_budget(arguments, whole, tmp_path, monkeypatch, capsys):
     """A teacher on a device that holds 100 tokens."""
-    load_teacher = pipeline.load_teacher
+    load_frozen = capture.load_frozen
 
     def small_device(*args, **options):
-        teacher = load_teacher(*args, **options)
+        teacher = load_frozen(*args, **options)
 
         def refuse(module, args, kwargs):
             if kwargs["input_ids"].numel() > 100:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-        teacher.model.model.register_forward_pre_hook(refuse, with_kwargs=True)
+        teacher.model.register_forward_pre_hook(refuse, with_kwargs=True)
         return teacher
 
-    monkeypatch.setattr(pipeline, "load_teacher", small_device)
+    monkeypatch.setattr(capture, "load_frozen", small_device)
     out = tmp_path / "cache"
     alone(arguments, out)
     assert "out of memory; this shard is done again with batches of 64 tokens" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stage1_teacher.topk import label_rows
+from stage1_teacher.topk import capture_rows
 
 GRID = (0.5, 1.0, 1.5, 2.0)
 
@@ -13,7 +13,7 @@ def label(logits, gold=None, *, top_k=4, temperatures=GRID, tokenizer_size=None)
     logits = torch.as_tensor(logits, dtype=torch.float32)
     gold = torch.zeros(len(logits), dtype=torch.int64) if gold is None else torch.as_tensor(gold)
     size = logits.shape[1] if tokenizer_size is None else tokenizer_size
-    return label_rows(logits.clone(), gold, top_k=top_k, temperatures=temperatures, tokenizer_size=size)
+    return capture_rows(logits.clone(), gold, top_k=top_k, temperatures=temperatures, tokenizer_size=size)
 
 
 def reference(logits, gold, top_k, temperatures):

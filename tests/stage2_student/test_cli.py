@@ -59,7 +59,7 @@ def test_all_or_none(asked):
 def test_a_cache_that_is_not_there_is_refused_before_torch_is_loaded(tmp_path):
     code = f"""
 import sys
-from shared.cli import main
+from shared.__main__ import main
 sys.argv[1:] = ["student", "train", "--cache", "{tmp_path}/none", "--out", "{tmp_path}/run"]
 try:
     main()

@@ -1,6 +1,7 @@
 """`student train` and `student export` as real processes on a small cache."""
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,8 @@ from shared.process import own_command
 from stage2_student.checkpoint import seal
 from stage2_student.cli import student
 from tests.support.student_cache import VOCABULARY, make_cache
+from tests.support.student_kills import strew
+from tests.support.wandb_records import records
 
 # Most runs are processes of their own. What needs neither signals nor equal bits runs in this one, which saves imports.
 COMMAND = own_command("student")
@@ -73,7 +76,8 @@ def stop_when(command, condition, signal_number):
 
 
 def log_of(out):
-    return [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    log = out / "training_log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def same_student(a, b):
@@ -151,12 +155,12 @@ def test_a_finished_run_is_up_to_date(finished, caches):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
-def test_the_twin_without_soft_labels_starts_from_the_same_weights(finished, caches, tmp_path):
-    assert run_here(arguments(caches / "train", tmp_path / "twin", caches / "validation", alpha=0)) is None
-    ours, twin = (json.loads((out / "run.json").read_text()) for out in (finished, tmp_path / "twin"))
-    assert ours["initial_weights_sha256"] == twin["initial_weights_sha256"]
-    assert ours["data"] == twin["data"]
-    log = log_of(tmp_path / "twin")
+def test_the_baseline_without_soft_labels_starts_from_the_same_weights(finished, caches, tmp_path):
+    assert run_here(arguments(caches / "train", tmp_path / "baseline", caches / "validation", alpha=0)) is None
+    ours, baseline = (json.loads((out / "run.json").read_text()) for out in (finished, tmp_path / "baseline"))
+    assert ours["initial_weights_sha256"] == baseline["initial_weights_sha256"]
+    assert ours["data"] == baseline["data"]
+    log = log_of(tmp_path / "baseline")
     assert [line["step"] for line in log] == [line["step"] for line in log_of(finished)]
     assert not any("kd" in line for line in log)  # training read nothing that it could be measured by
     assert all(line["eval_kd"] > 0 for line in log if "eval_kd" in line)
@@ -181,7 +185,33 @@ def test_killed_and_run_again_equals_an_uninterrupted_run(finished, caches, tmp_
     assert not (out / ".run.json.tmp-1").exists()
 
 
-def test_a_checkpoint_without_its_marker_is_removed_and_the_one_before_used(finished, caches, tmp_path):
+def test_epochs_of_the_data_set_are_evaluated_and_saved_and_a_resume_changes_nothing(caches, tmp_path):
+    changes = {
+        "max_steps": -1, "num_train_epochs": 5, "eval_steps": 0, "save_steps": 0, "eval_strategy": "epoch",
+        "save_strategy": "epoch", "save_total_limit": 9, "load_best_model_at_end": True, "metric_for_best_model": "ce",
+        "greater_is_better": False, "learning_rate": 0.02,
+    }  # fmt: skip
+    whole = tmp_path / "whole"
+    said = run(arguments(caches / "train", whole, caches / "validation", **changes)).stderr
+    assert "5 epochs in 20 blocks" in said
+    evaluated = {line["step"]: line["eval_ce"] for line in log_of(whole) if "eval_ce" in line}
+    assert list(evaluated) == [2, 4, 6, 8, 10]
+    assert {path.name for path in whole.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in evaluated}
+    best = min(evaluated, key=evaluated.get)
+    saved = load_file(whole / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in load_file(whole / "model.safetensors").items())
+    assert json.loads((whole / "run.json").read_text())["metrics"]["eval_ce"] == evaluated[best]
+
+    for signal_number, expected in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        out = tmp_path / signal_number.name
+        command = arguments(caches / "train", out, caches / "validation", **changes)
+        code, errors = stop_when(command, (out / "checkpoint-2" / "COMPLETE").exists, signal_number)
+        assert code == expected, errors
+        assert "continuing from" in run(command).stderr
+        same_student(whole, out)
+
+
+def test_a_checkpoint_without_its_marker_is_set_aside_and_the_one_before_used(finished, caches, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     record = json.loads((out / "run.json").read_text())
@@ -189,9 +219,114 @@ def test_a_checkpoint_without_its_marker_is_removed_and_the_one_before_used(fini
     (out / "checkpoint-12" / "COMPLETE").unlink()
     (out / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
     result = run(arguments(caches / "train", out, caches / "validation"))
-    assert f"{out / 'checkpoint-12'} was never finished; removed\n" in result.stderr
+    assert f"{out / 'checkpoint-12'} is damaged and set aside as damaged-checkpoint-12: COMPLETE is" in result.stderr
+    assert (out / "damaged-checkpoint-12" / "model.safetensors").read_bytes() == b"half"
     assert f"continuing from {out / 'checkpoint-10'}\n" in result.stderr
     same_student(finished, out)
+
+
+def test_stray_files_do_not_keep_a_run_from_its_newest_checkpoint(finished, caches, tmp_path):
+    out = tmp_path / "run"
+    command = arguments(caches / "train", out, caches / "validation")
+    out.mkdir()
+    (out / ".DS_Store").write_text("in a folder that is new otherwise")
+    code, _ = stop_when(command, (out / "checkpoint-5/COMPLETE").exists, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    strew(out)
+    result = run(command)
+    assert f"continuing from {out / 'checkpoint-5'}\n" in result.stderr
+    assert "damaged" not in result.stderr
+    same_student(finished, out)
+    assert (out / "checkpoint-100000").read_text() == "stray"
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_as_it_is(finished, caches, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "model.safetensors").unlink()
+    for step in (10, 12):
+        (out / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"half")
+    line = refused(arguments(caches / "train", out, caches / "validation"))
+    assert "no checkpoint of this run is whole" in line and "start over" in line
+    assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-10", "checkpoint-12"}
+
+
+def test_a_file_where_a_checkpoint_will_go_is_refused_before_training(caches, tmp_path):
+    out = tmp_path / "run"
+    assert run_here(arguments(caches / "train", out, max_steps=1, save_steps=0)) is None
+    (out / "model.safetensors").unlink()
+    (out / "checkpoint-1").write_text("mine")
+    line = refused(arguments(caches / "train", out, max_steps=1, save_steps=1))
+    assert f"a file stands where a checkpoint goes; where: {out / 'checkpoint-1'}" in line
+    assert (out / "checkpoint-1").read_text() == "mine"
+
+
+def test_the_first_step_of_a_warm_up_moves_the_weights(caches, tmp_path):
+    """One step, all of it warm-up; then four steps of warm-up, whose learning rates rise evenly from above 0."""
+    assert run_here(arguments(caches / "train", tmp_path / "one", max_steps=1, logging_steps=1)) is None
+    record = json.loads((tmp_path / "one" / "run.json").read_text())
+    (line,) = log_of(tmp_path / "one")
+    assert line["learning_rate"] == record["config"]["learning_rate"] / 2
+    options = {"max_steps": 6, "warmup_steps": 4, "logging_steps": 1, "lr_scheduler_type": "constant_with_warmup"}
+    assert run_here(arguments(caches / "train", tmp_path / "six", **options)) is None
+    rates = [line["learning_rate"] / 1e-3 for line in log_of(tmp_path / "six")]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
+@pytest.mark.parametrize("kind", ["train", "validation"])
+def test_a_cache_without_targets_is_refused(caches, tmp_path, kind):
+    make_cache(tmp_path / "cache", prompt=100)
+    pair = {"train": caches / "train", "validation": caches / "validation"} | {kind: tmp_path / "cache"}
+    line = refused(arguments(pair["train"], tmp_path / "run", pair["validation"]))
+    assert f"the cache has no targets; where: {tmp_path / 'cache'}; expected: at least one" in line
+    assert not (tmp_path / "run").exists()
+    assert run_here(arguments(pair["train"], tmp_path / "run", pair["validation"], targets="all", max_steps=1)) is None
+
+
+def test_steps_without_targets_are_skipped_and_counted(tmp_path):
+    """Documents that fill a block each, of which every second has no target: weights, moments and decay stay still."""
+    make_cache(tmp_path / "cache", lengths=(33,) * 8, prompt=(3, 100) * 4)
+    options = {"block_size": 32, "per_device_train_batch_size": 1, "max_steps": 8, "logging_steps": 1, "save_steps": 1}
+    out = tmp_path / "run"
+    assert run_here(arguments(tmp_path / "cache", out, **options, save_total_limit=8)) is None
+    log = log_of(out)
+    assert [line.get("skipped_steps", 0) for line in log][-1] == 4
+    assert json.loads((out / "run.json").read_text())["metrics"]["skipped_steps"] == 4
+    weights = [load_file(out / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 9)]
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(weights)]
+    assert same == ["loss" not in line for line in log[1:]]
+    assert all(line["loss"] > 0 for line in log if "loss" in line)
+    (out / "model.safetensors").unlink()
+    for step in (6, 7, 8):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    assert run_here(arguments(tmp_path / "cache", out, **options, save_total_limit=8)) is None
+    assert log_of(out) == log
+
+
+def test_a_resumed_run_continues_the_steps_of_its_offline_tracking(caches, tmp_path, monkeypatch):
+    """Killed after step 10; the resume from the checkpoint of step 5 goes on at that step, under the same id."""
+    monkeypatch.setitem(ENVIRONMENT, "WANDB_MODE", "offline")
+    out = tmp_path / "run"
+    command = arguments(caches / "train", out, caches / "validation")
+    code, _ = stop_when(command, lambda: any(line["step"] >= 8 for line in log_of(out)), signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    time.sleep(1)  # W&B's folders are named by the second
+    run(command)
+    first, second = records(tmp_path)
+    assert {record.run.run_id for record in [*first, *second] if record.HasField("run")} == {
+        json.loads((out / "run.json").read_text())["wandb_run_id"]
+    }
+    steps = [[record.history.step.num for record in run if record.HasField("history")] for run in (first, second)]
+    assert steps[-1] == [6, 8, 9, 12]
+
+
+def test_validation_on_documents_that_are_trained_on_is_said(caches, tmp_path):
+    options = {"max_steps": 1, "save_steps": 0, "eval_steps": 0}
+    for validation, warns in ((caches / "validation", False), (caches / "train", True)):
+        command = arguments(caches / "train", tmp_path / validation.name, validation, **options)
+        result = CliRunner().invoke(student, command[len(COMMAND) :])
+        assert result.exit_code == 0
+        assert (f"warning: {validation} holds documents that are trained on" in result.stderr) == warns
 
 
 def test_a_loss_that_is_not_finite_names_its_documents(caches, tmp_path, monkeypatch):
@@ -357,7 +492,7 @@ def test_a_process_that_sees_several_gpus_trains_on_one(caches, tmp_path, monkey
 def test_held_out_targets_are_those_of_training(caches, tmp_path):
     records = []
     for targets in ("completion", "all"):
-        options = {"max_steps": 1, "eval_steps": 0, "save_steps": 0, "learning_rate": 0.0, "targets": targets}
+        options = {"max_steps": 1, "eval_steps": 0, "save_steps": 0, "learning_rate": 1e-9, "targets": targets}
         assert run_here(arguments(caches / "train", tmp_path / targets, caches / "validation", **options)) is None
         records.append(json.loads((tmp_path / targets / "run.json").read_text())["metrics"]["eval_ce"])
     assert records[0] != records[1]
@@ -420,8 +555,8 @@ def test_several_caches_mixed_by_weight(caches, tmp_path):
     assert record["data"]["rows_per_epoch"] == (175 - 8) + (92 - 3)
     assert run_here([*COMMAND, "export", str(out), "--out", str(tmp_path / "student")]) is None
     card = (tmp_path / "student" / "README.md").read_text()
-    assert "- made (train, 8 documents, in a cache of weight 0.7), licence" in card
-    assert "- made (train, 3 documents, in a cache of weight 0.3), licence" in card
+    assert "- made (train, 8 documents, in a cache of weight 0.7), license" in card
+    assert "- made (train, 3 documents, in a cache of weight 0.3), license" in card
 
 
 @pytest.mark.parametrize(("loss", "drawn_from"), [("sampled", "full"), ("hybrid", "tail")])
@@ -486,9 +621,9 @@ def test_an_export_loads_as_a_plain_transformers_model(finished, tmp_path):
 
     result = run([*COMMAND, "export", str(finished), "--out", str(tmp_path / "student")])
     assert result.stdout == f"{tmp_path / 'student'}\n"
-    assert result.stderr.count("licence of") == 2
+    assert result.stderr.count("license of") == 2
     card = (tmp_path / "student" / "README.md").read_text()
-    assert card.count("licence: unknown") == card.count("Attribution: unknown") == 2
+    assert card.count("license: unknown") == card.count("Attribution: unknown") == 2
     assert sorted(path.name for path in (tmp_path / "student").iterdir()) == [
         "README.md", "config.json", "generation_config.json", "lineage.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
@@ -541,7 +676,7 @@ def test_a_path_that_cannot_be_written_is_one_line(caches, tmp_path):
 
 
 def test_values_no_run_can_have_are_refused(caches, tmp_path):
-    for change in ({"seed": -1}, {"dataloader_num_workers": -1}, {"num_train_epochs": 0}):
+    for change in ({"seed": -1}, {"dataloader_num_workers": -1}, {"num_train_epochs": 0}, {"learning_rate": 0}):
         assert next(iter(change)) in refused(arguments(caches / "train", tmp_path / "run", **change))
     command = [*arguments(caches / "train", tmp_path / "run"), "--set", "max_grad_norm=inf"]
     assert "max_grad_norm" in refused(command)

@@ -245,4 +245,4 @@ def unnoticed(path, expected, verify):
     return None
 
 
-CLI = [sys.executable, "-c", "from shared.cli import main; main()"]
+CLI = [sys.executable, "-c", "from shared.__main__ import main; main()"]

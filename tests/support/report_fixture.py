@@ -139,7 +139,7 @@ def write_proof(root: Path) -> Path:
         }  # fmt: skip
 
     return write(root / "proof" / "proof.json", {
-        "arms": [arm("cross-entropy", "ce", 5.331, None, 0), arm("ghost K=64", "ghost", 5.082, -0.249, 0.021),
+        "variants": [arm("cross-entropy", "ce", 5.331, None, 0), arm("ghost K=64", "ghost", 5.082, -0.249, 0.021),
                  arm("label smoothing", "ce", 5.342, 0.011, 0.018),
                  arm("truncated K=64", "truncated", 5.404, 0.073, 0.03)],
         "summary": ["Over five paired seeds, ghost K=64 has a test NLL 0.249 nats per token below cross-entropy."],
@@ -180,7 +180,7 @@ def write_cache(root: Path, name: str) -> Path:
     write(root / name / "manifest.json", {
         "format": "codedistill-cache", "version": 1, "label_identity": digest("labels"),
         "identity": {"teacher": {"weights": digest("weights")}, "tokenizer": digest("tokenizer")},
-        "sources": [{"name": "stdlib", "split": name.removeprefix("cache-"), "revision": "3.11.9", "licence": "PSF-2.0",
+        "sources": [{"name": "stdlib", "split": name.removeprefix("cache-"), "revision": "3.11.9", "license": "PSF-2.0",
                      "digest": digest(name), "num_documents": 420}],
         "codec": "f16", "filter": "gzip", "temperatures": [0.5, 1.0, 1.5, 2.0], "top_k": 64, "num_tokens": 71_020,
         "statistics": {"captured_mass": {t: {"mean": m, "p1": m * 0.4, "p10": m * 0.8} for t, m in means.items()}},

@@ -11,7 +11,7 @@ from shared.cache.writer import CacheWriter
 from tests.support.cache_rows import IDENTITY, build_options, samples_of_logits, shard_of_logits
 
 VOCABULARY = 257
-SOURCE = {"name": "made", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 0}
+SOURCE = {"name": "made", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 0}
 
 
 def save_tokenizer(directory):
@@ -27,7 +27,8 @@ def save_tokenizer(directory):
 def make_cache(path, *, lengths=(21, 9, 1, 34, 2, 55, 13, 40), seed=0, k=6, teacher="random", prompt=3, samples=None):
     """Documents of given lengths in two shards; rows of ragged k; the first `prompt` rows are no targets.
 
-    `samples` are the options of `samples_of_logits`: every row has sampled targets too.
+    `prompt` may be one number per document. `samples` are the options of `samples_of_logits`: every row then has
+    sampled targets.
     """
     identity = IDENTITY | {"teacher": IDENTITY["teacher"] | {"name": teacher, "weights_digest": teacher}}
     build = build_options(top_k=k, head_width=VOCABULARY, tokenizer_size=VOCABULARY)
@@ -40,10 +41,11 @@ def make_cache(path, *, lengths=(21, 9, 1, 34, 2, 55, 13, 40), seed=0, k=6, teac
         tokens = rng.integers(1, 30, S)
         logits = rng.normal(0, 2, (S, VOCABULARY)).astype(np.float32)
         at = np.concatenate([np.arange(n) for n in part])
+        prompts = np.repeat(np.broadcast_to(prompt, len(lengths))[number * half :][: len(part)], part)
         last = np.concatenate([np.arange(n) == n - 1 for n in part])
-        shard = shard_of_logits(logits, part, rng.integers(1, k + 1, S), tokens, loss_mask=~last & (at >= prompt))
+        shard = shard_of_logits(logits, part, rng.integers(1, k + 1, S), tokens, loss_mask=~last & (at >= prompts))
         if samples:
             shard = dataclasses.replace(shard, samples=samples_of_logits(logits, shard, seed=seed, **samples))
         writer.write_shard(number, shard, {})
-    writer.finish(identity, [SOURCE | {"num_documents": len(lengths)}])
+    writer.finish(identity, [SOURCE | {"digest": f"digest of seed {seed}", "num_documents": len(lengths)}])
     return Cache(path)

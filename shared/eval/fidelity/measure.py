@@ -1,6 +1,5 @@
 """How close a model is to the teacher, and to the text, over a cache's held-out documents."""
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -10,16 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared.batching import plan_batches
 from shared.cache.format import Array
 from shared.cache.reader import Cache
-from shared.errors import CacheMismatchError, ConfigError
+from shared.checkpoints import describe_model, dtype_name, load_model
+from shared.errors import CacheMismatchError, require
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
 from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
-from shared.eval.models import describe_model, dtype_name, load_model
 from shared.files import read_json, sha256_file
+from shared.logits import LogitSource
 from shared.machine import machine, versions
 from shared.process import log
 from shared.progress import progress
@@ -62,7 +62,7 @@ def evaluate_fidelity(
     Args:
         model_dir: a transformers directory.
         cache_dir: a finished cache, usually of held-out documents.
-        dtype: a key of `models.DTYPES`; the head always runs in float32.
+        dtype: one of `checkpoints.DTYPES`; the head always runs in float32.
         batch_tokens: at most as many tokens, padding included, go through the model at once (one document at least).
         teacher_dir: the teacher, to be run beside the model: its whole distribution is then what the model is held
             against (`dense`), else the cache's K+1 partition, whose KL is never above the dense one.
@@ -78,12 +78,11 @@ def evaluate_fidelity(
     """
     start = time.monotonic()
     cache = Cache(cache_dir)
+    cache.require_targets()
     model = _load(model_dir, dtype, cache)
     teacher = _load(teacher_dir, dtype, cache) if teacher_dir else None
     sums = score_cache(model, cache, batch_tokens=batch_tokens, teacher=teacher)
     num_targets = int(sums.columns["targets"].sum())
-    if num_targets == 0:
-        raise ConfigError("the cache has no targets to score", where=cache_dir)
     metas = [cache.meta(doc) for doc in range(cache.num_documents)]
     sums.columns["target_bytes"] = np.array([meta.get("target_bytes", math.nan) for meta in metas], np.float64)
     figures, intervals = summarise(sums)
@@ -143,11 +142,7 @@ def _seen_in_training(model_dir: Path, cache: Cache) -> bool:
     record = next((record for record in records if record.is_file()), None)
     if record is None:
         return False
-    trained_on = read_json(record).get("caches", [])
-    shards = {digest for part in trained_on for digest in part["shards"].values()}
-    sources = {source["digest"] for part in trained_on for source in part["sources"]}
-    ours = {entry["sha256"] for name, entry in cache.manifest["files"].items() if name.endswith(".h5")}
-    seen = bool(shards & ours or sources & {source.get("digest") for source in cache.manifest["sources"]})
+    seen = cache.shares_data(read_json(record).get("caches", []))
     if seen:
         log(f"warning: {model_dir} was trained on documents of {cache.path}: these are no held-out figures")
     return seen
@@ -238,23 +233,23 @@ def score_cache(model: Any, cache: Cache, *, batch_tokens: int, teacher: Any = N
     names += ["teacher_nll_nats"] if teacher else []
     columns_FD = np.zeros((len(names), cache.num_documents))
     bins = np.zeros((cache.num_documents, _BINS, 3))
-    limits = [getattr(m.config, "max_position_embeddings", None) for m in (model, teacher) if m is not None]
+    models = [m for m in (model, teacher) if m is not None]
+    sources = [_source(m, cache) for m in models]
+    limits = [getattr(m.config, "max_position_embeddings", None) for m in models]
     positions = min([limit for limit in limits if limit] or [int(cache.doc_lengths.max())])
-    with contextlib.ExitStack() as stack:
-        heads = [(m, stack.enter_context(float32_head(m))) for m in (model, teacher) if m is not None]
-        bar = stack.enter_context(progress("Scoring", cache.num_tokens - cache.num_documents, "tokens"))
+    with progress("Scoring", cache.num_tokens - cache.num_documents, "tokens") as bar:
         for pieces in cache_batches(cache, batch_tokens, positions):
             tokens = [cache.tokens(doc)[start : stop + 1] for doc, start, stop in pieces]
             masks = [cache.loss_mask(doc)[start:stop] for doc, start, stop in pieces]
             gold_N = torch.from_numpy(np.concatenate([t[1:][m] for t, m in zip(tokens, masks, strict=True)]))
             doc_N = np.repeat([doc for doc, _, _ in pieces], [mask.sum() for mask in masks])
-            logits = [_logits(m, head, tokens, masks, cache.tokenizer_size) for m, head in heads]
             labels = None if teacher else _labels(cache, pieces, masks)
-            for start in range(0, len(gold_N), _CHUNK_ROWS):
-                rows = slice(start, start + _CHUNK_ROWS)
-                compared = _compare(
-                    [part[rows] for part in logits], gold_N[rows], labels and tuple(label[rows] for label in labels)
-                )
+            ids_BT, chosen_BT = _padded(tokens, masks)
+            stop = 0
+            for chunks in zip(*(source.chunks(ids_BT, chosen_BT) for source in sources), strict=True):
+                rows = slice(stop, stop := stop + len(chunks[0]))
+                logits = [logits_NV[:, : cache.tokenizer_size] for logits_NV in chunks]
+                compared = _compare(logits, gold_N[rows], labels and tuple(label[rows] for label in labels))
                 values = {name: compared[name].double().cpu().numpy() for name in compared}
                 docs = doc_N[rows]
                 for row, name in enumerate(names):
@@ -266,20 +261,30 @@ def score_cache(model: Any, cache: Cache, *, batch_tokens: int, teacher: Any = N
     return Sums(columns=dict(zip(names, columns_FD, strict=True)), bins=bins)
 
 
-def _logits(model: Any, head: "_Float32Head", tokens: list[Array], masks: list[Array], size: int) -> Tensor:
-    """Float32 logits `[N, size]` of a batch's targets."""
+def _source(model: Any, cache: Cache) -> LogitSource:
+    """A model's float32 logits: half-precision logits tie in most rows, which would decide the top-1 agreement."""
+    source = LogitSource(model, _CHUNK_ROWS)
+    require(
+        source.head_width >= cache.tokenizer_size,
+        "the model's head is narrower than the cache's tokenizer",
+        error=CacheMismatchError,
+        expected=f">= {cache.tokenizer_size}",
+        got=source.head_width,
+    )
+    if source.notice:
+        log(f"the float32 head cannot be used: {source.notice}; scoring the model's own {dtype_name(model)} logits")
+    return source
+
+
+def _padded(tokens: list[Array], masks: list[Array]) -> tuple[Tensor, Tensor]:
+    """A batch's ids `[B, T]` and which of its positions are targets, padded on the right."""
     width = max(map(len, masks))
     ids_BT = np.zeros((len(masks), width), np.int64)
     mask_BT = np.zeros((len(masks), width), bool)
     for row, (ids, mask) in enumerate(zip(tokens, masks, strict=True)):
         ids_BT[row, : len(mask)] = ids[: len(mask)]
         mask_BT[row, : len(mask)] = mask
-    head.rows_BT = torch.from_numpy(mask_BT).to(model.device)
-    logits_NV: Tensor = model(input_ids=torch.from_numpy(ids_BT).to(model.device), use_cache=False).logits
-    if logits_NV.shape[-1] < size:
-        raise CacheMismatchError("the model's head is narrower than the cache's tokenizer",
-                                 expected=f">= {size}", got=logits_NV.shape[-1])  # fmt: skip
-    return logits_NV[:, :size]
+    return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
 
 
 def _labels(cache: Cache, pieces: list[tuple[int, int, int]], masks: list[Array]) -> tuple[Tensor, ...]:
@@ -334,31 +339,3 @@ def cache_batches(cache: Cache, batch_tokens: int, positions: int) -> Iterator[l
         for batch in plan_batches([stop + 1 - start for _, start, stop in pieces], batch_tokens):
             yield [pieces[i] for i in batch]
         first += len(lengths)
-
-
-class _Float32Head(nn.Module):
-    """A model's head in float32, over chosen rows only: the [B, T, V] tensor never exists."""
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self.weight = head.weight.detach().float()
-        self.bias = None if head.bias is None else head.bias.detach().float()
-        self.rows_BT: Tensor | None = None
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return nn.functional.linear(hidden_BTD[self.rows_BT].float(), self.weight, self.bias)
-
-
-@contextlib.contextmanager
-def float32_head(model: Any) -> Iterator[_Float32Head]:
-    """Let `model(...).logits` be float32 `[N, V]` of the rows set as `rows_BT`, with the model's own scaling around.
-
-    Half-precision logits tie in most rows, which would decide the top-1 agreement.
-    """
-    original = model.get_output_embeddings()
-    head = _Float32Head(original)
-    model.set_output_embeddings(head)
-    try:
-        yield head
-    finally:
-        model.set_output_embeddings(original)

@@ -13,9 +13,9 @@ from typing import Any
 from data.humaneval import load_humaneval, problems_digest, read_problems
 from data.mbpp import load_problems
 from data.records import Problem
+from shared.checkpoints import dtype_name, hub_commit, load_model, model_digest
 from shared.distributed import gathered, joined
 from shared.errors import ConfigError, SandboxError
-from shared.eval.models import dtype_name, hub_commit, load_model, model_digest
 from shared.eval.programs.completion import parse
 from shared.eval.programs.generate import eos_ids
 from shared.eval.programs.passk import mean_interval, pass_at_k
@@ -109,7 +109,7 @@ def evaluate_benchmark(
         decoding: how completions are made.
         limit: only the first problems; None for all.
         timeout_seconds: wall time of one program.
-        dtype: a key of `models.DTYPES`.
+        dtype: one of `checkpoints.DTYPES`.
         allow_host_reads: run programs even where they can read the host's files.
         unsafe: run programs without walls.
 

@@ -10,9 +10,10 @@ from typing import Any
 from shared.cache.derive import Input
 from shared.cache.format import MANIFEST, MANIFEST_PENDING
 from shared.cache.manifest import read_manifest
+from shared.checkpoints import weight_files, weights_sha256
 from shared.errors import ConfigError, DistillError
 from shared.eval.report.provenance import read_result
-from shared.files import read_json, sha256_file, sha256_json
+from shared.files import sha256_file, sha256_json
 
 MAX_DEPTH = 6
 PRUNED = {"wandb", "tokenizer", "teacher_eval", "__pycache__", "node_modules", "site-packages"}
@@ -51,18 +52,21 @@ class Holdings:
 
     def weights_sha256(self, model: Path) -> str | None:
         """The digest of a model's one file of weights, or over the digests of several, as `init_from` records it."""
-        digests = [self.sha256(file) for file in sorted(model.glob("*.safetensors"))]
-        return digests[0] if len(digests) == 1 else sha256_json(digests) if digests else None
+        digests = self._weight_digests(model)
+        return weights_sha256([*digests.values()]) if digests else None
 
     def teacher_digests(self, model: Path) -> tuple[str | None, str | None]:
         """`weights_digest` and `config_digest` of a teacher's folder, as a cache's identity has them."""
+        digests = self._weight_digests(model)
+        return (sha256_json(digests) if digests else None), self.sha256(model / "config.json")
+
+    def _weight_digests(self, model: Path) -> dict[str, str]:
+        """The digests of the files that a model is loaded from, by name; empty where one cannot be read."""
         try:
-            index = model / "model.safetensors.index.json"
-            names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-            weights = {name: self.sha256(model / name) for name in sorted(names)}
-        except (ConfigError, KeyError, TypeError, AttributeError):
-            return None, None
-        return (None if None in weights.values() else sha256_json(weights)), self.sha256(model / "config.json")
+            digests = {file.name: self.sha256(file) for file in weight_files(model)}
+        except ConfigError:
+            return {}
+        return {name: digest for name, digest in digests.items() if digest} if all(digests.values()) else {}
 
     @cached_property
     def caches(self) -> dict[Path, dict[str, Any]]:

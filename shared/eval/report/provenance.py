@@ -16,7 +16,7 @@ Result = Mapping[str, Any]
 
 OBJECTS = {"cache", "settings", "machine", "machines", "versions", "reasons", "models", "batches", "config",
            "pass_at_k", "pass_at_k_ci95", "verdicts", "identity", "statistics", "files"}  # fmt: skip
-LISTS = {"per_document", "ece_bins", "caches", "sources", "arms"}  # of objects
+LISTS = {"per_document", "ece_bins", "caches", "sources", "variants"}  # of objects
 
 
 def read_result(path: Path) -> dict[str, Any]:

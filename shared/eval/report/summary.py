@@ -71,7 +71,7 @@ def headline(models: Models, differences: Sequence[Mapping[str, Any]], proof: Ma
 
 def _proved(proof: Mapping[str, Any]) -> list[str]:
     """What the proof found of its `ghost` arm of most entries, in a sentence; none where it has no such arm."""
-    arms = [arm for arm in proof.get("arms") or [] if arm.get("loss") == "ghost" and arm.get("versus_ce")]
+    arms = [arm for arm in proof.get("variants") or [] if arm.get("loss") == "ghost" and arm.get("versus_ce")]
     if not arms:
         return []
     best = max(arms, key=lambda arm: (arm.get("k") or 0, arm.get("alpha") != 1))

@@ -199,7 +199,7 @@ def proof_rows(proof: Mapping[str, Any]) -> list[dict[str, Any]]:
 def arms(proof: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A proof's arms with only figures that are numbers, in its order."""
     found = []
-    for arm in proof.get("arms") or []:
+    for arm in proof.get("variants") or []:
         against = mapping(arm.get("versus_ce"))
         parts = {part: _numbers(arm.get(part)) for part in ("test_nll", "test_kl", "versus_ce")}
         parts["versus_ce"]["kl"] = _numbers(against.get("kl"))

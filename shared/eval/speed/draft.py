@@ -21,9 +21,9 @@ from data.humaneval import load_humaneval
 from data.tabular import read_rows
 from data.templates import humaneval_prompt, normalise
 from shared.cache.format import Array
+from shared.checkpoints import describe_model, dtype_name, load_model
 from shared.errors import ConfigError
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
-from shared.eval.models import describe_model, dtype_name, load_model
 from shared.eval.programs.generate import eos_ids
 from shared.eval.speed.latency import now
 from shared.files import sha256_json
@@ -138,7 +138,7 @@ def evaluate_draft(
         new_tokens: at most as many per prompt, fewer where an end token comes or positions run out.
         draft_tokens: drafted before each pass of the teacher.
         repeats: timed rounds; in each, every prompt goes through both ways in turn.
-        dtype: a key of `models.DTYPES`. If the teacher is not in float32, a last round compares the tokens there.
+        dtype: one of `checkpoints.DTYPES`. If the teacher is not in float32, a last round compares the tokens there.
 
     Returns:
         The figures of `DEFINITIONS`, `equality` by the teacher's dtype, `per_prompt`, settings, machine, versions. A

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.checkpoints import dtype_name, embedding_share, hub_commit, load_model, num_parameters, weight_bytes
 from shared.errors import ConfigError
-from shared.eval.models import dtype_name, embedding_share, hub_commit, load_model, num_parameters, weight_bytes
 from shared.eval.speed import memory
 from shared.eval.speed.energy import Meter, open_meter
 from shared.machine import machine, versions
@@ -52,7 +52,7 @@ def measure_latency(
         prompt_tokens: length of a prompt.
         new_tokens: decode steps after it.
         repeats: timed rounds.
-        dtype: a key of `models.DTYPES`.
+        dtype: one of `checkpoints.DTYPES`.
 
     Returns:
         `models`: per name `commit` (of a Hub id), `parameters`, `embedding_share` (of them), `bytes` (files),

@@ -30,7 +30,7 @@ from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, ConfigError, ResumeError
 from tests.support.cache_rows import GRID, IDENTITY, build_options, small_shard
 
-SOURCES = [{"name": "s", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 6}]
+SOURCES = [{"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 6}]
 
 
 def build(path, **changes):

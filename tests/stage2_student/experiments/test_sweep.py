@@ -1,4 +1,4 @@
-"""`student sweep` as a real process on a small cache: killed, continued, with a member that fails."""
+"""`student sweep` as a real process on a small cache: killed, continued, with a run that fails."""
 
 import contextlib
 import json
@@ -79,7 +79,7 @@ def processes_naming(folder):
     return found
 
 
-def test_a_sweep_killed_continued_with_a_failing_member_and_run_again(caches, tmp_path):
+def test_a_sweep_killed_continued_with_a_failing_run_and_run_again(caches, tmp_path):
     sweep = tmp_path / "sweep"
     command = [*COMMAND, *arguments(caches, tmp_path, FOUR, "--jobs=2")]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -92,10 +92,10 @@ def test_a_sweep_killed_continued_with_a_failing_member_and_run_again(caches, tm
     assert processes_naming(sweep) == []
     assert done.returncode == 1, done.stderr
     error = done.stderr.splitlines()[-1]
-    assert error.startswith(f"error: 1 of 4 members of the sweep are not finished; where: {sweep}; got: {FAILING}: ")
+    assert error.startswith(f"error: 1 of 4 runs are not finished; where: {sweep}; got: {FAILING}: ")
     assert "not finite" in error and f"see {FAILING}.log" in error
     assert "continuing from" in (sweep / "alpha=1.0.log").read_text()
-    rows = json.loads((sweep / "sweep.json").read_text())["members"]
+    rows = json.loads((sweep / "sweep.json").read_text())["runs"]
     assert {row["name"]: row["state"] for row in rows} == {
         "alpha=0.0": "finished", "alpha=1.0": "finished", SMALL: "finished", FAILING: "failed"
     }  # fmt: skip
@@ -121,11 +121,28 @@ def test_a_sweep_killed_continued_with_a_failing_member_and_run_again(caches, tm
     options = arguments(caches, tmp_path, FOUR.partition("[[run]]\nlearning_rate")[0])
     again = CliRunner().invoke(student, ["sweep", *options])
     assert again.exit_code == 0, again.output
-    assert json.loads((sweep / "sweep.json").read_text())["members"] == rows[:-1]
+    assert json.loads((sweep / "sweep.json").read_text())["runs"] == rows[:-1]
     assert before == {path: path.stat().st_mtime_ns for row in rows for path in (sweep / row["name"]).rglob("*")}
     options = arguments(caches, tmp_path, FOUR.replace("12", "13"))
     error = CliRunner().invoke(student, ["sweep", *options]).exception
     assert isinstance(error, ConfigError) and "another max_steps" in str(error)
+
+
+def test_settings_with_several_seeds_are_compared_with_the_first(caches, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    variants = '[[variant]]\nname = "ce"\nalpha = 0.0\n[[variant]]\nname = "ghost"\n'
+    text = f"{FIXED.replace('12', '2')}\n[grid]\nseed = [1, 2]\n{variants}"
+    done = CliRunner().invoke(student, ["sweep", *arguments(caches, tmp_path, text, "--jobs=2")])
+    assert done.exit_code == 0, done.exception
+    result = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    nll = {(row["setting"], row["seed"]): row["nll_nats"] for row in result["runs"]}
+    (row,) = result["comparisons"]
+    assert (row["setting"], row["versus"]) == ("ghost", "ce")
+    differences = [nll["ghost", seed] - nll["ce", seed] for seed in (1, 2)]
+    assert row["difference"] == pytest.approx(sum(differences) / 2)
+    assert row["p_holm"] == row["p"]
+    assert f"| ghost   | ce     | {row['difference']:+.4f}" in done.output.replace("**", "")
+    assert (tmp_path / "sweep" / "sweep.md").read_text().partition("\n\n")[2] == done.stdout
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -149,9 +166,10 @@ def test_a_signal_ends_the_sweep_and_its_processes(caches, tmp_path, number, cod
         ("k = 7", "k at most 6"),
         ('lr_scheduler_type = "zigzag"', "zigzag"),
         ('loss = "sampled"', "needs sampled targets"),
+        ('loss = "dense"', "needs the teacher's full distribution"),
     ],
 )
-def test_a_member_that_does_not_fit_the_cache_is_refused_before_any_is_trained(caches, tmp_path, change, words):
+def test_a_run_that_does_not_fit_the_cache_is_refused_before_any_is_trained(caches, tmp_path, change, words):
     options = arguments(caches, tmp_path, f"{FIXED}\n[[run]]\nseed = 1\n[[run]]\n{change}\n")
     error = CliRunner().invoke(student, ["sweep", *options]).exception
     assert isinstance(error, ConfigError)

@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner
 
 from shared.cache.reader import Cache
+from shared.checkpoints import load_model
 from shared.cli import codedistill
 from shared.errors import CacheMismatchError
 from shared.eval.fidelity.measure import evaluate_fidelity
-from shared.eval.models import load_model
 from tests.support.eval_models import save_model
 
 PROMPTS = ["def add(a, b):", "for", "x = 1\nwhile x < 100:\n    x = x + add(x, x)", "print(name)", "a", "return b + a"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
+from shared.checkpoints import load_model
 from shared.errors import ConfigError
-from shared.eval.models import load_model
 from shared.eval.programs.generate import Sampling, eos_ids, generate_batch, plan_batches, prepare, special_texts
 from shared.tokenizer import decode, encode_prompt
 from tests.support.eval_models import save_model

@@ -145,13 +145,15 @@ def test_the_proof_is_shown_with_what_it_claims_and_what_not(full):
     assert "| cross-entropy | loss ce, lr 0.0012, epochs 2 | 5.331 ± 0.011 | – | – | – | 3.331 ± 0.014 | – |" in lines
 
 
-@pytest.mark.parametrize("proof", [{}, {"arms": []}, {"arms": [{}, {"k": []}, {"name": "<b>|x", "test_nll": "low"}]}])
+@pytest.mark.parametrize(
+    "proof", [{}, {"variants": []}, {"variants": [{}, {"k": []}, {"name": "<b>|x", "test_nll": "low"}]}]
+)
 def test_an_incomplete_proof_never_breaks_the_report(tmp_path, proof):
     arguments = write_everything(tmp_path)
     write(arguments["proof_file"], proof)
     assert build_report(**arguments)["proof"] == proof
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "<b>" not in page and ("&lt;b&gt;|x" in page) == (len(proof.get("arms", [])) == 3)
+    assert "<b>" not in page and ("&lt;b&gt;|x" in page) == (len(proof.get("variants", [])) == 3)
 
 
 def test_a_student_of_any_name_has_the_run_without_soft_labels_as_its_twin(tmp_path):

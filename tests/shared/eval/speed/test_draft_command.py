@@ -6,9 +6,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from shared.checkpoints import load_model
 from shared.cli import codedistill
 from shared.errors import ConfigError
-from shared.eval.models import load_model
 from shared.eval.speed.draft import decode_plain, decode_with_draft, evaluate_draft
 from shared.tokenizer import encode_prompt
 from tests.support.eval_models import save_model

@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
+from shared.checkpoints import embedding_share, load_model, num_parameters
 from shared.cli import codedistill
-from shared.eval.models import embedding_share, load_model, num_parameters
 from tests.support.eval_models import save_model
 from tests.support.wandb_runs import wandb_runs, wandb_summary
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from stage1_teacher import projection
-from stage1_teacher.projection import Projection
+from shared import logits
+from shared.logits import Projection
 
 
 def head_of(width, vocabulary, dtype):
@@ -49,5 +49,5 @@ def test_kernels_that_round_before_they_subtract_get_a_float32_copy(monkeypatch)
 def test_a_head_of_zeros_is_refused():
     head, _ = head_of(32, 97, torch.bfloat16)
     head.weight.zero_()
-    with pytest.raises(projection.DistillError, match="all weights of the teacher's head are zero"):
+    with pytest.raises(logits.DistillError, match="all weights of the model's head are zero"):
         Projection(head, 4)

@@ -4,10 +4,10 @@ import torch
 import transformers
 from accelerate import dispatch_model
 
+from shared.checkpoints import load_frozen
 from shared.errors import DistillError
-from stage1_teacher.logits import LogitSource
-from stage1_teacher.teacher import load_teacher
-from stage1_teacher.topk import label_rows
+from shared.logits import LogitSource
+from stage1_teacher.topk import capture_rows
 
 GRID = (0.5, 1.0, 1.5, 2.0)
 TINY = {
@@ -78,7 +78,7 @@ def test_fused_logits_equal_the_models_own_and_a_float64_reference(name, changes
     own = model(input_ids=ids, attention_mask=real.long()).logits[real]
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=2e-6)
 
-    rows = label_rows(ours.clone(), ids[real], top_k=5, temperatures=GRID, tokenizer_size=97)
+    rows = capture_rows(ours.clone(), ids[real], top_k=5, temperatures=GRID, tokenizer_size=97)
     z = own.double().numpy()
     order = np.argsort(-z, 1, kind="stable")
     sorted_z = np.take_along_axis(z, order, 1)
@@ -186,11 +186,11 @@ def test_neighbours_and_padding_do_not_change_a_documents_rows(name):
     ids_with_other_padding = torch.where(real, ids, 41)
     torch.testing.assert_close(rows_of(source, ids_with_other_padding, real), together, rtol=0, atol=0)
     labelled = {"top_k": 5, "temperatures": GRID, "tokenizer_size": 97}
-    want = label_rows(together.clone(), gold, **labelled)
+    want = capture_rows(together.clone(), gold, **labelled)
     for row, (start, length) in enumerate(zip(np.cumsum([0, *lengths]), lengths, strict=False)):
         alone = rows_of(source, ids[row : row + 1, :length], real[row : row + 1, :length])
         torch.testing.assert_close(alone, together[start : start + length], rtol=1e-5, atol=5e-6)
-        rows = label_rows(alone, gold[start : start + length], **labelled)
+        rows = capture_rows(alone, gold[start : start + length], **labelled)
         assert torch.equal(rows.ids, want.ids[start : start + length])
         torch.testing.assert_close(rows.tail_log, want.tail_log[start : start + length], rtol=1e-5, atol=1e-5)
 
@@ -253,12 +253,12 @@ def test_weights_on_meta_without_hooks_are_refused_by_name(part):
 def test_a_head_of_zeros_is_refused():
     model = tiny("Llama")
     model.lm_head.weight.zero_()
-    with pytest.raises(DistillError, match="all weights of the teacher's head are zero"):
+    with pytest.raises(DistillError, match="all weights of the model's head are zero"):
         LogitSource(model, chunk_rows=4)
 
 
 def test_the_loader_gives_an_evaluated_model_without_gradients(tmp_path):
     tiny("GPT2", resid_pdrop=0.9).save_pretrained(tmp_path)
-    model = load_teacher(tmp_path, dtype="float32", device_map="cpu").model
+    model = load_frozen(tmp_path, dtype="float32", device_map="cpu")
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())

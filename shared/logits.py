@@ -1,25 +1,27 @@
-"""Float32 logits of real tokens, a few rows at a time, from any causal language model.
+"""Float32 logits of chosen positions, a few rows at a time, from any causal language model.
 
-Shapes: B rows of a batch, T positions, N real tokens (flattened), D hidden size, V vocabulary.
+Shapes: B rows of a batch, T positions, N chosen positions (flattened), D hidden size, V vocabulary.
 """
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shared.errors import DistillError
-from stage1_teacher.projection import Projection
+from shared.errors import DistillError, require
+
+_BLOCK_ROWS = 8  # rows whose halves are added while they are in a processor's cache
 
 
 class LogitSource:
-    """Float32 logits of the real tokens of a batch, a few rows at a time, so that [B, T, V] float32 never exists.
+    """Float32 logits of chosen positions of a batch, a few rows at a time: no [B, T, V] tensor in float32 exists.
 
-    Fused: backbone → hidden states of real tokens → head in float32, with the scale and the soft cap that the model
-    puts behind its head. What a model does is found by watching it run once. Where it does more than that its own
-    logits are taken instead; `notice` then says why.
+    The backbone's hidden states of these positions go through the head in float32, then through the scale and the soft
+    cap that the model applies behind its head. Both are read off one run of the model. A model that does anything else
+    there keeps its own logits, in its own dtype; `notice` then says why.
 
     Args:
         model: a causal language model of transformers; put into evaluation mode.
@@ -27,7 +29,7 @@ class LogitSource:
 
     Raises:
         DistillError: weights that are not there (on `meta`, or a head of zeros), or a model whose logits depend on
-            later tokens, so that padding and the targets themselves would leak into them.
+            later tokens, so that padding and the targets themselves would enter them.
     """
 
     def __init__(self, model: Any, chunk_rows: int) -> None:
@@ -43,19 +45,20 @@ class LogitSource:
             self.head_bytes = self._project.num_bytes
 
     @torch.inference_mode()
-    def chunks(self, ids_BT: Tensor, real_BT: Tensor) -> Iterator[Tensor]:
-        """Yield logits of the positions marked in `real_BT`, in row-major order; each is valid until the next.
+    def chunks(self, ids_BT: Tensor, chosen_BT: Tensor) -> Iterator[Tensor]:
+        """Yield the logits [n, V] of the positions that `chosen_BT` marks, in row-major order.
 
-        Padding stands at the right, out of sight of every real token under a causal mask: no attention mask is needed.
+        A chunk is valid until the next one is asked for. Padding stands at the right, where no real token sees it under
+        a causal mask, so there is no attention mask.
         """
         ids_BT = ids_BT.to(self._device)
         if self.notice is not None:
             logits_NV = self.model(input_ids=ids_BT, use_cache=False).logits
-            for part in logits_NV[real_BT.to(logits_NV.device)].split(self.chunk_rows):
+            for part in logits_NV[chosen_BT.to(logits_NV.device)].split(self.chunk_rows):
                 yield part.float()
             return
         hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-        for part in hidden_BTD[real_BT.to(hidden_BTD.device)].split(self.chunk_rows):
+        for part in hidden_BTD[chosen_BT.to(hidden_BTD.device)].split(self.chunk_rows):
             yield self._project(part)
 
 
@@ -67,7 +70,7 @@ def _input_device(model: Any) -> torch.device:
 
 
 def _refuse_absent_weights(model: Any) -> None:
-    """Tensors on `meta` compute nothing; only accelerate's hooks bring them back."""
+    """Refuse tensors on `meta`, which compute nothing, unless one of accelerate's hooks brings them back."""
     brought_back: set[str] = set()
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
@@ -76,20 +79,19 @@ def _refuse_absent_weights(model: Any) -> None:
         for parameter, tensor in module.named_parameters(recurse=False):
             if tensor.is_meta and name not in brought_back:
                 raise DistillError(
-                    "a weight of the teacher is not there",
+                    "a weight of the model is not there",
                     where=f"{type(model).__name__}, {name}.{parameter}".replace(" .", " "),
                     expected="a tensor in memory, or offloaded by accelerate's hooks",
                     got="a tensor on the `meta` device",
-                    fix="load the teacher with from_pretrained, or name another --device-map",
+                    fix="load the model with from_pretrained, or name another --device-map",
                 )
 
 
 class _Probe:
     """What a model does around its head, found by running it on a few ids.
 
-    The head's output is replaced by a float64 ramp, from which a scale or a soft cap behind the head is read and
-    verified to float32 precision, whatever the model's own. Its input must be what the backbone returned in the same
-    run, bit for bit.
+    A float64 ramp replaces the head's output. Its image tells the scale or the soft cap behind the head to float32
+    precision, whatever the model's own. The head's input must equal the backbone's output of the same run bit for bit.
 
     Attributes:
         notice: why the head cannot be fused; None where it can.
@@ -174,15 +176,101 @@ def _same_but_for_noise(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _refuse_lookahead(model: Any, ids_BT: Tensor, logits_BTV: Tensor) -> None:
-    """A token's logits may not depend on what follows it."""
+    """Refuse a model whose logits at a token depend on what follows it."""
     half = ids_BT.shape[1] // 2
     other_BT = ids_BT.clone()
     other_BT[:, half:] = ids_BT.flip(1)[:, half:]
     logits = model(input_ids=other_BT, use_cache=False).logits
     if not _same_but_for_noise(logits[:, :half], logits_BTV[:, :half]):
         raise DistillError(
-            "the teacher's logits depend on later tokens",
+            "the model's logits depend on later tokens",
             where=type(model).__name__,
             expected="a causal language model",
             got="other logits once later ids change",
         )
+
+
+# --- the head -------------------------------------------------------------------------------------------------------
+
+
+class Projection:
+    """The output head: scale · (hidden · Wᵀ + bias), then cap · tanh(logits / cap); in float32.
+
+    Products of two half-precision numbers are exact in float32, and kernels add them up in float32; only the result is
+    rounded to half precision. On a GPU the kernel returns float32. A CPU's bfloat16 kernels always round: a second
+    product there gives what the rounding took, and both results together hold 16 bits of the sum. Neither way needs a
+    float32 copy of the matrix, and both are faster than a product in float32.
+
+    Args:
+        head: the linear layer; brought back for good where accelerate has offloaded it.
+        chunk_rows: most rows of a call.
+        scale: of the logits.
+        cap: soft cap of the scaled logits; None without one.
+
+    Raises:
+        DistillError: all weights are 0, as where a file was not read.
+    """
+
+    def __init__(self, head: nn.Linear, chunk_rows: int, *, scale: float = 1.0, cap: float | None = None) -> None:
+        weight, self._bias = _parameters(head)
+        self._scale, self._cap = scale, cap
+        self._rounded: Tensor | None = None
+        on_cpu, half = weight.device.type == "cpu", weight.dtype in (torch.bfloat16, torch.float16)
+        if on_cpu and weight.dtype == torch.bfloat16 and _remainders_are_exact(weight):
+            self._rounded = weight.new_empty(chunk_rows, len(weight))
+        elif on_cpu or not half:
+            weight = weight.float()
+        self._weight = weight
+        # Fresh pages cost as much as the sums: the buffers stay.
+        self._out = weight.new_empty(chunk_rows, len(weight), dtype=torch.float32)
+        buffers = [self._out, *([] if self._rounded is None else [self._rounded])]
+        buffers += [] if weight.dtype == head.weight.dtype else [weight]
+        #: Memory beyond the model's own, in bytes.
+        self.num_bytes: int = sum(buffer.nbytes for buffer in buffers)
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] of up to `chunk_rows` rows, float32; valid until the next call."""
+        x_ND, w_DV = hidden_ND.to(self._weight.device, self._weight.dtype), self._weight.T
+        out = self._out[: len(x_ND)]
+        if self._rounded is not None:
+            _two_products(x_ND, w_DV, self._rounded[: len(x_ND)], out)
+        elif w_DV.dtype == torch.float32:
+            torch.mm(x_ND, w_DV, out=out)
+        else:
+            torch.mm(x_ND, w_DV, out_dtype=torch.float32, out=out)
+        if self._bias is not None:
+            out.add_(self._bias)
+        if self._scale != 1.0:
+            out.mul_(self._scale)
+        return out if self._cap is None else out.div_(self._cap).tanh_().mul_(self._cap)
+
+
+def _two_products(x_ND: Tensor, w_DV: Tensor, rounded_NV: Tensor, out_NV: Tensor) -> None:
+    """Write x · w as its rounding plus the rounding of what is left; `rounded_NV` is scratch memory."""
+    torch.mm(x_ND, w_DV, out=rounded_NV)  # [N, V] bfloat16: the product, rounded
+    out_NV.copy_(rounded_NV)
+    rounded_NV.addmm_(x_ND, w_DV, beta=-1)  # the product minus that, rounded
+    for out, rest in zip(out_NV.split(_BLOCK_ROWS), rounded_NV.split(_BLOCK_ROWS), strict=True):
+        out.add_(rest.float())  # a sum of two dtypes is many times slower
+
+
+def _remainders_are_exact(weight_VD: Tensor) -> bool:
+    """Whether this machine's kernels subtract before they round, tried on a part of the matrix."""
+    w = weight_VD[:1024]
+    x = w[:16]
+    out = x.new_empty(len(x), len(w), dtype=torch.float32)
+    _two_products(x, w.T, out.to(x.dtype), out)
+    exact = x.double() @ w.double().T
+    return bool(((out - exact).abs() <= exact.abs() * 2**-15 + 2**-18 * exact.abs().max()).all())
+
+
+def _parameters(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    context: Any = nullcontext()
+    if head.weight.is_meta:
+        from accelerate.utils import align_module_device
+
+        context = align_module_device(head)
+    with context:
+        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach().float()
+    require(weight.any(), "all weights of the model's head are zero", error=DistillError, fix="load or fetch it again")
+    return weight, bias

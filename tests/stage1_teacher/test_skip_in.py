@@ -1,4 +1,4 @@
-"""`teacher build --extend` and `cache repair` through real processes."""
+"""`teacher build --skip-in` and `cache repair` through real processes."""
 
 import json
 import os
@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from shared.cache.reader import Cache
+from shared.cache.derive import Input
 from shared.cache.verify import verify_cache
-from shared.errors import CacheMismatchError, ResumeError
+from shared.errors import CacheFormatError, CacheMismatchError, ConfigError, ResumeError
 from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
 
-PROGRAM = [sys.executable, "-c", "from shared.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from shared.__main__ import main; main()"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,47 +36,49 @@ def files(out):
 
 
 def test_only_new_documents_are_labelled_and_a_kill_changes_no_byte(teacher, rows, grown, tmp_path):  # noqa: F811
-    base, _ = build(teacher, rows, tmp_path / "whole")
-    build(teacher, rows, tmp_path / "killed")
-    with pytest.raises(ResumeError, match=r"other sources;.*add to a finished cache with --extend"):
-        build(teacher, grown, tmp_path / "whole")
-    whole, result = build(teacher, grown, tmp_path / "whole", "--extend")
-    assert "20 of 32 documents are there already" in result.stderr
-    assert (whole.num_documents, whole.num_shards) == (32, base.num_shards + 2)
-    assert [whole.meta(i)["id"] for i in range(32)] == [str(i + 1) for i in range(32)]
-    assert [source["name"] for source in whole.manifest["sources"]] == ["rows.jsonl", "grown.jsonl"]
-    assert whole.manifest["sources"][1]["num_new_documents"] == 12
-    assert whole.label_identity == base.label_identity and verify_cache(whole.path) == []
-    expected = files(whole.path)
-    for data, options in ((grown, ("--extend",)), (rows, ()), (rows, ("--extend",))):
-        _, result = build(teacher, data, whole.path, *options)
-        assert "up to date" in result.stderr
-    assert files(whole.path) == expected
+    first, _ = build(teacher, rows, tmp_path / "first")
+    with pytest.raises(ResumeError, match=r"other sources;.*with --skip-in .*first a new cache holds only what"):
+        build(teacher, grown, first.path)
+    skip = ("--skip-in", str(first.path))
+    second, result = build(teacher, grown, tmp_path / "second", *skip)
+    assert "20 of 32 documents are skipped" in result.stderr
+    assert [second.meta(i)["id"] for i in range(second.num_documents)] == [str(i + 1) for i in range(20, 32)]
+    (source,) = second.manifest["sources"]
+    assert (source["name"], source["num_documents"], source["num_skipped"]) == ("grown.jsonl", 32, 20)
+    assert second.label_identity == first.label_identity and verify_cache(second.path) == []
+    recorded = json.loads((second.path / "build.json").read_text())["options"]["skip_in"]
+    assert recorded == [Input.open(first.path).digest()]
+    expected = files(second.path)
+    _, result = build(teacher, grown, second.path, *skip)
+    assert "up to date" in result.stderr
+    with pytest.raises(ResumeError, match="skip_in"):
+        build(teacher, grown, second.path)
+    assert files(second.path) == expected
+    with pytest.raises(ConfigError, match="every document is in a cache of --skip-in"):
+        build(teacher, grown, tmp_path / "third", *skip, "--skip-in", str(second.path))
 
     out = tmp_path / "killed"
-    arguments = ["teacher", "build", "--teacher", str(teacher), "--dataset", str(grown), "--out", str(out), "--extend"]
+    arguments = ["teacher", "build", "--teacher", str(teacher), "--dataset", str(grown), "--out", str(out), *skip]
     arguments += ["--dtype", "float32", "--shard-tokens", "300"]
     with subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.DEVNULL) as process:
-        first_shard = out / f"shard-{base.num_shards:05d}.json"
-        while not first_shard.exists() and process.poll() is None:
+        while not (out / "shard-00000.json").exists() and process.poll() is None:
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
-    assert first_shard.exists()
-    assert Cache(out).num_documents in (20, 32)
-    build(teacher, grown, out, "--extend")
+    assert (out / "shard-00000.json").exists()
+    build(teacher, grown, out, *skip)
     assert files(out) == expected
 
 
 def test_another_teacher_or_other_label_options_are_refused(teacher, rows, grown, tmp_path, tokenizer):  # noqa: F811
-    out = tmp_path / "cache"
-    build(teacher, rows, out)
-    before = files(out)
+    skip = ("--skip-in", str(build(teacher, rows, tmp_path / "first")[0].path))
     with pytest.raises(CacheMismatchError, match=r"differ in labels\.top_k; expected: labels\.top_k 64; got: .* 5"):
-        build(teacher, grown, out, "--extend", "--top-k", "5")
+        build(teacher, grown, tmp_path / "out", *skip, "--top-k", "5")
     other = save_teacher(tmp_path / "o", tokenizer, width=len(tokenizer), change=lambda m: m.lm_head.weight.mul_(2))
     with pytest.raises(CacheMismatchError, match=r"differ in teacher\.weights_digest"):
-        build(other, grown, out, "--extend")
-    assert files(out) == before
+        build(other, grown, tmp_path / "out", *skip)
+    with pytest.raises(CacheFormatError):
+        build(teacher, grown, tmp_path / "out", "--skip-in", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_repair_names_the_documents_and_the_same_build_makes_them_again(teacher, rows, tmp_path):  # noqa: F811

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from shared.batching import plan_batches
-from stage1_teacher.batching import plan_shards
+from stage1_teacher.documents import plan_shards
 
 REAL_MBPP = Path(__file__).parents[3] / "shared/data/mbpp.jsonl"
 

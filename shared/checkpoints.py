@@ -1,0 +1,332 @@
+"""Model directories: found by path or Hub id, digested over the very files that transformers loads, loaded frozen.
+
+Importing this module loads neither torch nor transformers.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.cache.reader import Cache
+from shared.errors import ConfigError, require
+from shared.files import read_json, sha256_file, sha256_json
+from shared.hub import fetch_model, read_card, stated_license
+from shared.process import local_rank, log
+from shared.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LICENSE_LINKS = {  # of licenses that cards give only a short name of
+    "bigcode-openrail-m": "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement"
+}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.jinja")
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """A model's directory, and its commit if it came from the Hub; downloads what is not there yet.
+
+    Args:
+        name: a directory or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        ConfigError: there is no such directory or model.
+    """
+    path = Path(name)
+    if path.is_dir():
+        require(revision is None, "a directory has no revision", where=name, got=revision, fix="leave --revision out")
+        return path, None
+    require(
+        _HUB_ID.fullmatch(name) and not path.exists(),
+        "no such model",
+        where=name,
+        expected="a model directory or a Hub id such as owner/name",
+    )
+    return fetch_model(name, revision)
+
+
+def locate_model(name: str, cache_dir: Path | None = None) -> Path:
+    """The directory of a model that is to be evaluated.
+
+    Args:
+        name: a directory or a Hub id.
+        cache_dir: a finished cache. If the Hub id is its teacher's, the commit that made the cache is taken, wherever
+            the main branch is now.
+
+    Raises:
+        ConfigError: there is no such directory or model.
+    """
+    commit = None
+    if cache_dir and not Path(name).is_dir():
+        teacher = Cache(cache_dir).manifest["identity"]["teacher"]
+        commit = teacher.get("commit") if teacher.get("name") == name else None
+    if commit:
+        log(f"{name}: commit {commit}, which made {cache_dir}")
+    return find_model(name, commit)[0]
+
+
+def hub_commit(directory: Path) -> str | None:
+    """The commit of a model that came from the Hub (…/snapshots/<commit>); None for any other directory."""
+    is_commit = re.fullmatch(r"[0-9a-f]{40}", directory.name)
+    return directory.name if is_commit and directory.parent.name == "snapshots" else None
+
+
+# --- digests ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiles:
+    """A model on disk and what identifies it.
+
+    Attributes:
+        path: directory that transformers loads.
+        name: Hub id, or the directory's name.
+        commit: 40-digit Hub commit; None for a directory.
+        license: as the model card says; None where unknown.
+        attribution: where it is published, and its license's text where the card does not hold it; None where unknown.
+        weights_digest: see `weights_digest`.
+        config_digest: SHA-256 of `config.json`.
+        tokenizer_files_digest: SHA-256 over the tokenizer files' SHA-256; shows an edit without loading anything.
+    """
+
+    path: Path
+    name: str
+    commit: str | None
+    license: str | None
+    attribution: str | None
+    weights_digest: str
+    config_digest: str
+    tokenizer_files_digest: str
+
+
+def identify_model(name: str, revision: str | None = None) -> ModelFiles:
+    """Find a model and digest its files. Arguments are those of `find_model`.
+
+    Raises:
+        ConfigError: there is no such directory or model, or it lacks safetensors weights.
+    """
+    path, commit = find_model(name, revision)
+    hub_id = name if commit else None
+    card = read_card(path / "README.md") if (path / "README.md").is_file() else {}
+    tokenizer_files = {file for pattern in _TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()}
+    return ModelFiles(
+        path=path,
+        name=hub_id or path.resolve().name,
+        commit=commit,
+        license=stated_license(card),
+        attribution=_attribution(card, hub_id),
+        weights_digest=weights_digest(path),
+        config_digest=sha256_file(path / "config.json"),
+        tokenizer_files_digest=sha256_json(_digests(path, tokenizer_files)),
+    )
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that transformers loads a model's weights from, by name: one, or those of the index.
+
+    Raises:
+        ConfigError: a file is missing, or transformers would load other weights than these.
+    """
+    index = directory / WEIGHTS_INDEX
+    names = [WEIGHTS]
+    if not (directory / WEIGHTS).is_file() and index.is_file():  # transformers prefers the one file
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError("the index of the weights cannot be read", where=index, got=repr(error)) from error
+    missing = [name for name in ["config.json", *names] if not (directory / name).is_file()]
+    require(
+        not missing,
+        "the model lacks a file",
+        where=directory,
+        expected=", ".join(missing),
+        fix="save it with save_pretrained (safetensors)",
+    )
+    config = read_json(directory / "config.json")
+    others = ["adapter_config.json"] if (directory / "adapter_config.json").exists() else []
+    if isinstance(config, dict) and "transformers_weights" in config:
+        others.append("transformers_weights in config.json")
+    require(
+        not others,
+        "the model loads more than its safetensors",
+        where=directory,
+        got=", ".join(others),
+        fix="load it with transformers, merge an adapter, and save it with save_pretrained",
+    )
+    return [directory / name for name in names]
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 over the names and SHA-256 of the weight files, as a cache records its teacher's."""
+    return sha256_json(_digests(directory, weight_files(directory)))
+
+
+def weights_sha256(digests: list[str]) -> str:
+    """The SHA-256 of a model's one weight file, or over those of several; how runs record where they started."""
+    return digests[0] if len(digests) == 1 else sha256_json(digests)
+
+
+def model_digest(directory: Path, tokenizer: Tokenizer) -> str:
+    """SHA-256 over what decides what a model writes: weights, configuration and tokenizer."""
+    files = [directory / "config.json", *weight_files(directory)]
+    return sha256_json([[path.name, sha256_file(path)] for path in files] + [tokenizer_digest(tokenizer)])
+
+
+def _digests(directory: Path, files: Iterable[Path]) -> dict[str, str]:
+    return {str(file.relative_to(directory)): sha256_file(file) for file in files}
+
+
+def _attribution(card: Mapping[str, Any], hub_id: str | None) -> str | None:
+    """Where a model, or the one that its card says it was made from, is published; and the license's text."""
+    base = card.get("base_model")
+    published = hub_id or (base if isinstance(base, str) else None)
+    link = card.get("license_link") or LICENSE_LINKS.get(str(card.get("license")))
+    parts = [f"{published}, https://huggingface.co/{published}"] if published else []
+    return ", ".join([*parts, f"license text: {link}"] if link else parts) or None
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def head_and_positions(directory: Path) -> tuple[int, int | None]:
+    """Rows of the LM head, and the model's limit of positions; None where its configuration names none.
+
+    Raises:
+        ConfigError: transformers cannot read the configuration.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError("cannot read the model's configuration", where=directory, got=error) from error
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return config.vocab_size, limit
+
+
+def load_frozen(directory: Path, dtype: str = "auto", *, load_in: str | None = None, **placement: Any) -> Any:
+    """Load a causal language model for inference: only safetensors, none of its own code, nothing downloaded.
+
+    Args:
+        directory: `config.json` and safetensors weights.
+        dtype: one of `DTYPES`; `auto` is what the model's configuration says.
+        load_in: `8bit` or `4bit` quantises the weights (bitsandbytes).
+        placement: `device_map`, as transformers reads it (`auto` means the CPU where there is no accelerator), and
+            `max_memory`.
+
+    Raises:
+        ConfigError: bitsandbytes is missing, or the directory holds no model that transformers can load.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    weight_files(directory)
+    disable_progress_bar()
+    if load_in:
+        placement["quantization_config"] = quantization_config(load_in, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            **placement,
+        )
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
+        raise ConfigError("cannot load the model", where=directory, got=f"{type(error).__name__}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
+    """Load model and tokenizer for evaluation, on a GPU where there is one; ranks take turns over several.
+
+    Args:
+        directory: a teacher, a training run or an export.
+        dtype: one of `DTYPES`.
+
+    Raises:
+        ConfigError: the directory is missing or holds no model that transformers can load.
+        DistillError: its tokenizer cannot be loaded.
+    """
+    import torch
+
+    weight_files(directory)
+    tokenizer = load_tokenizer(directory)
+    device = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    return load_frozen(directory, dtype).to(device), tokenizer
+
+
+def quantization_config(load_in: str, dtype: str) -> Any:
+    """What transformers quantises the weights by: `8bit` (LLM.int8) or `4bit` (NF4), computing in `dtype`.
+
+    Raises:
+        ConfigError: bitsandbytes is missing.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    require(
+        is_bitsandbytes_available(),
+        f"--load-in {load_in} needs bitsandbytes",
+        expected="the package bitsandbytes and a device it supports",
+        got="no such package",
+        fix="pip install bitsandbytes, or leave --load-in out",
+    )
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+# --- describing ------------------------------------------------------------------------------------------------------
+
+
+def device_kinds(model: Any) -> list[str]:
+    """The kinds of devices that a model lies on, such as `cuda`."""
+    placed = getattr(model, "hf_device_map", {"": model.device}).values()
+    return sorted({"cuda" if isinstance(device, int) else str(device).partition(":")[0] for device in placed})
+
+
+def dtype_name(model: Any) -> str:
+    """The dtype of a model's weights, such as `bfloat16`."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def num_parameters(model: "nn.Module") -> int:
+    """Parameters, those of tied tensors once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def embedding_share(model: Any) -> float:
+    """The share of the parameters that lies in the token embeddings and the output head, tied ones once."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    sizes: dict[Any, int] = {weight: weight.numel() for layer in layers if layer for weight in layer.parameters()}
+    return sum(sizes.values()) / num_parameters(model)
+
+
+def weight_bytes(directory: Path) -> int:
+    """Size of a model's weight files on disk."""
+    return sum(path.stat().st_size for path in weight_files(directory))
+
+
+def describe_model(model: Any, directory: Path) -> dict[str, Any]:
+    """What a result says of a model: where it is, its commit, size and dtype."""
+    return {
+        "path": str(directory),
+        "commit": hub_commit(directory),
+        "parameters": num_parameters(model),
+        "embedding_share": embedding_share(model),
+        "bytes": weight_bytes(directory),
+        "dtype": dtype_name(model),
+    }

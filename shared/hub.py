@@ -1,0 +1,206 @@
+"""The Hub: commits that names stand for, model snapshots, cards, and the upload of a student."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ConfigError, require
+
+LOOKUP_SECONDS = 5.0
+# Top-level files only: safetensors, configuration, tokenizer, model card. Never code, never pickles.
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+
+
+def find_commit(hub_id: str, repo_type: str, revision: str | None = None) -> str | None:
+    """The commit that a name stands for now; None in offline mode, where the local cache knows.
+
+    Sends one request without retries, so that an absent Hub is reported at once.
+
+    Args:
+        hub_id: `owner/name`.
+        repo_type: `model` or `dataset`.
+        revision: branch, tag or commit; the main branch by default.
+
+    Raises:
+        ConfigError: the Hub cannot be reached, or has no such repository or revision.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return HfApi().repo_info(hub_id, repo_type=repo_type, revision=revision, timeout=LOOKUP_SECONDS).sha
+    except Exception as error:  # transport errors have another base class in each version
+        raise explain(error, hub_id) from error
+
+
+def fetch_model(hub_id: str, revision: str | None = None) -> tuple[Path, str]:
+    """A local snapshot of a model and its commit; offline, the snapshot fetched before.
+
+    Raises:
+        ConfigError: the Hub cannot be reached, or has no such model or revision.
+    """
+    from huggingface_hub import snapshot_download
+
+    find_commit(hub_id, "model", revision)
+    _quiet_unless_terminal()
+    try:
+        snapshot = snapshot_download(hub_id, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"])
+    except Exception as error:  # transport errors have another base class in each version
+        raise explain(error, hub_id) from error
+    return Path(snapshot), Path(snapshot).name  # …/snapshots/<commit>, whatever the revision was called
+
+
+def require_repository(repo_id: str) -> None:
+    """Refuse an upload that cannot succeed before anything is exported; sends no request.
+
+    Raises:
+        ConfigError: the id is not `owner/name`, the Hub is switched off, or there is no token.
+    """
+    from huggingface_hub import constants, errors, get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count("/") != 1:
+            raise errors.HFValidationError("no owner is named")
+    except errors.HFValidationError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError("not the id of a repository", where=repo_id, expected="OWNER/NAME", got=reason) from error
+    require(
+        not constants.HF_HUB_OFFLINE,
+        "the Hub is switched off (HF_HUB_OFFLINE=1)",
+        where=repo_id,
+        fix="unset HF_HUB_OFFLINE",
+    )
+    require(
+        get_token() is not None,
+        "there is no token for the Hub",
+        where=constants.ENDPOINT,
+        fix="`hf auth login` with a token that may write, or HF_TOKEN",
+    )
+
+
+def push(folder: Path, repo_id: str, *, private: bool) -> str:
+    """Upload an exported student; creates the repository where there is none.
+
+    Args:
+        folder: as `export` wrote it; only `MODEL_FILES` leave it.
+        repo_id: `owner/name`.
+        private: create a private repository; an existing one must be private.
+
+    Returns:
+        Its URL.
+
+    Raises:
+        ConfigError: the Hub cannot be reached or refuses, or the repository is public though `private` was asked for.
+    """
+    from huggingface_hub import HfApi
+
+    _quiet_unless_terminal()
+    hub = HfApi()
+    try:
+        url = hub.create_repo(repo_id, private=private or None, exist_ok=True)
+        is_public = private and not hub.repo_info(repo_id).private
+        if not is_public:
+            hub.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                allow_patterns=MODEL_FILES,
+                ignore_patterns=["*/*"],
+                commit_message="Upload a student made by codedistill",
+            )
+    except Exception as error:  # transport errors have another base class in each version
+        raise _explain_push(error, folder, repo_id) from error
+    require(
+        not is_public,
+        "the repository is there already and is public",
+        where=url,
+        fix=f"make it private there, then `hf upload {repo_id} {folder}`; or name another",
+    )
+    return str(url)
+
+
+def explain(error: Exception, where: str) -> ConfigError:
+    """What an error of the Hub or its clients means for somebody who reads from it, in one line."""
+    from huggingface_hub import constants, errors
+
+    chain, got = _chain(error), _short(error)
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    if constants.HF_HUB_OFFLINE:
+        fix = "fetch it once without HF_HUB_OFFLINE=1, check the name, or name local files"
+        return ConfigError("not in the local Hub cache (HF_HUB_OFFLINE=1)", where=where, got=got, fix=fix)
+    if has(errors.GatedRepoError) or "is a gated dataset" in str(error):  # `datasets` drops the cause
+        fix = f"ask for access at {constants.ENDPOINT}, then `hf auth login` or HF_TOKEN"
+        return ConfigError("access to a gated repository is not granted", where=where, fix=fix)
+    if has(errors.RevisionNotFoundError):
+        return ConfigError("the Hub has no such revision", where=where, fix="name a branch, a tag or a commit")
+    if has(errors.RepositoryNotFoundError, errors.HFValidationError):
+        fix = "check the name; for a private one `hf auth login` or HF_TOKEN"
+        return ConfigError("the Hub has no such repository", where=where, got=got, fix=fix)
+    if _is_unreachable(chain):
+        fix = "HF_HUB_OFFLINE=1 if it was fetched before, HF_ENDPOINT for a mirror, or name local files"
+        got = f"no answer from {constants.ENDPOINT} ({got})"
+        return ConfigError("the Hub cannot be reached", where=where, got=got, fix=fix)
+    return ConfigError("cannot load from the Hub", where=where, got=got, fix="check the name and the split")
+
+
+def _explain_push(error: Exception, folder: Path, repo_id: str) -> ConfigError:
+    """What an error means for an upload, in one line; the exported folder stays."""
+    from huggingface_hub import constants
+
+    chain, got = _chain(error), _short(error)
+    statuses = [getattr(getattr(link, "response", None), "status_code", None) for link in chain]
+    again = f"then `hf upload {repo_id} {folder}`: the export is whole"
+    if any(status in (401, 403) for status in statuses):
+        fix = f"`hf auth login` with a token that may write to {repo_id.partition('/')[0]}, {again}"
+        return ConfigError("the Hub refuses this token", where=repo_id, got=got, fix=fix)
+    if _is_unreachable(chain):
+        return ConfigError("the Hub cannot be reached", where=constants.ENDPOINT, got=got, fix=f"try later, {again}")
+    return ConfigError("the Hub does not accept the student", where=repo_id, got=got, fix=f"resolve that, {again}")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 9:
+        chain.append(cause)
+    return chain
+
+
+def _is_unreachable(chain: list[BaseException]) -> bool:
+    return any(word in type(link).__name__ for link in chain for word in ("Connect", "Timeout", "Network"))
+
+
+def _short(error: Exception) -> str:
+    """The error's type and first line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _quiet_unless_terminal() -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+def read_card(card: Path) -> dict[str, Any]:
+    """The front matter of a model's or data set's card; empty where there is none, or it is not YAML."""
+    import yaml
+    from huggingface_hub import RepoCard
+
+    try:
+        front_matter: dict[str, Any] = RepoCard.load(card).data.to_dict()
+    except (ValueError, yaml.YAMLError):
+        return {}
+    return front_matter
+
+
+def stated_license(front_matter: Mapping[str, Any]) -> str | None:
+    """The license that a card states, or all of several; None where it states none."""
+    license = front_matter.get("license")
+    return " AND ".join(license) if isinstance(license, list) else license

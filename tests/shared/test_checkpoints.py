@@ -1,0 +1,127 @@
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+from shared.checkpoints import (
+    identify_model,
+    load_frozen,
+    quantization_config,
+    weight_bytes,
+    weight_files,
+    weights_digest,
+)
+from shared.errors import ConfigError
+from shared.files import sha256_json
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"weights")
+    (path / "tokenizer.json").write_text("[]")
+    return path
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_a_directory_is_identified_by_content(model):
+    files = identify_model(str(model))
+    assert (files.path, files.name, files.commit, files.license) == (model, "model", None, None)
+    assert files.weights_digest == sha256_json({"model.safetensors": sha256(b"weights")})
+    assert files.config_digest == sha256(b"{}")
+    (model / "tokenizer.json").write_text("[1]")
+    edited = identify_model(str(model))
+    assert edited.tokenizer_files_digest != files.tokenizer_files_digest
+    assert edited.weights_digest == files.weights_digest
+
+
+def test_sharded_weights_are_those_of_the_index(model):
+    (model / "model.safetensors").unlink()
+    (model / "a.safetensors").write_bytes(b"a")
+    (model / "b.safetensors").write_bytes(b"b")
+    index = {"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    want = sha256_json({"a.safetensors": sha256(b"a"), "b.safetensors": sha256(b"b")})
+    assert identify_model(str(model)).weights_digest == want
+    (model / "b.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"lacks a file.*b\.safetensors"):
+        identify_model(str(model))
+
+
+def test_what_is_digested_is_what_transformers_loads(tmp_path):
+    """Beside an index the one file wins; a file that nothing names takes no part."""
+
+    def save(folder, seed, **options):
+        torch.manual_seed(seed)
+        config = Starcoder2Config(
+            vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        Starcoder2ForCausalLM(config).save_pretrained(folder, **options)
+
+    save(tmp_path / "one", 1)
+    save(tmp_path / "several", 2, max_shard_size="4KB")
+    alone, split = weights_digest(tmp_path / "one"), weights_digest(tmp_path / "several")
+    both = tmp_path / "several"
+    assert len(weight_files(both)) > 1
+    shutil.copy(tmp_path / "one/model.safetensors", both)
+    shutil.copy(tmp_path / "one/model.safetensors", both / "consolidated.safetensors")
+    loaded, one = (load_frozen(path, "float32").state_dict() for path in (both, tmp_path / "one"))
+    assert all(torch.equal(loaded[name], one[name]) for name in one)
+    assert weights_digest(both) == alone != split
+    assert weight_bytes(both) == (both / "model.safetensors").stat().st_size
+
+
+def test_a_model_that_loads_more_than_its_safetensors_is_refused(model):
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"loads more than its safetensors.*got: adapter_config\.json"):
+        identify_model(str(model))
+    (model / "adapter_config.json").unlink()
+    (model / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
+    with pytest.raises(ConfigError, match=r"got: transformers_weights in config\.json"):
+        identify_model(str(model))
+
+
+def test_pickled_weights_are_refused(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+        identify_model(str(model))
+
+
+def test_the_license_is_the_model_cards(model):
+    (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Card\n")
+    assert (identify_model(str(model)).license, identify_model(str(model)).attribution) == ("apache-2.0", None)
+    (model / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\nbase_model: owner/base\n---\n")
+    files = identify_model(str(model))
+    assert files.license == "other"
+    assert files.attribution == "owner/base, https://huggingface.co/owner/base, license text: LICENSE"
+    for nothing in ("No front matter.\n", "---\n{\n---\n"):
+        (model / "README.md").write_text(nothing)
+        assert (identify_model(str(model)).license, identify_model(str(model)).attribution) == (None, None)
+
+
+def test_neither_directory_nor_hub_id(model):
+    with pytest.raises(ConfigError, match="no such model"):
+        identify_model("artifacts/teachers/missing")
+    with pytest.raises(ConfigError, match="no such model"):
+        identify_model(str(model / "config.json"))
+    with pytest.raises(ConfigError, match="no revision"):
+        identify_model(str(model), "main")
+
+
+def test_quantised_teachers_compute_in_the_builds_dtype(monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: True)
+    eight, four = quantization_config("8bit", "bfloat16"), quantization_config("4bit", "float16")
+    assert (eight.load_in_8bit, eight.load_in_4bit) == (True, False)
+    assert (four.load_in_8bit, four.load_in_4bit) == (False, True)
+    assert (four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == ("nf4", torch.float16)
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ConfigError, match="--load-in 8bit needs bitsandbytes"):
+        quantization_config("8bit", "bfloat16")
