@@ -15,6 +15,7 @@ from stage2_student.cli import student
 from stage2_student.experiments.dense import write_dense
 from stage2_student.experiments.proof import prove
 from tests.support.eval_models import save_model
+from tests.support.wandb_runs import wandb_runs
 
 EXPERIMENT = """
 preset = "tiny"
@@ -64,10 +65,18 @@ def proved(made):
     experiment, train, validation, test, out = map(str, arguments(made))
     command = ["proof", "--cache", train, "--validation", validation, "--test", test, "--config", experiment]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
+        patch.setenv("WANDB_MODE", "offline")
         done = CliRunner().invoke(student, [*command, "--teacher", str(made / "teacher"), "--out", out, "--jobs", "2"])
     assert done.exit_code == 0, done.exception
     return done.stdout
+
+
+def test_all_students_are_tracked_in_the_proofs_group(made, proved):
+    result = read_json(made / "out" / "proof.json")
+    for folder, rows in (("search", result["search"]), ("final", result["runs"])):
+        runs = wandb_runs(made / "out" / folder)
+        assert len(runs) == len(rows) > 0
+        assert set(runs.values()) == {("out", 0)}
 
 
 def test_runs_of_a_seed_are_pairs_and_the_search_never_sees_the_test_set(made, proved):
