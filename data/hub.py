@@ -8,13 +8,13 @@ from typing import Any
 
 from data.tabular import Row
 from shared.errors import ConfigError, require
-from shared.hub import explain, find_commit, read_card, stated_licence
+from shared.hub import explain, find_commit, read_card, stated_license
 
 CONFIGURATIONS = {"google-research-datasets/mbpp": "full"}  # of data sets with several; others have one
 
 
 def read_hub(hub_id: str, split: str, revision: str | None = None) -> tuple[str, str | None, Iterator[Row]]:
-    """The commit (40 digits), the licence its card states, and the rows of one split.
+    """The commit (40 digits), the license its card states, and the rows of one split.
 
     Offline (`HF_HUB_OFFLINE=1`) these are the rows prepared last, and the commit is theirs.
 
@@ -54,7 +54,7 @@ def read_hub(hub_id: str, split: str, revision: str | None = None) -> tuple[str,
         fix="fetch it once without HF_HUB_OFFLINE=1",
     )
     numbered = (Row(f"{hub_id}, row {number}", row) for number, row in enumerate(rows, start=1))
-    return prepared, _licence(hub_id, prepared), numbered
+    return prepared, _license(hub_id, prepared), numbered
 
 
 def _prepared_commit(rows: Any) -> str:
@@ -69,8 +69,8 @@ def _prepared_commit(rows: Any) -> str:
     return folders[0]
 
 
-def _licence(hub_id: str, commit: str) -> str | None:
-    """The licence that the card states; None where there is no card or it states none."""
+def _license(hub_id: str, commit: str) -> str | None:
+    """The license that the card states; None where there is no card or it states none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -78,4 +78,4 @@ def _licence(hub_id: str, commit: str) -> str | None:
         card = hf_hub_download(hub_id, "README.md", repo_type="dataset", revision=commit)
     except EntryNotFoundError:
         return None
-    return stated_licence(read_card(Path(card)))
+    return stated_license(read_card(Path(card)))

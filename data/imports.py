@@ -92,7 +92,7 @@ def import_cache(
         "tokenizer": {"digest": digest, **special_ids(loaded)},
         "labels": labels,
     }
-    source = {"name": file.name, "split": "train", "revision": None, "licence": None, "digest": file_digest}
+    source = {"name": file.name, "split": "train", "revision": None, "license": None, "digest": file_digest}
     with CacheWriter(out, build) as writer:
         if writer.finished:
             return
@@ -106,7 +106,7 @@ def import_cache(
 
 def _declared_teacher(name: str) -> dict[str, str | None]:
     declared = f"declared: {name}"
-    return {"name": name, "commit": None, "licence": None, "weights_digest": declared, "config_digest": declared}
+    return {"name": name, "commit": None, "license": None, "weights_digest": declared, "config_digest": declared}
 
 
 def _survey(file: Path, tokenizer_size: int) -> tuple[int, int]:

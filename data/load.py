@@ -45,36 +45,36 @@ def load_documents(
     on_hub = on_hub and not dataset.endswith((".jsonl", ".parquet"))
     require(revision is None or on_hub, "only a Hub data set has revisions", where=dataset, got=revision)
     commit: str | None = None
-    licence: str | None
+    license: str | None
     attribution: str | None
     if dataset == "stdlib":
         require(not names, "stdlib has no columns", where="columns", got=columns)
         name, commit = "stdlib", platform.python_version()
-        licence, attribution = stdlib.LICENCE, stdlib.ATTRIBUTION
+        license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
         documents = stdlib.read_split(split)
     elif dataset.endswith((".jsonl", ".parquet")):
         path = Path(dataset)
         name, documents = _from_rows(read_rows(path), split, path.name, names)
-        licence, attribution = _known_rights(name)
+        license, attribution = _known_rights(name)
     elif on_hub:
         hub_id = mbpp.HUB_ID if dataset == "mbpp" else dataset
-        commit, stated_licence, rows = read_hub(hub_id, split, revision)
+        commit, stated_license, rows = read_hub(hub_id, split, revision)
         name, documents = _from_rows(rows, split, hub_id, names)
-        licence, attribution = _known_rights(name)
-        licence = licence or stated_licence
+        license, attribution = _known_rights(name)
+        license = license or stated_license
         attribution = attribution or f"{hub_id}, https://huggingface.co/datasets/{hub_id}"
     else:
         expected = "mbpp, stdlib, FILE.jsonl, FILE.parquet or a Hub id owner/name"
         raise ConfigError("unknown data set", where="dataset", expected=expected, got=repr(dataset))
     kept = tuple(documents[:limit_docs])
     return DocumentSet(
-        name=name, split=split, revision=commit, licence=licence, attribution=attribution, documents=kept
+        name=name, split=split, revision=commit, license=license, attribution=attribution, documents=kept
     )
 
 
 def _known_rights(name: str) -> tuple[str | None, str | None]:
-    """Licence and attribution of rows that were recognised."""
-    return (mbpp.LICENCE, mbpp.ATTRIBUTION) if name == mbpp.NAME else (None, None)
+    """License and attribution of rows that were recognised."""
+    return (mbpp.LICENSE, mbpp.ATTRIBUTION) if name == mbpp.NAME else (None, None)
 
 
 def parse_columns(columns: str | None) -> dict[str, str]:

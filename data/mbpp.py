@@ -18,7 +18,7 @@ T = TypeVar("T", Document, Problem)
 
 NAME = "mbpp"
 HUB_ID = "google-research-datasets/mbpp"
-LICENCE = "CC-BY-4.0"
+LICENSE = "CC-BY-4.0"
 ATTRIBUTION = (
     "MBPP by J. Austin, A. Odena, M. Nye et al., Google Research: Program Synthesis with Large Language Models, 2021, "
     "arXiv:2108.07732, https://github.com/google-research/google-research/tree/master/mbpp"

@@ -61,14 +61,14 @@ class DocumentSet:
         name: the data set's name; a local file's name without its folder.
         split: the split they were taken from.
         revision: the Hub commit, or the Python version for `stdlib`; None for local files.
-        licence: SPDX identifier; None where unknown.
+        license: SPDX identifier; None where unknown.
         attribution: whom to credit, and where it is published; None where unknown.
     """
 
     name: str
     split: str
     revision: str | None
-    licence: str | None
+    license: str | None
     attribution: str | None
     documents: tuple[Document, ...]
 

@@ -16,7 +16,7 @@ from data.records import Document
 from data.templates import prompt_document
 from shared.errors import require
 
-LICENCE = "PSF-2.0"
+LICENSE = "PSF-2.0"
 ATTRIBUTION = "the Python standard library, © Python Software Foundation, https://docs.python.org/3/license.html"
 SPLITS = ("train", "validation", "test")
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shared.cache.reader import Cache
 from shared.errors import ConfigError, require
 from shared.files import read_json, sha256_file, sha256_json
-from shared.hub import fetch_model, read_card, stated_licence
+from shared.hub import fetch_model, read_card, stated_license
 from shared.process import local_rank, log
 from shared.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LICENCE_LINKS = {  # of licences that cards give only a short name of
+LICENSE_LINKS = {  # of licenses that cards give only a short name of
     "bigcode-openrail-m": "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement"
 }
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -92,8 +92,8 @@ class ModelFiles:
         path: directory that transformers loads.
         name: Hub id, or the directory's name.
         commit: 40-digit Hub commit; None for a directory.
-        licence: as the model card says; None where unknown.
-        attribution: where it is published, and its licence's text where the card does not hold it; None where unknown.
+        license: as the model card says; None where unknown.
+        attribution: where it is published, and its license's text where the card does not hold it; None where unknown.
         weights_digest: see `weights_digest`.
         config_digest: SHA-256 of `config.json`.
         tokenizer_files_digest: SHA-256 over the tokenizer files' SHA-256; shows an edit without loading anything.
@@ -102,7 +102,7 @@ class ModelFiles:
     path: Path
     name: str
     commit: str | None
-    licence: str | None
+    license: str | None
     attribution: str | None
     weights_digest: str
     config_digest: str
@@ -123,7 +123,7 @@ def identify_model(name: str, revision: str | None = None) -> ModelFiles:
         path=path,
         name=hub_id or path.resolve().name,
         commit=commit,
-        licence=stated_licence(card),
+        license=stated_license(card),
         attribution=_attribution(card, hub_id),
         weights_digest=weights_digest(path),
         config_digest=sha256_file(path / "config.json"),
@@ -187,12 +187,12 @@ def _digests(directory: Path, files: Iterable[Path]) -> dict[str, str]:
 
 
 def _attribution(card: Mapping[str, Any], hub_id: str | None) -> str | None:
-    """Where a model, or the one that its card says it was made from, is published; and the licence's text."""
+    """Where a model, or the one that its card says it was made from, is published; and the license's text."""
     base = card.get("base_model")
     published = hub_id or (base if isinstance(base, str) else None)
-    link = card.get("license_link") or LICENCE_LINKS.get(str(card.get("license")))
+    link = card.get("license_link") or LICENSE_LINKS.get(str(card.get("license")))
     parts = [f"{published}, https://huggingface.co/{published}"] if published else []
-    return ", ".join([*parts, f"licence text: {link}"] if link else parts) or None
+    return ", ".join([*parts, f"license text: {link}"] if link else parts) or None
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

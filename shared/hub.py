@@ -200,7 +200,7 @@ def read_card(card: Path) -> dict[str, Any]:
     return front_matter
 
 
-def stated_licence(front_matter: Mapping[str, Any]) -> str | None:
-    """The licence that a card states, or all of several; None where it states none."""
-    licence = front_matter.get("license")
-    return " AND ".join(licence) if isinstance(licence, list) else licence
+def stated_license(front_matter: Mapping[str, Any]) -> str | None:
+    """The license that a card states, or all of several; None where it states none."""
+    license = front_matter.get("license")
+    return " AND ".join(license) if isinstance(license, list) else license

@@ -45,7 +45,7 @@ class Terminated(BaseException):
 
 def own_command(*arguments: str) -> list[str]:
     """A `codedistill` command to be run as a child; no module of the working directory stands in for one of ours."""
-    return [sys.executable, "-P", "-c", "from shared.__main__ import main; main()", *arguments]
+    return [sys.executable, "-P", "-m", "shared", *arguments]
 
 
 def run_cli(command: Any) -> NoReturn:

@@ -16,6 +16,9 @@ from shared.process import log, rank
 INIT_SECONDS = 8.0
 FINISH_SECONDS = 4.0
 
+_said: set[str] = set()  # what is said once in a process, however many runs it has
+_no_server: str | None = None  # why this process tries no server any more: each try could cost `INIT_SECONDS`
+
 
 class Run:
     """A W&B run, or nothing where there is none; no method raises.
@@ -86,9 +89,10 @@ def start(
         name: the run's name; None lets W&B choose one.
         config: the resolved configuration.
         directory: holds wandb's own files, in a folder `wandb`.
-        group: groups the runs of a sweep.
+        group: what the run belongs to, such as a sweep or a proof; `WANDB_RUN_GROUP` comes before it.
         run_id: the id of an earlier run of the same job, which is continued.
     """
+    group = os.environ.get("WANDB_RUN_GROUP") or group
     run = Run(_open(job_type=job_type, name=name, config=config, directory=directory, group=group, id=run_id))
     exit_code = 1
     try:
@@ -98,8 +102,49 @@ def start(
         run.finish(exit_code)
 
 
+def record_evaluation(kind: str, out: Path, result: Mapping[str, Any]) -> None:
+    """Track an evaluation that is finished: what it was measured with, and its figures.
+
+    The run is opened only now, so that W&B's own processes take no part in what is timed. Evaluations whose results lie
+    in one folder, as those of a model do, are a group.
+
+    Args:
+        kind: such as `fidelity`.
+        out: the result's file or folder.
+        result: as it was written.
+    """
+    context = ("settings", "model", "teacher", "student", "cache", "dtype", "device", "machine", "versions")
+    group = out.resolve().parent.name
+    with start(
+        f"eval-{kind}",
+        name=f"{group} {kind}",
+        config={key: result[key] for key in context if key in result},
+        directory=out.parent,
+        group=group,
+    ) as run:
+        run.summary(_numbers({key: value for key, value in result.items() if key not in context}))
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers in nested objects, by their keys joined with `/`."""
+    numbers: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            numbers |= _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            numbers[prefix + key] = value
+    return numbers
+
+
+def _say(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        log(message)
+
+
 def _open(*, directory: Path, config: Mapping[str, Any], **options: Any) -> Any:
     """Return an open wandb run, or None; the messages name error types alone, since texts could quote the key."""
+    global _no_server
     wanted = os.environ.get("WANDB_MODE", "").lower()
     if rank() != 0 or wanted == "disabled":
         return None
@@ -107,29 +152,29 @@ def _open(*, directory: Path, config: Mapping[str, Any], **options: Any) -> Any:
     try:
         from wandb import Settings, init, setup, teardown  # a stray folder `wandb` imports too, without these names
     except Exception as error:
-        log(f"wandb: cannot be imported ({type(error).__name__}); nothing is tracked")
+        _say(f"wandb: cannot be imported ({type(error).__name__}); nothing is tracked")
         return None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         settings = Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
         options |= {"dir": str(directory), "config": dict(config), "settings": settings, "resume": "allow"}
         setup(settings)  # silent from here on; wandb never prompts while it is silent
-        reason = "WANDB_MODE asks for it"
-        if wanted not in ("offline", "dryrun"):
+        reason = "WANDB_MODE asks for it" if wanted in ("offline", "dryrun") else _no_server
+        if reason is None:
             try:
                 run = init(mode="online", **options)
                 log(f"wandb: tracking at {run.url}")
                 return run
             except Exception as error:
-                reason = f"the server could not be used ({type(error).__name__})"
+                _no_server = reason = f"the server could not be used ({type(error).__name__})"
                 if type(error).__name__ == "UsageError":
-                    reason = "no key was found"
+                    _no_server = reason = "no key was found"
                 with contextlib.suppress(SystemExit):
                     teardown()  # what is left of the attempt would own the run's id
                 setup(settings)
         run = init(mode="offline", **options)
-        log(f"wandb: recording offline in {directory / 'wandb'}, since {reason}; upload with `wandb sync`")
+        _say(f"wandb: recording offline in {directory / 'wandb'}, since {reason}; upload with `wandb sync`")
         return run
     except Exception as error:
-        log(f"wandb: cannot record ({type(error).__name__}); nothing is tracked")
+        _say(f"wandb: cannot record ({type(error).__name__}); nothing is tracked")
         return None

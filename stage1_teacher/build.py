@@ -86,7 +86,7 @@ class Task:
             "teacher": {
                 "name": files.name,
                 "commit": files.commit,
-                "licence": files.licence,
+                "license": files.license,
                 "attribution": files.attribution,
                 "weights_digest": files.weights_digest,
                 "config_digest": files.config_digest,
@@ -102,7 +102,7 @@ class Task:
             "name": data.name,
             "split": data.split,
             "revision": data.revision,
-            "licence": data.licence,
+            "license": data.license,
             "attribution": data.attribution,
             "digest": data.digest,
             "num_documents": len(data.documents),

@@ -322,7 +322,7 @@ def capture_shards(
     processes = "" if world_size() == 1 else f" in each of {world_size()} processes"
     log(
         f"teacher {files.name}: {model.num_parameters() / 1e6:,.1f} M parameters, {config.dtype} on "
-        f"{', '.join(devices)}{processes}, {torch.get_num_threads()} CPU threads; licence {files.licence or 'unknown'}"
+        f"{', '.join(devices)}{processes}, {torch.get_num_threads()} CPU threads; license {files.license or 'unknown'}"
     )
     if source.notice:
         log(f"the float32 head cannot be used: {source.notice}; taking the model's own {config.dtype} logits")

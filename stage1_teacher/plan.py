@@ -86,7 +86,7 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
     size = {key: round(value * num_tokens + other_bytes) for key, value in own["bytes_per_token"].items()}
     free = free_bytes(out)
     return {
-        "teacher": {"name": files.name, "licence": files.licence, **pilot.teacher},
+        "teacher": {"name": files.name, "license": files.license, **pilot.teacher},
         "data": {"name": documents.name, "split": documents.split, "documents": len(documents.documents)}
         | _describe_corpus(corpus, config.on_long),
         "batches": {
@@ -448,7 +448,7 @@ def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """What the plan says besides the choices of K: a label and a line each."""
     teacher, data, batches, pilot = plan["teacher"], plan["data"], plan["batches"], plan["pilot"]
     size, hours, memory, threads = plan["bytes"], plan["hours"], plan["memory"], plan["teacher"]["threads"]
-    parameters, licence = f"{teacher['parameters'] / 1e6:,.1f} M parameters", teacher["licence"] or "unknown"
+    parameters, license = f"{teacher['parameters'] / 1e6:,.1f} M parameters", teacher["license"] or "unknown"
     bounds = "no bounds: under 3 pilot batches"
     if hours["low"] is not None:
         bounds = f"{_hours(hours['low'])} to {_hours(hours['high'])}"
@@ -457,7 +457,7 @@ def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     head = "" if memory["head_bytes"] is None else f", float32 head and buffer {_bytes(memory['head_bytes'])}"
     notice = [("notice", f"the float32 head cannot be used: {teacher['notice']}")] if teacher["notice"] else []
     return [
-        ("teacher", f"{teacher['name']}, {parameters}, licence {licence}"),
+        ("teacher", f"{teacher['name']}, {parameters}, license {license}"),
         (
             "device",
             f"{', '.join(teacher['devices'])}; {teacher['dtype']}, head {teacher['head']}; one process, {threads} "

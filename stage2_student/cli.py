@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from shared.options import GroupedCommand
+
 
 class Weighted(click.ParamType[tuple[Path, float | None]]):
     """`CACHE` or `CACHE:WEIGHT`; a path that exists is never split."""
@@ -41,7 +43,7 @@ class BatchTokens(click.ParamType[int | str]):
 
 
 def _split_weights(caches: tuple[tuple[Path, float | None], ...]) -> tuple[list[Path], list[float] | None]:
-    """Paths and weights; all caches have one or none has."""
+    """Paths, and weights if the caches have them: all or none."""
     weights = [weight for _, weight in caches if weight is not None]
     if weights and len(weights) < len(caches):
         raise click.UsageError("some caches have a weight and some have none; give all of them one, as CACHE:WEIGHT")
@@ -49,7 +51,7 @@ def _split_weights(caches: tuple[tuple[Path, float | None], ...]) -> tuple[list[
 
 
 def _open(*paths: Path) -> None:
-    """Refuse what is no cache at once: training's libraries take seconds to load."""
+    """Refuse at once what is not a cache: the libraries for training take seconds to load."""
     from shared.cache.reader import Cache
 
     for path in paths:
@@ -58,21 +60,27 @@ def _open(*paths: Path) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def student() -> None:
-    """Stage 2: train and export students from a cache."""
+    """Stage 2: train and export students."""
 
 
-@student.command()
+@student.command(cls=GroupedCommand, groups={
+    "Data": "caches validation teacher_logprobs",
+    "Student": "preset init_from profile assignments",
+    "Hardware": "batch_tokens",
+})  # fmt: skip
 @click.option("--cache", "caches", required=True, multiple=True, type=Weighted(), metavar="CACHE[:WEIGHT]",
-              help="A logit cache to train on; may be given several times.")  # fmt: skip
+              help="A logit cache to train on; may be repeated.")  # fmt: skip
 @click.option("--validation", type=click.Path(path_type=Path), help="A cache of held-out documents, same teacher.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
-@click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path),
-              help="Start from the weights of a run, an export or a like checkpoint.")  # fmt: skip
+@click.option("--teacher-logprobs", metavar="F.npy", type=click.Path(path_type=Path),
+              help="The teacher's full distribution, for loss=dense.")  # fmt: skip
 @click.option("--preset", metavar="NAME", help="The student's size: gpt-125m or tiny.  [default: gpt-125m]")
-@click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="A file of overrides.")
+@click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path),
+              help="Start from the weights of a run, an export or a compatible checkpoint.")  # fmt: skip
+@click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="A file of settings.")
+@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One setting; may be repeated.")
 @click.option("--batch-tokens", type=BatchTokens(), metavar="N|auto",
-              help="Most tokens of a micro-batch, or what memory allows; no step changes.")  # fmt: skip
-@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One override; may be repeated.")
+              help="Max tokens per micro-batch; does not change the effective batch size.")  # fmt: skip
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 def train(
     caches: tuple[tuple[Path, float | None], ...],
     validation: Path | None,
@@ -81,23 +89,26 @@ def train(
     preset: str | None,
     profile: Path | None,
     batch_tokens: int | str | None,
+    teacher_logprobs: Path | None,
     assignments: tuple[str, ...],
 ) -> None:
-    """Train a student on cached soft labels; needs no teacher and no network.
+    """Train a student on cached soft labels.
+
+    Neither the teacher nor a network is needed.
 
     --set wins over --config, which wins over the defaults (stage2_student/config.py). Keys are the config's names,
     such as alpha, temperature, block_size, and those of transformers' TrainingArguments, such as learning_rate,
-    max_steps. alpha=0 trains the same student on the raw data: same initial weights, data order and steps.
-    Any size: hidden_size, intermediate_size, num_hidden_layers and so on override the preset's.
+    max_steps. alpha=0 trains the cross-entropy baseline: same initial weights, data order and number of steps.
+    hidden_size, num_hidden_layers and so on override the preset's sizes.
 
-    --init-from takes the weights of a directory with equal sizes and tokenizer (Starcoder2's architecture), not its
-    optimizer: training begins anew.
+    --init-from takes the weights of a directory with equal sizes and tokenizer (Starcoder2's architecture). The
+    optimizer starts fresh.
 
-    Several caches must be one teacher's, with equal options. An epoch is every document of every cache once. With
-    weights (all or none) it has as many tokens in all, of which each cache gives its weight's share; no document of a
-    cache comes again before all of them have.
+    Several caches must have one teacher and equal label options. An epoch is every document of every cache once. With
+    weights (for all caches or none) an epoch has the same number of tokens, divided by weight; a cache's documents
+    repeat only after all of them have been used.
 
-    Interrupted, the same command continues from the last complete checkpoint.
+    An interrupted run continues with the same command, from its last complete checkpoint.
 
     \b
     Example:
@@ -118,18 +129,18 @@ def train(
     from stage2_student.train import train
 
     train(config, paths, out, weights=weights, validation_path=validation, init_from=init_from,
-          batch_tokens=batch_tokens)  # fmt: skip
+          batch_tokens=batch_tokens, teacher_logprobs=teacher_logprobs)  # fmt: skip
 
 
 @student.command()
 @click.option("--cache", "caches", required=True, multiple=True, type=Weighted(), metavar="CACHE[:WEIGHT]",
-              help="A logit cache to train on; may be given several times.")  # fmt: skip
+              help="A logit cache to train on; may be repeated.")  # fmt: skip
 @click.option("--validation", type=click.Path(path_type=Path), help="A cache of held-out documents, same teacher.")
 @click.option("--grid", required=True, metavar="F.toml", type=click.Path(path_type=Path), help="What to vary.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The sweep's folder.")
-@click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path), help="As for `train`, for every member.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder of all runs.")
+@click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path), help="As for `train`, for every run.")
 @click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
-              help="Students trained side by side: one GPU each, or a share of the processor's threads.")  # fmt: skip
+              help="Students trained at once: one GPU each, or a share of the processor's threads.")  # fmt: skip
 def sweep(
     caches: tuple[tuple[Path, float | None], ...],
     validation: Path | None,
@@ -138,56 +149,63 @@ def sweep(
     init_from: Path | None,
     jobs: int,
 ) -> None:
-    """Train the students of a grid from one cache and compare them.
+    """Train and compare the students of a grid.
 
-    The grid is a training config (keys of `train --set`) with a table [grid] of lists, of which every combination is
-    one student, or tables [[run]] that describe one more each:
+    The grid is a training config (keys of `train --set`) with any of these tables. Every combination of the lists in
+    [grid] is one student. Each [[variant]] repeats the grid with its own settings. Each [[run]] is one more student.
 
     \b
       preset = "tiny"
       max_steps = 500
       [grid]
-      alpha = [0.5, 0.7, 1.0]
       learning_rate = [1e-3, 2e-3]
-      [[run]]
+      seed = [1, 2, 3]
+      [[variant]]
+      name = "cross-entropy"
       alpha = 0.0
+      [[variant]]
+      name = "ghost"
+      [[run]]
       num_hidden_layers = 6
 
-    All are checked before the first is trained. A student that fails is recorded and the others go on. The same
-    command continues: what is finished is kept. At the end sweep.json, sweep.md and sweep.svg rank the students by
-    NLL on the validation cache.
+    All are checked before the first is trained. A student that fails is recorded, and the others are trained. The same
+    command continues and keeps finished students. At the end sweep.json, sweep.md and sweep.svg rank the students by
+    NLL on the validation cache; settings with several seeds are compared with the first one, seed by seed.
 
     \b
     Example:
       codedistill student sweep --cache caches/train --validation caches/validation --grid grid.toml --out sweeps/first
     """
-    from stage2_student.experiments.runner import Sweep
+    from stage2_student.experiments.runner import Inputs
+    from stage2_student.experiments.sweep import sweep
 
     paths, weights = _split_weights(caches)
-    members = Sweep(grid, paths, out, weights=weights, validation_path=validation, init_from=init_from, jobs=jobs)
-    click.echo(members.run(), nl=False)
+    inputs = Inputs(caches=paths, weights=weights, validation=validation, init_from=init_from)
+    click.echo(sweep(grid, inputs, out, jobs=jobs), nl=False)
 
 
 @student.command()
 @click.option("--cache", required=True, type=click.Path(path_type=Path), help="The cache to train on.")
-@click.option("--validation", required=True, type=click.Path(path_type=Path), help="A cache to choose by.")
-@click.option("--test", required=True, type=click.Path(path_type=Path), help="A cache that nothing is chosen by.")
-@click.option("--config", "plan", required=True, metavar="F.toml", type=click.Path(path_type=Path),
-              help="Arms, learning rates, seeds and the student (stage2_student/configs/proof.toml).")  # fmt: skip
+@click.option("--validation", required=True, type=click.Path(path_type=Path), help="The cache to choose settings by.")
+@click.option("--test", required=True, type=click.Path(path_type=Path),
+              help="A held-out test cache, never used for selection.")  # fmt: skip
+@click.option("--config", required=True, metavar="F.toml", type=click.Path(path_type=Path),
+              help="Variants, grid and seeds (stage2_student/configs/proof.toml).")  # fmt: skip
 @click.option("--teacher", metavar="DIR", type=click.Path(path_type=Path),
-              help="The model that made the caches, for arms of its full distribution.")  # fmt: skip
+              help="The model that made the caches, for loss=dense.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The proof's folder.")
 @click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
-              help="Students trained side by side; they share the processor's threads.")  # fmt: skip
-def proof(cache: Path, validation: Path, test: Path, plan: Path, teacher: Path | None, out: Path, jobs: int) -> None:
-    """Compare ways to train a student, by paired seeds on a test set.
+              help="Students trained at once: one GPU each, or a share of the processor's threads.")  # fmt: skip
+def proof(cache: Path, validation: Path, test: Path, config: Path, teacher: Path | None, out: Path, jobs: int) -> None:
+    """Compare losses on a test set, seed by seed.
 
-    Every arm has the same small search over learning rates and epochs, judged on the validation cache. Then each is
-    trained with several seeds: a seed has the same initial weights and data order in all arms. Differences of the test
-    NLL come with Student's 95 % interval over the seeds.
+    The config is that of `sweep`, with two or more [[variant]] and a table [confirm] of seeds. Every variant is trained
+    with every combination of the grid. Its best settings, by validation NLL, are then trained with each of the seeds; a
+    seed has the same initial weights and data order in all variants. Differences of the test NLL come with Student's
+    95 % interval over the seeds.
 
-    The same command continues: what is finished is kept. At the end proof.json, proof.md and proof.svg say what was
-    found.
+    The same command continues and keeps finished students. At the end proof.json, proof.md and proof.svg report the
+    result.
 
     \b
     Example:
@@ -196,21 +214,21 @@ def proof(cache: Path, validation: Path, test: Path, plan: Path, teacher: Path |
     """
     from stage2_student.experiments.proof import prove
 
-    result = prove(plan, cache, validation, test, out, teacher=teacher, jobs=jobs)
+    result = prove(config, cache, validation, test, out, teacher=teacher, jobs=jobs)
     click.echo("\n".join(result["summary"]))
 
 
 @student.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make.")
-@click.option("--push-to-hub", "repo_id", metavar="OWNER/NAME", help="Upload it, too; needs a token of the Hub.")
-@click.option("--private", is_flag=True, help="With --push-to-hub: into a private repository.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The new directory.")
+@click.option("--push-to-hub", "repo_id", metavar="OWNER/NAME", help="Also upload it; needs a token of the Hub.")
+@click.option("--private", is_flag=True, help="Make the Hub repository private.")
 def export(run: Path, out: Path, repo_id: str | None, private: bool) -> None:
-    """Export a finished run as a plain transformers directory with a model card.
+    """Export a run as a transformers directory.
 
-    AutoModelForCausalLM and every tool that reads Starcoder2 checkpoints load it without custom code. --push-to-hub
-    uploads the directory, weights as safetensors alone, and prints the repository's URL; the repository is made where
-    there is none.
+    The run must be finished. The directory has a model card; AutoModelForCausalLM and every tool that reads Starcoder2
+    checkpoints load it without custom code. --push-to-hub also uploads it, with weights only as safetensors, to a
+    repository that is created if needed, and prints its URL.
     """
     from shared.hub import push, require_repository
 

@@ -1,29 +1,36 @@
 """Stage 2's configuration: every default lives here; TOML profiles and `--set` override."""
 
 import dataclasses
-import difflib
-import enum
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from shared.cache.reader import Cache
-from shared.config import load_config
-from shared.errors import CacheMismatchError, ConfigError, require_range
+from shared.config import convert, load_config, unknown_key
+from shared.errors import CacheMismatchError, ConfigError, require, require_range
 from shared.model.gpt import PRESETS, GPTConfig
 
-# TrainingArguments that codedistill sets itself, or that would undo what it promises.
-FIXED = {
+# Arguments that codedistill sets itself, or that would undo what it promises, and what to use instead.
+FIXED: dict[str, str | None] = dict.fromkeys((
     "output_dir", "data_seed", "label_names", "remove_unused_columns", "resume_from_checkpoint", "report_to",
-    "prediction_loss_only", "average_tokens_across_devices", "ignore_data_skip",
-    "label_smoothing_factor", "train_sampling_strategy", "save_only_model", "push_to_hub", "auto_find_batch_size",
-}  # fmt: skip
-INSTEAD = {
+    "prediction_loss_only", "average_tokens_across_devices", "ignore_data_skip", "train_sampling_strategy",
+    "save_only_model",
+)) | {
+    "vocab_size": "the student's vocabulary is the cache's",
     "label_smoothing_factor": "`label_smoothing`",
-    "push_to_hub": "push what is finished: `codedistill student export RUN --out DIR --push-to-hub OWNER/NAME`",
+    "push_to_hub": "push a finished student: `codedistill student export RUN --out DIR --push-to-hub OWNER/NAME`",
     "auto_find_batch_size": "`--batch-tokens auto`, which keeps the blocks per optimizer step",
-}
+}  # fmt: skip
+RANGES: tuple[tuple[str, dict[str, float]], ...] = (
+    ("block_size per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps "
+     "save_total_limit", {"at_least": 1}),
+    ("k eval_steps save_steps dataloader_num_workers seed warmup_steps early_stopping_patience "
+     "early_stopping_threshold", {"at_least": 0}),
+    ("learning_rate num_train_epochs temperature", {"above": 0}),
+    ("validation_fraction label_smoothing", {"at_least": 0, "below": 1}),
+    ("alpha", {"at_least": 0, "at_most": 1}),
+    ("beta skew", {"above": 0, "below": 1}),
+)  # fmt: skip
 
 SIZES = tuple(field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size")
 
@@ -37,9 +44,10 @@ class StudentConfig:
         alpha: weight of the distillation term; the rest is cross-entropy. 0 reads no soft labels.
         temperature: T of the distillation term, one of the cache's grid.
         loss: `ghost` keeps the teacher's tail as one bucket beside the K ids; `truncated` drops it (biased); `sampled`
-            uses the cache's samples of the full distribution alone, `hybrid` the K ids and its samples of the tail.
+            uses only the cache's samples of the full distribution, `hybrid` the K ids and samples of the tail;
+            `dense` uses the teacher's full distribution at T = 1, which `student proof` writes to a file.
         divergence: of teacher p and student q: `forward` KL(p‖q), `reverse` KL(q‖p), `jsd`, or against their mixture m
-            `skewed-forward` KL(p‖m) and `skewed-reverse` KL(q‖m). `sampled` and `hybrid` have the forward one alone.
+            `skewed-forward` KL(p‖m) and `skewed-reverse` KL(q‖m). `sampled` and `hybrid` have only the forward one.
         beta: the teacher's share of the mixture in `jsd`, which is beta·KL(p‖m) + (1 − beta)·KL(q‖m).
         skew: the teacher's share of the mixture in the skewed divergences.
         k: use the best k entries of each row, the others' mass joins the tail; 0 uses all that the cache holds.
@@ -50,7 +58,7 @@ class StudentConfig:
         num_train_epochs: passes over the cache's documents, each packed anew; the last may be a part of one.
         validation_fraction: without a validation cache, the share of the documents of each cache that is held out.
         max_steps: optimizer steps; above 0 it wins over `num_train_epochs`.
-        eval_steps, save_steps: 0 evaluates, or saves, at the end alone.
+        eval_steps, save_steps: 0 evaluates, or saves, only at the end.
         save_total_limit: complete checkpoints kept.
         bf16: mixed precision; weights and optimizer stay in float32.
         seed: initial weights, data order and held-out documents.
@@ -65,7 +73,7 @@ class StudentConfig:
     preset: str = "gpt-125m"
     alpha: float = 0.7
     temperature: float = 1.0
-    loss: Literal["ghost", "truncated", "sampled", "hybrid"] = "ghost"
+    loss: Literal["ghost", "truncated", "sampled", "hybrid", "dense"] = "ghost"
     divergence: Literal["forward", "reverse", "jsd", "skewed-forward", "skewed-reverse"] = "forward"
     beta: float = 0.5
     skew: float = 0.1
@@ -107,75 +115,46 @@ class StudentConfig:
     training: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ConfigError("unknown preset", where="preset", expected=" | ".join(PRESETS), got=self.preset)
-        positive = "block_size per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
-        for name in [*positive.split(), "logging_steps", "save_total_limit"]:
-            if getattr(self, name) < 1:
-                raise ConfigError("a value out of range", where=name, expected="at least 1", got=getattr(self, name))
-        for name in (
-            "k",
-            "eval_steps",
-            "save_steps",
-            "dataloader_num_workers",
-            "seed",
-            "warmup_steps",
-            "early_stopping_patience",
-            "early_stopping_threshold",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigError("a value out of range", where=name, expected="at least 0", got=getattr(self, name))
-        require_range(self.num_train_epochs, "num_train_epochs", above=0)
-        require_range(self.learning_rate, "learning_rate", above=0)
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(
-                "a value out of range",
-                where="validation_fraction",
-                expected="0 or more, below 1",
-                got=self.validation_fraction,
-            )
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError("a value out of range", where="alpha", expected="0 to 1", got=self.alpha)
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(
-                "a value out of range", where="label_smoothing", expected="0 or more, below 1", got=self.label_smoothing
-            )
-        if self.label_smoothing and self.alpha:
-            raise ConfigError(
-                "distillation has the teacher's labels in place of smoothed ones",
-                where="label_smoothing, alpha",
-                expected="label_smoothing=0, or alpha=0",
-                got=f"label_smoothing={self.label_smoothing:g}, alpha={self.alpha:g}",
-            )
-        if self.temperature <= 0:
-            raise ConfigError("a value out of range", where="temperature", expected="above 0", got=self.temperature)
-        for name in ("beta", "skew"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(
-                    "a value out of range", where=name, expected="above 0, below 1", got=getattr(self, name)
-                )
-        if self.uses_samples and self.divergence != "forward":
-            raise ConfigError(
-                "samples estimate the forward divergence alone",
-                where="loss, divergence",
-                expected="divergence=forward, or loss=ghost or truncated",
-                got=f"loss={self.loss}, divergence={self.divergence}",
-            )
-        if self.uses_samples and self.k:
-            raise ConfigError(
-                "samples were drawn beside all entries of a row, or in place of them",
-                where="loss, k",
-                expected="k=0, or loss=ghost or truncated",
-                got=f"loss={self.loss}, k={self.k}",
-            )
+        require(self.preset in PRESETS, "unknown preset", where="preset", expected=" | ".join(PRESETS), got=self.preset)
+        for names, bounds in RANGES:
+            for name in names.split():
+                require_range(getattr(self, name), name, **bounds)
+        require(
+            not (self.label_smoothing and self.alpha),
+            "distillation has the teacher's labels in place of smoothed ones",
+            where="label_smoothing, alpha",
+            expected="label_smoothing=0, or alpha=0",
+            got=f"label_smoothing={self.label_smoothing:g}, alpha={self.alpha:g}",
+        )
+        require(
+            not self.uses_samples or self.divergence == "forward",
+            "samples estimate only the forward divergence",
+            where="loss, divergence",
+            expected="divergence=forward, or loss=ghost or truncated",
+            got=f"loss={self.loss}, divergence={self.divergence}",
+        )
+        require(
+            not (self.uses_samples and self.k),
+            "samples were drawn beside all entries of a row, or in place of them",
+            where="loss, k",
+            expected="k=0, or loss=ghost or truncated",
+            got=f"loss={self.loss}, k={self.k}",
+        )
+        dense = {"divergence": "forward", "k": 0, "temperature": 1.0, "targets": "completion"}
+        require(
+            self.loss != "dense" or all(getattr(self, name) == value for name, value in dense.items()),
+            "the full distribution is stored at T = 1, for the loss mask's targets, and has the forward divergence",
+            where="loss=dense",
+            expected=", ".join(f"{name}={value}" for name, value in dense.items()),
+        )
         positions = self.student_sizes().max_position_embeddings
-        if self.block_size > positions:
-            raise ConfigError(
-                "blocks are longer than the student's positions",
-                where="block_size",
-                expected=f"at most max_position_embeddings = {positions}",
-                got=self.block_size,
-            )
+        require(
+            self.block_size <= positions,
+            "blocks are longer than the student's positions",
+            where="block_size",
+            expected=f"at most max_position_embeddings = {positions}",
+            got=self.block_size,
+        )
 
     def student_sizes(self, **changes: Any) -> GPTConfig:
         """The sizes to build, and `changes` to them, such as the cache's `vocab_size`.
@@ -198,10 +177,8 @@ def require_labels(config: StudentConfig, cache: Cache) -> None:
     Raises:
         ConfigError: fewer entries per row than `k`, no samples, samples from elsewhere, or at a temperature below T.
     """
-    if config.k > cache.width:
-        raise ConfigError(
-            "the cache holds fewer entries per row", where=cache.path, expected=f"k at most {cache.width}", got=config.k
-        )
+    require(config.k <= cache.width, "the cache holds fewer entries per row",
+            where=cache.path, expected=f"k at most {cache.width}", got=config.k)  # fmt: skip
     if not config.uses_samples:
         return
     wanted = {"sampled": "full", "hybrid": "tail"}[config.loss]
@@ -213,70 +190,41 @@ def require_labels(config: StudentConfig, cache: Cache) -> None:
             where=cache.path,
             fix=f"build the cache with samples of the {wanted} distribution, or loss=ghost",
         ) from error
-    if samples.drawn_from != wanted:
-        raise ConfigError(
-            f"loss={config.loss} needs other samples than the cache holds",
-            where=cache.path,
-            expected=f"samples_from={wanted}",
-            got=f"samples_from={samples.drawn_from}",
-        )
-    if config.temperature > samples.temperature:
-        raise ConfigError(
-            "samples cannot stand for a flatter distribution: a few of them would carry all the weight",
-            where=cache.path,
-            expected=f"temperature at most samples_temperature={samples.temperature:g}",
-            got=f"temperature={config.temperature:g}",
-        )
+    require(samples.drawn_from == wanted, f"loss={config.loss} needs other samples than the cache holds",
+            where=cache.path, expected=f"samples_from={wanted}", got=f"samples_from={samples.drawn_from}")  # fmt: skip
+    require(
+        config.temperature <= samples.temperature,
+        "samples cannot stand for a flatter distribution: a few of them would carry all the weight",
+        where=cache.path,
+        expected=f"temperature at most samples_temperature={samples.temperature:g}",
+        got=f"temperature={config.temperature:g}",
+    )
 
 
 def student_config(*layers: Mapping[str, Any]) -> StudentConfig:
-    """Resolve a config; keys that only `TrainingArguments` knows go to `training`, type-checked.
+    """Resolve a config from layers of overrides; a later layer wins.
+
+    Keys that only `TrainingArguments` has are checked against its types and go to `training`.
 
     Raises:
-        ConfigError: a key neither side knows, or a value of another type.
+        ConfigError: an unknown key, a key that cannot be set, or a value of another type.
     """
-    from transformers import TrainingArguments
+    from transformers import TrainingArguments  # takes seconds, and `--help` needs none of it
 
     ours = {field.name for field in dataclasses.fields(StudentConfig)} - {"training"}
-    theirs = typing.get_type_hints(TrainingArguments)
-    theirs = {field.name: theirs[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
-    merged: dict[str, Any] = {}
+    hints = typing.get_type_hints(TrainingArguments)
+    theirs = {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
+    own: dict[str, Any] = {}
     training: dict[str, Any] = {}
     for key, value in {key: value for layer in layers for key, value in layer.items()}.items():
+        if key in FIXED or key.startswith("hub_"):
+            fix = FIXED["push_to_hub" if key.startswith("hub_") else key]
+            raise ConfigError("this key cannot be set", where=key, got=repr(value), fix=fix)
         if key in ours:
-            merged[key] = value
-        elif key == "vocab_size":
-            raise ConfigError("the student's vocabulary is the cache's; it cannot be set", where=key, got=repr(value))
-        elif key in FIXED or key.startswith("hub_"):
-            fix = INSTEAD.get("push_to_hub" if key.startswith("hub_") else key)
-            raise ConfigError("this training argument cannot be set", where=key, got=repr(value), fix=fix)
-        elif key not in theirs:
-            near = difflib.get_close_matches(key, ours | (theirs.keys() - FIXED), n=1)
-            fix = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"one of {', '.join(sorted(ours))}, or a TrainingArguments key"
-            )
-            raise ConfigError(f"unknown configuration key {key!r}", where="StudentConfig", fix=fix)
-        elif not (_is_a(value, theirs[key]) or (key == "fsdp" and isinstance(value, bool))):
-            expected, got = getattr(theirs[key], "__name__", theirs[key]), f"{value!r} ({type(value).__name__})"
+            own[key] = value
+        elif key in theirs:
             where = f"TrainingArguments.{key}"
-            raise ConfigError("a value of the wrong type", where=where, expected=expected, got=got)
+            training[key] = value if key == "fsdp" and isinstance(value, bool) else convert(value, theirs[key], where)
         else:
-            training[key] = value
-    return load_config(StudentConfig, merged, {"training": training})
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a TOML value fits a type hint of `TrainingArguments`."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, option) for option in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    hint = origin or hint
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    if issubclass(hint, enum.Enum):
-        return isinstance(value, str)
-    return isinstance(value, (int, float) if hint is float else hint)
+            raise unknown_key(key, ours | theirs.keys() - FIXED.keys(), "StudentConfig")
+    return load_config(StudentConfig, own, {"training": training})

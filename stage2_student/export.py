@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ConfigError, ResumeError
+from shared.errors import ResumeError, require
 from shared.files import publish_folder, read_json, sha256_file, write_bytes, write_json
 from shared.process import log
 from stage2_student.checkpoint import RUN_FORMAT, RUN_VERSION
@@ -22,13 +22,14 @@ def export(run: Path, out: Path) -> None:
         ResumeError: `out` exists and is not empty.
     """
     record = read_json(run / "run.json") if (run / "run.json").exists() else {}
-    if (record.get("format"), record.get("version"), record.get("state")) != (RUN_FORMAT, RUN_VERSION, "finished"):
-        raise ConfigError("not a finished training run", where=run, fix="finish it with `codedistill student train`")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ResumeError("the folder to export to is not empty", where=out, fix="choose another --out")
-    for licence, what in _licences(record):
-        if licence is None:
-            log(f"warning: the licence of {what} is unknown; find it out before you share the student")
+    is_finished = [record.get(key) for key in ("format", "version", "state")] == [RUN_FORMAT, RUN_VERSION, "finished"]
+    fix = "finish it with `codedistill student train`"
+    require(is_finished, "not a finished training run", where=run, fix=fix)
+    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    require(is_free, "the export's folder is not empty", error=ResumeError, where=out, fix="choose another --out")
+    for license, what in _licenses(record):
+        if license is None:
+            log(f"warning: the license of {what} is unknown; look it up before you share the student")
     with publish_folder(out) as folder:
         for file in sorted(run.iterdir()):
             if file.is_file() and file.name not in PRIVATE and not file.name.startswith("."):
@@ -38,7 +39,7 @@ def export(run: Path, out: Path) -> None:
 
 
 def _lineage(run: Path, record: dict[str, Any], exported: Path) -> dict[str, Any]:
-    """Digests of the exported files, the run's record, and the caches that it was made from."""
+    """Digests of the exported files and of the run's record, and the caches that it was made from."""
     start = record["init_from"]
     return {
         "format": "codedistill-lineage",
@@ -51,72 +52,57 @@ def _lineage(run: Path, record: dict[str, Any], exported: Path) -> dict[str, Any
     }
 
 
-def _licences(record: dict[str, Any]) -> list[tuple[str | None, str]]:
+def _licenses(record: dict[str, Any]) -> list[tuple[str | None, str]]:
     teacher = record["caches"][0]["teacher"]
-    return [(teacher.get("licence"), f"the teacher {teacher.get('name')}")] + [
-        (source.get("licence"), f"the data set {source['name']}") for source in _sources(record)
-    ]
-
-
-def _sources(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The data sets of all caches; `weighted` says the weight of the cache, where it has one."""
-    return [
-        source | {"weighted": "" if cache["weight"] is None else f", in a cache of weight {cache['weight']:g}"}
-        for cache in record["caches"]
-        for source in cache["sources"]
+    sources = [source for cache in record["caches"] for source in cache["sources"]]
+    return [(teacher.get("license"), f"the teacher {teacher.get('name')}")] + [
+        (source.get("license"), f"the data set {source['name']}") for source in sources
     ]
 
 
 def _card(name: str, record: dict[str, Any]) -> str:
-    """A model card that says what the student was made from; licences of teacher and data pass on."""
-    config, teacher = record["config"], record["caches"][0]["teacher"]
-    sources = "\n".join(
-        f"- {s['name']} ({s['split']}, {s['num_documents']} documents"
-        f"{s['weighted']}), licence: {s.get('licence') or 'unknown'}, "
-        f"revision: {s.get('revision') or 'none'}, digest: `{s['digest']}`\n"
-        f"  Attribution: {s.get('attribution') or 'unknown'}"
-        for s in _sources(record)
-    )
-    share = {"jsd": ", beta = {beta}", "skewed-forward": ", skew = {skew}", "skewed-reverse": ", skew = {skew}"}
-    kept = f", k = {config['k']}" if config["k"] else ""
-    objective = (
-        f"{config['alpha']} x distillation (loss `{config['loss']}`, divergence `{config['divergence']}`"
-        f"{share.get(config['divergence'], '').format(**config)}, T = {config['temperature']}{kept}) "
-        f"+ {1 - config['alpha']:.3g} x cross-entropy"
-        if config["alpha"] > 0
-        else "cross-entropy (no soft labels)"
-    )
+    """A model card that says what the student was made from; licenses of teacher and data pass on."""
+    config, teacher, start = record["config"], record["caches"][0]["teacher"], record["init_from"]
     sizes = "".join(f", {name} = {config[name]}" for name in SIZES if config[name] is not None)
-    metrics = "\n".join(f"- {key}: {value:.6g}" for key, value in record["metrics"].items())
-    start = record["init_from"]
-    started = f"from weights `{start['weights_sha256']}`, whose licence passes on too," if start else "from scratch"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [distillation, code]
----
-# {name}
+    started = f"from weights `{start['weights_sha256']}`, whose license passes on too," if start else "from scratch"
+    labels = "on cached soft labels" if config["alpha"] > 0 else "with cross-entropy only, as a baseline"
+    return "\n".join([
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation, code]\n---",
+        f"# {name}\n",
+        f"A {record['parameters']:,}-parameter decoder (architecture Starcoder2, preset `{config['preset']}`{sizes}), "
+        f"trained {started}\nwith codedistill {record['versions']['codedistill']} {labels}.\n",
+        f"- Teacher: {teacher.get('name')}, license: {teacher.get('license') or 'unknown'}, "
+        f"commit: {teacher.get('commit') or 'none'},",
+        f"  weights: `{teacher['weights_digest']}`.",
+        f"  Attribution: {teacher.get('attribution') or 'unknown'}. "
+        "Restrictions of the teacher's license pass on to this model.",
+        f"- Objective: {_objective(config)}",
+        f"- Label identity: `{record['caches'][0]['label_identity']}`",
+        "\n## Data\n",
+        *(_describe_source(source, cache["weight"]) for cache in record["caches"] for source in cache["sources"]),
+        "\n## Figures of the run\n",
+        *(f"- {key}: {value:.6g}" for key, value in record["metrics"].items()),
+        "",
+    ])  # fmt: skip
 
-A {record["parameters"]:,}-parameter decoder (architecture Starcoder2, preset `{config["preset"]}`{sizes}), trained {
-        started
-    }
-with codedistill {record["versions"]["codedistill"]} {
-        "on cached soft labels" if config["alpha"] > 0 else "as a twin, on the raw data"
-    }.
 
-- Teacher: {teacher.get("name")}, licence: {teacher.get("licence") or "unknown"}, commit: {
-        teacher.get("commit") or "none"
-    },
-  weights: `{teacher["weights_digest"]}`.
-  Attribution: {teacher.get("attribution") or "unknown"}. Restrictions of the teacher's licence pass on to this model.
-- Objective: {objective}
-- Label identity: `{record["caches"][0]["label_identity"]}`
+def _objective(config: dict[str, Any]) -> str:
+    """The loss, with the options that it has."""
+    if config["alpha"] == 0:
+        return "cross-entropy (no soft labels)"
+    names = {"jsd": "beta", "skewed-forward": "skew", "skewed-reverse": "skew"}
+    share = names.get(config["divergence"])
+    options = [f"loss `{config['loss']}`", f"divergence `{config['divergence']}`"]
+    options += [f"{share} = {config[share]}"] if share else []
+    options += [f"T = {config['temperature']}"] + ([f"k = {config['k']}"] if config["k"] else [])
+    return f"{config['alpha']} x distillation ({', '.join(options)}) + {1 - config['alpha']:.3g} x cross-entropy"
 
-## Data
 
-{sources}
-
-## Figures of the run
-
-{metrics}
-"""
+def _describe_source(source: dict[str, Any], weight: float | None) -> str:
+    """A data set, with the weight of its cache where it has one."""
+    weighted = "" if weight is None else f", in a cache of weight {weight:g}"
+    return (
+        f"- {source['name']} ({source['split']}, {source['num_documents']} documents{weighted}), "
+        f"license: {source.get('license') or 'unknown'}, revision: {source.get('revision') or 'none'}, "
+        f"digest: `{source['digest']}`\n  Attribution: {source.get('attribution') or 'unknown'}"
+    )

@@ -39,11 +39,18 @@ class HeadLoss:
         num_items_in_batch: Tensor | int | None = None,
         **soft: Tensor,
     ) -> dict[str, Tensor]:
-        """Return `loss` (the sum over targets divided by `num_items_in_batch`, by default their number here) and the
-        detached sums `kd` and `ce` over the batch, in nats; KD without its factor T².
+        """Return the loss of a batch.
 
-        Without soft labels in the batch, which only alpha = 0 can do without, `kd` is 0. Without gradients to form (in
-        evaluation) the loss alone is computed.
+        Args:
+            hidden_NH: final hidden states.
+            weight_VH: the head's matrix.
+            labels_N: int64 target ids, `IGNORE` where there is none.
+            num_items_in_batch: what the sum is divided by; by default the number of targets here.
+            soft: fields of `SoftLabels` [B, T, …] as `soft_<name>`; where alpha is 0 they may be absent, and `kd` is 0.
+
+        Returns:
+            `loss`, and the detached sums `kd` and `ce` over the batch, in nats; KD without its factor T². Without
+            gradients to form (in evaluation) only the loss is computed.
         """
         labels = self.labels(soft)
         targets_N = (labels_N != IGNORE).nonzero().squeeze(1)  # prompts and padding need no logits
@@ -61,7 +68,7 @@ class HeadLoss:
         return labels.first(self.config.k) if self.config.k else labels
 
     def combine(self, kd: float, ce: float) -> float:
-        """The loss that belongs to both terms."""
+        """The loss of both terms."""
         return self.config.alpha * self.config.temperature**2 * kd + (1 - self.config.alpha) * ce
 
     def scratch(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -104,11 +111,14 @@ class _FusedHeadLoss(torch.autograd.Function):
                 x_CH, labels_C = x_NH[start : start + CHUNK_ROWS], labels_N[start : start + CHUNK_ROWS]
                 z_CV = z_full[: len(x_CH)]
                 g_CV = z_CV if g_full is z_full else g_full[: len(x_CH)]
+                # logits [C, V], in the product's number format and then in float32
                 torch.mm(x_CH, w_VH.T, out=g_CV)
                 z_CV.copy_(g_CV)
+                # loss; z becomes dL/dz [C, V]
                 sums += torch.stack(loss.chunk_(z_CV, labels_C, soft and soft.rows(slice(start, start + CHUNK_ROWS))))
                 if not with_gradients:
                     continue
+                # dL/dhidden [C, H] and dL/dweight [V, H]
                 g_CV.copy_(z_CV)
                 gradient_NH[start : start + CHUNK_ROWS] = g_CV @ w_VH
                 if g_CV is z_CV:

@@ -1,12 +1,11 @@
 """Distillation losses on sparse teacher rows, with their gradients, in place on one chunk of logits.
 
 Student logits z over V ids, s = z/T. A teacher row holds K ids with log-probabilities log p_k and the log mass log p_τ
-of all other ids, at T. With a_k = s_k, r = logsumexp of s without the K ids, ℓ = logaddexp(logsumexp(a), r):
-log q_k = a_k − ℓ and log q_τ = r − ℓ. The tail is never formed as 1 − Σq, which is invalid in most rows at a tail of
-1e-7.
+of all other ids, at T. `shared.partition` gives the student's log q over the same cells.
 
 A loss is a function of the cells of a row: the K ids and, last, one bucket of all other ids. With g = dL/ds over the
-cells, dL/dz_k = g_k/T for the K ids and dL/dz_j = g_τ·exp(s_j − r)/T for every other id.
+cells, dL/dz_k = g_k/T for the K ids and dL/dz_j = g_τ·exp(s_j − r)/T for every other id, r being the logsumexp of s
+over the bucket.
 
 Shapes: C rows of a chunk, K padded entries of a row, M = K + 1 cells, S padded samples of a row, V vocabulary.
 Everything is float32; logs are natural.
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shared.model.gpt import IGNORE
+from shared.partition import kl_rows, partition_
 from stage2_student.config import StudentConfig
 
 LOG_ZERO = -745.0  # mass below e^-745 is 0 in float64 too; what the cache stores for an underflown tail lies below
@@ -78,11 +78,13 @@ def cross_entropy_(logits_CV: Tensor, labels_C: Tensor, smoothing: float = 0.0) 
             and the gradient have it, `ce` never.
     """
     valid_C1, safe_C1 = _targets(labels_C, logits_CV.dtype)
+    # [C, 1]: the label's logit and the mean, relative to the row's largest, before the logits become exponentials
     logits_CV.sub_(logits_CV.amax(1, keepdim=True))
     label_C1 = logits_CV.gather(1, safe_C1)
     mean_C1 = logits_CV.mean(1, keepdim=True) if smoothing else 0.0
     sum_C1 = logits_CV.exp_().sum(1, keepdim=True)
     ce = ((sum_C1.log() - label_C1) * valid_C1).sum()
+    # dL/dz [C, V]: q less the target's distribution
     logits_CV.mul_(valid_C1 / sum_C1)
     logits_CV.scatter_add_(1, safe_C1, (smoothing - 1) * valid_C1)
     if not smoothing:
@@ -107,7 +109,8 @@ def dense_distill_(logits_CV: Tensor, labels_C: Tensor, logp_CV: Tensor, alpha: 
     logq_CV = logits_CV.log_softmax(1)
     ce = -(logq_CV.gather(1, safe_C1) * valid_C1).sum()
     p_CV = logp_CV.exp()
-    kd = ((p_CV * (logp_CV - logq_CV)).sum(1, keepdim=True) * valid_C1).sum()
+    kd = (kl_rows(logp_CV, logq_CV)[:, None] * valid_C1).sum()
+    # dL/dz [C, V]: q − αp, and −(1−α) at the label
     torch.exp(logq_CV, out=logits_CV).sub_(p_CV, alpha=alpha)
     logits_CV.scatter_add_(1, safe_C1, torch.full_like(valid_C1, alpha - 1)).mul_(valid_C1)
     return ChunkLoss(alpha * kd + (1 - alpha) * ce, kd, ce)
@@ -138,54 +141,47 @@ def distill_(logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels, config: Stud
     """
     alpha, temperature = config.alpha, config.temperature
     hard_CV = None
-    if temperature != 1:  # cross-entropy lives at T = 1, so it needs its own exponentials
+    if temperature != 1:  # cross-entropy is at T = 1, so it needs exponentials of its own
         hard_CV = logits_CV.clone()
         ce = cross_entropy_(hard_CV, labels_C).ce
         logits_CV.div_(temperature)
 
+    # [C, 1]: which rows have a target, and its id and logit, before the logits are overwritten
     valid_C1, safe_C1 = _targets(labels_C, logits_CV.dtype)
-    valid_C = valid_C1[:, 0]
-    label_C = logits_CV.gather(1, safe_C1)[:, 0]
-    ids_CK, real_CK, logp_CK, logp_tail_C = _cells(soft, config.loss)
-    empty_C1 = ~real_CK.any(1, keepdim=True)
-    taught_C = valid_C * ~empty_C1[:, 0]
-    # What is no entry stands for the row's first one; a row without entries is handled as one of the single id 0.
-    first_C1 = ids_CK.gather(1, real_CK.int().argmax(1, keepdim=True)).masked_fill(empty_C1, 0)
-    ids_CK = ids_CK.where(real_CK, first_C1)
-    real_CK[:, :1] |= empty_C1
+    label_C1 = logits_CV.gather(1, safe_C1)
 
-    # From here on a, r and ℓ are relative to the row's largest logit, so that differences of large logits stay exact.
-    a_CK = logits_CV.gather(1, ids_CK).masked_fill_(~real_CK, -torch.inf)
-    logits_CV.scatter_(1, ids_CK, -torch.inf)
-    outside_C = logits_CV.amax(1)
-    top_C = torch.maximum(outside_C, a_CK.amax(1))
-    outside_C = outside_C.where(outside_C > -torch.inf, top_C)  # k = V: no id is outside
-    a_CK -= top_C[:, None]
-    sum_C = logits_CV.sub_(outside_C[:, None]).exp_().sum(1)
-    r_C = outside_C - top_C + sum_C.log()
-    normaliser_C = torch.logaddexp(a_CK.logsumexp(1), r_C)
-    logq_CM = torch.cat((a_CK, r_C[:, None]), 1) - normaliser_C[:, None]
+    # log p and log q [C, M]: both sides over the row's cells
+    ids_CK, real_CK, logp_CK, logp_tail_C = _cells(soft, config.loss)
+    taught_C1 = valid_C1 * real_CK.any(1, keepdim=True)
+    cells = partition_(logits_CV, ids_CK, real_CK)
     logp_CM = torch.cat((logp_CK, logp_tail_C[:, None]), 1)
 
-    if config.loss in ("sampled", "hybrid"):
-        kd_C, g_CM = _weighted(logp_CM, logq_CM)
-    elif config.loss == "truncated":
-        kd_C, g_CM = _divergence(_renormalised(logp_CM), _renormalised(logq_CM), config)
-    else:
-        kd_C, g_CM = _divergence(logp_CM, logq_CM, config)
-    kd = (kd_C * taught_C).sum()
+    # KD [C] and its gradient by s over the cells [C, M]
+    kd_C, g_CM = _cell_loss(logp_CM, cells.logq, config)
+    kd = (kd_C * taught_C1[:, 0]).sum()
     if hard_CV is None:
-        ce = ((normaliser_C - (label_C - top_C)) * valid_C).sum()
+        ce = ((cells.normaliser - (label_C1[:, 0] - cells.top)) * valid_C1[:, 0]).sum()
 
-    # At T = 1 the gradient of cross-entropy is q − 1 at the label: its q joins here, its label below.
-    soft_C, hard_C = alpha * temperature * taught_C, (1 - alpha) * valid_C if hard_CV is None else 0 * valid_C
-    gradient_CM = soft_C[:, None] * g_CM + hard_C[:, None] * logq_CM.exp()
-    logits_CV.mul_((gradient_CM[:, -1] / sum_C.clamp(min=torch.finfo(torch.float32).tiny))[:, None])
-    logits_CV.scatter_add_(1, ids_CK, gradient_CM[:, :-1].masked_fill(~real_CK, 0))
-    logits_CV.scatter_add_(1, safe_C1, -hard_C[:, None])
+    # dL/ds over the cells [C, M]; at T = 1 cross-entropy's q joins here, and its −1 at the label below
+    hard_C1 = (1 - alpha) * valid_C1 if hard_CV is None else torch.zeros_like(valid_C1)
+    gradient_CM = alpha * temperature * taught_C1 * g_CM + hard_C1 * cells.logq.exp()
+
+    # dL/dz [C, V]: the bucket's ids share its gradient by exp(s_j − r), then the row's own ids, then the label
+    logits_CV.mul_(gradient_CM[:, -1:] / cells.bucket_sum.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
+    logits_CV.scatter_add_(1, cells.ids, gradient_CM[:, :-1].masked_fill(~cells.real, 0))
+    logits_CV.scatter_add_(1, safe_C1, -hard_C1)
     if hard_CV is not None:
         logits_CV.add_(hard_CV, alpha=1 - alpha)
     return ChunkLoss(alpha * temperature**2 * kd + (1 - alpha) * ce, kd, ce)
+
+
+def _cell_loss(logp_CM: Tensor, logq_CM: Tensor, config: StudentConfig) -> tuple[Tensor, Tensor]:
+    """KD of each row [C], and its gradient by s over the cells [C, M]."""
+    if config.uses_samples:
+        return _weighted(logp_CM, logq_CM)
+    if config.loss == "truncated":
+        logp_CM, logq_CM = _renormalised(logp_CM), _renormalised(logq_CM)
+    return _divergence(logp_CM, logq_CM, config)
 
 
 def _cells(soft: SoftLabels, loss: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -229,24 +225,24 @@ def _divergence(logp_CM: Tensor, logq_CM: Tensor, config: StudentConfig) -> tupl
     """
     q_CM = logq_CM.exp()
     if config.divergence == "forward":
-        return _kl(logp_CM, logq_CM), q_CM - logp_CM.exp()
+        return kl_rows(logp_CM, logq_CM), q_CM - logp_CM.exp()
     if config.divergence == "reverse":
         left_out_CM = logp_CM < LOG_ZERO
-        value_C = _kl(logq_CM.masked_fill(left_out_CM, -torch.inf), logp_CM)
+        value_C = kl_rows(logq_CM.masked_fill(left_out_CM, -torch.inf), logp_CM)
         c_CM = (logq_CM - logp_CM + 1).masked_fill(left_out_CM, 0)
     elif config.divergence == "jsd":
         beta = config.beta
         logm_CM = _mixture(beta, logp_CM, logq_CM)
-        value_C = beta * _kl(logp_CM, logm_CM) + (1 - beta) * _kl(logq_CM, logm_CM)
+        value_C = beta * kl_rows(logp_CM, logm_CM) + (1 - beta) * kl_rows(logq_CM, logm_CM)
         c_CM = (1 - beta) * (logq_CM - logm_CM)
     else:
         skew = config.skew
         logm_CM = _mixture(skew, logp_CM, logq_CM)
         if config.divergence == "skewed-forward":
-            value_C = _kl(logp_CM, logm_CM)
+            value_C = kl_rows(logp_CM, logm_CM)
             c_CM = -(1 - skew) * (logp_CM - logm_CM).exp()
         else:
-            value_C = _kl(logq_CM, logm_CM)
+            value_C = kl_rows(logq_CM, logm_CM)
             c_CM = logq_CM - logm_CM + 1 - (1 - skew) * (logq_CM - logm_CM).exp()
     weighted_CM = torch.where(q_CM > 0, q_CM * c_CM, 0)
     return value_C, weighted_CM - q_CM * weighted_CM.sum(1, keepdim=True)
@@ -255,9 +251,3 @@ def _divergence(logp_CM: Tensor, logq_CM: Tensor, config: StudentConfig) -> tupl
 def _mixture(share: float, logp_CM: Tensor, logq_CM: Tensor) -> Tensor:
     """log(share·p + (1 − share)·q)."""
     return torch.logaddexp(logp_CM + math.log(share), logq_CM + math.log1p(-share))
-
-
-def _kl(log_a_CM: Tensor, log_b_CM: Tensor) -> Tensor:
-    """Σ a (log a − log b) of each row; cells of no mass add nothing."""
-    a_CM = log_a_CM.exp()
-    return torch.where(a_CM > 0, a_CM * (log_a_CM - log_b_CM), 0).sum(1)

@@ -1,4 +1,4 @@
-"""How much device memory a training run takes, before anything is allocated, and the micro-batch that fits."""
+"""The device memory of a training run, estimated before anything is allocated, and the micro-batch that fits."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """The sum of all three."""
         return self.state_bytes + self.activation_bytes + self.head_bytes
 
 
@@ -59,7 +59,7 @@ def estimate_memory(
     # query heads), attention's output, the MLP's hidden layer before and after its non-linearity as product inputs.
     per_token = 2 * 4 * H + product_bytes * (2 * H + 2 * kept + 3 * H + H + 2 * F)
     layers = sizes.num_hidden_layers * (4 * H) + per_token if recomputed else sizes.num_hidden_layers * per_token
-    # Logits and the matrix's gradient; under mixed precision their bfloat16 twins and the matrix's bfloat16 copy too.
+    # Logits and the matrix's gradient; under mixed precision their bfloat16 copies and the matrix's bfloat16 copy too.
     head = CHUNK_ROWS * V * (4 + (2 if bf16 else 0)) + V * H * (4 + (4 if bf16 else 0))
     return MemoryEstimate(
         state_bytes=16 * num_parameters,
@@ -69,7 +69,7 @@ def estimate_memory(
 
 
 def announce(config: StudentConfig, sizes: GPTConfig, num_parameters: int) -> None:
-    """Say what training will take, before it is allocated."""
+    """Log the memory that training will take, before it is allocated."""
     tokens = config.per_device_train_batch_size * config.block_size
     memory = _estimate(config, sizes, num_parameters)
     log(
@@ -87,15 +87,15 @@ def fit_micro_batch(
     *,
     earlier: Mapping[str, Any] | None = None,
 ) -> StudentConfig:
-    """Choose the largest micro-batch within a limit; accumulation makes up for it, so that no step changes.
+    """Choose the largest micro-batch within a limit; accumulation keeps the blocks of each step.
 
     Args:
         config: says how many blocks each process has per step, as micro-batch times accumulation.
         sizes, num_parameters: the student's.
-        batch_tokens: most tokens of a micro-batch; `auto` for what the estimate says fits the free memory of every
-            process; None leaves the config as it is.
-        earlier: the `run.json` of the run that goes on. `auto` keeps its micro-batch where that still fits, because
-            sums of another order are other numbers.
+        batch_tokens: max tokens of a micro-batch; `auto` for what fits the free memory of every process by the
+            estimate; None keeps the config.
+        earlier: the `run.json` of the run that is resumed. `auto` keeps its micro-batch if that still fits, because
+            another order of summation gives other last bits.
 
     Raises:
         ConfigError: not even one block fits.
@@ -106,8 +106,8 @@ def fit_micro_batch(
     free_bytes = smallest(free_memory())
     candidates = [size for size in range(blocks, 0, -1) if blocks % size == 0]
     if batch_tokens == "auto" and earlier:
-        had = earlier["config"]["per_device_train_batch_size"]
-        candidates.sort(key=lambda size: size != had)
+        previous = earlier["config"]["per_device_train_batch_size"]
+        candidates.sort(key=lambda size: size != previous)
     for size in candidates:
         fitted = dataclasses.replace(
             config, per_device_train_batch_size=size, gradient_accumulation_steps=blocks // size
@@ -130,7 +130,7 @@ def fit_micro_batch(
 
 
 def free_memory() -> int:
-    """Free bytes of this process's device; on a processor its share of the main memory that is available."""
+    """Free bytes of this process's device; without a GPU, its share of the available main memory."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

@@ -1,8 +1,8 @@
-"""Which documents of several weighted caches an epoch holds, as a pure function of lengths, weights, seed and epoch.
+"""Which documents of several weighted caches an epoch holds: a pure function of lengths, weights, seed and epoch.
 
-Each cache is an endless sequence of rows: its documents in a shuffled order, then in another, and so on, so that none
-repeats before all have been used. An epoch has as many rows as all caches together. Cache c gives weight_c / Σ weight
-of them: the documents that start in the next stretch of that length of its sequence, one document more or less.
+Each cache is an endless sequence of rows: its documents in one shuffled order, then in another, and so on. So no
+document repeats before all have been used. An epoch has as many rows as all caches together. Cache c gives
+weight_c / Σ weight of them: the documents that start in the next stretch of that length of its sequence.
 """
 
 import math

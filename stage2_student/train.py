@@ -46,8 +46,14 @@ from stage2_student.dataset import PackedBlocks, hold_out
 from stage2_student.fused import HeadLoss
 from stage2_student.init_weights import Start
 from stage2_student.memory import announce, fit_micro_batch
-from stage2_student.trainer import DistillTrainer, RunRecorder, StopEarly, StopOnSignal
+from stage2_student.trainer import DistillTrainer, EpochEnds, RunRecorder, StopEarly, StopOnSignal
 
+NEVER = 2**31  # steps between two evaluations or saves
+PASSED_ON = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm",
+    "logging_steps", "bf16", "dataloader_num_workers", "seed",
+)  # fmt: skip
 # May change between a kill and the resume without changing what is learnt.
 FREE_ON_RESUME = (
     "eval_steps", "save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers",
@@ -65,6 +71,7 @@ def train(
     validation_path: Path | None = None,
     init_from: Path | None = None,
     batch_tokens: int | str | None = None,
+    teacher_logprobs: Path | None = None,
 ) -> None:
     """Train a student on one or more caches, or continue a run that was stopped.
 
@@ -80,6 +87,7 @@ def train(
         validation_path: a cache of held-out documents, of the same label identity.
         init_from: a directory of weights to start from (see `Start`); None draws them from the seed.
         batch_tokens: most tokens of a micro-batch, or `auto` for what memory allows; see `fit_micro_batch`.
+        teacher_logprobs: the teacher's full distribution of the cache, for loss=dense; see `experiments.dense`.
 
     Raises:
         ResumeError: the folder holds another run, or another process trains in it.
@@ -90,6 +98,8 @@ def train(
         PeerEndedError: another process of the run has ended.
         Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; a checkpoint was saved.
     """
+    if (config.loss == "dense") != (teacher_logprobs is not None):
+        raise ConfigError("loss=dense and --teacher-logprobs belong together", got=f"loss={config.loss}")
     with joined(), contextlib.ExitStack() as held:
         task = None
         if rank() == 0:  # alone it looks at everything first, and says what is wrong
@@ -106,7 +116,7 @@ def train(
             return
         if task is None:
             task = check(config, cache_paths, out, weights, validation_path, init_from)
-        _train(task, out, batch_tokens)
+        _train(task, out, batch_tokens, teacher_logprobs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,11 +156,13 @@ def check(
         raise ConfigError("a cache is given twice", where="--cache", got=", ".join(map(str, cache_paths)))
     if validation_path and config.validation_fraction:
         raise ConfigError("held-out documents are given twice", where="--validation, validation_fraction")
-    if config.early_stopping_patience and not (config.eval_steps and (validation_path or config.validation_fraction)):
+    has_validation = validation_path is not None or config.validation_fraction > 0
+    evaluates = has_validation and (config.eval_steps or config.training.get("eval_strategy") == "epoch")
+    if config.early_stopping_patience and not evaluates:
         raise ConfigError(
             "stopping early needs evaluations",
             where="early_stopping_patience",
-            fix="eval_steps above 0, and --validation or validation_fraction",
+            fix="eval_steps above 0 or eval_strategy=epoch, and --validation or validation_fraction",
         )
     caches = [Cache(path, decoded_bytes=DECODED_BYTES // len(cache_paths)) for path in cache_paths]
     validation = Cache(validation_path) if validation_path else None
@@ -159,25 +171,15 @@ def check(
     start = Start(init_from, sizes, caches[0]) if init_from else None
     record["init_from"] = start and start.describe()
     earlier = _earlier_run(out, record)
-    has_validation = validation is not None or config.validation_fraction > 0
     training_arguments(config, out, has_validation=has_validation)  # so that transformers says now what it refuses
     return Task(config=config, caches=caches, weights=weights, validation=validation, sizes=sizes, start=start,
                 record=record, earlier=earlier)  # fmt: skip
 
 
-def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
-    caches, record, earlier = task.caches, task.record, task.earlier
-    if earlier and earlier["state"] == "finished":
-        log(f"{out / WEIGHTS} is missing or damaged; it is made again")
-    newest = None
-    if rank() == 0:
-        remove_leftovers(out)
-        newest = newest_whole(out)
-    (step,) = agree([-1 if newest is None else step_of(newest)])
-    checkpoint = None if step < 0 else out / f"checkpoint-{step}"
-
+def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logprobs: Path | None) -> None:
+    record, earlier, sizes = task.record, task.earlier, task.sizes
+    checkpoint = _newest_checkpoint(out, earlier)
     set_seed(task.config.seed)
-    sizes = task.sizes
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
     config = fit_micro_batch(task.config, sizes, num_parameters, batch_tokens, earlier=earlier)
@@ -185,31 +187,18 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
     model = GPT(sizes)
     if task.start:
         task.start.load_into(model)
-    model.head_loss = head_loss = HeadLoss(config)
+    model.head_loss = head_loss = _head_loss(config, task.caches, teacher_logprobs)
     record |= {
         "config": to_dict(config),
         "initial_weights_sha256": weights_digest(model.state_dict()),
         "parameters": num_parameters,
     }
-
     blocks, held_out_blocks = _data(task, config)
+    record["data"] = _describe_blocks(blocks, config, model)
     arguments = training_arguments(config, out, has_validation=held_out_blocks is not None)
     if config.save_steps:
         for step in range(config.save_steps, len(blocks) // _blocks_per_step(config) + 1, config.save_steps):
             require_no_file(out / f"checkpoint-{step}")
-    embeddings = model.model.embed_tokens.weight.numel() / num_parameters  # the output head is the same tensor
-    waste = 1 - blocks.num_rows * blocks.num_epochs / (blocks.num_blocks * config.block_size)
-    log(
-        f"student {config.preset}: {num_parameters:,} parameters ({embeddings:.0%} in embeddings); "
-        f"{blocks.num_rows:,} rows x {blocks.num_epochs:.4g} epochs in {blocks.num_blocks:,} blocks of "
-        f"{config.block_size} ({waste:.1%} padding)"
-    )
-    record["data"] = {
-        "rows_per_epoch": blocks.num_rows,
-        "epochs": blocks.num_epochs,
-        "blocks": blocks.num_blocks,
-        "padding": waste,
-    }
 
     run_id = earlier["wandb_run_id"] if earlier else None
     with tracking.start("train", name=out.name, config=record, directory=out.parent, run_id=run_id) as run:
@@ -227,43 +216,102 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None) -> None:
             head_loss=head_loss,
             train_dataset=blocks,
             eval_dataset=held_out_blocks,
-            callbacks=[recorder, early, stop],
+            callbacks=[recorder, early, stop, _epoch_ends(config, blocks)],
         )
         trainer.remove_callback(PrinterCallback)
-        if checkpoint:
-            log(f"continuing from {checkpoint}")
-            trainer.restore_window(checkpoint)
         start = time.monotonic()
         with stop:
+            if checkpoint:
+                log(f"continuing from {checkpoint}")
+                trainer.restore_window(checkpoint)
             if checkpoint and early.is_due(read_json(checkpoint / TRAINER_STATE_NAME)["log_history"]):
                 trainer.take_up(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             stop.raise_requested()
-            # From here on a signal waits: without a last checkpoint (save_steps=0) the weights are in memory alone.
-            seconds = time.monotonic() - start
-            metrics = trainer.final_evaluation() if held_out_blocks else {}
-            record["metrics"] = metrics | {
-                "steps": trainer.state.global_step,
-                "skipped_steps": trainer.skipped_steps,
-                "seconds_since_start_or_resume": seconds,
-            }
-            run.summary(record["metrics"])
-            weights = trainer.accelerator.get_state_dict(trainer.model)  # gathered on all ranks where FSDP has cut them
-            if rank() == 0:
-                require(
-                    weights_digest(weights) != record["initial_weights_sha256"],
-                    "training has changed no weight",
-                    where=out,
-                    expected="steps with targets and a learning rate above 0",
-                    got=f"{trainer.state.global_step} steps, {trainer.skipped_steps} of them without targets",
-                )
-                _write_student(weights, sizes, caches[0], out)
-                finished = {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)}
-                write_json(out / "run.json", record | finished)
-                log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
-            agree([0])  # the claim holds until all are here
+            # From here on a signal waits: without a last checkpoint (save_steps=0) only memory holds the weights.
+            _finish(trainer, task, out, run, seconds=time.monotonic() - start)
         stop.raise_requested()
+
+
+def _newest_checkpoint(out: Path, earlier: dict[str, Any] | None) -> Path | None:
+    """The checkpoint to resume from, on all ranks; rank 0 removes what a kill left behind."""
+    if earlier and earlier["state"] == "finished":
+        log(f"{out / WEIGHTS} is missing or damaged and is made again")
+    newest = None
+    if rank() == 0:
+        remove_leftovers(out)
+        newest = newest_whole(out)
+    (step,) = agree([-1 if newest is None else step_of(newest)])
+    return None if step < 0 else out / f"checkpoint-{step}"
+
+
+def _describe_blocks(blocks: PackedBlocks, config: StudentConfig, model: GPT) -> dict[str, Any]:
+    """What `run.json` records of the training data, which is also logged."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = model.model.embed_tokens.weight.numel() / num_parameters  # the output head is the same tensor
+    padding = 1 - blocks.num_rows * blocks.num_epochs / (blocks.num_blocks * config.block_size)
+    log(
+        f"student {config.preset}: {num_parameters:,} parameters ({embeddings:.0%} in embeddings); "
+        f"{blocks.num_rows:,} rows x {blocks.num_epochs:.4g} epochs in {blocks.num_blocks:,} blocks of "
+        f"{config.block_size} ({padding:.1%} padding)"
+    )
+    return {
+        "rows_per_epoch": blocks.num_rows,
+        "epochs": blocks.num_epochs,
+        "blocks": blocks.num_blocks,
+        "padding": padding,
+    }
+
+
+def _finish(trainer: DistillTrainer, task: Task, out: Path, run: tracking.Run, *, seconds: float) -> None:
+    """Take the last measurements and write the student."""
+    record = task.record
+    metrics = trainer.final_evaluation() if trainer.eval_dataset is not None else {}
+    record["metrics"] = metrics | {
+        "steps": trainer.state.global_step,
+        "skipped_steps": trainer.skipped_steps,
+        "seconds_since_start_or_resume": seconds,
+    }
+    run.summary(record["metrics"])
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # gathered on all ranks where FSDP has cut them
+    if rank() == 0:
+        require(
+            weights_digest(weights) != record["initial_weights_sha256"],
+            "training has changed no weight",
+            where=out,
+            expected="steps with targets and a learning rate above 0",
+            got=f"{trainer.state.global_step} steps, {trainer.skipped_steps} of them without targets",
+        )
+        _write_student(weights, task.sizes, task.caches[0], out)
+        finished = {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)}
+        write_json(out / "run.json", record | finished)
+        log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
+    agree([0])  # the claim holds until all are here
+
+
+def _head_loss(config: StudentConfig, caches: Sequence[Cache], teacher_logprobs: Path | None) -> HeadLoss:
+    if teacher_logprobs is None:
+        return HeadLoss(config)
+    from stage2_student.experiments.dense import DenseLoss
+
+    return DenseLoss(config, teacher_logprobs, caches)
+
+
+def _blocks_class(config: StudentConfig) -> type[PackedBlocks]:
+    if config.loss != "dense":
+        return PackedBlocks
+    from stage2_student.experiments.dense import DenseBlocks
+
+    return DenseBlocks
+
+
+def _epoch_ends(config: StudentConfig, blocks: PackedBlocks) -> EpochEnds:
+    """What to do at the last step of each epoch of the data set, which to HF `Trainer` is one epoch."""
+    per_step = _blocks_per_step(config)
+    steps = {-(-block // per_step) for block in [*blocks.first_block[1:-1], blocks.num_blocks]}
+    strategies = [config.training.get(name) for name in ("eval_strategy", "save_strategy")]
+    return EpochEnds(steps, evaluates=strategies[0] == "epoch", saves=strategies[1] == "epoch")
 
 
 def _data(task: Task, config: StudentConfig) -> tuple[PackedBlocks, PackedBlocks | None]:
@@ -271,7 +319,7 @@ def _data(task: Task, config: StudentConfig) -> tuple[PackedBlocks, PackedBlocks
     held_out = None
     if config.validation_fraction:
         held_out = [hold_out(cache, config.validation_fraction, config.seed) for cache in task.caches]
-    blocks = PackedBlocks(
+    blocks = _blocks_class(config)(
         task.caches,
         weights=task.weights,
         held_out=held_out,
@@ -401,12 +449,9 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
     Raises:
         ConfigError: transformers refuses them.
     """
-    same = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps",
-            "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
-            "max_grad_norm", "logging_steps", "bf16", "dataloader_num_workers", "seed")  # fmt: skip
     options: dict[str, Any] = dict(
         output_dir=str(out),
-        **{name: getattr(config, name) for name in same},
+        **{name: getattr(config, name) for name in PASSED_ON},
         num_train_epochs=1,  # the data set holds all epochs
         eval_strategy="steps" if has_validation and config.eval_steps > 0 else "no",
         logging_nan_inf_filter=False,  # it waits for the device after each micro-batch; what is not finite is refused
@@ -423,8 +468,12 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
         disable_tqdm=not sys.stderr.isatty(),
         use_cpu=not torch.accelerator.is_available(),
     )
+    options |= config.training
+    for kind in ("eval", "save"):
+        if options[f"{kind}_strategy"] == "epoch":  # `EpochEnds` knows when; HF adds the last step of all
+            options |= {f"{kind}_strategy": "steps", f"{kind}_steps": NEVER}
     try:
-        arguments = TrainingArguments(**options | config.training)
+        arguments = TrainingArguments(**options)
     except (ValueError, TypeError) as error:
         raise ConfigError("transformers refuses these training arguments", got=error) from error
     if arguments.fsdp and not torch.accelerator.is_available():

@@ -299,6 +299,24 @@ def _log_line(record: dict[str, Any]) -> str:
     return json.dumps({"step": record["step"], **ordered}, allow_nan=False) + "\n"
 
 
+class EpochEnds(TrainerCallback):
+    """Evaluates and saves at the last step of each epoch of the data set.
+
+    Args:
+        steps: these steps.
+        evaluates, saves: what to do there.
+    """
+
+    def __init__(self, steps: set[int], *, evaluates: bool, saves: bool) -> None:
+        self.steps, self.evaluates, self.saves = steps, evaluates, saves
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for both where an epoch ends."""
+        if state.global_step in self.steps:
+            control.should_evaluate |= self.evaluates
+            control.should_save |= self.saves
+
+
 class StopEarly(TrainerCallback):
     """Ends training where the held-out loss no longer falls.
 

@@ -118,7 +118,8 @@ def attach(path: Path, folder: Path) -> None:
     """
     from shared.cache.attach import add_files
 
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    found = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    files = {name.as_posix(): file for name, file in found.items() if name.parts[0] != "wandb"}
     if not files:
         raise click.UsageError(f"there is no file in {folder}")
     add_files(path, {f"teacher_eval/{name}": file.read_bytes() for name, file in files.items()})

@@ -15,7 +15,7 @@ def label_identity(identity: Mapping[str, Any]) -> str:
 
     Args:
         identity: `teacher` with `weights_digest` and `config_digest`, `tokenizer` with `digest`, and `labels`, of which
-            every key counts. Names, revisions and licences beside the digests describe and do not count.
+            every key counts. Names, revisions and licenses beside the digests describe and do not count.
 
     Raises:
         CacheFormatError: one of these is missing.

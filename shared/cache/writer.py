@@ -197,7 +197,7 @@ class CacheWriter:
 
         Args:
             identity: who made the labels; see `identity.label_identity`.
-            sources: the data sets, each with name, split, revision, licence, digest, num_documents.
+            sources: the data sets, each with name, split, revision, license, digest, num_documents.
             provenance: further keys of the manifest, such as `derived_from`.
 
         Raises:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
-from shared.errors import ConfigError
+from shared.errors import require, require_range
 
 try:
     from torch.nn.attention import varlen
@@ -48,24 +48,13 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0:
-                raise ConfigError(
-                    "a size must be positive", where=f"GPTConfig.{field.name}", got=getattr(self, field.name)
-                )
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ConfigError(
-                "heads must have an even size",
-                where="GPTConfig.hidden_size",
-                expected=f"a multiple of 2 x num_attention_heads = {2 * self.num_attention_heads}",
-                got=self.hidden_size,
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(
-                "query heads must share key/value heads evenly",
-                where="GPTConfig.num_key_value_heads",
-                expected=f"a divisor of num_attention_heads = {self.num_attention_heads}",
-                got=self.num_key_value_heads,
-            )
+            require_range(getattr(self, field.name), f"GPTConfig.{field.name}", above=0)
+        heads = self.num_attention_heads
+        require(self.hidden_size % (2 * heads) == 0, "heads must have an even size", where="GPTConfig.hidden_size",
+                expected=f"a multiple of 2 x num_attention_heads = {2 * heads}", got=self.hidden_size)  # fmt: skip
+        require(heads % self.num_key_value_heads == 0, "query heads must share key/value heads evenly",
+                where="GPTConfig.num_key_value_heads", expected=f"a divisor of num_attention_heads = {heads}",
+                got=self.num_key_value_heads)  # fmt: skip
 
     @property
     def head_dim(self) -> int:
@@ -302,11 +291,11 @@ class Documents:
         return torch.cat(attended, dim=2).view(A, B, T, D).transpose(0, 1)
 
     def attend_varlen(self, q_BATD: Tensor, k_BATD: Tensor, v_BATD: Tensor) -> Tensor:
-        """Attend with the kernel for sequences of any length; bfloat16 or float16 on CUDA alone."""
+        """Attend with the kernel for sequences of any length; only bfloat16 or float16 on CUDA."""
         B, A, T, D = q_BATD.shape
         q_NAD, k_NAD, v_NAD = (tensor.transpose(1, 2).reshape(B * T, A, D) for tensor in (q_BATD, k_BATD, v_BATD))
         y_NAD = varlen.varlen_attn(q_NAD, k_NAD, v_NAD, self.bounds, self.bounds, T, T, window_size=(-1, 0))
-        assert isinstance(y_NAD, Tensor)  # alone, unless more is asked for
+        assert isinstance(y_NAD, Tensor)  # a single tensor, unless more is asked for
         return y_NAD.view(B, T, A, D).transpose(1, 2)
 
     def attend_masked(self, q_BATD: Tensor, k_BATD: Tensor, v_BATD: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""The teacher's full distribution for the proof's dense arm: all V log-probabilities of every target, in one file."""
+"""The teacher's full distribution, for `loss=dense`: all V log-probabilities of every target, in one file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.cache.format import Array
 from shared.cache.reader import Cache
 from shared.checkpoints import load_model
-from shared.errors import CacheMismatchError
+from shared.errors import CacheMismatchError, require
 from shared.eval.fidelity.rows import partition_rows
 from shared.files import fsync_directory
 from shared.logits import LogitSource
@@ -20,7 +22,7 @@ from stage2_student.fused import HeadLoss
 from stage2_student.losses import ChunkLoss, SoftLabels, dense_distill_
 
 CHUNK_ROWS = 256  # rows that go through the teacher's head at once
-MAX_KL_NATS = 0.01  # of the cache's rows from the teacher's, on average: other batches of a bf16 model make 1e-4
+MAX_KL_NATS = 0.01  # mean KL between the cache's rows and the teacher's; other batches of a bf16 model make 1e-4
 
 
 class DenseLabels(SoftLabels):
@@ -31,14 +33,16 @@ class DenseLabels(SoftLabels):
 def write_dense(teacher: Path, cache: Cache, path: Path) -> None:
     """Run the teacher once over a cache's documents and write its log-probabilities, float16 [targets, V], in order.
 
+    A file that exists is kept.
+
     Raises:
-        CacheMismatchError: the rows are not those of the cache: another teacher.
+        CacheMismatchError: the rows are not those of the cache, so it is another teacher.
     """
     if path.exists():
         return
     model, _ = load_model(teacher, cache.manifest["identity"]["labels"]["dtype"])
     source, V = LogitSource(model, CHUNK_ROWS), cache.tokenizer_size
-    masks = [cache.loss_mask(doc)[:-1] for doc in range(cache.num_documents)]
+    masks = _target_masks(cache)
     temporary = path.with_name(f".{path.name}.tmp")
     kl_nats, at, shape = 0.0, 0, (sum(int(mask.sum()) for mask in masks), V)
     rows_NV = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
@@ -54,13 +58,14 @@ def write_dense(teacher: Path, cache: Cache, path: Path) -> None:
                 rows_NV[at : at + len(logits_CV)] = logits_CV.log_softmax(1).numpy()
                 at += len(logits_CV)
             bar.advance(len(tokens))
-    if not kl_nats / max(at, 1) <= MAX_KL_NATS:
+    kl_nats /= max(at, 1)
+    if not kl_nats <= MAX_KL_NATS:
         temporary.unlink()
         raise CacheMismatchError(
             "the teacher's distributions are not those of the cache",
             where=f"{teacher} and {cache.path}",
             expected=f"a mean KL of at most {MAX_KL_NATS} nats per target",
-            got=f"{kl_nats / max(at, 1):.3g}",
+            got=f"{kl_nats:.3g}",
             fix="--teacher: the model that the caches were built with",
         )
     rows_NV.flush()
@@ -69,12 +74,15 @@ def write_dense(teacher: Path, cache: Cache, path: Path) -> None:
 
 
 class DenseBlocks(PackedBlocks):
-    """Blocks whose positions carry the number of their row in the file, `soft_row` [T, 1] int64, in place of labels."""
+    """Blocks whose positions carry the number of their row in the file, `soft_row` [T, 1] int64, in place of labels.
 
-    def __init__(self, cache: Cache, **options: Any) -> None:
-        super().__init__([cache], temperature=None, **options)
-        masks = [cache.loss_mask(doc) for doc in range(cache.num_documents)]
-        self._first_row = np.cumsum([0, *(int(mask[:-1].sum()) for mask in masks)])
+    The arguments are those of `PackedBlocks`; there is one cache, and `temperature` is not used.
+    """
+
+    def __init__(self, caches: Sequence[Cache], **options: Any) -> None:
+        super().__init__(caches, **options | {"temperature": None})
+        masks = _target_masks(caches[0])
+        self._first_row = np.cumsum([0, *(int(mask.sum()) for mask in masks)])
         self._row_in_doc = [np.cumsum(mask) - 1 for mask in masks]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -88,11 +96,25 @@ class DenseBlocks(PackedBlocks):
 
 
 class DenseLoss(HeadLoss):
-    """KL(teacher‖student) over all V ids mixed with cross-entropy; on a cache's rows it is `ghost`."""
+    """KL(teacher‖student) over all V ids mixed with cross-entropy; on a cache's rows it is `ghost`.
 
-    def __init__(self, config: StudentConfig, path: Path) -> None:
+    Args:
+        config: of `loss=dense`.
+        path: the file, as `write_dense` wrote it for the cache.
+        caches: what is trained on; one.
+
+    Raises:
+        ConfigError: several caches, or a file of another cache.
+    """
+
+    def __init__(self, config: StudentConfig, path: Path, caches: Sequence[Cache]) -> None:
         super().__init__(config)
+        require(len(caches) == 1, "loss=dense trains on one cache", where="--cache", got=f"{len(caches)} caches")
+        require(path.is_file(), "the teacher's log-probabilities are missing", where=path)
         self._logp_NV = np.load(path, mmap_mode="r")
+        expected = (sum(int(mask.sum()) for mask in _target_masks(caches[0])), caches[0].tokenizer_size)
+        got = self._logp_NV.shape
+        require(got == expected, "log-probabilities of another cache", where=path, expected=expected, got=got)
 
     def labels(self, soft: dict[str, Tensor]) -> SoftLabels | None:
         """The numbers of the rows, where the batch has them."""
@@ -107,3 +129,8 @@ class DenseLoss(HeadLoss):
             return super().chunk_(logits_CV, labels_C, soft)
         half_CV = torch.from_numpy(self._logp_NV[soft.ids[:, 0].cpu().numpy()]).to(logits_CV.device)
         return dense_distill_(logits_CV, labels_C, half_CV.float().log_softmax(1), self.config.alpha)
+
+
+def _target_masks(cache: Cache) -> list[Array]:
+    """For each document, which of its rows are targets, bool [n − 1]."""
+    return [cache.loss_mask(doc)[:-1] for doc in range(cache.num_documents)]

@@ -1,90 +1,185 @@
-"""The members of a sweep: the product of a TOML grid, each with a readable name and a resolved config."""
+"""The runs of an experiment: a TOML grid and its variants, each run with a readable name and a resolved config."""
 
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.config import read_toml, to_dict
-from shared.errors import ConfigError, DistillError
+from shared.config import load_config, read_toml, to_dict
+from shared.errors import ConfigError, DistillError, require
 from shared.files import sha256_json
 from stage2_student.config import StudentConfig, student_config
 
-LONGEST_NAME = 120  # bytes; file systems take 255, and logs and temporary files add to it
+MAX_NAME_BYTES = 120  # file systems allow 255, and the names of logs and temporary files are longer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
-    """One student of a sweep.
+class Run:
+    """One student of an experiment.
 
     Attributes:
-        name: its run's folder inside the sweep's.
-        swept: the values that the grid, or its own `[[run]]`, gives it.
-        settings: all values that it is given, the fixed ones first.
-        config: the same with every default.
+        name: the name of its folder.
+        setting: the name without the seed. Runs of one setting differ in nothing else.
+        swept: the values that the grid, its variant or its own `[[run]]` gives it, for tables.
+        settings: every value that differs from a default.
+        config: the resolved config.
     """
 
     name: str
+    setting: str
     swept: dict[str, Any]
     settings: dict[str, Any]
     config: StudentConfig
 
 
-def read_grid(path: Path) -> list[Member]:
-    """Read a sweep's members in the file's order.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One way to train the student.
 
-    A training config (`student train --config`) becomes a grid by a table `[grid]` of lists, of which every
-    combination is a member, or by tables `[[run]]` that each describe one more. A name depends on what the grid says of
-    its member alone, so a grid that grows finds the students that it has trained.
+    Attributes:
+        name: in tables and folder names.
+        versus: variants that it is compared with, beside the first one.
+        settings: what it changes.
+    """
+
+    name: str = ""
+    versus: tuple[str, ...] = ()
+    settings: dict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """An experiment's file.
+
+    Attributes:
+        path: the file.
+        fixed: settings of every run.
+        grid: values by key. Every combination is trained, with every variant.
+        variants: the first one is the baseline.
+        single: the settings of each `[[run]]`, which stands outside the grid.
+        seeds: of the runs that confirm a search (`student proof`).
+    """
+
+    path: Path
+    fixed: dict[str, Any]
+    grid: dict[str, list[Any]]
+    variants: Sequence[Variant]
+    single: Sequence[dict[str, Any]]
+    seeds: tuple[int, ...]
+
+    def runs(self, forced: Mapping[str, Any] | None = None) -> list[Run]:
+        """Every run, in the file's order; `forced` settings win over the file's.
+
+        Raises:
+            ConfigError: a key or value that no run can have, or the same run twice.
+        """
+        product = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        listed: list[tuple[Variant | None, dict[str, Any]]] = []
+        if self.grid or self.variants:
+            listed = [(variant, values) for variant in self.variants or (None,) for values in product]
+        return self._resolve([*listed, *((None, values) for values in self.single)], forced or {})
+
+    def confirming_runs(self, chosen: Mapping[str, Mapping[str, Any]], forced: Mapping[str, Any]) -> list[Run]:
+        """Seed by seed a run of each variant, with the values `chosen` for it in the search."""
+        listed = [(variant, {**chosen[variant.name], "seed": seed}) for seed in self.seeds for variant in self.variants]
+        return self._resolve(listed, forced)
+
+    def _resolve(self, listed: Iterable[tuple[Variant | None, dict[str, Any]]], forced: Mapping[str, Any]) -> list[Run]:
+        runs: list[Run] = []
+        for variant, values in listed:
+            own = {**(variant.settings if variant else {}), **values}
+            swept = {"variant": variant.name, **values} if variant else values
+            label = _label(swept)
+            try:
+                config = student_config(self.fixed, own, forced)
+            except DistillError as error:
+                raise ConfigError(f"a run is refused: {error}", where=f"{self.path}: {label}") from error
+            same = next((run for run in runs if run.config == config), None)
+            if same:
+                raise ConfigError("two runs are the same", where=self.path, got=f"{_label(same.swept)} and {label}")
+            name = _folder_name(swept, config, taken=[run.name for run in runs])
+            setting = _label({key: value for key, value in swept.items() if key != "seed"})
+            settings = {**self.fixed, **own, **forced}
+            runs.append(Run(name=name, setting=setting, swept=swept, settings=settings, config=config))
+        return runs
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read an experiment's TOML file.
+
+    It is a training config (`student train --config`) with one or more of: a table `[grid]` of lists, of which every
+    combination is trained; tables `[[variant]]`, each with a `name`, with which the grid is repeated; tables `[[run]]`,
+    each of which describes one further run; a table `[confirm]` with the `seeds` of `student proof`. A run's name
+    depends only on what the file says of that run, so a grid that grows keeps the students it has trained.
 
     Raises:
-        ConfigError: no TOML, no member, one twice, or a key or value that no run can have.
+        ConfigError: no TOML, no run, or tables of another form.
     """
     fixed = read_toml(path)
-    grid, runs = fixed.pop("grid", {}), fixed.pop("run", [])
-    if not isinstance(grid, dict):
-        raise ConfigError("[grid] must be a table of lists", where=path, got=repr(grid))
-    if not isinstance(runs, list) or not all(isinstance(run, dict) and run for run in runs):
-        raise ConfigError("each [[run]] must be a table of settings", where=path, got=repr(runs))
+    tables = {
+        key: fixed.pop(key, [] if key in ("run", "variant") else {}) for key in ("grid", "variant", "run", "confirm")
+    }
+    grid = tables["grid"]
+    require(isinstance(grid, dict), "[grid] must be a table of lists", where=path, got=repr(grid))
     for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise ConfigError("a grid's key needs a list of values", where=f"{path}: grid.{key}", got=repr(values))
-    product = itertools.product(*grid.values()) if grid else ()
-    swept = [*(dict(zip(grid, values, strict=True)) for values in product), *runs]
-    if not swept:
-        raise ConfigError("nothing to sweep over", where=path, expected="a table [grid] of lists, or tables [[run]]")
-    members: list[Member] = []
-    for values in swept:
-        try:
-            config = student_config(fixed, values)
-        except DistillError as error:
-            where = f"{path}: {_words(values)}"
-            raise ConfigError(f"a student of the sweep is refused: {error}", where=where) from error
-        twin = next((member for member in members if member.config == config), None)
-        if twin:
-            raise ConfigError("two members are the same", where=path, got=f"{_words(twin.swept)} and {_words(values)}")
-        name = _name(values, config, members)
-        members.append(Member(name=name, swept=values, settings=fixed | values, config=config))
-    return members
+        is_list = isinstance(values, list) and values
+        require(is_list, "a grid's key needs a list of values", where=f"{path}: grid.{key}", got=repr(values))
+    for key in ("run", "variant"):
+        is_tables = isinstance(tables[key], list) and all(isinstance(entry, dict) and entry for entry in tables[key])
+        require(is_tables, f"each [[{key}]] must be a table of settings", where=path, got=repr(tables[key]))
+    experiment = Experiment(
+        path=path,
+        fixed=fixed,
+        grid=grid,
+        variants=_variants(tables["variant"], {*grid, "seed"}, path),
+        single=tables["run"],
+        seeds=load_config(_Confirm, tables["confirm"]).seeds,
+    )
+    expected = "a table [grid] of lists, or tables [[variant]] or [[run]]"
+    require(experiment.runs(), "nothing to train", where=path, expected=expected)
+    return experiment
 
 
-def _words(values: Mapping[str, Any]) -> str:
-    return ",".join(f"{key}={value}" for key, value in values.items())
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Confirm:
+    seeds: tuple[int, ...] = ()
 
 
-def _name(values: Mapping[str, Any], config: StudentConfig, others: list[Member]) -> str:
-    """What differs, in characters that every file system and shell takes; a digest where that is not enough."""
-    name = re.sub(r"[^\w.,=+-]", "-", _words(values), flags=re.ASCII)
-    if len(name) > LONGEST_NAME or any(name == other.name for other in others):
-        name = f"{name[: LONGEST_NAME - 9]}-{sha256_json(to_dict(config))[:8]}"
+def _variants(tables: Sequence[Mapping[str, Any]], shared_keys: set[str], path: Path) -> list[Variant]:
+    variants = []
+    for table in tables:
+        own = {key: table[key] for key in ("name", "versus") if key in table}
+        settings = {key: value for key, value in table.items() if key not in own}
+        shared = ", ".join(sorted(settings.keys() & shared_keys))
+        require(not shared, "every variant has the same grid and seeds", where=path, got=shared)
+        variants.append(load_config(Variant, own, {"settings": settings}))
+    names = [variant.name for variant in variants]
+    distinct = len(set(names)) == len(names) and all(re.fullmatch(r"[a-z0-9.-]+", name) for name in names)
+    expected = "for each variant a name of its own of lower-case letters, digits, dots and dashes"
+    require(distinct, "the variants cannot be told apart", where=path, expected=expected, got=", ".join(names))
+    for variant in variants:
+        unknown = ", ".join(sorted(set(variant.versus) - (set(names) - {variant.name})))
+        require(not unknown, f"{variant.name} is compared with a variant that does not exist", where=path, got=unknown)
+    return variants
+
+
+def _label(swept: Mapping[str, Any]) -> str:
+    return ",".join(str(value) if key == "variant" else f"{key}={value}" for key, value in swept.items())
+
+
+def _folder_name(swept: Mapping[str, Any], config: StudentConfig, *, taken: Sequence[str]) -> str:
+    """The label in characters that every file system and shell accepts; a digest where that is not enough."""
+    name = re.sub(r"[^\w.,=+-]", "-", _label(swept), flags=re.ASCII)
+    if len(name) > MAX_NAME_BYTES or name in taken:
+        name = f"{name[: MAX_NAME_BYTES - 9]}-{sha256_json(to_dict(config))[:8]}"
     return name
 
 
 def to_toml(value: Any) -> str:
-    """A value that TOML gave, as TOML on one line."""
+    """A value that came from TOML, as TOML on one line."""
     if isinstance(value, dict):
         pairs = (f"{json.dumps(key, ensure_ascii=False)} = {to_toml(item)}" for key, item in value.items())
         return "{" + ", ".join(pairs) + "}"

@@ -1,197 +1,238 @@
-"""The proof: one student, one cache, several losses, paired seeds, and what may be claimed of their differences.
+"""`student proof`: what may be claimed of the differences between ways to train one student.
 
-Each arm has the same search over learning rates, judged on the validation cache, and everywhere the epoch with the best
-validation NLL. The students that are compared are then trained with seeds of their own, each seed with the same initial
-weights and data order in all arms, and they alone are scored on the test cache.
+Each variant has the same search over the grid, judged on the validation cache, and every run keeps the epoch with the
+best validation NLL. Each variant's best settings are then trained with new seeds; a seed has the same initial weights
+and data order in all variants. Only these runs are scored on the test cache.
 """
 
-import ctypes
-import multiprocessing
-import os
-import signal
-import sys
-import time
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from shared.cache.identity import require_same
-from shared.cache.lock import Claim
 from shared.cache.reader import Cache
-from shared.checkpoints import model_digest
-from shared.config import to_dict
-from shared.errors import ConfigError, DistillError, ResumeError
+from shared.errors import ConfigError, require
 from shared.files import read_json, write_bytes, write_json
+from shared.machine import machine, versions
 from shared.process import log
-from shared.tokenizer import load_tokenizer
-from stage2_student.config import require_labels
 from stage2_student.experiments.dense import write_dense
-from stage2_student.experiments.outcome import choose, summarise
-from stage2_student.experiments.proof_plan import Arm, Member, Plan, read_plan
-from stage2_student.experiments.proof_report import page, plot
-from stage2_student.experiments.proof_run import train_member
+from stage2_student.experiments.grid import Experiment, Run, read_experiment
+from stage2_student.experiments.report import interval_plot, proof_page, sentences
+from stage2_student.experiments.runner import Inputs, Row, Runner, locked
+from stage2_student.experiments.statistics import Comparison, compare_settings
 from stage2_student.train import identify
 
-SETTINGS, RESULT = "settings.json", "proof.json"
-_PR_SET_PDEATHSIG = 1
+FORMAT, VERSION = "codedistill-proof", 1
+RESULT = "proof.json"
+# Evaluate and save at the end of each epoch, and end with the weights of the epoch with the lowest validation NLL.
+BEST_EPOCH = {
+    "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "load_best_model_at_end": True,
+    "metric_for_best_model": "ce", "greater_is_better": False,
+}  # fmt: skip
 
 
 def prove(
-    plan_path: Path, train: Path, validation: Path, test: Path, out: Path, *, teacher: Path | None = None, jobs: int = 1
+    config: Path, train: Path, validation: Path, test: Path, out: Path, *, teacher: Path | None = None, jobs: int = 1
 ) -> dict[str, Any]:
-    """Train all members of a plan that are not finished, and write `proof.{json,md,svg}`.
+    """Search, confirm and compare, and write `proof.{json,md,svg}`. What is finished is kept.
 
     Args:
-        plan_path: TOML (see `read_plan`).
+        config: an experiment (see `read_experiment`) with two or more variants and `[confirm]` seeds.
         train, validation, test: caches of one teacher without a document in common.
-        out: the proof's folder: `members/NAME.json` as they finish, `settings.json`.
-        teacher: the model that made the caches, for an arm of its full distribution.
-        jobs: members trained at once; they share the processor's threads.
+        out: the proof's folder; the runs are in `search/` and `final/`.
+        teacher: the model that made the caches, for variants with loss=dense.
+        jobs: runs trained at once (see `Runner`).
 
     Returns:
-        What `proof.json` holds (see `summarise`).
+        What `proof.json` holds (see `summarise_proof`).
 
     Raises:
-        ConfigError: the plan, or caches that do not go with it.
+        ConfigError: the experiment, or caches that do not go with it.
         CacheMismatchError: caches of different teachers, or another teacher than theirs.
-        ResumeError: the folder holds a proof of other settings, or another process works in it.
-        DistillError: a student failed, or its process was killed.
+        ResumeError: another process works in the folder.
+        DistillError: runs failed; the others were trained.
+        Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; the processes were stopped, each with a checkpoint.
     """
-    plan, caches = read_plan(plan_path), {"train": train, "validation": validation, "test": test}
-    settings = _settings(plan, caches, teacher)
-    (out / "members").mkdir(parents=True, exist_ok=True)
-    claim = Claim(out, "training in this folder")
-    try:
-        if (out / SETTINGS).exists():
-            _require_equal(read_json(out / SETTINGS), settings, out)
-        else:
-            write_json(out / SETTINGS, settings)
-        dense = out / "teacher-logprobs.npy"
-        members = plan.search()
-        if teacher and any(arm.dense for arm in plan.arms) and not _all_done(plan, out):
-            write_dense(teacher, Cache(train), dense)
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker, (jobs,)) as pool:
-            try:
-                searched = _train(pool, members, caches, dense, out)
-                chosen = choose(plan, searched)
-                log("learning rates chosen: " + ", ".join(f"{arm} {rate:g}" for arm, rate in chosen.items()))
-                finals = _train(pool, plan.finals(chosen), caches, dense, out)
-            except BaseException:
-                for child in multiprocessing.active_children():
-                    child.terminate()  # what they were training is trained again
-                raise
-        dense.unlink(missing_ok=True)
-        result = summarise(plan, settings, searched, finals)
-        write_bytes(out / "proof.md", page(result).encode())
-        write_bytes(out / "proof.svg", plot(result))
+    experiment = read_experiment(config)
+    searching = experiment.runs(BEST_EPOCH)
+    _require_confirmable(experiment, searching)
+    caches = {"train": Cache(train), "validation": Cache(validation), "test": Cache(test)}
+    _require_separate(caches)
+    dense = [run.name for run in searching if run.config.loss == "dense"]
+    if dense and teacher is None:
+        raise ConfigError("a variant needs the teacher's full distribution", where=dense[0], fix="--teacher DIR")
+    inputs = Inputs(caches=[train], validation=validation, teacher_logprobs=out / "teacher-logprobs.npy")
+    known = read_json(out / RESULT)["runs"] if (out / RESULT).exists() else []
+    with locked(out):
+        searched = _train(Runner(searching, out / "search", inputs, jobs=jobs, group=out.resolve().name), teacher)
+        chosen = choose(experiment, searched)
+        confirming = experiment.confirming_runs(chosen, BEST_EPOCH)
+        log("chosen: " + "; ".join(dict.fromkeys(run.setting for run in confirming)))
+        runs = _train(Runner(confirming, out / "final", inputs, jobs=jobs, scored_on=test, known=known,
+                             group=out.resolve().name), teacher)  # fmt: skip
+        (out / "teacher-logprobs.npy").unlink(missing_ok=True)
+        settings = {
+            "fixed": experiment.fixed,
+            "grid": experiment.grid,
+            "search_seed": searching[0].config.seed,
+            "seeds": list(experiment.seeds),
+            "top_k": caches["train"].width,
+            "caches": {name: identify(cache) | {"documents": cache.num_documents, "tokens": cache.num_tokens}
+                       for name, cache in caches.items()},
+        }  # fmt: skip
+        result, comparisons = summarise_proof(experiment, settings, searched, runs)
+        write_bytes(out / "proof.md", proof_page(result, comparisons).encode())
+        write_bytes(out / "proof.svg", interval_plot(_by_variant(runs), comparisons))
         write_json(out / RESULT, result)
-    finally:
-        claim.release()
     return result
 
 
-def _settings(plan: Plan, paths: Mapping[str, Path], teacher: Path | None) -> dict[str, Any]:
-    """All that the figures depend on, by digest, having checked that it goes together."""
-    caches = {name: Cache(path) for name, path in paths.items()}
+def choose(experiment: Experiment, searched: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each variant's values of the grid: those of its run with the lowest validation NLL, the first of equals."""
+    chosen = {}
+    for variant in experiment.variants:
+        trials = [figures for figures in searched if figures["swept"]["variant"] == variant.name]
+        best = min(trials, key=lambda figures: min(figures["validation_nll_nats"]))
+        chosen[variant.name] = {key: best["swept"][key] for key in experiment.grid}
+    return chosen
+
+
+def summarise_proof(
+    experiment: Experiment,
+    settings: Mapping[str, Any],
+    searched: Sequence[Mapping[str, Any]],
+    runs: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, Any], list[Comparison]]:
+    """The proof's result, from the figures of its runs, and its comparisons.
+
+    Returns:
+        `variants`: of each `name`, `loss`, `k`, `alpha`, `temperature`, the chosen `learning_rate` and `epochs` (the
+        best one in the search; each seed's own in `epochs_by_seed`), `test_nll` and `test_kl` with `mean`, `sd` and
+        `seeds`, and `versus_ce`: the paired difference from the first variant, null for itself. `comparisons`: all that
+        the experiment asks for, with `difference`, `ci95`, `significant` (the interval excludes 0), `p`, `p_holm` over
+        all of them and the same of the KL under `kl`. `summary`: sentences. `settings`, `search`, `runs`, `seconds`,
+        `versions`, `machine`. NLL and KL are in nats per target.
+
+    Raises:
+        ConfigError: runs of one seed that did not begin alike.
+    """
+    _require_pairs(runs)
+    versus = {variant.name: variant.versus for variant in experiment.variants}
+    comparisons = compare_settings(_by_variant(runs), versus)
+    baseline = experiment.variants[0].name
+    against_baseline = {row.setting: row.to_dict() for row in comparisons if row.versus == baseline}
+    variants = [
+        _describe_variant([run for run in runs if run["swept"]["variant"] == name], searched, settings["top_k"])
+        | {"name": name, "versus_ce": against_baseline.get(name)}
+        for name in versus
+    ]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "variants": variants,
+        "comparisons": [row.to_dict() for row in comparisons],
+        "summary": sentences(comparisons, len(experiment.seeds)),
+        "settings": dict(settings),
+        "search": list(searched),
+        "runs": list(runs),
+        "seconds": round(sum(run["seconds"] for run in [*searched, *runs]), 1),
+        "versions": versions("codedistill", "torch", "transformers", "accelerate", "numpy", "h5py"),
+        "machine": machine(),
+    }, comparisons
+
+
+def _describe_variant(
+    runs: Sequence[Mapping[str, Any]], searched: Sequence[Mapping[str, Any]], top_k: int
+) -> dict[str, Any]:
+    """What a variant is and what its runs reached."""
+    config, chosen = runs[0]["config"], {key: value for key, value in runs[0]["swept"].items() if key != "seed"}
+    distils = config["alpha"] > 0
+    return {
+        "loss": config["loss"] if distils else "cross-entropy",
+        "k": (config["k"] or top_k) if distils and config["loss"] != "dense" else None,
+        **{key: config[key] for key in ("alpha", "temperature", "label_smoothing", "learning_rate")},
+        "epochs": next(trial["best_epoch"] for trial in searched if trial["swept"] == chosen),
+        "epochs_by_seed": [run["best_epoch"] for run in runs],
+        "test_nll": _over_seeds([run["nll_nats"] for run in runs]),
+        "test_kl": _over_seeds([run["kl_to_teacher_nats"] for run in runs]),
+    }
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)), "seeds": list(values)}
+
+
+def _by_variant(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, tuple[float, float]]]:
+    """NLL and KL by variant and seed."""
+    figures: dict[str, dict[int, tuple[float, float]]] = {}
+    for run in runs:
+        figures.setdefault(run["swept"]["variant"], {})[run["seed"]] = (run["nll_nats"], run["kl_to_teacher_nats"])
+    return figures
+
+
+def _train(runner: Runner, teacher: Path | None) -> list[dict[str, Any]]:
+    """Train what is not finished, score it, and return the figures of each run."""
+    if not runner.is_finished:
+        path = runner.inputs.teacher_logprobs
+        if teacher and path and any(run.config.loss == "dense" for run in runner.runs):
+            write_dense(teacher, Cache(runner.inputs.caches[0]), path)
+        runner.train(keep_checkpoints=False)
+        runner.require_finished()
+    runner.score()
+    return [_figures(run, row, runner.out / run.name) for run, row in zip(runner.runs, runner.rows, strict=True)]
+
+
+def _figures(run: Run, row: Row, folder: Path) -> dict[str, Any]:
+    record = read_json(folder / "run.json")
+    logged = map(json.loads, (folder / "training_log.jsonl").read_text().splitlines())
+    nll_nats = [entry["eval_ce"] for entry in logged if "eval_ce" in entry]
+    return dataclasses.asdict(row) | {
+        "config": record["config"],
+        "validation_nll_nats": nll_nats,
+        "best_epoch": 1 + nll_nats.index(min(nll_nats)),
+        "seconds": record["metrics"]["seconds_since_start_or_resume"],
+        "initial_weights_sha256": record["initial_weights_sha256"],
+        "data": record["data"],
+    }
+
+
+def _require_confirmable(experiment: Experiment, searching: Sequence[Run]) -> None:
+    where = experiment.path
+    count = len(experiment.variants)
+    require(count > 1 and not experiment.single, "a proof compares variants", where=where,
+            expected="two or more [[variant]] and no [[run]]", got=f"{count} and {len(experiment.single)}")  # fmt: skip
+    seeds, search_seed = experiment.seeds, searching[0].config.seed
+    distinct = len(set(seeds)) == len(seeds) > 1 and search_seed not in seeds and "seed" not in experiment.grid
+    require(distinct, "the seeds of a proof", where=where,
+            expected="two or more in [confirm] seeds, each once, none the search's",
+            got=f"seeds {list(seeds)}, search seed {search_seed}")  # fmt: skip
+
+
+def _require_separate(caches: Mapping[str, Cache]) -> None:
+    """Refuse caches of different labels, or with a document in common."""
     first = caches["train"]
-    seen: dict[bytes, str] = {}
-    for name, cache in caches.items():
+    seen: dict[bytes, Cache] = {}
+    for cache in caches.values():
         require_same("the label identities", first.label_identity, cache.label_identity,
                      ours_name=first.path, theirs_name=cache.path,
                      fix="build all caches with the same teacher and options")  # fmt: skip
         for doc in range(cache.num_documents):
-            theirs = seen.setdefault(sha256(cache.tokens(doc).tobytes()).digest(), name)
-            if theirs != name:
+            other = seen.setdefault(sha256(cache.tokens(doc).tobytes()).digest(), cache)
+            if other is not cache:
                 got = cache.meta(doc).get("id", doc)
-                raise ConfigError("two caches share a document", where=f"{paths[theirs]} and {cache.path}", got=got)
-    for member in plan.search():
-        require_labels(member.config, first)
-        if member.config.temperature not in first.temperatures:
-            raise ConfigError("no such temperature in the caches", where=member.arm.name, got=member.config.temperature)
-    needs_teacher = [arm.name for arm in plan.arms if arm.dense]
-    if needs_teacher and teacher is None:
-        raise ConfigError("an arm needs the teacher's full distribution", where=needs_teacher[0], fix="--teacher DIR")
-    return {
-        "learning_rates": list(plan.learning_rates),
-        "search_seed": plan.search_seed,
-        "seeds": list(plan.seeds),
-        "student": dict(plan.common),
-        "arms": [_describe(arm) for arm in plan.arms],
-        "configs": {member.arm.name: to_dict(member.config) for member in plan.search()},
-        "top_k": first.width,
-        "teacher": model_digest(teacher, load_tokenizer(teacher)) if needs_teacher and teacher else None,
-        "caches": {name: identify(cache) | {"documents": cache.num_documents, "tokens": cache.num_tokens}
-                   for name, cache in caches.items()},
-    }  # fmt: skip
+                raise ConfigError("two caches share a document", where=f"{other.path} and {cache.path}", got=got)
 
 
-def _describe(arm: Arm) -> dict[str, Any]:
-    return {"name": arm.name, "versus": list(arm.versus), "dense": arm.dense, **arm.settings}
-
-
-def _require_equal(theirs: Mapping[str, Any], ours: Mapping[str, Any], out: Path) -> None:
-    for key in ours:
-        if ours[key] != theirs.get(key):
-            raise ResumeError(
-                f"the folder holds a proof with other settings: {key}",
-                where=out,
-                expected=theirs.get(key),
-                got=ours[key],
-                fix="choose another --out, or give the settings of that proof",
-            )
-
-
-def _file(member: Member, out: Path) -> Path:
-    return out / "members" / f"{member.name}.json"
-
-
-def _all_done(plan: Plan, out: Path) -> bool:
-    """Whether no member is left to train."""
-    if not all(_file(member, out).exists() for member in plan.search()):
-        return False
-    chosen = choose(plan, [read_json(_file(member, out)) for member in plan.search()])
-    return all(_file(member, out).exists() for member in plan.finals(chosen))
-
-
-def _train(
-    pool: ProcessPoolExecutor, members: Sequence[Member], caches: Mapping[str, Path], dense: Path, out: Path
-) -> list[dict[str, Any]]:
-    """Figures of all members, in order; those that have none yet are trained."""
-    waiting = [member for member in members if not _file(member, out).exists()]
-    log(f"{len(members) - len(waiting)} of {len(members)} {members[0].name.partition('-')[0]} members are finished")
-    start = time.monotonic()
-    futures = {
-        pool.submit(train_member, member, caches["train"], caches["validation"], caches["test"], dense, out): member
-        for member in waiting
-    }
-    for number, future in enumerate(as_completed(futures), 1):
-        member = futures[future]
-        try:
-            figures = future.result()
-        except BrokenProcessPool as error:
-            fix = "more memory, or fewer --jobs; the same command continues"
-            raise DistillError("a process of the proof was killed", where=out, fix=fix) from error
-        except DistillError as error:
-            raise DistillError(f"a student of the proof failed: {error}", where=member.name) from error
-        write_json(_file(member, out), figures)
-        left = (time.monotonic() - start) / number * (len(waiting) - number)
-        log(
-            f"{member.name}: validation NLL {min(figures['validation_nll_nats']):.4f} after epoch "
-            f"{figures['best_epoch']}; {figures['seconds']:.0f} s; {number}/{len(waiting)}, {left / 60:.0f} min left"
-        )
-    return [read_json(_file(member, out)) for member in members]
-
-
-def _begin_worker(jobs: int) -> None:
-    """Share the threads, and end with the parent, also where that is killed (Linux)."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
-            sys.exit(1)
+def _require_pairs(runs: Sequence[Mapping[str, Any]]) -> None:
+    """Differences are paired only where a seed's students had the same initial weights, blocks and steps."""
+    by_seed: dict[int, set[str]] = {}
+    for run in runs:
+        began = [run["initial_weights_sha256"], run["data"], run["config"]["block_size"], run["steps"]]
+        by_seed.setdefault(run["seed"], set()).add(json.dumps(began))
+    for seed, kinds in by_seed.items():
+        require(len(kinds) == 1, "variants of one seed began differently, so they are no pairs", where=f"seed {seed}")

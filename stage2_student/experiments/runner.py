@@ -1,218 +1,281 @@
-"""A sweep: the students of a grid, each trained by a `student train` process of its own, then compared."""
+"""Trains many students, each by a `student train` process of its own, and scores them alike."""
 
 import contextlib
 import ctypes
-import fcntl
-import math
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shared.errors import ConfigError, DistillError, ResumeError
-from shared.files import read_json, sha256_file, write_bytes, write_json
-from shared.model.gpt import GPTConfig
+from shared.cache.format import CLAIM
+from shared.cache.lock import LAPSE_SECONDS, Claim, is_dead
+from shared.errors import ConfigError, DistillError, require
+from shared.eval.fidelity.measure import evaluate_fidelity
+from shared.files import read_json, sha256_file
 from shared.process import Terminated, log, own_command, world_size
-from stage2_student.experiments.grid import Member, read_grid, to_toml
-from stage2_student.experiments.report import plot, rank_rows, table
-from stage2_student.experiments.score import score
-from stage2_student.train import WEIGHTS, check
+from stage2_student.checkpoint import checkpoints
+from stage2_student.experiments.grid import Run, to_toml
+from stage2_student.train import check
 
-LOCK = ".lock"
-LOCK_SECONDS = 60.0  # what a killed sweep's processes, which stop by themselves, may take for a last checkpoint
 FIGURES = ("nll_nats", "kl_to_teacher_nats")
+SCORING_TOKENS = 2048  # of a batch
 _PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What all runs of an experiment share: arguments of `train`.
+
+    Attributes:
+        caches, weights, validation, init_from: as `train` has them.
+        teacher_logprobs: for the runs with loss=dense.
+    """
+
+    caches: Sequence[Path]
+    weights: Sequence[float] | None = None
+    validation: Path | None = None
+    init_from: Path | None = None
+    teacher_logprobs: Path | None = None
+
+    def options(self, run: Run) -> list[str]:
+        """The options of `student train`."""
+        suffixes = [f":{weight}" for weight in self.weights] if self.weights else [""] * len(self.caches)
+        options = [f"--cache={path}{suffix}" for path, suffix in zip(self.caches, suffixes, strict=True)]
+        options += [f"--validation={self.validation}"] if self.validation else []
+        options += [f"--init-from={self.init_from}"] if self.init_from else []
+        options += [f"--teacher-logprobs={self.teacher_logprobs}"] if run.config.loss == "dense" else []
+        return options + [f"--set={key}={to_toml(value)}" for key, value in run.settings.items()]
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """What an experiment's result says of a run.
+
+    Attributes:
+        name, setting, seed, swept: the run's.
+        state: `waiting`, `finished` or `failed`, with its `error`.
+        parameters, steps, weights_sha256: of a finished run.
+        nll_nats, kl_to_teacher_nats: per target, as `eval fidelity` measures them in float32; None for a reason in
+            `reasons`.
+        scored_on_sha256: digest of the manifest of the cache that it was scored on.
+    """
+
+    name: str
+    setting: str
+    seed: int
+    swept: dict[str, Any]
+    state: str = "waiting"
+    error: str | None = None
+    parameters: int | None = None
+    steps: int | None = None
+    weights_sha256: str | None = None
+    nll_nats: float | None = None
+    kl_to_teacher_nats: float | None = None
+    reasons: dict[str, str] = field(default_factory=lambda: dict.fromkeys(FIGURES, "not trained yet"))
+    scored_on_sha256: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
 class _Job:
-    member: Member
+    run: Run
     process: subprocess.Popen[bytes]
     log_file: Path
-    log_start: int  # where this process's words begin in a log that earlier ones share
+    log_start: int  # where this process's text begins in a log that earlier processes share
     started: float
 
 
-class Sweep:
-    """A grid's students in one folder: `<name>/` and `<name>.log` of each, and `sweep.{json,md,svg}` of all.
+class Runner:
+    """Runs in one folder: `<name>/` and `<name>.log` of each.
 
     Args:
-        grid: a TOML file (see `read_grid`).
-        cache_paths, weights, validation_path, init_from: those of `train`, the same for all.
-        out: the sweep's folder.
-        jobs: trained at once. Each has one GPU, in turn; without GPUs they share the processor's threads.
+        runs: what to train.
+        out: the folder.
+        inputs: what they are trained on.
+        jobs: processes at once. Each has one GPU, in turn; without GPUs they share the processor's threads.
+        scored_on: the cache that finished students are scored on.
+        known: rows of an earlier result, whose scores of equal weights are taken over.
+        group: the runs' group in W&B.
+        on_change: called with the rows when one has changed.
+
+    Attributes:
+        rows: one for each run, in order.
 
     Raises:
-        ConfigError: a member's config is refused, does not fit the caches, or is not that of the run in its folder;
-            nothing is trained or written then.
+        ConfigError: a run does not fit the caches, or its folder holds another run. Nothing has been written then.
     """
 
     def __init__(
         self,
-        grid: Path,
-        cache_paths: Sequence[Path],
+        runs: Sequence[Run],
         out: Path,
+        inputs: Inputs,
         *,
-        weights: Sequence[float] | None = None,
-        validation_path: Path | None = None,
-        init_from: Path | None = None,
         jobs: int = 1,
+        scored_on: Path | None = None,
+        known: Sequence[Mapping[str, Any]] = (),
+        group: str,
+        on_change: Callable[[Sequence[Row]], object] = lambda rows: None,
     ) -> None:
-        if world_size() > 1:
-            raise ConfigError("a sweep starts its own processes", fix="run it without torchrun, with --jobs")
-        self.out, self.jobs = out, jobs
-        self.members = read_grid(grid)
-        self._options = [
-            *(f"--cache={path}{f':{weight}' if weights else ''}" for path, weight in _weighted(cache_paths, weights)),
-            *([f"--validation={validation_path}"] if validation_path else []),
-            *([f"--init-from={init_from}"] if init_from else []),
-        ]
-        self._finished = set()
-        self._sizes: dict[str, GPTConfig] = {}
-        for member in self.members:
+        fix = "run it without torchrun, with --jobs"
+        require(world_size() == 1, "an experiment starts its own processes", fix=fix)
+        self.runs, self.out, self.inputs, self.jobs = runs, out, inputs, jobs
+        self._group, self._on_change, self._known = group, on_change, known
+        self._scored_on = scored_on
+        self.rows: list[Row] = []
+        for run in runs:
+            if run.config.loss == "dense" and not inputs.teacher_logprobs:
+                fix = "`student proof --teacher DIR`"
+                raise ConfigError("loss=dense needs the teacher's full distribution", where=run.name, fix=fix)
             try:
-                task = check(member.config, cache_paths, out / member.name, weights, validation_path, init_from)
+                task = check(
+                    run.config, inputs.caches, out / run.name, inputs.weights, inputs.validation, inputs.init_from
+                )
             except DistillError as error:
-                raise ConfigError(f"a student of the sweep is refused: {error}", where=member.name) from error
-            self._sizes[member.name], self._validation = task.sizes, task.validation
-            if task.is_done(out / member.name):
-                self._finished.add(member.name)
-        self._rows = {member.name: self._row(member) for member in self.members}
+                raise ConfigError(f"a run is refused: {error}", where=run.name) from error
+            self.rows.append(self._row(run, is_finished=task.is_done(out / run.name)))
 
-    def run(self) -> str:
-        """Train what is not finished, compare all, and return the table.
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return all(row.state == "finished" for row in self.rows)
+
+    def train(self, *, keep_checkpoints: bool = True) -> None:
+        """Train what is not finished. A run that fails does not stop the others.
 
         Raises:
-            DistillError: members failed; the others were trained and compared.
-            Terminated: SIGTERM came; the processes were stopped, each with a checkpoint.
+            Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came. The processes were stopped, each with a checkpoint.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        with _alone(self.out) as lock:
-            self._train(lock)
-            self._score()
-            text = self._write()
-        failed = [row for row in self._rows.values() if row["state"] != "finished"]
-        if failed:
-            log(text)
-            raise DistillError(
-                f"{len(failed)} of {len(self._rows)} members of the sweep are not finished",
-                where=self.out,
-                got="; ".join(f"{row['name']}: {row['error']} (see {row['name']}.log)" for row in failed),
-                fix="the same command tries these alone again",
-            )
-        return text
-
-    def _train(self, lock: int) -> None:
-        waiting = [member for member in self.members if member.name not in self._finished]
-        for name in sorted(self._finished):
-            log(f"{name}: is up to date")
+        waiting = [run for run, row in zip(self.runs, self.rows, strict=True) if row.state != "finished"]
+        total, start = len(waiting), time.monotonic()
+        log(f"{self.out}: {len(self.runs) - total} of {len(self.runs)} runs are finished")
         running: dict[int, _Job] = {}  # by slot
         try:
             with _signals() as received:
+                self._wait_for_orphans(waiting, received)
                 while (waiting or running) and not received:
                     for slot in range(self.jobs):
                         if waiting and slot not in running:
-                            running[slot] = self._begin(waiting.pop(0), slot, lock)
+                            running[slot] = self._begin(waiting.pop(0), slot)
                     time.sleep(0.1)
                     for slot, job in list(running.items()):
                         if job.process.poll() is not None:
-                            self._end(running.pop(slot))
+                            self._end(running.pop(slot), keep_checkpoints=keep_checkpoints)
+                            ended = total - len(waiting) - len(running)
+                            minutes = (time.monotonic() - start) / ended * (total - ended) / 60
+                            log(f"{ended} of {total} runs have ended, about {minutes:.0f} minutes left")
             if received:
                 raise KeyboardInterrupt if received[0] == signal.SIGINT else Terminated
         finally:
             _stop([job.process for job in running.values()])
 
-    def _begin(self, member: Member, slot: int, lock: int) -> _Job:
-        number = self.members.index(member) + 1
-        log_file = Path(f"{self.out / member.name}.log")
-        log(f"{member.name}: training, {number} of {len(self.members)}; log: {log_file}")
-        command = own_command("student", "train", f"--out={self.out / member.name}", *self._options)
-        command += [f"--set={key}={to_toml(value)}" for key, value in member.settings.items()]
+    def score(self) -> None:
+        """Measure every finished student alike, whatever loss it was trained with."""
+        for row in self.rows:
+            if self._scored_on and "not scored yet" in row.reasons.values():
+                figures = evaluate_fidelity(
+                    self.out / row.name, self._scored_on, dtype="float32", batch_tokens=SCORING_TOKENS
+                )
+                row.nll_nats, row.kl_to_teacher_nats = figures.nll_nats, figures.kl_to_teacher_nats
+                row.reasons = {name: figures.reasons[name] for name in FIGURES if name in figures.reasons}
+                self._on_change(self.rows)
+
+    def require_finished(self) -> None:
+        """Raise `DistillError` naming the runs that failed, and why."""
+        failed = [row for row in self.rows if row.state != "finished"]
+        require(
+            not failed,
+            f"{len(failed)} of {len(self.rows)} runs are not finished",
+            error=DistillError,
+            where=self.out,
+            got="; ".join(f"{row.name}: {row.error} (see {row.name}.log)" for row in failed),
+            fix="the same command tries only these again",
+        )
+
+    def _wait_for_orphans(self, runs: Sequence[Run], received: Sequence[int]) -> None:
+        """Let the processes of a killed experiment, which stop by themselves, save their last checkpoints."""
+        deadline = time.monotonic() + LAPSE_SECONDS
+        for run in runs:
+            claim = self.out / run.name / CLAIM
+            while claim.exists() and not is_dead(claim) and time.monotonic() < deadline and not received:
+                time.sleep(0.2)
+
+    def _begin(self, run: Run, slot: int) -> _Job:
+        log_file = Path(f"{self.out / run.name}.log")
+        log(f"{run.name}: training; log: {log_file}")
+        command = own_command("student", "train", f"--out={self.out / run.name}")
+        self.out.mkdir(parents=True, exist_ok=True)
         with log_file.open("ab") as file:
             start = file.tell()
             process = subprocess.Popen(
-                command,
-                env=job_environment(slot, self.jobs, group=self.out.resolve().name),
+                [*command, *self.inputs.options(run)],
+                env=job_environment(slot, self.jobs, group=self._group),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                pass_fds=[lock],  # so that no other sweep begins before the last of these processes is gone
-                start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on as SIGTERM
+                start_new_session=True,  # Ctrl-C reaches only this process, which passes it on as SIGTERM
                 preexec_fn=_end_with_parent,
             )
-        return _Job(member=member, process=process, log_file=log_file, log_start=start, started=time.monotonic())
+        return _Job(run=run, process=process, log_file=log_file, log_start=start, started=time.monotonic())
 
-    def _end(self, job: _Job) -> None:
-        """Record how a member ended."""
-        row, code = self._rows[job.member.name], job.process.returncode
-        minutes = (time.monotonic() - job.started) / 60
+    def _end(self, job: _Job, *, keep_checkpoints: bool) -> None:
+        """Record how a run ended."""
+        code, minutes = job.process.returncode, (time.monotonic() - job.started) / 60
+        row = self._row(job.run, is_finished=code == 0)
         if code == 0:
-            self._finished.add(job.member.name)
-            row = self._row(job.member)
-            log(f"{row['name']}: finished in {minutes:.1f} minutes")
+            log(f"{row.name}: finished in {minutes:.1f} minutes")
+            for checkpoint in [] if keep_checkpoints else checkpoints(self.out / row.name):
+                shutil.rmtree(checkpoint)
         else:
-            said = job.log_file.read_bytes()[job.log_start :].decode(errors="replace")
-            error = _last_error(said) or "it said nothing"
+            text = job.log_file.read_bytes()[job.log_start :].decode(errors="replace")
+            row.state, row.error = "failed", _last_error(text) or "no output"
             if code < 0:
-                error = f"killed by {signal.Signals(-code).name}; before it: {error}"
-            row |= {"state": "failed", "error": error}
-            log(f"{row['name']}: failed after {minutes:.1f} minutes: {error}")
-        self._rows[job.member.name] = row
-        self._write()
+                row.error = f"killed by {signal.Signals(-code).name}; before it: {row.error}"
+            log(f"{row.name}: failed after {minutes:.1f} minutes: {row.error}")
+        self.rows[self.runs.index(job.run)] = row
+        self._on_change(self.rows)
 
-    def _row(self, member: Member) -> dict[str, Any]:
-        """What `sweep.json` says of a member, with the scores of an earlier sweep of the same weights."""
-        row: dict[str, Any] = {"name": member.name, "swept": member.swept, "state": "waiting", "error": None}
-        row |= dict.fromkeys(("parameters", "steps", *FIGURES, "weights_sha256", "validation_sha256"))
-        row["reasons"] = dict.fromkeys(FIGURES, "not trained yet")
-        if member.name not in self._finished:
+    def _row(self, run: Run, *, is_finished: bool) -> Row:
+        """The row of a run, with the scores that an earlier result has of the same weights."""
+        row = Row(name=run.name, setting=run.setting, seed=run.config.seed, swept=run.swept)
+        if not is_finished:
             return row
-        record = read_json(self.out / member.name / "run.json")
-        row |= {"state": "finished", "reasons": dict.fromkeys(FIGURES, "no validation cache")}
-        row |= {"parameters": record["parameters"], "steps": record["metrics"]["steps"]}
-        row["weights_sha256"] = record["weights_sha256"]
-        if self._validation is None:
-            if "eval_ce" in record["metrics"]:  # of a validation_fraction
-                row["nll_nats"] = record["metrics"]["eval_ce"]
-                del row["reasons"]["nll_nats"]
-        else:
-            row["validation_sha256"] = sha256_file(self._validation.path / "manifest.json")
-            row["reasons"] = dict.fromkeys(FIGURES, "not scored yet")
-            for known in _earlier_rows(self.out):
-                if all(known.get(key) == row[key] for key in ("weights_sha256", "validation_sha256")):
-                    row |= {key: known[key] for key in (*FIGURES, "reasons")}
+        record = read_json(self.out / run.name / "run.json")
+        row.state, row.parameters, row.steps = "finished", record["parameters"], record["metrics"]["steps"]
+        row.weights_sha256 = record["weights_sha256"]
+        if self._scored_on is None:
+            row.nll_nats = record["metrics"].get("eval_ce")  # of a validation_fraction
+            row.reasons = {name: "no validation cache" for name in FIGURES if getattr(row, name) is None}
+            return row
+        row.scored_on_sha256 = sha256_file(self._scored_on / "manifest.json")
+        row.reasons = dict.fromkeys(FIGURES, "not scored yet")
+        for known in self._known:
+            if all(known.get(key) == getattr(row, key) for key in ("weights_sha256", "scored_on_sha256")):
+                row = dataclasses.replace(row, **{key: known[key] for key in (*FIGURES, "reasons")})
         return row
 
-    def _score(self) -> None:
-        """Measure all students alike, whatever loss each was trained with."""
-        if self._validation is None:
-            return
-        block_size = min(sizes.max_position_embeddings for sizes in self._sizes.values())
-        for name, row in self._rows.items():
-            if row["state"] != "finished" or "not scored yet" not in row["reasons"].values():
-                continue
-            figures = score(self.out / name / WEIGHTS, self._sizes[name], self._validation, block_size=block_size)
-            row |= dict(zip(FIGURES, figures, strict=True))
-            row["reasons"] = {key: f"not finite ({row[key]})" for key in FIGURES if not math.isfinite(row[key])}
-            row |= dict.fromkeys(row["reasons"])
-            self._write()
 
-    def _write(self) -> str:
-        rows = rank_rows(list(self._rows.values()))
-        write_json(self.out / "sweep.json", {"format": "codedistill-sweep", "version": 1, "members": rows})
-        text = table(rows)
-        write_bytes(self.out / "sweep.md", f"# {self.out.resolve().name}\n\n{text}".encode())
-        drawing = plot(rows)
-        if drawing:
-            write_bytes(self.out / "sweep.svg", drawing)
-        return text
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold an experiment's folder, which is created.
+
+    Raises:
+        ResumeError: another process works in it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    claim = Claim(out, "running the experiment in this folder")
+    try:
+        yield
+    finally:
+        claim.release()
 
 
 def job_environment(slot: int, jobs: int, *, group: str) -> dict[str, str]:
@@ -228,14 +291,6 @@ def job_environment(slot: int, jobs: int, *, group: str) -> dict[str, str]:
     return environment
 
 
-def _weighted(paths: Sequence[Path], weights: Sequence[float] | None) -> Iterator[tuple[Path, float]]:
-    return zip(paths, weights or [1.0] * len(paths), strict=True)
-
-
-def _earlier_rows(out: Path) -> list[dict[str, Any]]:
-    return read_json(out / "sweep.json")["members"] if (out / "sweep.json").exists() else []
-
-
 def _last_error(text: str) -> str | None:
     """The error line of a command that failed; of one that crashed, the last line of its traceback."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -245,7 +300,7 @@ def _last_error(text: str) -> str | None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT while processes are started: what a handler raises inside a fork is lost."""
+    """Collect SIGTERM and SIGINT while processes are started: an exception raised by a handler in a fork is lost."""
     received: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
@@ -257,13 +312,13 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _end_with_parent() -> None:
-    """Have Linux send SIGTERM to a process whose sweep is killed."""
+    """Have Linux send SIGTERM to a process whose parent is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Have processes save and end; a second signal to the sweep meanwhile kills them."""
+    """Have processes save and end; a second signal to this one meanwhile kills them."""
     for process in processes:
         process.terminate()
     try:
@@ -273,25 +328,3 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         for process in processes:
             process.kill()
         raise
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[int]:
-    """Hold a sweep's folder by a descriptor that its processes inherit, so that the lock outlives a killed sweep."""
-    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = None
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if deadline is None:
-                    log(f"waiting for the processes of another sweep in {out}")
-                    deadline = time.monotonic() + LOCK_SECONDS
-                if time.monotonic() > deadline:
-                    raise ResumeError("another sweep is running in this folder", where=out) from error
-                time.sleep(0.5)
-        yield descriptor
-    finally:
-        os.close(descriptor)

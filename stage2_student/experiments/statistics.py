@@ -1,7 +1,8 @@
 """Paired differences over seeds: Student's t-intervals, p-values, and Holm's correction for many comparisons."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,74 @@ class Paired:
     def significant(self) -> bool:
         """Whether the interval excludes 0."""
         return not self.ci95[0] <= 0 <= self.ci95[1]
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON data."""
+        return dataclasses.asdict(self) | {"ci95": list(self.ci95), "significant": self.significant}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """`setting` − `versus`, seed by seed, in nats per target.
+
+    Attributes:
+        nll, kl: the paired differences of both figures.
+        p_holm: the p-value of `nll`, corrected for all comparisons of the experiment.
+    """
+
+    setting: str
+    versus: str
+    nll: Paired
+    kl: Paired
+    p_holm: float
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON data: the figures of NLL at the top, those of KL under `kl`."""
+        names = {"setting": self.setting, "versus": self.versus}
+        return names | self.nll.to_dict() | {"p_holm": self.p_holm, "kl": self.kl.to_dict()}
+
+
+def compare_settings(
+    figures: Mapping[str, Mapping[int, tuple[float, float]]], versus: Mapping[str, Sequence[str]]
+) -> list[Comparison]:
+    """Compare each setting with the first one, and with those that `versus` names for it.
+
+    Args:
+        figures: by setting and seed, NLL and KL in nats per target.
+        versus: by setting, further settings to compare it with.
+
+    Returns:
+        The comparisons of settings that have two seeds in common.
+    """
+    pairs = [
+        (ours, theirs)
+        for ours in figures
+        for theirs in dict.fromkeys((next(iter(figures)), *versus.get(ours, ())))
+        if theirs != ours and theirs in figures and len(figures[ours].keys() & figures[theirs].keys()) > 1
+    ]
+    outcomes = []
+    for ours, theirs in pairs:
+        seeds = [seed for seed in figures[ours] if seed in figures[theirs]]
+        outcomes.append([
+            paired_difference([figures[ours][seed][i] for seed in seeds], [figures[theirs][seed][i] for seed in seeds])
+            for i in range(2)
+        ])  # fmt: skip
+    corrected = holm([nll.p for nll, _ in outcomes])
+    return [
+        Comparison(setting=ours, versus=theirs, nll=nll, kl=kl, p_holm=p)
+        for (ours, theirs), (nll, kl), p in zip(pairs, outcomes, corrected, strict=True)
+    ]
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
+    """`ours` − `theirs`, paired in order; at least two pairs."""
+    differences = np.subtract(ours, theirs)
+    n, mean = len(differences), float(differences.mean())
+    error = float(differences.std(ddof=1)) / math.sqrt(n)
+    reach = quantile(0.95, n - 1) * error
+    if error == 0:
+        return Paired(difference=mean, ci95=(mean, mean), p=float(mean == 0))
+    return Paired(difference=mean, ci95=(mean - reach, mean + reach), p=1 - within(abs(mean) / error, n - 1))
 
 
 def within(t: float, degrees: int) -> float:
@@ -44,17 +113,6 @@ def quantile(probability: float, degrees: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if within(middle, degrees) < probability else (low, middle)
     return high
-
-
-def compare(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
-    """`ours` − `theirs`, paired in order; two pairs at least."""
-    differences = np.subtract(ours, theirs)
-    n, mean = len(differences), float(differences.mean())
-    error = float(differences.std(ddof=1)) / math.sqrt(n)
-    reach = quantile(0.95, n - 1) * error
-    if error == 0:
-        return Paired(difference=mean, ci95=(mean, mean), p=float(mean == 0))
-    return Paired(difference=mean, ci95=(mean - reach, mean + reach), p=1 - within(abs(mean) / error, n - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -33,7 +33,7 @@ from tests.support.cache_rows import IDENTITY, random_shard
 K, GRID = 50, (0.5, 1.0, 1.5, 2.0)
 OURS = (("q", "gzip"), ("q", "zstd"), ("f16", "gzip"))
 LIMITS = {"q/gzip": 1_000_000, "q/zstd": 1_800_000}
-SOURCE = {"name": "s", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 1}
+SOURCE = {"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 1}
 
 
 def load_rows(path: str | None) -> tuple[list[ShardArrays], int]:

@@ -62,11 +62,11 @@ def write_cache(path: Path, shards: list[ShardArrays], size: int, width: int, **
         "excess_mass": 0.0,
     }
     identity = {
-        "teacher": {"name": "teacher", "licence": "apache-2.0", "weights_digest": "0" * 64, "config_digest": "0" * 64},
+        "teacher": {"name": "teacher", "license": "apache-2.0", "weights_digest": "0" * 64, "config_digest": "0" * 64},
         "tokenizer": {"digest": "0" * 64, "bos": 0, "eos": 0, "pad": 0, "unk": 0},
         "labels": build,
     }
-    source = {"name": "mbpp", "split": "train", "revision": None, "licence": "CC-BY-4.0", "digest": "0" * 64}
+    source = {"name": "mbpp", "split": "train", "revision": None, "license": "CC-BY-4.0", "digest": "0" * 64}
     with CacheWriter(path, build) as writer:
         for number, arrays in enumerate(shards):
             writer.write_shard(number, arrays, extra)

@@ -64,7 +64,7 @@ def test_mbpp_files_split_by_task_id(tmp_path, row, name):
     for split, ids in splits.items():
         found = load_documents(path, split)
         assert [d.id for d in found.documents] == [f"mbpp/{i}" for i in ids]
-        assert (found.name, found.split, found.revision, found.licence) == ("mbpp", split, None, "CC-BY-4.0")
+        assert (found.name, found.split, found.revision, found.license) == ("mbpp", split, None, "CC-BY-4.0")
         assert "Austin" in found.attribution and "arXiv:2108.07732" in found.attribution
     assert load_documents(path, "train").documents[0] == Document(
         id="mbpp/601",
@@ -147,7 +147,7 @@ def test_plain_files(tmp_path):
         Document(id="a", source="pairs.jsonl", prompt="def f():", completion="\n    return 1\n"),
         Document(id="b", source="pairs.jsonl", prompt="", completion="x\n"),
     )
-    assert (found.name, found.revision, found.licence, found.attribution) == ("pairs.jsonl", None, None, None)
+    assert (found.name, found.revision, found.license, found.attribution) == ("pairs.jsonl", None, None, None)
     found = load_documents(write(tmp_path, [{"text": "a\rb"}, {"text": "c\n"}], "text.parquet"), "train")
     assert [(d.id, d.prompt, d.completion) for d in found.documents] == [("1", "", "a\nb\n"), ("2", "", "c\n")]
 

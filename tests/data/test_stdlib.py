@@ -118,7 +118,7 @@ def test_the_interpreters_own_library(splits):
     assert sizes["validation"] > 100
     assert sizes["test"] > 100
     for found in splits.values():
-        assert (found.name, found.licence, found.revision) == ("stdlib", "PSF-2.0", platform.python_version())
+        assert (found.name, found.license, found.revision) == ("stdlib", "PSF-2.0", platform.python_version())
         for document in found.documents:
             (function,) = ast.parse(document.prompt + document.completion).body
             assert ast.get_docstring(function) is not None

@@ -24,7 +24,7 @@ IDENTITY = {
     "tokenizer": {"digest": "c" * 64},
     "labels": {"temperatures": list(GRID), "top_k": TOP_K, "dtype": "float32", "head": "float32"},
 }
-SOURCE = {"name": "golden", "split": "train", "revision": None, "licence": "Apache-2.0", "digest": "d" * 64}
+SOURCE = {"name": "golden", "split": "train", "revision": None, "license": "Apache-2.0", "digest": "d" * 64}
 
 
 def shard(seed):

@@ -6,8 +6,9 @@ import pytest
 
 from data.load import load_documents
 from data.records import Document
+from shared.chat import encode_chat
 from shared.errors import ConfigError
-from shared.tokenizer import decode, encode_chat
+from shared.tokenizer import decode
 from stage1_teacher.documents import cut_documents
 from tests.shared.test_tokenizer import train
 
@@ -132,7 +133,7 @@ def test_messages_are_read_strictly(tmp_path):
         ("x", "field 'messages'; expected: a list of messages; got: str 'x'"),
         (["x"], r"field 'messages\[0\]'; expected: an object with role and content; got: str 'x'"),
         ([{"role": "user", "content": None}], r"field 'messages\[0\]\.content'; expected: a string; got: null"),
-        ([*chat, chat[0] | {"name": "x"}], r"field 'messages\[2\]'; expected: role and content alone; got: 'name'"),
+        ([*chat, chat[0] | {"name": "x"}], r"field 'messages\[2\]'; expected: only role and content; got: 'name'"),
         (chat[:1], "field 'messages'; expected: an assistant's turn with some text; got: none"),
     ):
         with pytest.raises(ConfigError, match=f"line 2, {message}"):

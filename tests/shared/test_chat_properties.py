@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from shared.tokenizer import _encode_with_stand_ins, _swap, encode_chat
+from shared.chat import encode_chat, encode_with_stand_ins, swap
 
 TEMPLATE = "{% for m in messages %}{{ '<s>' + m.role + ': ' + m.content + '</s>' }}{% endfor %}"
 CORPUS = ["user: def f(x):\n    return x </s>", "assistant:  x < y / s > z <s>"] * 5
@@ -71,7 +71,7 @@ def test_without_a_special_token_in_a_message_the_ids_are_the_tokenizers_own(kin
     chat = [{"role": "user", "content": content} for content in contents]
     assert encode_chat(tokenizer, chat).ids == want.ids
     stand_ins = {"<s>": chr(0xF0000), "</s>": chr(0xF0001), "<unk>": chr(0xF0002)}
-    ids, offsets = _encode_with_stand_ins(tokenizer, _swap(text, stand_ins), stand_ins)
+    ids, offsets = encode_with_stand_ins(tokenizer, swap(text, stand_ins), stand_ins)
     assert ids == want.ids
     assert len(offsets) == len(ids)
 

@@ -34,7 +34,7 @@ def sha256(data):
 
 def test_a_directory_is_identified_by_content(model):
     files = identify_model(str(model))
-    assert (files.path, files.name, files.commit, files.licence) == (model, "model", None, None)
+    assert (files.path, files.name, files.commit, files.license) == (model, "model", None, None)
     assert files.weights_digest == sha256_json({"model.safetensors": sha256(b"weights")})
     assert files.config_digest == sha256(b"{}")
     (model / "tokenizer.json").write_text("[1]")
@@ -95,16 +95,16 @@ def test_pickled_weights_are_refused(model):
         identify_model(str(model))
 
 
-def test_the_licence_is_the_model_cards(model):
+def test_the_license_is_the_model_cards(model):
     (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Card\n")
-    assert (identify_model(str(model)).licence, identify_model(str(model)).attribution) == ("apache-2.0", None)
+    assert (identify_model(str(model)).license, identify_model(str(model)).attribution) == ("apache-2.0", None)
     (model / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\nbase_model: owner/base\n---\n")
     files = identify_model(str(model))
-    assert files.licence == "other"
-    assert files.attribution == "owner/base, https://huggingface.co/owner/base, licence text: LICENSE"
+    assert files.license == "other"
+    assert files.attribution == "owner/base, https://huggingface.co/owner/base, license text: LICENSE"
     for nothing in ("No front matter.\n", "---\n{\n---\n"):
         (model / "README.md").write_text(nothing)
-        assert (identify_model(str(model)).licence, identify_model(str(model)).attribution) == (None, None)
+        assert (identify_model(str(model)).license, identify_model(str(model)).attribution) == (None, None)
 
 
 def test_neither_directory_nor_hub_id(model):

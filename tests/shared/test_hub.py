@@ -46,19 +46,19 @@ def warm(hub, tmp_path_factory):
     return folder
 
 
-def test_commits_licences_and_rows_are_recorded(hub, warm):
+def test_commits_licenses_and_rows_are_recorded(hub, warm):
     cache = Cache(warm / "cache")
     assert verify_cache(cache.path) == []
     teacher, (source,) = cache.manifest["identity"]["teacher"], cache.manifest["sources"]
     assert teacher["name"] == TEACHER
     assert teacher["commit"] == hub.models[TEACHER].branches["main"]
-    assert teacher["licence"] == "bigcode-openrail-m"
+    assert teacher["license"] == "bigcode-openrail-m"
     assert (source["name"], source["split"], source["num_documents"]) == ("mbpp", "train", 24)
     assert source["revision"] == hub.datasets[MBPP].branches["main"]
-    assert source["licence"] == "CC-BY-4.0"
+    assert source["license"] == "CC-BY-4.0"
     assert source["attribution"] == mbpp_data.ATTRIBUTION
     link = "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement"
-    assert teacher["attribution"] == f"{TEACHER}, https://huggingface.co/{TEACHER}, licence text: {link}"
+    assert teacher["attribution"] == f"{TEACHER}, https://huggingface.co/{TEACHER}, license text: {link}"
     assert all(len(commit) == 40 for commit in (teacher["commit"], source["revision"]))
     assert [cache.meta(document)["id"] for document in range(24)] == [f"mbpp/{i}" for i in range(601, 625)]
     options = json.loads((cache.path / "build.json").read_text())["options"]

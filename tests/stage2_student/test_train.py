@@ -155,12 +155,12 @@ def test_a_finished_run_is_up_to_date(finished, caches):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
-def test_the_twin_without_soft_labels_starts_from_the_same_weights(finished, caches, tmp_path):
-    assert run_here(arguments(caches / "train", tmp_path / "twin", caches / "validation", alpha=0)) is None
-    ours, twin = (json.loads((out / "run.json").read_text()) for out in (finished, tmp_path / "twin"))
-    assert ours["initial_weights_sha256"] == twin["initial_weights_sha256"]
-    assert ours["data"] == twin["data"]
-    log = log_of(tmp_path / "twin")
+def test_the_baseline_without_soft_labels_starts_from_the_same_weights(finished, caches, tmp_path):
+    assert run_here(arguments(caches / "train", tmp_path / "baseline", caches / "validation", alpha=0)) is None
+    ours, baseline = (json.loads((out / "run.json").read_text()) for out in (finished, tmp_path / "baseline"))
+    assert ours["initial_weights_sha256"] == baseline["initial_weights_sha256"]
+    assert ours["data"] == baseline["data"]
+    log = log_of(tmp_path / "baseline")
     assert [line["step"] for line in log] == [line["step"] for line in log_of(finished)]
     assert not any("kd" in line for line in log)  # training read nothing that it could be measured by
     assert all(line["eval_kd"] > 0 for line in log if "eval_kd" in line)
@@ -183,6 +183,32 @@ def test_killed_and_run_again_equals_an_uninterrupted_run(finished, caches, tmp_
     assert "continuing from" in run(command).stderr
     same_student(finished, out)
     assert not (out / ".run.json.tmp-1").exists()
+
+
+def test_epochs_of_the_data_set_are_evaluated_and_saved_and_a_resume_changes_nothing(caches, tmp_path):
+    changes = {
+        "max_steps": -1, "num_train_epochs": 5, "eval_steps": 0, "save_steps": 0, "eval_strategy": "epoch",
+        "save_strategy": "epoch", "save_total_limit": 9, "load_best_model_at_end": True, "metric_for_best_model": "ce",
+        "greater_is_better": False, "learning_rate": 0.02,
+    }  # fmt: skip
+    whole = tmp_path / "whole"
+    said = run(arguments(caches / "train", whole, caches / "validation", **changes)).stderr
+    assert "5 epochs in 20 blocks" in said
+    evaluated = {line["step"]: line["eval_ce"] for line in log_of(whole) if "eval_ce" in line}
+    assert list(evaluated) == [2, 4, 6, 8, 10]
+    assert {path.name for path in whole.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in evaluated}
+    best = min(evaluated, key=evaluated.get)
+    saved = load_file(whole / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in load_file(whole / "model.safetensors").items())
+    assert json.loads((whole / "run.json").read_text())["metrics"]["eval_ce"] == evaluated[best]
+
+    for signal_number, expected in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        out = tmp_path / signal_number.name
+        command = arguments(caches / "train", out, caches / "validation", **changes)
+        code, errors = stop_when(command, (out / "checkpoint-2" / "COMPLETE").exists, signal_number)
+        assert code == expected, errors
+        assert "continuing from" in run(command).stderr
+        same_student(whole, out)
 
 
 def test_a_checkpoint_without_its_marker_is_set_aside_and_the_one_before_used(finished, caches, tmp_path):
@@ -529,8 +555,8 @@ def test_several_caches_mixed_by_weight(caches, tmp_path):
     assert record["data"]["rows_per_epoch"] == (175 - 8) + (92 - 3)
     assert run_here([*COMMAND, "export", str(out), "--out", str(tmp_path / "student")]) is None
     card = (tmp_path / "student" / "README.md").read_text()
-    assert "- made (train, 8 documents, in a cache of weight 0.7), licence" in card
-    assert "- made (train, 3 documents, in a cache of weight 0.3), licence" in card
+    assert "- made (train, 8 documents, in a cache of weight 0.7), license" in card
+    assert "- made (train, 3 documents, in a cache of weight 0.3), license" in card
 
 
 @pytest.mark.parametrize(("loss", "drawn_from"), [("sampled", "full"), ("hybrid", "tail")])
@@ -595,9 +621,9 @@ def test_an_export_loads_as_a_plain_transformers_model(finished, tmp_path):
 
     result = run([*COMMAND, "export", str(finished), "--out", str(tmp_path / "student")])
     assert result.stdout == f"{tmp_path / 'student'}\n"
-    assert result.stderr.count("licence of") == 2
+    assert result.stderr.count("license of") == 2
     card = (tmp_path / "student" / "README.md").read_text()
-    assert card.count("licence: unknown") == card.count("Attribution: unknown") == 2
+    assert card.count("license: unknown") == card.count("Attribution: unknown") == 2
     assert sorted(path.name for path in (tmp_path / "student").iterdir()) == [
         "README.md", "config.json", "generation_config.json", "lineage.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",

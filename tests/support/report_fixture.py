@@ -223,7 +223,7 @@ def write_cache(root: Path, name: str) -> Path:
     write(root / name / "manifest.json", {
         "format": "codedistill-cache", "version": 1, "label_identity": digest("labels"),
         "identity": {"teacher": {"weights": digest("weights")}, "tokenizer": digest("tokenizer")},
-        "sources": [{"name": "stdlib", "split": name.removeprefix("cache-"), "revision": "3.11.9", "licence": "PSF-2.0",
+        "sources": [{"name": "stdlib", "split": name.removeprefix("cache-"), "revision": "3.11.9", "license": "PSF-2.0",
                      "digest": digest(name), "num_documents": 420}],
         "codec": "f16", "filter": "gzip", "temperatures": [0.5, 1.0, 1.5, 2.0], "top_k": 64, "num_tokens": 71_020,
         "statistics": {"captured_mass": {t: {"mean": m, "p1": m * 0.4, "p10": m * 0.8} for t, m in means.items()}},

@@ -2,6 +2,7 @@
 """Programs for the sandbox, honest and hostile, with the verdict that each must get."""
 
 from shared.eval.sandbox.runner import Candidate, run_candidates
+from tests.support import sandbox_crossing as crossing
 
 TEST = """
 def check(candidate):
@@ -61,7 +62,7 @@ REFUSED = {
     "a process by clone3": syscall("clone3", 435, 435, 0, 0),
     "opening by openat2": syscall("openat2", 437, 437, -100, 0, 0, 0),
     "abstract sockets": raising("import socket; socket.socket(socket.AF_UNIX).bind('\\0name')"),
-    "socket pairs": raising("import socket; socket.socketpair()"),
+    "sending to an address": raising("import socket; a, _ = socket.socketpair(); a.sendto(b'x', '\\0name')"),
     "memory of itself": raising("open('/proc/self/mem', 'r+b')"),
     "memory of its parent": raising("import os; open(f'/proc/{os.getppid()}/mem', 'rb')"),
     "shared memory": raising("open('/dev/shm/x', 'xb')"),
@@ -409,9 +410,12 @@ DISHONEST = {
 
 def honest_rows():
     """Of each its name, itself and the verdicts that are right."""
-    rows = [(name, program(body, test), ["passed"]) for name, (body, test) in HONEST.items()]
-    rows += [(name, program(body, test, head), ["passed"]) for name, (head, body, test) in HONEST_PROMPTS.items()]
-    return rows + [(name, program(body, test), ["failed"]) for name, (body, test) in DISHONEST.items()]
+    prompts = HONEST_PROMPTS | crossing.HONEST_PROMPTS
+    rows = [(name, program(body, test), ["passed"]) for name, (body, test) in (HONEST | crossing.HONEST).items()]
+    rows += [(name, program(body, test, head), ["passed"]) for name, (head, body, test) in prompts.items()]
+    rows += [(name, program(body, test), ["error"]) for name, (body, test) in crossing.NOT_JUDGED.items()]
+    dishonest = DISHONEST | crossing.DISHONEST
+    return rows + [(name, program(body, test), ["failed"]) for name, (body, test) in dishonest.items()]
 
 
 def hostile_rows(*, slow, confine_reads=True):
@@ -424,6 +428,11 @@ def hostile_rows(*, slow, confine_reads=True):
     rows = [(name, program(body), ["passed"]) for name, body in REFUSED.items()]
     for name, (body, right, *test) in HOSTILE.items():
         rows.append((name, program(body, *test), [right] if isinstance(right, str) else list(right)))
+    not_passed = ["failed", "killed"]
+    rows += [(name, program(body, test), not_passed) for name, (body, test) in crossing.HOSTILE.items()]
+    rows += [
+        (name, program(body, test, head), not_passed) for name, (head, body, test) in crossing.HOSTILE_PROMPTS.items()
+    ]
     if not confine_reads:
         rows = [row for row in rows if row[0] != "answers from files"]
     return [row for row in rows if ("timed out" in row[2]) == slow]

@@ -11,7 +11,7 @@ from shared.cache.writer import CacheWriter
 from tests.support.cache_rows import IDENTITY, build_options, samples_of_logits, shard_of_logits
 
 VOCABULARY = 257
-SOURCE = {"name": "made", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 0}
+SOURCE = {"name": "made", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 0}
 
 
 def save_tokenizer(directory):

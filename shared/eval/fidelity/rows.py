@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from shared.partition import kl_rows, partition_
+
 
 def text_rows(logits_NV: Tensor, gold_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compare rows with the text.
@@ -25,8 +27,7 @@ def partition_rows(
 ) -> tuple[Tensor, Tensor]:
     """Compare rows with the teacher's K+1 partition at T=1.
 
-    The student's tail is a logsumexp over all ids outside the row (never 1 − Σq, which errs by 1 % at a tail of
-    1e-4). Where the teacher has no tail, the reverse KL leaves the bucket out.
+    Where the teacher has no tail, the reverse KL leaves the bucket out.
 
     Args:
         logits_NV: float32 student logits, only ids of the tokenizer.
@@ -39,27 +40,15 @@ def partition_rows(
         Per row KL(teacher‖student) and KL(student‖teacher) in nats.
     """
     valid_NK = torch.arange(ids_NK.shape[1], device=ids_NK.device) < k_N[:, None]
-    ids_NK = torch.where(valid_NK, ids_NK, ids_NK[:, :1])  # padding must not name an id that is not in the row
-    head_NK = logits_NV.gather(1, ids_NK).masked_fill(~valid_NK, -torch.inf)
-    log_rest_N = logits_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1)
-    log_total_N = torch.logaddexp(head_NK.logsumexp(1), log_rest_N)
-    logq_NC = torch.cat([head_NK, log_rest_N[:, None]], 1) - log_total_N[:, None]
-    logp_NC = torch.cat([logp_NK, log_tail_N[:, None]], 1)
-    cells_NC = torch.cat([valid_NK, (log_tail_N > -torch.inf)[:, None]], 1)
-    return _divergence(logp_NC, logq_NC, cells_NC), _divergence(logq_NC, logp_NC, cells_NC)
+    logq_NC = partition_(logits_NV.clone(), ids_NK, valid_NK).logq
+    logp_NC = torch.cat((logp_NK.masked_fill(~valid_NK, -torch.inf), log_tail_N[:, None]), 1)
+    return kl_rows(logp_NC, logq_NC), kl_rows(logq_NC.masked_fill(logp_NC == -torch.inf, -torch.inf), logp_NC)
 
 
 def dense_rows(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
     """KL(teacher‖student) and KL(student‖teacher) of each row in nats, over all ids; both float32 logits."""
     logq_NV, logp_NV = logits_NV.log_softmax(1), teacher_NV.log_softmax(1)
-    every = torch.ones((), dtype=torch.bool, device=logits_NV.device)
-    return _divergence(logp_NV, logq_NV, every), _divergence(logq_NV, logp_NV, every)
-
-
-def _divergence(logp_NC: Tensor, logq_NC: Tensor, cells_NC: Tensor) -> Tensor:
-    """Σ p log(p/q) over the given cells; a cell of p = 0 adds nothing."""
-    terms_NC = logp_NC.exp() * (logp_NC - logq_NC)
-    return torch.where(cells_NC & (logp_NC > -torch.inf), terms_NC, 0.0).sum(1)
+    return kl_rows(logp_NV, logq_NV), kl_rows(logq_NV, logp_NV)
 
 
 def top_ids(logits_NV: Tensor, count: int) -> Tensor:

@@ -112,18 +112,7 @@ def complete(
     prompts = {problem.task_id: humaneval_prompt(problem) for problem in problems}
     special = special_texts(tokenizer)
     ends = {task_id: ending_after(prompt, special) for task_id, prompt in prompts.items()}
-    prepared: dict[str, Request] = {}
-    refused: dict[str, str] = {}
-    for task_id, prompt in prompts.items():
-        finished = functools.partial(_has_ended, ends[task_id])
-        try:
-            prepared[task_id] = prepare(
-                model, tokenizer, prompt, max_new_tokens=decoding.max_new_tokens, finished=finished, where=task_id
-            )
-        except ConfigError as error:
-            if len(prompts) == 1 + len(refused):  # no prompt is left
-                raise
-            refused[task_id] = str(error)
+    prepared, refused = _prepare(model, tokenizer, prompts, ends, decoding.max_new_tokens)
     keys = [(task_id, sample) for task_id in prepared for sample in range(decoding.num_samples)]
     requests = [replace(prepared[task_id], seed=f"{decoding.seed}/{task_id}/{sample}") for task_id, sample in keys]
     batches = plan_batches(requests, decoding.batch_size)
@@ -166,20 +155,36 @@ def complete(
     whole = _read(out, settings)[0]
     for task_id, reason in refused.items():
         log(f"refused, which counts as failed: {reason}")
+        empty = {"completion": "", "raw": "", "finish_reason": REFUSED, "reason": reason}
+        num_prompt_tokens = len(encode_prompt(tokenizer, prompts[task_id]))
         for sample in range(decoding.num_samples):
-            whole[task_id, sample] = {
-                "task_id": task_id,
-                "sample": sample,
-                "prompt": prompts[task_id],
-                "completion": "",
-                "raw": "",
-                "finish_reason": REFUSED,
-                "reason": reason,
-                "num_prompt_tokens": len(encode_prompt(tokenizer, prompts[task_id])),
-                "num_new_tokens": 0,
-                "settings": settings,
-            }
+            line = {"task_id": task_id, "sample": sample, "prompt": prompts[task_id]} | empty
+            line |= {"num_prompt_tokens": num_prompt_tokens, "num_new_tokens": 0, "settings": settings}
+            whole[task_id, sample] = line
     return [whole[task_id, sample] for task_id in prompts for sample in range(decoding.num_samples)]
+
+
+def _prepare(
+    model: Any, tokenizer: Tokenizer, prompts: Mapping[str, str], ends: Mapping[str, Ending], max_new_tokens: int
+) -> tuple[dict[str, Request], dict[str, str]]:
+    """The requests of the prompts that the model can take, and why it cannot take the others.
+
+    Raises:
+        ConfigError: it can take none.
+    """
+    prepared: dict[str, Request] = {}
+    refused: dict[str, str] = {}
+    for task_id, prompt in prompts.items():
+        finished = functools.partial(_has_ended, ends[task_id])
+        try:
+            prepared[task_id] = prepare(
+                model, tokenizer, prompt, max_new_tokens=max_new_tokens, finished=finished, where=task_id
+            )
+        except ConfigError as error:
+            refused[task_id] = str(error)
+            if len(refused) == len(prompts):
+                raise
+    return prepared, refused
 
 
 def remove_parts(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 
+CALLS_PER_NOTE = 256
 HELD, FAILED, _ERROR = "__assert_held__", "__assert_failed__", "__assert_error__"
 
 

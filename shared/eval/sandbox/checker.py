@@ -1,10 +1,10 @@
 """The child that runs a test against a proxy of the program, and alone writes the verdict.
 
-Lines on its socket: `loaded`, `held` for each assert that held, JSON `[verdict, detail]`, the first of which stands.
+Lines on its socket: `loaded`, `held` for each assert that held, `calls` for every 256 calls of the program, and JSON
+`[verdict, detail]`, the first of which stands.
 Where an assert of the test fails the others are still tried, for the count alone.
 """
 
-import builtins
 import json
 import os
 import random
@@ -12,13 +12,21 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from shared.eval.sandbox import solver
-from shared.eval.sandbox.asserts import FAILED, HELD, count_asserts
+from shared.eval.sandbox.asserts import CALLS_PER_NOTE, FAILED, HELD, count_asserts
 from shared.eval.sandbox.channel import Channel, read_all, write_all
-from shared.eval.sandbox.values import Decoder, Encoder, NotPlainError, is_mutable
+from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
+from shared.eval.sandbox.proxies import TEST_METHODS, describe_entry_point, make_proxy
+from shared.eval.sandbox.surroundings import Surroundings, wanted
+from shared.eval.sandbox.values import MAX_BYTES, MAX_DEPTH, NotPlainError, Table
+
+# Words of a test that looks at the entry point itself.
+_DESCRIPTIVE = ("signature", "inspect", "__doc__", "__annotations__", "__defaults__", "cache_", "getattr", "vars(")
+# Words of a test that changes its own process in ways that do not cross.
+_OF_ONE_PROCESS = ("mock", "monkeypatch", "sys.modules", "builtins", "os.environ", "warnings.", "tracemalloc", "gc.")
 
 
 def main(job_fd: int, calls_fd: int | None = None) -> None:
@@ -35,7 +43,9 @@ class _Check:
         self._verdicts = job_fd
         self._solver = None if calls_fd is None else Channel(calls_fd)
         self._num_calls = 0
-        self._lock = threading.Lock()
+        self._called = False
+        self._reason = ""  # why a failure of this test says nothing about the program
+        self._lock = threading.RLock()  # a test may call from threads, and a program may call back
         self._namespace: dict[str, Any] = {}
 
     def run(self) -> None:
@@ -45,8 +55,9 @@ class _Check:
         if self._solver is None:
             candidate = self._load(job["program"], job["entry_point"])
         else:
-            self._expect_loaded()
-            candidate = self._stand_in(job["prompt"], job["entry_point"], job["test"])
+            candidate = self._stand_in(self._solver, job)
+            word = next((word for word in _OF_ONE_PROCESS if word in job["test"]), None)
+            self._reason = f"the test needs one process with the program, for {word}" if word else ""
         self._note("loaded")
         try:
             code = compile(count_asserts(job["test"]), "<test>", "exec", dont_inherit=True)
@@ -61,7 +72,7 @@ class _Check:
         except BaseException as error:
             self._fail(error)
         else:
-            if self._solver is not None and not self._num_calls:
+            if self._solver is not None and not self._called:
                 self._verdict("failed", "the test never called the program")
             else:
                 self._verdict("passed", "" if self._solver else "in one process with its test: forgeable")
@@ -85,106 +96,85 @@ class _Check:
             text = f"{type(error).__name__}: {error}".removesuffix(": ")
         except BaseException:
             text = "an exception without a readable text"
-        self._verdict("failed", text)
+        reason = self._reason
+        if self._solver is not None and isinstance(error, NameError) and _raised_by_test(error):
+            reason = "the test uses a name of the program, so it needs one process with it (same_process)"
+        self._verdict("error" if reason else "failed", f"{reason}: {text}" if reason else text)
 
     # --- the program in a process of its own -------------------------------------------------------------------------
 
-    def _expect_loaded(self) -> None:
-        answer = self._receive()
-        if answer != b"L":
+    def _stand_in(self, channel: Channel, job: dict[str, Any]) -> Callable[..., Any]:
+        """Run the prompt for what the test may use of it; its entry point becomes the stand-in of the program's."""
+        answer = self._attempt(lambda: _first_message(channel))
+        if answer != solver.LOADED:
             self.end("failed", answer[1:].decode("utf-8", "replace"))
-
-    def _stand_in(self, prompt: str, entry_point: str, test: str) -> Callable[..., Any]:
-        """Run the prompt for what the test may use of it; its entry point becomes the proxy."""
-        module = types.ModuleType("candidate")
-        sys.modules["candidate"] = module
-        self._namespace = module.__dict__
+        entry_point, test = job["entry_point"], job["test"]
+        classes = self._run_prompt(job["prompt"])
+        table = Table(self._namespace, classes)
+        names = wanted(test)
+        peer = Peer(
+            channel, table, methods=TEST_METHODS, proxy=make_proxy, surroundings=Surroundings(names), exact=True,
+            before_call=self._count_call,
+        )  # fmt: skip
 
         def candidate(*arguments: Any, **keywords: Any) -> Any:
-            self._num_calls += 1
+            self._called = True
             try:
-                return self._call(0, arguments, keywords)
+                return self._attempt(lambda: peer.call(0, "call", arguments, keywords), peer)
             except StopIteration as error:  # would silently end a test's map() or zip()
                 if "StopIteration" in test:
                     raise
                 raise RuntimeError("the program raised StopIteration") from error
 
+        table.add(candidate)
+        channel.send(json.dumps({"classes": classes, "surroundings": names}).encode())
+        candidate.__name__ = candidate.__qualname__ = entry_point
+        if any(word in test for word in _DESCRIPTIVE):
+            describe_entry_point(candidate, self._attempt(lambda: peer.call(0, "describe"), peer))
+        self._namespace[entry_point] = candidate
+        return candidate
+
+    def _run_prompt(self, prompt: str) -> list[str]:
+        """Run the prompt's part of the program. Returns the names of the classes that it defines."""
+        module = types.ModuleType("candidate")
+        sys.modules["candidate"] = module
+        self._namespace = module.__dict__
         try:
             exec(_compiled_head(prompt), self._namespace)
         except BaseException as error:
             self.end("error", f"the prompt does not run alone: {type(error).__name__}: {error}")
-        candidate.__name__ = candidate.__qualname__ = entry_point
-        self._namespace[entry_point] = candidate
-        return candidate
+        return [name for name, value in self._namespace.items() if isinstance(value, type)
+                and value.__module__ == "candidate" and value.__qualname__ == name]  # fmt: skip
 
-    def _call(self, which: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        request = Encoder(exact=True)
-        try:
-            request.encode((which, arguments, keywords))
-        except NotPlainError as error:
-            self.end("error", f"the test passes {error}, so it needs one process with the program (same_process)")
-        with self._lock:
-            try:
-                assert self._solver is not None
-                self._solver.send(request.take())
-            except OSError:
-                self._gone()
-            answer = self._receive()
-        how, changed = answer[:1], answer[1:2]
-        if how not in (b"R", b"X"):
-            self.end("failed", "the program's answer: " + answer[1:].decode("utf-8", "replace"))
-        try:
-            decoder = Decoder(answer[2:], request.objects, iterator=self._iterate)
-            if changed == b"C":
-                for value in filter(is_mutable, request.objects):
-                    decoder.write_back(value)
-            outcome = decoder.decode()
-        except (NotPlainError, MemoryError) as error:
-            self.end("failed", f"the program's answer: {error}")
-        if how == b"X":
-            raise self._exception(outcome)
-        return outcome
+    def _attempt(self, action: Callable[[], Any], peer: Peer | None = None) -> Any:
+        """Do something with the program's process; where that goes wrong, end with the verdict.
 
-    def _iterate(self, which: int) -> Generator[Any, None, Any]:
-        while True:
-            try:
-                item = self._call(which, (), {})
-            except StopIteration as end:
-                return end.value
-            yield item
-
-    def _receive(self) -> bytes:
-        assert self._solver is not None
+        What the test passes and cannot cross is an `error`. What the program answers, and what only its earlier answers
+        make too large, is `failed`: a program cannot choose an `error`.
+        """
         try:
-            answer = self._solver.receive()
-        except (NotPlainError, MemoryError) as error:
-            self.end("failed", f"the program's answer: {error}")
-        if answer is None:
+            with self._lock:
+                return action()
+        except GoneError:
             self._gone()
-        return answer
+        except RefusedError as error:
+            self.end("failed", f"the program's answer: {error}")
+        except NotPlainError as error:
+            answered = peer is not None and (
+                peer.num_received_bytes > MAX_BYTES // 8 or peer.deepest_received > MAX_DEPTH // 8
+            )
+            if error.too_large and answered:
+                self.end("failed", f"an argument made of the program's answers: {error}")
+            self.end("error", f"the test passes {error}, so it needs one process with the program (same_process)")
+
+    def _count_call(self) -> None:
+        """Tell the other side of every so many calls, for their transport is no time of the program's."""
+        self._num_calls += 1
+        if self._num_calls % CALLS_PER_NOTE == 0:
+            self._note("calls")
 
     def _gone(self) -> NoReturn:
         self.end("killed", "the program's process ended")
-
-    def _exception(self, outline: Any) -> BaseException:
-        """An exception as near as may be to the one of the program: of a class that the test can name."""
-        try:
-            names, shown, arguments, attributes = outline
-            for module, name in names:
-                kind = self._namespace.get(name, getattr(builtins, name, None))
-                if kind is None and module.partition(".")[0] in sys.stdlib_module_names:
-                    kind = getattr(sys.modules.get(module), name, None)
-                if isinstance(kind, type) and issubclass(kind, BaseException):
-                    try:
-                        error = kind(*arguments)
-                    except Exception:  # made with others
-                        error = kind.__new__(kind, *shown)
-                    error.args = tuple(shown)
-                    error.__dict__.update(attributes)
-                    return error
-        except (TypeError, ValueError, AttributeError):
-            pass
-        return RuntimeError(f"the program raised {outline!r:.200}")
 
     # --- the program in this process ---------------------------------------------------------------------------------
 
@@ -195,6 +185,24 @@ class _Check:
         except BaseException as error:
             self._fail(error)
             os._exit(0)
+
+
+def _first_message(channel: Channel) -> bytes:
+    try:
+        message = channel.receive()
+    except (NotPlainError, MemoryError) as error:
+        raise RefusedError(str(error)) from None
+    if message is None:
+        raise GoneError
+    return message
+
+
+def _raised_by_test(error: BaseException) -> bool:
+    """Whether the test's own text raised it, not something that it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename == "<test>"
 
 
 def _compiled_head(prompt: str) -> types.CodeType:

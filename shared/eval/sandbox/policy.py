@@ -9,7 +9,7 @@ from pathlib import Path
 
 # What most programs import, so that it is loaded once. Only the standard library exists for them.
 PRELOADED: tuple[str, ...] = ("bisect", "copy", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools")
-PRELOADED += ("math", "operator", "random", "re", "string", "typing")
+PRELOADED += ("asyncio", "inspect", "math", "operator", "random", "re", "string", "typing", "zoneinfo")
 
 _MEMORY_BYTES = 2 << 30
 _STACK_BYTES = 8 << 20
@@ -72,9 +72,9 @@ def limit_resources(cpu_seconds: int) -> None:
 
 
 def library_folders() -> list[Path]:
-    """The folders of Python's standard library and of the shared libraries that it loads."""
+    """The folders of Python's standard library, its time zones, and the shared libraries that it loads."""
     stdlib = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
-    return list(dict.fromkeys([*stdlib, *_shared_library_folders()]))
+    return list(dict.fromkeys([*stdlib, *_shared_library_folders(), *_time_zones()]))
 
 
 def package_folders() -> list[Path]:
@@ -89,7 +89,14 @@ def library_files() -> list[Path]:
     stdlib = Path(sysconfig.get_path("stdlib"))
     own = [path for path in stdlib.iterdir() if path.name not in _PACKAGES]
     shared = [path for folder in _shared_library_folders() for path in folder.glob("*.so*") if path.is_file()]
-    return [*own, Path(sysconfig.get_path("platstdlib")) / "lib-dynload", *shared]
+    return [*own, Path(sysconfig.get_path("platstdlib")) / "lib-dynload", *shared, *_time_zones()]
+
+
+def _time_zones() -> list[Path]:
+    """The system's time zones, which `zoneinfo` reads."""
+    import zoneinfo
+
+    return [folder for folder in map(Path, zoneinfo.TZPATH) if folder.is_dir()]
 
 
 def _shared_library_folders() -> list[Path]:

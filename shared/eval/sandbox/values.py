@@ -1,55 +1,142 @@
-"""Plain data between solver and checker, as bytes: typed, bounded, and never code.
+"""Values between solver and checker, as bytes: typed, bounded, and never code.
 
-What is decoded is None, booleans, numbers, text, bytes, the standard containers, ranges, dates and iterators (as their
-items), nothing else, whatever the bytes. Containers keep their identity: one that occurs twice is written once, and a
-reply may refer to the containers of the request by number. Iterators of a program stay where they are and are asked for
-one item at a time; those of a test cross as their items.
+Both sides number the objects that have crossed, in the same order, and keep them in a `Table`. An object crosses once;
+from then on it is named by its number, so that it keeps its identity for the whole check. Before each message a side
+finds what has changed in the objects that both know, and the message begins with that.
+
+Decoded are None, booleans, numbers, text, bytes, the standard containers, dates, exceptions, and instances of the
+classes that the prompt defines, which both sides have. Whatever else a side owns (functions, iterators, objects of
+other classes) stays where it is; the other side gets a proxy, made by `proxies.py`.
 """
 
 import collections
 import datetime
 import decimal
+import enum
 import fractions
 import itertools
 import struct
-from collections.abc import Callable, Iterable, Iterator
+import sys
+import types
+import zoneinfo
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+from shared.eval.sandbox import exceptions
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 150
-MAX_ITERATOR_ITEMS = 100_000
 
 _MUTABLE = (list, set, dict, bytearray, collections.deque)
 _DATES = {"date": datetime.date, "datetime": datetime.datetime, "time": datetime.time, "timedelta": datetime.timedelta}
 
 
 class NotPlainError(Exception):
-    """A value that cannot cross, or bytes that are none."""
+    """A value that cannot cross, or bytes that are none.
+
+    Attributes:
+        too_large: because of its size or depth, not of its type.
+    """
+
+    def __init__(self, text: str, *, too_large: bool = False) -> None:
+        super().__init__(text)
+        self.too_large = too_large
+
+
+class Table:
+    """The objects that have crossed, as one side knows them, by the numbers that both sides give them.
+
+    Args:
+        classes: the module whose classes both sides have.
+        shared_names: names of those classes, fixed before a program could define others.
+    """
+
+    def __init__(self, classes: Mapping[str, Any] | None = None, shared_names: Iterable[str] = ()) -> None:
+        self.objects: dict[int, Any] = {}
+        self.next_number = 0
+        self.exported: set[int] = set()  # of this side's own that the other has a proxy of
+        self.classes = {} if classes is None else classes
+        self._shared_names = frozenset(shared_names)
+        self._numbers: dict[int, int] = {}  # by id; `objects` keeps the objects alive
+        self._agreed: dict[int, bytes | None] = {}  # what each mutable object holds on both sides
+
+    def add(self, value: Any) -> int:
+        """Number an object."""
+        number = self.next_number
+        self.next_number += 1
+        self.set(number, value)
+        return number
+
+    def set(self, number: int, value: Any) -> None:
+        """Say which object a number stands for."""
+        self.objects[number] = value
+        self._numbers[id(value)] = number
+
+    def number(self, value: Any) -> int | None:
+        """The number of an object that has crossed."""
+        return self._numbers.get(id(value))
+
+    def forget(self, number: int) -> None:
+        """Give up an object."""
+        value = self.objects.pop(number, None)
+        self.exported.discard(number)
+        if value is not None and self._numbers.get(id(value)) == number:
+            del self._numbers[id(value)]
+        self._agreed.pop(number, None)
+
+    def forget_from(self, number: int) -> None:
+        """Give up all objects from a number on, whose message was not sent."""
+        for later in range(number, self.next_number):
+            self.forget(later)
+        self.next_number = number
+
+    def changed(self) -> list[int]:
+        """The objects that no longer hold what both sides agreed on."""
+        found = []
+        for number, agreed in list(self._agreed.items()):
+            now = Encoder(self, exact=False).known_contents(self.objects[number])
+            if now is None or now != agreed:
+                found.append(number)
+        return found
+
+    def agree(self, numbers: Iterable[int]) -> None:
+        """Take what these objects hold now as what the other side has."""
+        for number in numbers:
+            value = self.objects.get(number)
+            if is_mutable(value) or (self.class_name(type(value)) is not None and not isinstance(value, enum.Enum)):
+                self._agreed[number] = Encoder(self, exact=False).known_contents(value)
+
+    def unreferenced(self) -> list[int]:
+        """The objects that only this table refers to, so that nobody on this side can tell them from new ones."""
+        lone = self.add([])
+        try:
+            counts = {number: sys.getrefcount(value) for number, value in self.objects.items()}
+        finally:
+            self.forget(lone)
+            self.next_number = lone
+        return [number for number, count in counts.items() if count <= counts[lone] and number not in self.exported
+                and number not in (0, lone)]  # fmt: skip
+
+    def class_name(self, kind: type) -> str | None:
+        """The name of a class that both sides have; None of any other."""
+        name = getattr(kind, "__qualname__", None)
+        if type(name) is str and name in self._shared_names and self.classes.get(name) is kind:
+            return name
+        return None
 
 
 class Encoder:
     """Values to bytes.
 
     Args:
-        known: containers that the reader has already; they are written as references.
-        exact: refuse instances of subclasses; otherwise they are written as what they are built on.
-        iterators: takes iterators, which are written as their place in this list; where None, as their items.
+        table: the objects that the other side knows; new ones are added.
+        exact: refuse what is no plain data; otherwise instances of subclasses are written as what they are built on,
+            and anything else is exported.
     """
 
-    def __init__(
-        self,
-        known: Iterable[Any] = (),
-        *,
-        exact: bool,
-        iterators: list[Iterator[Any]] | None = None,
-        opaque: bool = False,
-    ) -> None:
-        self._opaque = opaque
-        self.exact, self._iterators = exact, iterators
-        self.objects: list[Any] = list(known)  # kept alive, so that no id is used twice
-        self._index = {
-            id(value): i for i, value in enumerate(self.objects) if iterators is None or not isinstance(value, Iterator)
-        }
+    def __init__(self, table: Table, *, exact: bool) -> None:
+        self.table, self.exact = table, exact
+        self._known_only = False
         self._parts: list[bytes] = []
         self._num_bytes = 0
 
@@ -61,9 +148,21 @@ class Encoder:
         """
         self._value(value, 0)
 
-    def contents(self, container: Any) -> None:
-        """Append what a container holds now."""
-        self._items(container, 0)
+    def changes(self, released: list[int], changed: list[int]) -> None:
+        """Append the objects to give up, and what those that have changed hold now."""
+        self._put(struct.pack(f"<II{len(released)}I", len(released), len(changed), *released))
+        for number in changed:
+            self._put(struct.pack("<I", number))
+            self._contents(self.table.objects[number], 0)
+
+    def known_contents(self, value: Any) -> bytes | None:
+        """What an object holds, others in it by their numbers; None where it holds what has not crossed yet."""
+        self._known_only = True
+        try:
+            self._contents(value, 0)
+        except _NewObject:
+            return None
+        return self.take()
 
     def take(self) -> bytes:
         """What has been appended."""
@@ -72,7 +171,7 @@ class Encoder:
     def _put(self, part: bytes) -> None:
         self._num_bytes += len(part)
         if self._num_bytes > MAX_BYTES:
-            raise NotPlainError(f"more than {MAX_BYTES} bytes")
+            raise NotPlainError(f"more than {MAX_BYTES} bytes", too_large=True)
         self._parts.append(part)
 
     def _sized(self, tag: bytes, data: bytes) -> None:
@@ -86,17 +185,12 @@ class Encoder:
         elif kind is bool:
             self._put(b"T" if value else b"F")
         elif kind is int:
-            if value.bit_length() > 8 * MAX_BYTES:
-                raise NotPlainError("too large an integer")
-            if -(1 << 63) <= value < 1 << 63:
-                self._put(struct.pack("<cq", b"j", value))
-            else:
-                self._sized(b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
+            self._int(value)
         elif kind is float:
             self._put(struct.pack("<cd", b"d", value))
         elif kind is str:
             if len(value) > MAX_BYTES:
-                raise NotPlainError(f"more than {MAX_BYTES} characters")
+                raise NotPlainError(f"more than {MAX_BYTES} characters", too_large=True)
             self._sized(b"s", value.encode("utf-8", "surrogatepass"))
         elif kind is bytes:
             self._sized(b"b", value)
@@ -104,36 +198,45 @@ class Encoder:
             self._put(struct.pack("<cdd", b"c", value.real, value.imag))
         elif value is Ellipsis:
             self._put(b".")
-        elif (index := self._index.get(id(value))) is not None:
-            self._put(struct.pack("<cI", b"r", index))
+        elif (number := self.table.number(value)) is not None:
+            self._put(struct.pack("<cI", b"r", number))
+        elif (name := _type_name(value)) is not None:
+            self._sized(b"P", name.encode())
+        elif not self.exact and (base := _base(kind, _PLAIN_ATOMS)) and self.table.class_name(kind) is None:
+            self._value(_PLAIN_ATOMS[base](value), depth)
+        elif self._known_only:
+            raise _NewObject
         else:
-            self._index[id(value)] = len(self.objects)
-            self.objects.append(value)
-            self._compound(value, kind, depth + 1)
+            self._object(value, kind, depth + 1)
 
-    def _compound(self, value: Any, kind: type, depth: int) -> None:
+    def _int(self, value: int) -> None:
+        if value.bit_length() > 8 * MAX_BYTES:
+            raise NotPlainError("too large an integer", too_large=True)
+        if -(1 << 63) <= value < 1 << 63:
+            self._put(struct.pack("<cq", b"j", value))
+        else:
+            self._sized(b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
+
+    def _object(self, value: Any, kind: type, depth: int) -> None:
+        """An object that has not crossed yet, numbered before what it holds is written, which may refer to it."""
         if depth > MAX_DEPTH:
-            raise NotPlainError(f"nested more than {MAX_DEPTH} deep")
-        if tag := _TAGS.get(kind):
-            self._put(tag)
-            if kind is collections.deque:
+            raise NotPlainError(f"nested more than {MAX_DEPTH} deep", too_large=True)
+        self.table.add(value)
+        if (name := self.table.class_name(kind)) is not None:
+            self._instance(value, name, depth)
+        elif isinstance(value, type) and (name := self.table.class_name(value)) is not None:
+            self._sized(b"U", name.encode())
+        elif base := kind if kind in _TAGS else None if self.exact else _base(kind, _TAGS):
+            self._put(_TAGS[base])
+            if base is collections.deque:
                 self._value(value.maxlen, depth)
-            self._items(value, depth)
+            elif base is collections.defaultdict:
+                self._value(value.default_factory, depth)
+            self._contents(value, depth)
         elif kind is range:
             self._put(b"R")
             for part in (value.start, value.stop, value.step):
                 self._value(part, depth)
-        elif self._opaque and isinstance(value, Iterator):
-            self._put(b"X")
-        elif self._iterators is not None and isinstance(value, Iterator):
-            self._iterators.append(value)
-            self._put(struct.pack("<cI", b"G", len(self._iterators) - 1))
-        elif isinstance(value, Iterator):
-            items = list(itertools.islice(value, MAX_ITERATOR_ITEMS + 1))
-            if len(items) > MAX_ITERATOR_ITEMS:
-                raise NotPlainError(f"an iterator of more than {MAX_ITERATOR_ITEMS} items")
-            self._put(b"X")
-            self._items(items, depth)
         elif view := next((tag for tag, view in _VIEWS.items() if isinstance(value, view)), None):
             self._put(view)
             self._items(list(value), depth)
@@ -142,28 +245,65 @@ class Encoder:
         elif kind is fractions.Fraction:
             self._put(b"Q")
             self._items([value.numerator, value.denominator], depth)
-        elif kind is type and value in _TYPES.values():
-            self._sized(b"P", value.__name__.encode())
-        elif kind in _DATES.values() and getattr(value, "tzinfo", None) is None:
+        elif kind in _DATES.values() and _has_known_zone(value):
             self._sized(b"A", kind.__name__.encode())
             self._items(_date_parts(value), depth)
-        elif not self.exact and (base := next((b for b in kind.__mro__ if b in _PLAIN), None)):
-            plain = _PLAIN[base](value)
-            if base in _TAGS:
-                self._compound(plain, base, depth)  # under the number it has already
-            else:  # has no number
-                del self._index[id(self.objects.pop())]
-                self._value(plain, depth)
+            self._value(getattr(value, "tzinfo", None), depth)
+        elif kind is datetime.timezone:
+            self._put(b"z")
+            self._items(list(value.__getinitargs__()), depth)
+        elif kind is zoneinfo.ZoneInfo and value.key:
+            self._sized(b"Y", value.key.encode())
+        elif isinstance(value, BaseException):
+            self._put(b"e")
+            self._items(list(exceptions.outline(value)), depth)
         else:
-            raise NotPlainError(f"a value of type {kind.__name__}")
+            self._export(value, depth)
 
-    def _items(self, value: Any, depth: int) -> None:
+    def _instance(self, value: Any, name: str, depth: int) -> None:
+        """An instance of a class that both sides have, without a call of its own methods."""
+        if isinstance(value, enum.Enum):
+            self._sized(b"n", name.encode())
+            self._value(value._value_, depth)
+        elif isinstance(value, BaseException):
+            self._put(b"e")
+            self._items(list(exceptions.outline(value)), depth)
+        else:
+            self._sized(b"o", name.encode())
+            base = _base(type(value), _IMMUTABLE)
+            self._value(_IMMUTABLE[base](value) if base else None, depth)
+            self._contents(value, depth)
+
+    def _export(self, value: Any, depth: int) -> None:
+        """Something that stays on this side."""
+        form = (
+            b"g" if isinstance(value, Iterator) else b"a" if isinstance(value, types.CoroutineType) else
+            b"f" if callable(value) else b"o"
+        )  # fmt: skip
+        if self.exact and form not in (b"g", b"f"):
+            raise NotPlainError(f"a value of type {type(value).__name__}")
+        self.table.exported.add(self.table.next_number - 1)
+        self._put(b"x" + form)
+        described = (getattr(value, name, None) for name in ("__name__", "__doc__"))
+        for text in (type(value).__name__, *described):
+            self._value(text[:1000] if type(text) is str else None, depth)
+
+    def _contents(self, value: Any, depth: int) -> None:
+        """What an object holds: the items of the container that it is, its attributes where it is an instance."""
         if isinstance(value, bytearray):
             self._sized(b"", bytes(value))
-            return
-        if len(value) > MAX_BYTES:
-            raise NotPlainError(f"more than {MAX_BYTES} items")
-        items = list(value.items()) if isinstance(value, dict) else list(value)
+        elif (base := _base(type(value), _ITEMS)) and (base not in _IMMUTABLE or self._is_plain(value)):
+            self._items(_ITEMS[base](value), depth)
+        if self.table.class_name(type(value)) is not None:
+            self._items(list(itertools.chain.from_iterable(_attributes(value).items())), depth)
+
+    def _is_plain(self, value: Any) -> bool:
+        """Whether it is written as the container that it is built on; the prompt's classes have theirs already."""
+        return self.table.class_name(type(value)) is None
+
+    def _items(self, items: list[Any], depth: int) -> None:
+        if len(items) > MAX_BYTES:
+            raise NotPlainError(f"more than {MAX_BYTES} items", too_large=True)
         kinds = set(map(type, items))
         if form := "q" if kinds == {int} else "d" if kinds == {float} else "":  # fast, for there may be many
             try:
@@ -172,8 +312,6 @@ class Encoder:
             except struct.error:  # an integer beyond 64 bits
                 pass
         self._put(struct.pack("<cI", b"m", len(items)))
-        if isinstance(value, dict):
-            items = list(itertools.chain.from_iterable(items))
         for item in items:
             self._value(item, depth)
 
@@ -182,16 +320,15 @@ class Decoder:
     """Bytes to values.
 
     Args:
+        table: the objects that references may name; new ones are added.
         data: what an `Encoder` wrote, or anything.
-        known: containers that references may name, as the encoder's `known`.
-        iterator: makes an iterator of its place.
+        proxy: makes the proxy of something that stays on the other side, of its number, form, type, name and text.
     """
 
-    def __init__(
-        self, data: bytes, known: Iterable[Any] = (), *, iterator: Callable[[int], Iterator[Any]] | None = None
-    ) -> None:
-        self.objects: list[Any] = list(known)
-        self._iterator = iterator
+    def __init__(self, table: Table, data: bytes, *, proxy: Callable[..., Any]) -> None:
+        self.table = table
+        self.first_new, self.deepest = table.next_number, 0
+        self._proxy = proxy
         self._data, self._at = memoryview(data), 0
 
     def decode(self) -> Any:
@@ -200,26 +337,38 @@ class Decoder:
         Raises:
             NotPlainError: the bytes are no value.
         """
-        try:
-            return self._value(0)
-        except (TypeError, ValueError, ArithmeticError, struct.error, LookupError, AttributeError) as error:
-            raise NotPlainError(f"malformed data: {error}") from None
+        return self._checked(lambda: self._value(0))
 
-    def write_back(self, container: Any) -> None:
-        """Give a container the contents that come next.
+    def changes(self) -> list[int]:
+        """Give up what the other side has given up, and take over what has changed. Returns the objects that have.
 
         Raises:
-            NotPlainError: the bytes are not its contents.
+            NotPlainError: the bytes are no changes.
         """
+        changed: list[int] = self._checked(self._changes)
+        return changed
+
+    def _checked(self, read: Callable[[], Any]) -> Any:
         try:
-            items = self._items(type(container), 0)
-            if isinstance(container, list | bytearray):
-                container[:] = items
-            else:
-                container.clear()
-                getattr(container, "extend" if isinstance(container, collections.deque) else "update")(items)
-        except (TypeError, ValueError, ArithmeticError, struct.error, LookupError, AttributeError) as error:
+            return read()
+        except (TypeError, ValueError, ArithmeticError, struct.error, LookupError, AttributeError, OSError) as error:
             raise NotPlainError(f"malformed data: {error}") from None
+
+    def _changes(self) -> list[int]:
+        num_released, num_changed = self._unpack("II")
+        if 4 * (num_released + num_changed) > len(self._data):
+            raise NotPlainError("cut short")
+        for number in self._unpack(f"{num_released}I"):
+            self.table.forget(number)
+        changed = []
+        for _ in range(num_changed):
+            (number,) = self._unpack("I")
+            value = self.table.objects[number]
+            if not is_mutable(value) and self.table.class_name(type(value)) is None:
+                raise NotPlainError("a change of what cannot change")
+            self._read_contents(value, 0)
+            changed.append(number)
+        return changed
 
     def _unpack(self, form: str) -> tuple[Any, ...]:
         found = struct.unpack_from("<" + form, self._data, self._at)
@@ -254,56 +403,126 @@ class Decoder:
                 return complex(*self._unpack("dd"))
             case b".":
                 return ...
+            case b"P":
+                return _TYPES[self._sized().decode()]
             case b"r":
-                value = self.objects[self._unpack("I")[0]]
+                value = self.table.objects[self._unpack("I")[0]]
                 if value is _UNFINISHED:
-                    raise NotPlainError("a tuple inside itself")
+                    raise NotPlainError("an immutable object inside itself")
                 return value
         if depth >= MAX_DEPTH:
-            raise NotPlainError("nested too deep")
-        return self._compound(tag, depth + 1)
+            raise NotPlainError("nested too deep", too_large=True)
+        return self._object(tag, depth + 1)
 
-    def _compound(self, tag: bytes, depth: int) -> Any:
-        index = len(self.objects)
-        self.objects.append(_UNFINISHED)
-        if kind := _KINDS.get(tag):
+    def _object(self, tag: bytes, depth: int) -> Any:
+        """A new object: numbered first, since what it holds may refer to it, or to later ones."""
+        self.deepest = max(self.deepest, depth)
+        number = self.table.next_number
+        self.table.next_number += 1
+        self.table.objects[number] = _UNFINISHED
+        value: Any
+        if tag == b"x":
+            (form,) = self._unpack("c")
+            value = self._proxy(number, form, *(self._value(depth) for _ in range(3)))
+        elif tag == b"o":
+            value = self._instance(number, depth)
+        elif (kind := _KINDS.get(tag)) in (tuple, frozenset):
+            value = kind(self._items(depth))
+        elif kind is not None:
             value = kind(maxlen=self._value(depth)) if kind is collections.deque else kind()
-            if isinstance(value, _MUTABLE):  # known before its items are: they may refer to it
-                self.objects[index] = value
-                items = self._items(kind, depth)
-                getattr(value, "update" if isinstance(value, set | dict) else "extend")(items)
-                return value
-            value = kind(self._items(kind, depth))
-        elif tag == b"M":
-            value = decimal.Decimal(self._sized().decode())
-        elif tag == b"P":
-            value = _TYPES[self._sized().decode()]
-        elif tag == b"A":
-            date = _DATES[self._sized().decode()]
-            value = date(*self._items(tuple, depth))
-        elif tag == b"G" and self._iterator is not None:
-            value = self._iterator(self._unpack("I")[0])
-        elif tag == b"R":
-            value = range(*(self._value(depth) for _ in range(3)))
+            self.table.set(number, value)
+            if kind is collections.defaultdict:
+                value.default_factory = self._value(depth)
+            self._read_contents(value, depth)
+            return value
         else:
-            make = _MAKERS.get(tag)
-            if make is None:
-                raise NotPlainError("an unknown tag")
-            value = make(self._items(list, depth))
-        self.objects[index] = value
+            value = self._immutable(tag, depth)
+        self.table.set(number, value)
         return value
 
-    def _items(self, kind: type, depth: int) -> Any:
-        if issubclass(kind, bytearray):
-            return self._sized()
+    def _immutable(self, tag: bytes, depth: int) -> Any:
+        match tag:
+            case b"M":
+                return decimal.Decimal(self._sized().decode())
+            case b"Q":
+                numerator, denominator = self._items(depth)
+                if type(numerator) is not int or type(denominator) is not int:
+                    raise NotPlainError("a fraction of something else than integers")
+                return fractions.Fraction(numerator, denominator)
+            case b"A":
+                date = _DATES[self._sized().decode()]
+                parts, zone = self._items(depth), self._value(depth)
+                fold = {"fold": parts.pop()} if date in (datetime.datetime, datetime.time) else {}
+                return date(*parts, tzinfo=zone, **fold) if fold else date(*parts)
+            case b"z":
+                return datetime.timezone(*self._items(depth))
+            case b"Y":
+                return zoneinfo.ZoneInfo(self._sized().decode())
+            case b"R":
+                return range(*(self._value(depth) for _ in range(3)))
+            case b"n":
+                return self._class(self._sized().decode())(self._value(depth))
+            case b"U":
+                return self._class(self._sized().decode())
+            case b"e":
+                return exceptions.rebuild(self._items(depth), self.table.classes)
+        make = _MAKERS.get(tag)
+        if make is None:
+            raise NotPlainError("an unknown tag")
+        return make(self._items(depth))
+
+    def _class(self, name: str) -> Any:
+        """A class that both sides have: the one of this side, whatever the other has made of its own."""
+        kind = self.table.classes[name]
+        if not isinstance(kind, type) or self.table.class_name(kind) != name:
+            raise NotPlainError("not a class of the prompt")
+        return kind
+
+    def _instance(self, number: int, depth: int) -> Any:
+        kind = self._class(self._sized().decode())
+        items = self._value(depth)
+        base = _base(kind, _IMMUTABLE)
+        if (base is None) != (items is None) or issubclass(kind, enum.Enum | BaseException):
+            raise NotPlainError("an instance of another form")
+        new: Any = (base or _base(kind, _ITEMS) or object).__new__
+        value = new(kind) if base is None else new(kind, items)
+        self.table.set(number, value)
+        self._read_contents(value, depth)
+        return value
+
+    def _read_contents(self, value: Any, depth: int) -> None:
+        """Give an object the contents that come next, in place and without a call of its own methods."""
+        if isinstance(value, bytearray):
+            bytearray.__setitem__(value, slice(None), self._sized())
+        elif (base := _base(type(value), _ITEMS)) and base not in _IMMUTABLE:
+            items = self._items(depth)
+            if issubclass(base, dict):
+                dict.clear(value)
+                for i in range(0, len(items), 2):
+                    base.__setitem__(value, items[i], items[i + 1])
+            elif base is list:
+                list.__setitem__(value, slice(None), items)
+            elif base is set:
+                set.clear(value)
+                set.update(value, items)
+            else:
+                collections.deque.clear(value)
+                collections.deque.extend(value, items)
+        if self.table.class_name(type(value)) is not None:
+            items = self._items(depth)
+            _set_attributes(value, dict(zip(items[::2], items[1::2], strict=True)))
+
+    def _items(self, depth: int) -> list[Any]:
         form, count = self._unpack("cI")
         if count > len(self._data) - self._at:  # an item has a byte at least
             raise NotPlainError("cut short")
         if form in (b"q", b"d"):
             return list(self._unpack(f"{count}{form.decode()}"))
-        if not issubclass(kind, dict):
-            return [self._value(depth) for _ in range(count)]
-        return {self._value(depth): self._value(depth) for _ in range(count)}
+        return [self._value(depth) for _ in range(count)]
+
+
+class _NewObject(Exception):
+    """Something that has not crossed yet."""
 
 
 def is_mutable(value: Any) -> bool:
@@ -311,11 +530,66 @@ def is_mutable(value: Any) -> bool:
     return isinstance(value, _MUTABLE)
 
 
+def _base(kind: type, among: Mapping[type, Any]) -> type | None:
+    """The first class of these that a class is or is built on."""
+    return next((base for base in kind.__mro__ if base in among), None)
+
+
+def _type_name(value: Any) -> str | None:
+    """The name of a builtin type; not of a class that says it is one."""
+    if type(value) is not type:
+        return None
+    name = str(value.__name__)
+    return name if _TYPES.get(name) is value else None
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """An instance's attributes, in its `__dict__` and in slots."""
+    found = dict(object.__getattribute__(value, "__dict__")) if hasattr(type(value), "__dict__") and hasattr(
+        value, "__dict__"
+    ) else {}  # fmt: skip
+    for name, slot in _slots(type(value)):
+        try:
+            found[name] = slot.__get__(value)
+        except AttributeError:  # not set
+            continue
+    return found
+
+
+def _set_attributes(value: Any, attributes: dict[str, Any]) -> None:
+    slots = dict(_slots(type(value)))
+    for name, slot in slots.items():
+        if name in attributes:
+            slot.__set__(value, attributes[name])
+    if others := {name: attributes[name] for name in attributes if name not in slots}:
+        own = object.__getattribute__(value, "__dict__")
+        own.clear()
+        own.update(others)
+    elif hasattr(value, "__dict__"):
+        object.__getattribute__(value, "__dict__").clear()
+
+
+def _slots(kind: type) -> Iterator[tuple[str, Any]]:
+    for base in kind.__mro__:
+        for name, slot in vars(base).items():
+            if isinstance(slot, types.MemberDescriptorType) and base.__module__ == kind.__module__:
+                yield name, slot
+
+
+def _has_known_zone(value: Any) -> bool:
+    zone = getattr(value, "tzinfo", None)
+    return zone is None or type(zone) in (datetime.timezone, zoneinfo.ZoneInfo)
+
+
 def _date_parts(value: Any) -> list[int]:
     if isinstance(value, datetime.timedelta):
         return [value.days, value.seconds, value.microseconds]
-    names = ("year", "month", "day", "hour", "minute", "second", "microsecond")
+    names = ("year", "month", "day", "hour", "minute", "second", "microsecond", "fold")
     return [getattr(value, name) for name in names if hasattr(value, name)]
+
+
+def _flat(value: Any) -> list[Any]:
+    return list(itertools.chain.from_iterable(dict(value).items()))
 
 
 def _items_view(items: list[Any]) -> Any:
@@ -333,31 +607,38 @@ _TAGS: dict[type, bytes] = {
     bytearray: b"B",
     collections.Counter: b"C",
     collections.OrderedDict: b"O",
+    collections.defaultdict: b"h",
     collections.deque: b"q",
 }
 _KINDS: dict[bytes, Any] = {tag: kind for kind, tag in _TAGS.items()}
 _VIEWS: dict[bytes, type] = {b"K": type({}.keys()), b"V": type({}.values()), b"I": type({}.items())}
 _MAKERS: dict[bytes, Callable[[list[Any]], Any]] = {
-    b"X": iter,
     b"K": lambda items: dict.fromkeys(items).keys(),
     b"V": lambda items: dict(enumerate(items)).values(),
     b"I": _items_view,
-    b"Q": lambda items: fractions.Fraction(*items),
 }
-# What an instance of a subclass is written as.
-_PLAIN: dict[type, Callable[[Any], Any]] = {
+# What a container holds, of itself and of instances of its subclasses.
+_ITEMS: dict[type, Callable[[Any], list[Any]]] = {
+    list: list,
+    tuple: list,
+    set: list,
+    frozenset: list,
+    collections.deque: list,
+    collections.Counter: _flat,
+    collections.OrderedDict: _flat,
+    collections.defaultdict: _flat,
+    dict: _flat,
+}
+# What an instance of a subclass of something immutable is built on.
+_PLAIN_ATOMS: dict[type, Callable[[Any], Any]] = {
     int: lambda value: int.__index__(value),
     float: lambda value: float.__add__(value, -0.0),
     complex: lambda value: complex(value.real, value.imag),
     str: lambda value: str.__str__(value) if type(str.__str__(value)) is str else "".join(list(value)),
     bytes: lambda value: bytes(bytearray(value)),
-    collections.Counter: lambda value: collections.Counter(dict(value)),
-    collections.OrderedDict: collections.OrderedDict,
-    dict: dict,
-    list: list,
-    tuple: tuple,
-    set: set,
-    frozenset: frozenset,
-    bytearray: bytearray,
-    collections.deque: lambda value: collections.deque(value, value.maxlen),
+}
+_IMMUTABLE: dict[type, Callable[[Any], Any]] = {
+    **_PLAIN_ATOMS,
+    tuple: lambda value: tuple(tuple.__iter__(value)),
+    frozenset: lambda value: frozenset(frozenset.__iter__(value)),
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import SandboxError
+from shared.eval.sandbox.asserts import CALLS_PER_NOTE
 from shared.eval.sandbox.policy import Walls, library_folders, package_folders
 
 START_SECONDS = 60.0
@@ -22,6 +23,10 @@ START_SECONDS = 60.0
 VERDICTS = ("passed", "failed", "timed out", "killed", "error")
 _COUNT_SECONDS = 1.0
 _CPU_SECONDS_BEYOND = 2
+# A call's way to the program and back is no time of the program's: so much later ends the check for every call, but
+# never after so many times its limit.
+_SECONDS_PER_CALL = 250e-6
+_LONGEST = 10
 _MAX_LINE_BYTES = 1 << 20
 _ROOT = Path(__file__).parents[3]
 _START = (
@@ -178,7 +183,7 @@ class Worker:
             if not candidate.same_process:
                 solver, of_solver = map(stack.enter_context, socket.socketpair())
                 theirs.insert(0, of_solver)
-            cpu_seconds = math.ceil(timeout_seconds) + _CPU_SECONDS_BEYOND
+            cpu_seconds = math.ceil(timeout_seconds * _LONGEST) + _CPU_SECONDS_BEYOND
             message, descriptors = [json.dumps(cpu_seconds).encode()], [end.fileno() for end in theirs]
             self._tell(lambda: socket.send_fds(self._control, message, descriptors))
             for end in theirs:
@@ -186,7 +191,7 @@ class Worker:
             if not candidate.same_process:
                 _hand_over(solver, {"program": program, "entry_point": candidate.entry_point}, deadline)
             _hand_over(checker, job, deadline)
-            notes, in_time = _read_notes(checker, deadline)
+            notes, in_time = _read_notes(checker, deadline, deadline + (_LONGEST - 1) * timeout_seconds)
             statuses = self._finish()
         if notes.verdict is not None:
             verdict, detail = _parsed(notes.verdict)
@@ -230,6 +235,7 @@ class _Notes:
 
     loaded: bool = False
     num_held: int = 0
+    num_calls: int = 0
     verdict: bytes | None = None
 
     def add(self, line: bytes) -> None:
@@ -237,13 +243,15 @@ class _Notes:
             self.verdict = line
         self.loaded |= line == b"loaded"
         self.num_held += line == b"held"
+        self.num_calls += CALLS_PER_NOTE * (line == b"calls")
 
 
-def _read_notes(end: socket.socket, deadline: float) -> tuple[_Notes, bool]:
-    """What the checker writes until it ends or the deadline is there; and whether it ended."""
+def _read_notes(end: socket.socket, deadline: float, last: float) -> tuple[_Notes, bool]:
+    """What the checker writes until it ends or the deadline is there, which calls put off; and whether it ended."""
     notes, rest = _Notes(), b""
     while True:
-        left = deadline - time.monotonic()  # one that never stops writing has none left either
+        # One that never stops writing has none left either.
+        left = min(deadline + notes.num_calls * _SECONDS_PER_CALL, last) - time.monotonic()
         if left <= 0 or not select.select([end], [], [], left)[0]:
             return notes, False
         try:
@@ -257,7 +265,7 @@ def _read_notes(end: socket.socket, deadline: float) -> tuple[_Notes, bool]:
         for line in lines:
             notes.add(line)
         if notes.verdict is not had:
-            deadline = min(deadline, time.monotonic() + _COUNT_SECONDS)
+            deadline = last = min(last, time.monotonic() + _COUNT_SECONDS)
 
 
 def _parsed(line: bytes) -> tuple[str, str]:

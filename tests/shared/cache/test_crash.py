@@ -27,7 +27,7 @@ from tests.support.cache_faults import (
 )
 from tests.support.cache_rows import IDENTITY, build_options, small_shard
 
-SOURCES = [{"name": "s", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 6}]
+SOURCES = [{"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 6}]
 
 
 @pytest.fixture

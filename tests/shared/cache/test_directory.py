@@ -30,7 +30,7 @@ from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, ConfigError, ResumeError
 from tests.support.cache_rows import GRID, IDENTITY, build_options, small_shard
 
-SOURCES = [{"name": "s", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 6}]
+SOURCES = [{"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 6}]
 
 
 def build(path, **changes):
@@ -554,6 +554,17 @@ def test_info_and_verify_commands(cache):
     failed = run(cache_command, ["verify", str(cache)])
     assert failed.exit_code == 1
     assert failed.stdout == "build.json: missing\nextra: not listed in the manifest\n"
+
+
+def test_attach_leaves_what_wandb_recorded_beside_the_results(cache, tmp_path):
+    for name in ("fidelity.json", "humaneval/result.json", "wandb/offline-run-1/run-1.wandb"):
+        file = tmp_path / "teacher" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    done = CliRunner().invoke(cache_command, ["attach", str(cache), "--teacher-eval", str(tmp_path / "teacher")])
+    assert done.exit_code == 0, done.exception
+    attached = {name for name in Cache(cache).manifest["files"] if name.startswith("teacher_eval/")}
+    assert attached == {"teacher_eval/fidelity.json", "teacher_eval/humaneval/result.json"}
 
 
 def test_info_during_a_build(tmp_path):

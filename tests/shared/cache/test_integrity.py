@@ -9,7 +9,7 @@ from shared.cache.writer import CacheWriter
 from tests.support.cache_faults import contents, fast_folder, random_damage, read_all, unnoticed
 from tests.support.cache_rows import IDENTITY, build_options, small_shard
 
-SOURCES = [{"name": "s", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 6}]
+SOURCES = [{"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 6}]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheMismatchError
 from tests.support.cache_rows import GRID, IDENTITY, build_options, shard_of_logits, small_shard
 
-SOURCES = [{"name": "s", "split": "train", "revision": None, "licence": None, "digest": "dd", "num_documents": 6}]
+SOURCES = [{"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 6}]
 NUM_SHARDS = 7
 OPTIONS = {"codec": "q", "temperatures": GRID, "top_k": 4, "head_width": 64, "tokenizer_size": 64}
 

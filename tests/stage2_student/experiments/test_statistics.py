@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from stage2_student.experiments.statistics import compare, holm, quantile, within
+from stage2_student.experiments.statistics import compare_settings, holm, paired_difference, quantile, within
 
 # Two-sided 95 % points of Student's t, as every table has them.
 TABLE = {
@@ -32,24 +32,24 @@ def test_closed_forms_of_one_and_two_degrees():
 
 def test_an_interval_by_hand():
     """Differences 1, 2, 3: mean 2, standard deviation 1, so 2 ± 4.3027/√3, and t = 2·√3 with two degrees."""
-    outcome = compare([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    outcome = paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
     reach = TABLE[2] / math.sqrt(3)
     assert outcome.difference == 2
     assert outcome.ci95 == pytest.approx((2 - reach, 2 + reach), rel=1e-9)
     assert outcome.p == pytest.approx(1 - math.sqrt(12 / 14), rel=1e-12)
     assert not outcome.significant
-    narrower = compare([12.0, 24.0, 36.0, 12.0, 24.0, 36.0], [1.0, 2.0, 3.0, 1.0, 2.0, 3.0])
+    narrower = paired_difference([12.0, 24.0, 36.0, 12.0, 24.0, 36.0], [1.0, 2.0, 3.0, 1.0, 2.0, 3.0])
     assert narrower.significant and narrower.ci95[0] > 0 and narrower.p < 0.05
 
 
 def test_pairs_matter_and_the_sign_is_ours_less_theirs():
     theirs = [1.0, 5.0, 9.0]
-    outcome = compare([x - 0.5 + 0.01 * i for i, x in enumerate(theirs)], theirs)
+    outcome = paired_difference([x - 0.5 + 0.01 * i for i, x in enumerate(theirs)], theirs)
     assert outcome.difference == pytest.approx(-0.49)
     assert outcome.ci95[1] < 0
-    again = compare(theirs, theirs)
+    again = paired_difference(theirs, theirs)
     assert (again.difference, again.ci95, again.p, again.significant) == (0.0, (0.0, 0.0), 1.0, False)
-    shifted = compare([2.0, 6.0, 10.0], theirs)
+    shifted = paired_difference([2.0, 6.0, 10.0], theirs)
     assert (shifted.difference, shifted.ci95, shifted.p, shifted.significant) == (1.0, (1.0, 1.0), 0.0, True)
 
 
@@ -57,3 +57,20 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.6]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_settings_are_compared_with_the_first_and_with_those_they_name():
+    """Pairs are formed by seed, whatever the order; one common seed makes no pair."""
+    figures = {
+        "ce": {1: (5.0, 2.0), 2: (6.0, 3.0), 3: (7.0, 4.0)},
+        "ghost": {3: (6.6, 4.0), 1: (4.5, 2.0), 2: (5.4, 3.0)},
+        "once": {1: (4.0, 1.0)},
+        "dense": {1: (4.5, 1.0), 2: (5.4, 2.0)},
+    }
+    rows = compare_settings(figures, {"dense": ["ghost", "missing"], "ghost": ["ce"]})
+    assert [(row.setting, row.versus) for row in rows] == [("ghost", "ce"), ("dense", "ce"), ("dense", "ghost")]
+    assert rows[0].nll == paired_difference([4.5, 5.4, 6.6], [5.0, 6.0, 7.0])
+    assert rows[0].kl == paired_difference([2.0, 3.0, 4.0], [2.0, 3.0, 4.0])
+    assert rows[1].kl.difference == -1.0 and rows[2].nll.difference == 0.0
+    assert [row.p_holm for row in rows] == holm([row.nll.p for row in rows])
+    assert compare_settings({}, {}) == []

@@ -1,4 +1,4 @@
-"""`student sweep` as a real process on a small cache: killed, continued, with a member that fails."""
+"""`student sweep` as a real process on a small cache: killed, continued, with a run that fails."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from shared.eval.fidelity.measure import evaluate_fidelity
 from shared.process import own_command
 from stage2_student.cli import student
 from tests.support.student_cache import make_cache
-from tests.support.wandb_records import records
+from tests.support.wandb_runs import wandb_runs
 
 COMMAND = own_command("student", "sweep")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {
@@ -79,18 +79,7 @@ def processes_naming(folder):
     return found
 
 
-def wandb_runs(folder):
-    """Of each run recorded offline: its group and the exit code it ended with, by its name."""
-    found = {}
-    for run in records(folder):
-        (described, *_) = (record.run for record in run if record.HasField("run"))
-        code = next((record.exit.exit_code for record in run if record.HasField("exit")), None)
-        assert described.display_name not in found
-        found[described.display_name] = (described.run_group, code)
-    return found
-
-
-def test_a_sweep_killed_continued_with_a_failing_member_and_run_again(caches, tmp_path):
+def test_a_sweep_killed_continued_with_a_failing_run_and_run_again(caches, tmp_path):
     sweep = tmp_path / "sweep"
     command = [*COMMAND, *arguments(caches, tmp_path, FOUR, "--jobs=2")]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -103,10 +92,10 @@ def test_a_sweep_killed_continued_with_a_failing_member_and_run_again(caches, tm
     assert processes_naming(sweep) == []
     assert done.returncode == 1, done.stderr
     error = done.stderr.splitlines()[-1]
-    assert error.startswith(f"error: 1 of 4 members of the sweep are not finished; where: {sweep}; got: {FAILING}: ")
+    assert error.startswith(f"error: 1 of 4 runs are not finished; where: {sweep}; got: {FAILING}: ")
     assert "not finite" in error and f"see {FAILING}.log" in error
     assert "continuing from" in (sweep / "alpha=1.0.log").read_text()
-    rows = json.loads((sweep / "sweep.json").read_text())["members"]
+    rows = json.loads((sweep / "sweep.json").read_text())["runs"]
     assert {row["name"]: row["state"] for row in rows} == {
         "alpha=0.0": "finished", "alpha=1.0": "finished", SMALL: "finished", FAILING: "failed"
     }  # fmt: skip
@@ -116,9 +105,9 @@ def test_a_sweep_killed_continued_with_a_failing_member_and_run_again(caches, tm
     for row in rows[:-1]:
         record = json.loads((sweep / row["name"] / "run.json").read_text())
         known = evaluate_fidelity(sweep / row["name"], caches / "validation", dtype="float32", batch_tokens=64)
-        assert row["nll_nats"] == pytest.approx(known["nll_nats"], rel=1e-5)
+        assert row["nll_nats"] == pytest.approx(known.nll_nats, rel=1e-5)
         assert row["nll_nats"] == pytest.approx(record["metrics"]["eval_ce"], rel=1e-5)
-        assert row["kl_to_teacher_nats"] == pytest.approx(known["kl_to_teacher_nats"], rel=1e-5)
+        assert row["kl_to_teacher_nats"] == pytest.approx(known.kl_to_teacher_nats, rel=1e-5)
         assert row["reasons"] == {}
         assert (row["parameters"], row["steps"]) == (record["parameters"], 12)
     assert len({row["parameters"] for row in rows[:-1]}) == 2
@@ -132,11 +121,28 @@ def test_a_sweep_killed_continued_with_a_failing_member_and_run_again(caches, tm
     options = arguments(caches, tmp_path, FOUR.partition("[[run]]\nlearning_rate")[0])
     again = CliRunner().invoke(student, ["sweep", *options])
     assert again.exit_code == 0, again.output
-    assert json.loads((sweep / "sweep.json").read_text())["members"] == rows[:-1]
+    assert json.loads((sweep / "sweep.json").read_text())["runs"] == rows[:-1]
     assert before == {path: path.stat().st_mtime_ns for row in rows for path in (sweep / row["name"]).rglob("*")}
     options = arguments(caches, tmp_path, FOUR.replace("12", "13"))
     error = CliRunner().invoke(student, ["sweep", *options]).exception
     assert isinstance(error, ConfigError) and "another max_steps" in str(error)
+
+
+def test_settings_with_several_seeds_are_compared_with_the_first(caches, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    variants = '[[variant]]\nname = "ce"\nalpha = 0.0\n[[variant]]\nname = "ghost"\n'
+    text = f"{FIXED.replace('12', '2')}\n[grid]\nseed = [1, 2]\n{variants}"
+    done = CliRunner().invoke(student, ["sweep", *arguments(caches, tmp_path, text, "--jobs=2")])
+    assert done.exit_code == 0, done.exception
+    result = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    nll = {(row["setting"], row["seed"]): row["nll_nats"] for row in result["runs"]}
+    (row,) = result["comparisons"]
+    assert (row["setting"], row["versus"]) == ("ghost", "ce")
+    differences = [nll["ghost", seed] - nll["ce", seed] for seed in (1, 2)]
+    assert row["difference"] == pytest.approx(sum(differences) / 2)
+    assert row["p_holm"] == row["p"]
+    assert f"| ghost   | ce     | {row['difference']:+.4f}" in done.output.replace("**", "")
+    assert (tmp_path / "sweep" / "sweep.md").read_text().partition("\n\n")[2] == done.stdout
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -160,9 +166,10 @@ def test_a_signal_ends_the_sweep_and_its_processes(caches, tmp_path, number, cod
         ("k = 7", "k at most 6"),
         ('lr_scheduler_type = "zigzag"', "zigzag"),
         ('loss = "sampled"', "needs sampled targets"),
+        ('loss = "dense"', "needs the teacher's full distribution"),
     ],
 )
-def test_a_member_that_does_not_fit_the_cache_is_refused_before_any_is_trained(caches, tmp_path, change, words):
+def test_a_run_that_does_not_fit_the_cache_is_refused_before_any_is_trained(caches, tmp_path, change, words):
     options = arguments(caches, tmp_path, f"{FIXED}\n[[run]]\nseed = 1\n[[run]]\n{change}\n")
     error = CliRunner().invoke(student, ["sweep", *options]).exception
     assert isinstance(error, ConfigError)

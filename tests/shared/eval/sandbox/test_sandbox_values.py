@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.eval.sandbox.seccomp import NUMBERS, build_filter
-from shared.eval.sandbox.values import MAX_DEPTH, Decoder, Encoder, NotPlainError
+from shared.eval.sandbox.values import MAX_DEPTH, Decoder, Encoder, NotPlainError, Table
 
 ATOMS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.binary()
 ATOMS |= st.text() | st.complex_numbers(allow_nan=False)
@@ -27,28 +27,59 @@ VALUES = st.recursive(
 )
 
 
-def encoded(value, **options):
-    encoder = Encoder(exact=True, **options)
+def encoded(value, table=None, *, exact=True):
+    encoder = Encoder(table or Table(), exact=exact)
     encoder.encode(value)
     return encoder.take()
+
+
+def decoded(data, table=None):
+    return Decoder(table or Table(), data, proxy=lambda *described: described).decode()
+
+
+class Pair:
+    """Two sides: what one sends the other has, and knows again."""
+
+    def __init__(self):
+        self.ours, self.theirs = Table(), Table()
+
+    def send(self, value):
+        return self._send(self.ours, self.theirs, value)
+
+    def send_back(self, value):
+        return self._send(self.theirs, self.ours, value)
+
+    def _send(self, sender, receiver, value):
+        first = sender.next_number
+        encoder = Encoder(sender, exact=True)
+        changed = sender.changed()
+        encoder.changes([], changed)
+        encoder.encode(value)
+        sender.agree([*changed, *range(first, sender.next_number)])
+        decoder = Decoder(receiver, encoder.take(), proxy=lambda *described: described)
+        known = decoder.changes()
+        result = decoder.decode()
+        receiver.agree([*known, *range(decoder.first_new, receiver.next_number)])
+        assert (sender.next_number, sender.objects.keys()) == (receiver.next_number, receiver.objects.keys())
+        return result
 
 
 @settings(max_examples=60)
 @given(VALUES)
 def test_values_cross_unchanged(value):
-    assert Decoder(encoded(value)).decode() == value
+    assert decoded(encoded(value)) == value
 
 
 def test_types_are_kept():
     value = [1, 1.0, True, 1 + 0j, -0.0, "1", b"1", (1,), bytearray(b"1"), 1 << 64, -(1 << 63), [1, 2], [1.0, 2.0]]
-    assert repr(Decoder(encoded(value)).decode()) == repr(value)
+    assert repr(decoded(encoded(value))) == repr(value)
 
 
 @settings(max_examples=300)
 @given(st.binary(max_size=80))
 def test_any_bytes_are_a_value_or_refused(data):
     with contextlib.suppress(NotPlainError):
-        Decoder(data).decode()
+        decoded(data)
 
 
 @settings(max_examples=60)
@@ -57,14 +88,58 @@ def test_a_damaged_value_is_a_value_or_refused(value, data):
     damaged = bytearray(encoded(value))
     damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(NotPlainError):
-        Decoder(bytes(damaged)).decode()
+        decoded(bytes(damaged))
 
 
 def test_identity_is_kept():
     shared = [1]
     value = {"a": shared, "b": (shared, shared)}
-    back = Decoder(encoded(value)).decode()
+    back = decoded(encoded(value))
     assert back["a"] is back["b"][0] is back["b"][1]
+
+
+@settings(max_examples=60)
+@given(st.lists(VALUES, min_size=1, max_size=4), st.data())
+def test_what_one_side_changes_the_other_has_and_what_has_crossed_keeps_its_identity(values, data):
+    pair = Pair()
+    ours = list(values)
+    theirs = pair.send(ours)
+    assert theirs == ours
+    for _ in range(3):
+        here, there, send = data.draw(
+            st.sampled_from([(ours, theirs, pair.send), (theirs, ours, pair.send_back)]), label="who changes"
+        )
+        here.append(data.draw(VALUES))
+        if len(here) > 1:
+            here[0], here[-1] = here[-1], here[0]
+        assert send(here) is there
+        assert ours == theirs
+        compound = [i for i, value in enumerate(ours) if isinstance(value, list | tuple | dict | set | frozenset)]
+        for i in compound:
+            for j in compound:
+                assert (ours[i] is ours[j]) == (theirs[i] is theirs[j])
+
+
+def test_an_unsent_message_leaves_no_numbers_behind():
+    table = Table()
+    with pytest.raises(NotPlainError):
+        encoded([[1], object()], table)
+    table.forget_from(0)
+    assert (table.next_number, table.objects) == (0, {})
+
+
+def test_what_only_the_table_refers_to_can_be_given_up():
+    table = Table()
+    held = [[1], (2,)]
+    table.add("the entry point")
+    encoded([held, [3]], table)
+    assert len(table.objects) == 6
+    lone = table.unreferenced()
+    assert [table.objects[number] for number in lone] == [[held, [3]]]
+    for number in lone:
+        table.forget(number)
+    assert [table.objects[number] for number in table.unreferenced()] == [[3]]
+    assert table.next_number == 6
 
 
 def test_counts_and_depths_that_lie_are_refused_at_once():
@@ -76,7 +151,7 @@ def test_counts_and_depths_that_lie_are_refused_at_once():
     nested = struct.pack("<ccI", b"l", b"m", 1) * 100_000
     for data in (nested, struct.pack("<ccI", b"l", b"q", 1 << 31), struct.pack("<cI", b"s", 1 << 31)):
         with pytest.raises(NotPlainError):
-            Decoder(data).decode()
+            decoded(data)
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])

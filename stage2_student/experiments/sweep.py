@@ -1,0 +1,80 @@
+"""`student sweep`: the runs of an experiment, ranked; where settings have several seeds, compared too."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.errors import require
+from shared.files import read_json, write_bytes, write_json
+from shared.process import log
+from stage2_student.experiments.grid import Experiment, read_experiment
+from stage2_student.experiments.report import comparison_table, rank_rows, run_plot, run_table
+from stage2_student.experiments.runner import Inputs, Row, Runner, locked
+from stage2_student.experiments.statistics import Comparison, compare_settings
+
+RESULT = "sweep.json"
+
+
+def sweep(grid: Path, inputs: Inputs, out: Path, *, jobs: int = 1) -> str:
+    """Train the runs of an experiment that are not finished, compare all, and write `sweep.{json,md,svg}`.
+
+    Args:
+        grid: the experiment (see `read_experiment`).
+        inputs: what the runs are trained on; their validation cache is what they are scored on.
+        out: the folder of all runs.
+        jobs: runs trained at once (see `Runner`).
+
+    Returns:
+        The tables.
+
+    Raises:
+        ConfigError: a run is refused; nothing has been trained or written then.
+        ResumeError: another process works in the folder.
+        DistillError: runs failed; the others were trained and compared.
+        Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; the processes were stopped, each with a checkpoint.
+    """
+    experiment = read_experiment(grid)
+    require(not experiment.seeds, "[confirm] belongs to `student proof`", where=grid, fix="[grid] seed = [...]")
+    known = read_json(out / RESULT)["runs"] if (out / RESULT).exists() else []
+    runner = Runner(experiment.runs(), out, inputs, jobs=jobs, scored_on=inputs.validation, known=known,
+                    group=out.resolve().name, on_change=lambda rows: _write(experiment, rows, out))  # fmt: skip
+    with locked(out):
+        runner.train()
+        runner.score()
+        text = _write(experiment, runner.rows, out)
+    if not runner.is_finished:
+        log(text)
+    runner.require_finished()
+    return text
+
+
+def _write(experiment: Experiment, rows: Sequence[Row], out: Path) -> str:
+    comparisons = _compare(experiment, rows)
+    rows = rank_rows(rows)
+    write_json(out / RESULT, {
+        "format": "codedistill-sweep",
+        "version": 1,
+        "runs": [dataclasses.asdict(row) for row in rows],
+        "comparisons": [comparison.to_dict() for comparison in comparisons],
+    })  # fmt: skip
+    text = run_table(rows)
+    if comparisons:
+        text += f"\nPaired over seeds, setting − versus, nats per target:\n\n{comparison_table(comparisons)}"
+    write_bytes(out / "sweep.md", f"# {out.resolve().name}\n\n{text}".encode())
+    drawing = run_plot(rows)
+    if drawing:
+        write_bytes(out / "sweep.svg", drawing)
+    return text
+
+
+def _compare(experiment: Experiment, rows: Sequence[Row]) -> list[Comparison]:
+    """Settings that share seeds: each with the first one, and a variant with those it names, at equal other values."""
+    figures: dict[str, dict[int, tuple[float, float]]] = {}
+    versus: dict[str, list[str]] = {}
+    named = {variant.name: variant.versus for variant in experiment.variants}
+    for row in rows:
+        if row.nll_nats is not None and row.kl_to_teacher_nats is not None:
+            figures.setdefault(row.setting, {})[row.seed] = (row.nll_nats, row.kl_to_teacher_nats)
+        variant = row.swept.get("variant", "")
+        versus[row.setting] = [other + row.setting.removeprefix(variant) for other in named.get(variant, ())]
+    return compare_settings(figures, versus)

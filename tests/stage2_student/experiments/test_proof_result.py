@@ -1,0 +1,155 @@
+"""What a proof trains, chooses and claims, and which experiments prove nothing."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import stage2_student
+from shared.errors import ConfigError
+from stage2_student.experiments.grid import read_experiment
+from stage2_student.experiments.proof import BEST_EPOCH, choose, prove, summarise_proof
+from stage2_student.experiments.report import interval_plot, proof_page
+
+PROFILE = Path(stage2_student.__file__).parent / "configs" / "proof.toml"
+EXPERIMENT = """
+preset = "tiny"
+seed = 9
+[grid]
+learning_rate = [1e-3, 2e-3]
+[confirm]
+seeds = [1, 2, 3]
+[[variant]]
+name = "ce"
+alpha = 0.0
+[[variant]]
+name = "truncated"
+loss = "truncated"
+k = 8
+[[variant]]
+name = "ghost"
+k = 8
+versus = ["truncated"]
+"""
+
+
+def experiment_of(tmp_path, text=EXPERIMENT):
+    (tmp_path / "experiment.toml").write_text(text)
+    return read_experiment(tmp_path / "experiment.toml")
+
+
+def test_the_profile_has_the_variants_of_the_claim():
+    experiment = read_experiment(PROFILE)
+    configs = {run.swept["variant"]: run.config for run in experiment.runs()}
+    assert {(c.loss, c.k) for name, c in configs.items() if c.alpha and name != "dense"} == {
+        (loss, k) for loss in ("ghost", "truncated") for k in (8, 16, 50)
+    }
+    assert configs["cross-entropy"].alpha == configs["label-smoothing"].alpha == 0
+    assert configs["label-smoothing"].label_smoothing > 0
+    assert configs["dense"].loss == "dense"
+    assert len(experiment.seeds) >= 5
+
+
+def test_variants_differ_only_in_their_own_settings(tmp_path):
+    experiment = experiment_of(tmp_path)
+    chosen = {name: {"learning_rate": rate} for name, rate in (("ce", 1e-3), ("truncated", 2e-3), ("ghost", 2e-3))}
+    search, final = experiment.runs(BEST_EPOCH), experiment.confirming_runs(chosen, BEST_EPOCH)
+    assert len({run.name for run in search}) == 6
+    assert [run.name for run in final[:3]] == [
+        "ce,learning_rate=0.001,seed=1", "truncated,learning_rate=0.002,seed=1", "ghost,learning_rate=0.002,seed=1",
+    ]  # fmt: skip
+    assert [run.config.seed for run in search + final] == [9] * 6 + [1] * 3 + [2] * 3 + [3] * 3
+    own = {"alpha", "loss", "k", "learning_rate", "seed"}
+    first = search[0].config
+    for run in search + final:
+        for field in type(first).__dataclass_fields__.keys() - own:
+            assert getattr(run.config, field) == getattr(first, field), field
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds = [1, 2, 3]", "seeds = [1]", "two or more"),
+        ("seeds = [1, 2, 3]", "seeds = [1, 1]", "two or more"),
+        ("seeds = [1, 2, 3]", "seeds = [1, 9]", "none the search's"),
+        ("[confirm]", "seed = [4, 5]\n[confirm]", "two or more in .confirm. seeds"),
+        ("k = 8\nversus", "label_smoothing = 0.1\nversus", "smoothed"),
+        ("k = 8\nversus", 'k = 8\nloss = "dense"\nversus', "the full distribution"),
+        ('[[variant]]\nname = "ce"', '[[run]]\nk = 3\n[[variant]]\nname = "ce"', "no ..run"),
+        (EXPERIMENT[EXPERIMENT.index('[[variant]]\nname = "truncated"') :], "", "compares variants"),
+    ],
+)
+def test_an_experiment_that_proves_nothing_is_refused(tmp_path, old, new, words):
+    assert old in EXPERIMENT
+    (tmp_path / "experiment.toml").write_text(EXPERIMENT.replace(old, new, 1))
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ConfigError, match=words):
+        prove(tmp_path / "experiment.toml", nowhere, nowhere, nowhere, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def trial(variant, rate, *nll):
+    return {"swept": {"variant": variant, "learning_rate": rate}, "validation_nll_nats": list(nll), "best_epoch": 2,
+            "seconds": 1.0}  # fmt: skip
+
+
+def test_the_choice_rests_on_the_best_validation_epoch(tmp_path):
+    searched = [
+        trial("ce", 1e-3, 6.0, 5.0, 7.0), trial("ce", 2e-3, 5.5, 5.1),
+        trial("truncated", 1e-3, 5.0), trial("truncated", 2e-3, 4.0),
+        trial("ghost", 1e-3, 3.0), trial("ghost", 2e-3, 3.0),
+    ]  # fmt: skip
+    rates = {name: values["learning_rate"] for name, values in choose(experiment_of(tmp_path), searched).items()}
+    assert rates == {"ce": 1e-3, "truncated": 2e-3, "ghost": 1e-3}
+
+
+NLL = {"ce": (5.0, 5.5, 6.0), "truncated": (5.1, 5.4, 6.0), "ghost": (4.0, 4.51, 4.99)}
+CACHE = {"documents": 1, "tokens": 2, "shards": {"a.h5": "0" * 64}, "label_identity": "1" * 64}
+SETTINGS = {"top_k": 64, "seeds": [1, 2, 3], "caches": {"train": CACHE}}
+
+
+def finals(**changed):
+    configs = {
+        "ce": {"loss": "ghost", "k": 0, "alpha": 0.0},
+        "truncated": {"loss": "truncated", "k": 8, "alpha": 0.7},
+        "ghost": {"loss": "ghost", "k": 0, "alpha": 0.7},
+    }
+    common = {"temperature": 1.0, "label_smoothing": 0.0, "learning_rate": 1e-3, "block_size": 64}
+    return [
+        {"swept": {"variant": name, "learning_rate": 1e-3, "seed": seed}, "seed": seed, "best_epoch": 1, "steps": 7,
+         "seconds": 1.0, "nll_nats": value, "kl_to_teacher_nats": value / 2, "config": configs[name] | common,
+         "initial_weights_sha256": f"w{seed}", "data": {"blocks": 3}} | (changed if name == "ce" else {})
+        for name, values in NLL.items() for seed, value in zip((1, 2, 3), values, strict=True)
+    ]  # fmt: skip
+
+
+def test_claims_are_paired_and_negative_results_stay_in(tmp_path):
+    searched = [trial(name, rate, 5.0) for name in NLL for rate in (1e-3, 2e-3)]
+    result, comparisons = summarise_proof(experiment_of(tmp_path), SETTINGS, searched, finals())
+    ce, truncated, ghost = result["variants"]
+    assert (ce["loss"], ce["k"], ce["versus_ce"]) == ("cross-entropy", None, None)
+    assert (truncated["loss"], truncated["k"]) == ("truncated", 8)
+    assert (ghost["loss"], ghost["k"], ghost["test_nll"]["mean"]) == ("ghost", 64, pytest.approx(4.5))
+    assert (ghost["epochs"], ghost["epochs_by_seed"]) == (2, [1, 1, 1])
+    assert ghost["test_nll"]["seeds"] == list(NLL["ghost"])
+    assert ce["test_nll"]["sd"] == pytest.approx(0.5)
+    assert ghost["versus_ce"]["difference"] == pytest.approx(-1.0) and ghost["versus_ce"]["significant"]
+    assert truncated["versus_ce"]["difference"] == pytest.approx(0.0) and not truncated["versus_ce"]["significant"]
+    assert [(row["setting"], row["versus"]) for row in result["comparisons"]] == [
+        ("truncated", "ce"), ("ghost", "ce"), ("ghost", "truncated"),
+    ]  # fmt: skip
+    assert ghost["versus_ce"]["p_holm"] == pytest.approx(3 * ghost["versus_ce"]["p"])
+    assert "truncated: no difference from ce shown" in result["summary"][0]
+    assert "ghost: lower test NLL than ce" in result["summary"][1]
+    text = proof_page(result, comparisons)
+    assert re.search(r"\| ghost +\| ce +\| \*\*-1.0000\*\* ", text)
+    assert re.search(r"\| truncated +\| ce +\| \+0.0000 ", text)
+    figures = {name: {seed: (v, v / 2) for seed, v in enumerate(values, 1)} for name, values in NLL.items()}
+    drawing = interval_plot(figures, comparisons)
+    assert drawing.startswith(b"<?xml") and drawing == interval_plot(figures, comparisons)
+
+
+@pytest.mark.parametrize("changed", [{"initial_weights_sha256": "other"}, {"data": {"blocks": 4}}, {"steps": 8}])
+def test_students_that_began_differently_are_no_pairs(tmp_path, changed):
+    with pytest.raises(ConfigError, match="no pairs"):
+        summarise_proof(experiment_of(tmp_path), SETTINGS, [], finals(**changed))

@@ -1,0 +1,46 @@
+"""What W&B recorded offline."""
+
+import json
+import struct
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+
+def wandb_runs(folder):
+    """Of each run recorded offline in a folder: its group and the exit code it ended with, by its name."""
+    found = {}
+    for path in folder.glob("wandb/offline-run-*/run-*.wandb"):
+        run, code = None, None
+        for record in _records(path):
+            run = record.run if record.HasField("run") else run
+            code = record.exit.exit_code if record.HasField("exit") else code
+        assert run.display_name not in found
+        found[run.display_name] = (run.run_group, code)
+    return found
+
+
+def wandb_summary(folder, name):
+    """The summary of a run recorded offline, as W&B's own records hold it."""
+    for path in folder.glob("wandb/offline-run-*/run-*.wandb"):
+        summary, run = {}, None
+        for record in _records(path):
+            run = record.run if record.HasField("run") else run
+            updates = record.summary.update if record.HasField("summary") else []
+            summary |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
+        if run.display_name == name:
+            return {key: value for key, value in summary.items() if not key.startswith("_")}
+    raise AssertionError(name)
+
+
+def _records(path):
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):  # LevelDB's log: blocks of 32 KiB; checksum, length and kind before each piece
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        whole, at = whole + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield Record.FromString(whole)
+            whole = b""
