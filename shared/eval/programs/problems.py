@@ -1,4 +1,4 @@
-"""Benchmarks, problems under the name that results give them, and prompts. Importing this module does not load torch."""
+"""Problems under the name that results give them, and prompts. Importing this module does not load torch."""
 
 import dataclasses
 import itertools
