@@ -116,7 +116,7 @@ def test_a_student_needs_the_cache_alone(caches, tmp_path):
     assert models["teacher"]["heldout_nll_nats"] == read_json(train / "teacher_eval" / "fidelity.json")["nll_nats"]
     assert models["teacher"]["humaneval"]["num_problems"] == models["kd"]["humaneval"]["num_problems"] == 3
     timed = read_json(train / "teacher_eval" / "latency.json")["models"]["teacher"]
-    assert models["teacher"]["prefill_ms"] == timed["prefill_ms"]
+    assert models["teacher"]["prefill_ms"] == timed["batches"]["1"]["prefill_ms"]
     assert all(unknown_figures(figures) == NO_DRAFT for figures in models.values())  # no teacher to draft for
 
     card = (tmp_path / "exported" / "README.md").read_text()

@@ -87,9 +87,8 @@ def evaluate_fidelity(
     cached_nll = cache.statistics.get("teacher_nll_nats")
     if teacher is None:
         figures["teacher_nll_nats"] = math.nan if cached_nll is None else cached_nll
-    elif cached_nll and abs(figures["teacher_nll_nats"] / cached_nll - 1) > 0.01:
-        log(f"warning: {teacher_dir} has an NLL of {figures['teacher_nll_nats']:.4f}, the teacher that made "
-            f"{cache_dir} one of {cached_nll:.4f}: is it the same?")  # fmt: skip
+    elif cached_nll:
+        _warn_of_another_teacher(figures["teacher_nll_nats"], cached_nll, f"{teacher_dir}", f"{cache_dir}")
     reasons = {name: "unknown" if math.isnan(value) else f"not finite ({value})"
                for name, value in figures.items() if not math.isfinite(value)}  # fmt: skip
     positions = getattr(model.config, "max_position_embeddings", None) or np.inf
@@ -118,6 +117,12 @@ def evaluate_fidelity(
         seconds=round(time.monotonic() - start, 3),
         per_document=_document_rows(sums.columns, metas),
     )
+
+
+def _warn_of_another_teacher(nll: float, cached_nll: float, teacher: str, cache: str) -> None:
+    if abs(nll / cached_nll - 1) > 0.01:
+        log(f"warning: {teacher} has an NLL of {nll:.4f}, the teacher that made {cache} one of {cached_nll:.4f}: "
+            "is it the same?")  # fmt: skip
 
 
 def _load(directory: Path, dtype: str, cache: Cache) -> Any:

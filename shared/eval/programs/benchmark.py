@@ -89,10 +89,7 @@ def evaluate_benchmark(
     if benchmark is None or inputs is None:
         return None
     del model
-    parses = [
-        line["finish_reason"] != REFUSED and parse(line["prompt"] + line["completion"]) is not None
-        for line in completions
-    ]
+    parses = [_parses(line) for line in completions]
     verdicts = None
     if isinstance(sandbox, Sandbox):
         verdicts = score_completions(problems, completions, sandbox=sandbox, timeout_seconds=timeout_seconds)
@@ -108,8 +105,11 @@ def evaluate_benchmark(
         **summarise(problems, completions, parses, verdicts, f"not run: {sandbox}"),
         settings=decoding.to_dict()
         | settings
-        | {"limit": limit, "timeout_seconds": timeout_seconds}
-        | {"sandbox": sandbox.description if isinstance(sandbox, Sandbox) else None},
+        | {
+            "limit": limit,
+            "timeout_seconds": timeout_seconds,
+            "sandbox": getattr(sandbox, "description", None),
+        },
         **_generated(completions),
         files={name: hashlib.sha256(data).hexdigest() for name, data in files.items() if data is not None},
         generation_seconds=round(generated - start, 3),
@@ -119,6 +119,11 @@ def evaluate_benchmark(
     remove_parts(out)
     log(describe(result))
     return result
+
+
+def _parses(line: Mapping[str, Any]) -> bool:
+    """Whether a completion makes its prompt Python."""
+    return line["finish_reason"] != REFUSED and parse(line["prompt"] + line["completion"]) is not None
 
 
 def _generated(completions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

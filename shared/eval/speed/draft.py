@@ -150,13 +150,7 @@ def evaluate_draft(
     eos = eos_ids(teacher, tokenizer)
     both = _BothWays(teacher=teacher, student=student, eos=eos, draft_tokens=draft_tokens)
     both.run(requests[0], drafts_first=False)  # warm-up
-    rounds: list[list[_Timed]] = []
-    with progress("Drafting", repeats * len(requests), "prompts") as bar:
-        for number in range(repeats):
-            rounds.append([])
-            for request in requests:
-                rounds[-1].append(both.run(request, drafts_first=number % 2 == 1))
-                bar.advance(1)
+    rounds = both.rounds(requests, repeats)
     equality = {dtype_name(teacher): compare_tokens(names, rounds[-1])}
     described = [ModelFacts(**describe_model(*pair)) for pair in ((teacher, teacher_dir), (student, student_dir))]
     if "float32" not in equality:
@@ -260,6 +254,17 @@ class _BothWays:
                 plain = decode_plain(self.teacher, ids, new_tokens=new_tokens, eos=self.eos)
             times[drafts] = now(self.teacher) - start
         return _Timed(plain=plain, drafted=drafted, plain_seconds=times[False], draft_seconds=times[True])
+
+    def rounds(self, requests: Sequence[tuple[list[int], int]], repeats: int) -> list[list[_Timed]]:
+        """Every request in each round, which way goes first in turn."""
+        rounds: list[list[_Timed]] = []
+        with progress("Drafting", repeats * len(requests), "prompts") as bar:
+            for number in range(repeats):
+                rounds.append([])
+                for request in requests:
+                    rounds[-1].append(self.run(request, drafts_first=number % 2 == 1))
+                    bar.advance(1)
+        return rounds
 
 
 def compare_tokens(names: Sequence[str], timed: Sequence[_Timed]) -> Equality:
