@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from shared.options import RecordingGroup
+
 Commands = dict[str, tuple[str, str, str]]
 
 # Subcommand → (module, attribute, help). The composition root: the only place that knows every layer.
@@ -24,7 +26,7 @@ MOUNTED: dict[str, Commands] = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(RecordingGroup):
     """A group some of whose subcommands live in other modules and are imported only when they run.
 
     Args:

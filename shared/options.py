@@ -1,5 +1,6 @@
-"""Help texts whose options stand in groups."""
+"""Help texts whose options stand in groups, and the command line that is recorded in results."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,3 +27,22 @@ class GroupedCommand(click.Command):
             if rows := [record for name in names if (record := records[name])]:
                 with formatter.section(heading):
                     formatter.write_dl(rows)
+
+
+_COMMAND_LINE = "shared.options.command_line"
+
+
+class RecordingGroup(click.Group):
+    """A group that remembers its command line for `command_line`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse as any group does; the outermost group's words are kept, however Python was started."""
+        name = self.name or ""
+        ctx.meta.setdefault(_COMMAND_LINE, [*dict.fromkeys(("codedistill", name)), *args])
+        return super().parse_args(ctx, args)
+
+
+def command_line() -> str:
+    """The command line that is running, quoted for a shell; empty where none is, as in a call from Python."""
+    context = click.get_current_context(silent=True)
+    return shlex.join(context.meta.get(_COMMAND_LINE, [])) if context else ""

@@ -28,6 +28,7 @@ from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
 from shared.files import read_json, sha256_file, sha256_json, write_bytes, write_json
 from shared.machine import machine, versions
 from shared.model.gpt import GPT, GPTConfig
+from shared.options import command_line
 from shared.process import log, rank, world_size
 from shared.tokenizer import load_tokenizer, special_ids
 from stage2_student.checkpoint import (
@@ -383,6 +384,8 @@ def _describe(
             for each, weight in zip(trained_on, weights or itertools.repeat(None), strict=False)
         ],
         "validation": validation and identify(validation),
+        "cache_paths": [str(each.path) for each in [*caches, *([validation] if validation else [])]],
+        "command": command_line(),
         "machine": machine(),
         "versions": versions("codedistill", "torch", "transformers", "accelerate", "numpy", "h5py"),
     }

@@ -12,7 +12,10 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.command("sandbox-check")
 @click.option("--allow-host-reads", is_flag=True, help="Also accept walls behind which programs can read files.")
 def sandbox_check(allow_host_reads: bool) -> None:
-    """Try this machine's walls for generated programs; fail where they cannot be scored."""
+    """Test this machine's sandbox.
+
+    Tries what generated programs must not do; fails where they cannot be scored.
+    """
     from shared.errors import SandboxError
     from shared.eval.sandbox.probe import CHOICES, WITHOUT_READS, probe
     from shared.eval.sandbox.runner import FIX
@@ -46,7 +49,10 @@ def sandbox_check(allow_host_reads: bool) -> None:
 @click.option("--allow-host-reads", is_flag=True, help="Run programs even where they can read this machine's files.")
 @click.option("--unsafe-no-sandbox", "unsafe", is_flag=True, help="Run programs without walls where none can be had.")
 def score(**options: Any) -> None:
-    """Run completions in HumanEval's form, whoever made them, and write their verdicts."""
+    """Judge completions of any tool.
+
+    Runs completions in HumanEval's form and writes their verdicts.
+    """
     from shared.eval.programs.score import score_file
 
     lines = score_file(**options)

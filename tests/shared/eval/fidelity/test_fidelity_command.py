@@ -109,7 +109,7 @@ def expected_figures(student, cache_dir, teacher=None):
 
 
 def figures(result):
-    return {name: result[name] for name in result["ci95"]}
+    return {name: getattr(result, name) for name in result.ci95}
 
 
 @pytest.mark.parametrize("options", [("--top-k", "8"), ("--top-k", "16", "--top-p", "0.7"), ("--top-k", "3")],
@@ -118,25 +118,25 @@ def test_every_figure_equals_its_definition(build, student, options):
     cache = build(*options)
     result = evaluate_fidelity(student, cache, dtype="float32", batch_tokens=64)
     assert figures(result) == pytest.approx(expected_figures(student, cache), rel=2e-5)
-    assert result["kl_kind"] == result["kind"] == f"partition K={options[1]}"
-    assert result["reasons"] == {}
-    for name, interval in result["ci95"].items():
+    assert result.kl_kind == f"partition K={options[1]}"
+    assert result.reasons == {}
+    for name, interval in result.ci95.items():
         if name == "teacher_nll_nats":  # a figure of the manifest
             assert interval is None
         else:
-            assert interval[0] < result[name] < interval[1] or name == "ece"
+            assert interval[0] < getattr(result, name) < interval[1] or name == "ece"
 
 
 def test_the_teacher_beside_the_model_gives_the_dense_divergence(teacher, student, cache):
     result = evaluate_fidelity(student, cache, dtype="float32", batch_tokens=64, teacher_dir=teacher)
     assert figures(result) == pytest.approx(expected_figures(student, cache, teacher), rel=2e-5)
-    assert result["kl_kind"] == "dense"
-    assert result["teacher"]["path"] == str(teacher)
-    assert result["teacher_nll_nats"] == pytest.approx(result["cache"]["teacher_nll_nats"], rel=1e-5)
+    assert result.kl_kind == "dense"
+    assert result.teacher.path == str(teacher)
+    assert result.teacher_nll_nats == pytest.approx(result.cache.teacher_nll_nats, rel=1e-5)
     partition = evaluate_fidelity(student, cache, dtype="float32", batch_tokens=64)
-    assert partition["kl_to_teacher_nats"] < result["kl_to_teacher_nats"]
-    assert partition["nll_nats"] == result["nll_nats"]
-    assert partition["ece"] == result["ece"]
+    assert partition.kl_to_teacher_nats < result.kl_to_teacher_nats
+    assert partition.nll_nats == result.nll_nats
+    assert partition.ece == result.ece
 
 
 def test_a_cache_of_the_whole_vocabulary_is_dense(build, teacher, student):
@@ -144,16 +144,16 @@ def test_a_cache_of_the_whole_vocabulary_is_dense(build, teacher, student):
     part, dense = (evaluate_fidelity(student, cache, dtype="float32", batch_tokens=64, teacher_dir=path)
                    for path in (None, teacher))  # fmt: skip
     for name in ("kl_to_teacher_nats", "reverse_kl_nats", "top1_agreement", "top5_agreement"):
-        assert part[name] == pytest.approx(dense[name], rel=2e-3)
+        assert getattr(part, name) == pytest.approx(getattr(dense, name), rel=2e-3)
 
 
 def test_the_sums_of_documents_make_the_figures(student, cache):
     result = evaluate_fidelity(student, cache, dtype="float32", batch_tokens=64)
-    rows = result["per_document"]
+    rows = result.per_document
     assert [row["id"] for row in rows] == [Cache(cache).meta(doc)["id"] for doc in range(len(PROMPTS))]
     total = {name: sum(row[name] for row in rows) for name in rows[0] if name != "id"}
-    assert total["targets"] == result["num_targets"] == sum(b["count"] for b in result["ece_bins"])
-    assert total["target_bytes"] == result["target_bytes"]
+    assert total["targets"] == result.num_targets == sum(b.count for b in result.ece_bins)
+    assert total["target_bytes"] == result.target_bytes
     for figure, name in {
         "nll_nats": "nll_nats",
         "kl_to_teacher_nats": "kl_nats",
@@ -161,11 +161,11 @@ def test_the_sums_of_documents_make_the_figures(student, cache):
         "top1_agreement": "top1_agreed",
         "top5_agreement": "top5_overlap",
     }.items():
-        assert total[name] / total["targets"] == pytest.approx(result[figure], rel=1e-12)
-    ece = sum(b["count"] / total["targets"] * abs(b["accuracy"] - b["confidence"])
-              for b in result["ece_bins"] if b["count"])  # fmt: skip
-    assert ece == pytest.approx(result["ece"], rel=1e-12)
-    assert evaluate_fidelity(student, cache, dtype="float32", batch_tokens=64)["ci95"] == result["ci95"]
+        assert total[name] / total["targets"] == pytest.approx(getattr(result, figure), rel=1e-12)
+    ece = sum(b.count / total["targets"] * abs(b.accuracy - b.confidence)
+              for b in result.ece_bins if b.count)  # fmt: skip
+    assert ece == pytest.approx(result.ece, rel=1e-12)
+    assert evaluate_fidelity(student, cache, dtype="float32", batch_tokens=64).ci95 == result.ci95
 
 
 @pytest.mark.parametrize("run_teacher", [False, True])
@@ -201,6 +201,6 @@ def test_another_tokenizer_is_refused(teacher, student, cache, tmp_path):
 def test_a_model_of_few_positions_is_scored_piece_by_piece_and_its_teacher_sees_the_same(teacher, cache, tmp_path):
     short = save_model(tmp_path, positions=16)  # the teacher's weights: positions are rotary
     result = evaluate_fidelity(short, cache, dtype="float32", batch_tokens=64, teacher_dir=teacher)
-    assert result["num_cut_documents"] > 0
-    assert result["kl_to_teacher_nats"] == pytest.approx(0, abs=1e-6)
-    assert result["top5_agreement"] == 1.0
+    assert result.num_cut_documents > 0
+    assert result.kl_to_teacher_nats == pytest.approx(0, abs=1e-6)
+    assert result.top5_agreement == 1.0

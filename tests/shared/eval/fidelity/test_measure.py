@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shared.eval.bootstrap import percentile_interval, resample_sums
-from shared.eval.fidelity.measure import Sums, _seen_in_training, summarise
+from shared.eval.fidelity.measure import Sums, figures_of, seen_in_training
 from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
 from tests.support.student_cache import make_cache
 
@@ -160,7 +160,7 @@ def by_hand(sums, drawn):
 
 def test_figures_and_intervals_equal_those_made_document_by_document():
     sums = some_sums()
-    figures, intervals = summarise(sums)
+    figures, intervals = figures_of(sums)
     assert figures == pytest.approx(by_hand(sums, range(12)), rel=1e-12)
     rng = np.random.default_rng(0)
     resampled = [by_hand(sums, 1 + rng.integers(11, size=11)) for _ in range(2000)]
@@ -173,12 +173,12 @@ def test_figures_and_intervals_equal_those_made_document_by_document():
 def test_unknown_bytes_and_a_single_document_leave_gaps_not_errors():
     sums = some_sums()
     sums.columns["target_bytes"][4] = math.nan
-    figures, intervals = summarise(sums)
+    figures, intervals = figures_of(sums)
     assert math.isnan(figures["bits_per_byte"])
     assert intervals["bits_per_byte"] is None
     assert all(intervals[name] for name in figures if name != "bits_per_byte")
     one = Sums(columns={name: column[4:5] for name, column in sums.columns.items()}, bins=sums.bins[4:5])
-    assert summarise(one)[1] == {}
+    assert figures_of(one)[1] == {}
 
 
 def test_the_interval_of_a_mean_is_as_wide_as_theory_says():
@@ -193,9 +193,9 @@ def test_the_interval_of_a_mean_is_as_wide_as_theory_says():
 @pytest.mark.parametrize("record", ["run.json", "lineage.json"])
 def test_a_run_and_its_export_know_what_they_were_trained_on(tmp_path, record):
     cache = make_cache(tmp_path / "cache")
-    assert _seen_in_training(tmp_path, cache) is False
+    assert seen_in_training(tmp_path, cache) is False
     shards = {name: entry["sha256"] for name, entry in cache.manifest["files"].items() if name.endswith(".h5")}
     (tmp_path / record).write_text(json.dumps({"caches": [{"shards": shards, "sources": []}]}))
-    assert _seen_in_training(tmp_path, cache) is True
+    assert seen_in_training(tmp_path, cache) is True
     (tmp_path / record).write_text(json.dumps({"caches": [{"shards": {"shard-00000.h5": "00"}, "sources": []}]}))
-    assert _seen_in_training(tmp_path, cache) is False
+    assert seen_in_training(tmp_path, cache) is False

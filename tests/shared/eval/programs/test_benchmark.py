@@ -20,12 +20,14 @@ from shared.errors import ConfigError, SandboxError
 from shared.eval.programs import benchmark
 from shared.eval.programs.benchmark import describe, score_completions, summarise
 from shared.eval.programs.completion import body_end
+from shared.eval.results import BenchmarkResult, from_dict
 from shared.eval.sandbox.runner import Verdict, open_sandbox
+from shared.files import read_json
 from shared.process import own_command
 from tests.support.cache_faults import file_size_limit
 from tests.support.eval_models import save_model
 from tests.support.hub_contents import mbpp_row
-from tests.support.wandb_runs import wandb_runs, wandb_summary
+from tests.support.report_fixture import verdict, write_benchmark
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # Sampled, in float32, in batches of few: what must not change whoever makes it.
@@ -133,14 +135,14 @@ def test_no_k_beyond_the_samples_that_every_problem_has():
     ("rows", "reason"),
     [(["+", "!"], "1 programs could not be run"), (["+", ""], "1 problems have no completion")],
 )
-def test_what_is_incomplete_is_no_score(rows, reason):
+def test_what_is_incomplete_is_no_score(rows, reason, tmp_path):
     summary = summary_of(rows)
     unknown = ["pass_at_1", "ci95", "pass_at_k", "pass_at_k_ci95", "share_runs", "share_some_assert"]
     assert [summary[key] for key in unknown] == [None] * 6
     assert summary["reasons"] == dict.fromkeys(unknown, reason)
-    assert (
-        describe({"benchmark": "B", "num_refused": 0, **summary}) == f"B: no score, since {reason}; see verdicts.jsonl"
-    )
+    result = read_json(write_benchmark(tmp_path, [verdict("t", passed=False)]))
+    described = describe(from_dict(BenchmarkResult, result | summary | {"benchmark": "B"}, "here"))
+    assert described == f"B: no score, since {reason}; see verdicts.jsonl"
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------
@@ -207,12 +209,24 @@ def test_killed_it_continues(model, whole, tmp_path):
     assert not lines.exists()
 
 
-def test_what_is_finished_is_scored_again_and_other_settings_start_anew(model, whole, tmp_path):
+def test_a_finished_result_is_up_to_date_until_its_inputs_or_files_change(model, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = contents(out)
+    for file in out.iterdir():
+        os.utime(file, (0, 0))
+    assert evaluate("humaneval", model, out, *DECODING).stderr == f"{out / 'result.json'} is up to date\n"
+    assert contents(out) == before
+    (out / "verdicts.jsonl").write_text("")
+    assert "16 of 16 completions are there already" in evaluate("humaneval", model, out, *DECODING).stderr
+    assert read(out) == read(whole) and len(read(out, "verdicts")) == 16
+    said = evaluate("humaneval", model, out, *DECODING, "--timeout", "9").stderr
+    assert "16 of 16 completions are there already" in said and result_of(out)["settings"]["timeout_seconds"] == 9
+    assert result_of(out)["command"].endswith("--timeout 10 --timeout 9")
+
+
+def test_other_settings_start_anew(model, whole, tmp_path):
     evaluate("humaneval", model, tmp_path, *DECODING)
-    before = read(tmp_path)
-    said = evaluate("humaneval", model, tmp_path, *DECODING).stderr
-    assert "16 of 16 completions are there already" in said
-    assert read(tmp_path) == before
     few = ["--max-new-tokens", "8"]
     for changes, name in ((few, "max_new_tokens"), ([*few, "--seed", "1"], "seed")):
         said = evaluate("humaneval", model, tmp_path, *DECODING, *changes).stderr
@@ -261,21 +275,17 @@ def test_a_part_of_a_rank_that_died_is_taken_up(model, whole, tmp_path):
     assert not list(tmp_path.glob("completions.rank-*"))
 
 
-def test_mbpp(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_mbpp(model, tmp_path):
     rows = [mbpp_row(i) for i in (5, 11, 12, 600)]
     (tmp_path / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
     evaluate("mbpp", model, out, "--dataset", str(tmp_path / "mbpp.jsonl"), "--max-new-tokens", "8", "--timeout", "10")
     result = result_of(out)
-    stated = {"benchmark": "MBPP", "dataset": "mbpp.jsonl", "split": "test", "asserts_shown": "test_list"}
-    assert result.items() >= stated.items()
-    assert result["asserts_graded"].startswith("test_list")
+    assert result["benchmark"] == "MBPP"
+    stated = {"dataset": "mbpp.jsonl", "split": "test", "asserts_shown": "test_list"}
+    assert result["about"].items() >= stated.items()
+    assert result["about"]["asserts_graded"].startswith("test_list")
     assert (result["num_problems"], result["pass_at_1"]) == (2, 0.0)
-    name = f"{tmp_path.name} mbpp"
-    assert wandb_runs(tmp_path) == {name: (tmp_path.name, 0)}
-    summary = wandb_summary(tmp_path, name)
-    assert (summary["pass_at_1"], summary["pass_at_k/1"], summary["verdicts/failed"]) == (0, 0, 2)
     assert [line["task_id"] for line in read(out, "problems")] == ["mbpp/11", "mbpp/12"]
     prompt = '"""\nWrite a function to add 11 to a number.\nassert add_11(1) == 12\nassert add_11(0) == 11\n"""'
     assert read(out)[0]["prompt"] == prompt
@@ -288,7 +298,7 @@ def test_any_file_of_humaneval_s_form(model, tmp_path):
     options = ["--benchmark", str(tmp_path / "own.jsonl"), "--max-new-tokens", "4"]
     evaluate("humaneval", model, tmp_path / "out", *options)
     result = result_of(tmp_path / "out")
-    assert (result["benchmark"], result["file"], result["num_problems"]) == ("own", "own.jsonl", 1)
+    assert (result["benchmark"], result["about"]["file"], result["num_problems"]) == ("own", "own.jsonl", 1)
     evaluate("humaneval", model, tmp_path / "out", *options, "--problems", str(tmp_path / "own.jsonl"), code=2)
 
 
@@ -315,7 +325,7 @@ def test_a_prompt_beyond_the_positions_is_refused_and_counts_as_failed(tmp_path)
     assert [line["finish_reason"] == "refused" for line in completions] == [False, False, True, True, False, False]
     assert [line["detail"] for line in verdicts[2:4]] == [reason, reason]
     assert [line["parses"] for line in verdicts[2:4]] == [False, False]
-    said = evaluate("humaneval", model, tmp_path / "out", *options).stderr
+    said = evaluate("humaneval", model, tmp_path / "out", *options, "--timeout", "9").stderr
     assert "4 of 4 completions are there already" in said
 
     problems.write_text(json.dumps(rows[1]) + "\n")

@@ -1,5 +1,6 @@
 """`codedistill eval draft` on tiny models, against decoding without KV cache and without batches."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from shared.checkpoints import load_model
 from shared.cli import codedistill
 from shared.errors import ConfigError
+from shared.eval.results import Equality
 from shared.eval.speed.draft import decode_plain, decode_with_draft, evaluate_draft
 from shared.tokenizer import encode_prompt
 from tests.support.eval_models import save_model
@@ -126,6 +128,7 @@ def test_the_command_writes_figures_that_add_up(teacher, student, prompts, tmp_p
     done = CliRunner().invoke(codedistill, command)
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
+    assert result["command"] == " ".join(["codedistill", *command])
     rows = result["per_prompt"]
     assert [row["id"] for row in rows] == ["p0", "p1", "p2", "p3", "p4"]
     total = {key: sum(row[key] for row in rows) for key in rows[0] if key != "id"}
@@ -143,15 +146,19 @@ def test_the_command_writes_figures_that_add_up(teacher, student, prompts, tmp_p
             model, drafter, encode_prompt(tokenizer, text), 12, 3, result["settings"]["eos_token_ids"]
         )
         assert [row["proposed"], row["accepted"], row["passes"]] == counts
+    again = CliRunner().invoke(codedistill, command)
+    assert (again.exit_code, again.stderr) == (0, f"{out} is up to date\n")
+    prompts.write_text(prompts.read_text().replace("print", "sprint"))
+    assert "wrote" in CliRunner().invoke(codedistill, command).stderr
 
 
 def test_a_teacher_in_half_precision_is_compared_in_float32_too(teacher, student, prompts):
     result = evaluate_draft(teacher, student, **OPTIONS | {"prompts_file": prompts, "dtype": "bfloat16"})
-    assert set(result["equality"]) == {"bfloat16", "float32"}
-    assert result["equal_to_greedy"] is True
-    assert result["teacher"]["dtype"] == "bfloat16"
-    half = result["equality"]["bfloat16"]
-    assert half["num_equal"] + len(half["first_differences"]) == half["num_prompts"] == len(PROMPTS)
+    assert set(result.equality) == {"bfloat16", "float32"}
+    assert result.equal_to_greedy is True
+    assert result.teacher.dtype == "bfloat16"
+    half = result.equality["bfloat16"]
+    assert half.num_equal + len(half.first_differences) == half.num_prompts == len(PROMPTS)
 
 
 def test_prompts_that_part_are_counted_and_named(teacher, student, prompts, monkeypatch, capsys):
@@ -166,27 +173,27 @@ def test_prompts_that_part_are_counted_and_named(teacher, student, prompts, monk
 
     monkeypatch.setattr(draft, "decode_with_draft", wrong)
     result = evaluate_draft(teacher, student, **OPTIONS | {"prompts_file": prompts, "limit": 2})
-    assert result["equal_to_greedy"] is False
-    assert result["equality"]["float32"] == {
-        "num_prompts": 2, "num_equal": 0,
-        "first_differences": [{"prompt": "p0", "position": 4}, {"prompt": "p1", "position": 4}],
-    }  # fmt: skip
+    assert result.equal_to_greedy is False
+    assert result.equality["float32"] == Equality(
+        num_prompts=2, num_equal=0, first_differences=[{"prompt": "p0", "position": 4}, {"prompt": "p1", "position": 4}]
+    )
     assert "float32: 0 of 2 prompts decode to the same tokens" in capsys.readouterr().err
 
 
 def test_output_is_equal_only_if_it_is_so_in_the_timed_precision_too(teacher, student, prompts, monkeypatch):
     from shared.eval.speed import draft
 
-    compare, found = draft._compare, []
+    compare, found = draft.compare_tokens, []
 
     def first_parts(*arguments):
-        found.append(compare(*arguments) | ({} if found else {"num_equal": 0}))
+        equality = compare(*arguments)
+        found.append(equality if found else dataclasses.replace(equality, num_equal=0))
         return found[-1]
 
-    monkeypatch.setattr(draft, "_compare", first_parts)
+    monkeypatch.setattr(draft, "compare_tokens", first_parts)
     result = evaluate_draft(teacher, student, **OPTIONS | {"prompts_file": prompts, "limit": 2, "dtype": "bfloat16"})
-    assert {dtype: part["num_equal"] for dtype, part in result["equality"].items()} == {"bfloat16": 0, "float32": 2}
-    assert result["equal_to_greedy"] is False
+    assert {dtype: part.num_equal for dtype, part in result.equality.items()} == {"bfloat16": 0, "float32": 2}
+    assert result.equal_to_greedy is False
 
 
 def test_what_cannot_be_drafted_is_refused(teacher, student, prompts, tmp_path):
@@ -207,7 +214,7 @@ def test_a_student_of_fewer_positions_ends_the_drafts_not_the_model(teacher, pro
     short = save_model(tmp_path, positions=40)
     result = evaluate_draft(teacher, short, **OPTIONS | {"prompts_file": prompts, "new_tokens": 60})
     tokenizer = load_model(teacher)[1]
-    for row, text in zip(result["per_prompt"], PROMPTS, strict=True):
+    for row, text in zip(result.per_prompt, PROMPTS, strict=True):
         assert row["new_tokens"] <= 40 - len(encode_prompt(tokenizer, text))
-    assert result["acceptance_rate"] == 1.0  # its weights are the teacher's
-    assert result["equal_to_greedy"] is True
+    assert result.acceptance_rate == 1.0  # its weights are the teacher's
+    assert result.equal_to_greedy is True

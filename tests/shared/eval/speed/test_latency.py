@@ -1,12 +1,21 @@
 """Latency's figures from made-up times; energy and memory counters."""
 
-import numpy as np
+import dataclasses
+import sys
+import types
+
+import pynvml
 import pytest
 import torch
 
-from shared.eval.speed import energy
-from shared.eval.speed.latency import Timed, median_interval, summarise
-from shared.eval.speed.memory import peak_growth, weights_in_memory
+from shared.eval.speed.latency import (
+    Timed,
+    energy_meter,
+    median_interval,
+    nvml_meter,
+    summarise_times,
+    weights_in_memory,
+)
 
 
 def test_figures_of_made_up_times():
@@ -15,7 +24,9 @@ def test_figures_of_made_up_times():
         Timed(prefill_seconds=0.1, step_seconds=[0.02] * 10, decode_joules=1.0),
         Timed(prefill_seconds=0.4, step_seconds=[0.04] * 10, decode_joules=4.0),
     ]
-    figures = summarise(times, 8, 64)
+    figures = dataclasses.asdict(summarise_times(times, 8, 64, peak_bytes=7))
+    assert figures.pop("peak_bytes") == 7
+    assert figures.pop("reasons") == {"ci95": "3 repeats bear no 95 % interval of the median; 6 do"}
     assert figures.pop("ci95") == {"prefill_ms": None, "decode_tokens_per_second": None}  # of three repeats
     assert figures.pop("prefill_ms_range") == pytest.approx([100, 400])
     assert figures.pop("decode_tokens_per_second_range") == pytest.approx([200, 400])
@@ -28,7 +39,11 @@ def test_figures_of_made_up_times():
         "tokens_per_second_per_watt": 240 / 8,
     })  # fmt: skip
     silent = [Timed(prefill_seconds=1, step_seconds=[1], decode_joules=None)]
-    assert summarise(silent, 1, 1)["tokens_per_second_per_watt"] is None
+    figures = summarise_times(silent * 6, 1, 1, no_energy="no counter")
+    assert figures.tokens_per_second_per_watt is figures.peak_bytes is None
+    assert figures.reasons == {
+        "tokens_per_second_per_watt": "no counter", "peak_bytes": "torch counts memory only on a GPU"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -45,37 +60,22 @@ def test_five_values_bear_no_interval():
     assert median_interval([]) is None
 
 
-def write_counters(folder, *values):
-    for number, value in enumerate(values):
-        package = folder / f"intel-rapl:{number}"
-        (package / "sub").mkdir(parents=True, exist_ok=True)
-        (package / "energy_uj").write_text(f"{value}\n")
-        (package / "max_energy_range_uj").write_text("999999999\n")
+def test_energy_is_counted_by_nvml_in_joules(monkeypatch):
+    millijoules = iter([5000, 5000, 7500])
+    stand_in = types.SimpleNamespace(
+        NVMLError=pynvml.NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID={"GPU-7": 7}.get,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(millijoules) if handle == 7 else None,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", stand_in)
+    joules = nvml_meter("GPU-7")
+    assert joules() - joules() == -2.5
 
 
-def test_rapl_counts_all_packages_and_wraps_around(tmp_path, monkeypatch):
-    monkeypatch.setattr(energy, "RAPL", tmp_path)
-    assert energy.open_meter(torch.device("cpu")) == "no RAPL counters on this machine"
-    write_counters(tmp_path, 5_000_000, 999_000_000)
-    meter = energy.open_meter(torch.device("cpu"))
-    start = meter.joules()
-    write_counters(tmp_path, 7_500_000, 1_000_000)  # the second is past its end: 2 J
-    assert meter.joules() - start == pytest.approx(4.5)
-    write_counters(tmp_path, 7_500_000, 1_000_000)
-    assert meter.joules() - start == pytest.approx(4.5)
-
-
-def test_counters_that_cannot_be_read_are_a_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(energy, "RAPL", tmp_path)
-    (tmp_path / "intel-rapl:0").mkdir()
-    assert energy.open_meter(torch.device("cpu")).startswith("RAPL counters cannot be read: ")
-
-
-def test_growth_of_memory_is_what_was_touched_at_once():
-    with peak_growth(torch.device("cpu")) as peak:
-        for _ in range(3):
-            np.ones(64 << 17)  # 64 MiB, given back each time
-    assert peak.bytes == pytest.approx(64 << 20, abs=4 << 20)
+def test_a_missing_counter_is_a_reason(monkeypatch):
+    assert energy_meter(torch.device("cpu")) == "energy is counted only on NVIDIA GPUs"
+    assert nvml_meter("GPU-0-0").startswith("NVML reports no energy for this GPU: ")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert nvml_meter("GPU-0-0") == "the package nvidia-ml-py is not installed"
 
 
 def test_tied_weights_take_memory_once():

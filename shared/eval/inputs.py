@@ -1,0 +1,80 @@
+"""What a result follows from, as digests and settings, and whether it is still up to date.
+
+A result is up to date while its `inputs` are those that its command would record now. Dates of files decide nothing.
+Importing this module loads neither torch nor transformers.
+"""
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+from data.humaneval import load_humaneval
+from data.tabular import read_rows
+from data.templates import humaneval_prompt, normalise
+from shared.cache.derive import Input
+from shared.checkpoints import identify_model
+from shared.errors import ConfigError, require
+from shared.eval.results import BenchmarkResult, Result
+from shared.files import sha256_file, sha256_json
+from shared.machine import machine
+from shared.process import log
+
+
+def model_digest(directory: Path) -> str:
+    """SHA-256 over the files that decide what a model says: weights, configuration and tokenizer.
+
+    Raises:
+        ConfigError: it is no model directory.
+    """
+    files = identify_model(str(directory))
+    return sha256_json([files.weights_digest, files.config_digest, files.tokenizer_files_digest])
+
+
+def cache_digest(directory: Path) -> str:
+    """SHA-256 of what a cache holds: labels, sources and shards, and not what was measured of its teacher."""
+    return Input.open(directory).digest()
+
+
+def timing_place() -> dict[str, Any]:
+    """What decides times beside models and settings: this machine and the share of it that the environment gives."""
+    here = machine()
+    place = {key: here[key] for key in ("host", "processor", "cores", "memory_bytes")}
+    return place | {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+
+
+def is_up_to_date(path: Path, cls: type[Result], inputs: dict[str, Any]) -> bool:
+    """Whether the file holds a result of this kind from the same inputs; says so where it does.
+
+    A benchmark's result must also have a score, and the files beside it must be those that it was written with.
+    """
+    try:
+        result = cls.read(path) if path.is_file() else None
+        if result is None or result.inputs != inputs:
+            return False
+        if isinstance(result, BenchmarkResult):
+            if result.pass_at_1 is None or not result.files:
+                return False
+            if any(sha256_file(path.with_name(name)) != digest for name, digest in result.files.items()):
+                return False
+    except (ConfigError, OSError):  # damaged, or of another form: it is made again
+        return False
+    log(f"{path} is up to date")
+    return True
+
+
+def read_prompts(file: Path | None, limit: int | None) -> list[tuple[str, str]]:
+    """Names and texts of prompts, as models are given them.
+
+    Args:
+        file: rows with `prompt`, `.jsonl` or `.parquet`; None for HumanEval's.
+        limit: only the first; None for all.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no prompt.
+    """
+    if file is None:
+        return [(problem.task_id, humaneval_prompt(problem)) for problem in load_humaneval()[:limit]]
+    rows = list(itertools.islice(read_rows(file), limit))
+    require(rows, "no prompts in the file", where=file)
+    return [(str(row.fields.get("task_id", row.where)), normalise(row.text("prompt")).rstrip()) for row in rows]

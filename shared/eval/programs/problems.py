@@ -1,0 +1,59 @@
+"""Benchmarks: problems under the name that results give them. Importing this module does not load torch."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.humaneval import load_humaneval, read_problems
+from data.mbpp import load_problems
+from data.records import Problem
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """Problems under the name that results give them.
+
+    Args:
+        name: such as `HumanEval`.
+        problems: in their published order.
+        about: what a result says of them beside their digest.
+    """
+
+    name: str
+    problems: tuple[Problem, ...]
+    about: Mapping[str, Any]
+
+
+def humaneval(problems_file: Path | None) -> Benchmark:
+    """HumanEval, from its package or the Hub, or as an earlier run of this wrote it.
+
+    Raises:
+        ConfigError: it is not to be had.
+    """
+    return Benchmark(
+        name="HumanEval", problems=read_problems(problems_file) if problems_file else load_humaneval(), about={}
+    )
+
+
+def from_file(path: Path) -> Benchmark:
+    """Any file of HumanEval's form, under its own name.
+
+    Raises:
+        ConfigError: a malformed file.
+    """
+    return Benchmark(name=path.stem, problems=read_problems(path), about={"file": path.name})
+
+
+def mbpp(dataset: str) -> Benchmark:
+    """MBPP's test split; see `data.mbpp`.
+
+    Raises:
+        ConfigError: it is not to be had.
+    """
+    problems, commit = load_problems(dataset, "test")
+    asserts = "test_list (all three), the same that the prompt shows; challenge_test_list takes no part"
+    about = {"dataset": Path(dataset).name, "dataset_commit": commit, "split": "test"}
+    return Benchmark(
+        name="MBPP", problems=problems, about=about | {"asserts_shown": "test_list", "asserts_graded": asserts}
+    )

