@@ -46,9 +46,9 @@ def test_the_command(folder):
     run(folder, "codedistill", "cache", "info", "cache")
 
 
-def test_the_members_of_a_sweep(folder):
+def test_the_runs_of_a_sweep(folder):
     run(folder, "codedistill", "student", "sweep", "--grid", "grid.toml", "--cache", "cache", "--out", "sweep")
-    (row,) = json.loads((folder / "sweep" / "sweep.json").read_text())["members"]
+    (row,) = json.loads((folder / "sweep" / "sweep.json").read_text())["runs"]
     assert row["state"] == "finished"
 
 
