@@ -184,8 +184,8 @@ class Runner:
                 figures = evaluate_fidelity(
                     self.out / row.name, self._scored_on, dtype="float32", batch_tokens=SCORING_TOKENS
                 )
-                row.nll_nats, row.kl_to_teacher_nats = (figures[name] for name in FIGURES)
-                row.reasons = {name: figures["reasons"][name] for name in FIGURES if name in figures["reasons"]}
+                row.nll_nats, row.kl_to_teacher_nats = (getattr(figures, name) for name in FIGURES)
+                row.reasons = {name: figures.reasons[name] for name in FIGURES if name in figures.reasons}
                 self._on_change(self.rows)
 
     def require_finished(self) -> None:

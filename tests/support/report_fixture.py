@@ -118,6 +118,7 @@ def write_benchmark(folder: Path, rows: list[dict], **changes) -> Path:
     result = origin("eval humaneval --model x") | {
         "benchmark": "HumanEval", "about": {}, "model": "x", "commit": None, "problems_sha256": digest("problems"),
         "pass_at_1": pass_at_1, "ci95": [0.0, 1.0], "pass_at_k": {"1": pass_at_1}, "pass_at_k_ci95": {"1": [0.0, 1.0]},
+        "pass_at_k_bounds": None, "not_judged": {},
         "share_parses": sum(row["parses"] for row in rows) / len(rows),
         "share_runs": sum(row["loaded"] for row in rows) / len(rows), "share_some_assert": pass_at_1,
         "num_problems": len(tasks), "num_samples": len(rows), "num_passed": len(solved),
