@@ -77,7 +77,7 @@ def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype:
     from shared.eval.fidelity.measure import evaluate_fidelity
 
     result = evaluate_fidelity(model_dir, cache_dir, dtype=dtype, batch_tokens=batch_tokens, teacher_dir=teacher_dir)
-    _write(out, result, inputs)
+    _write("fidelity", out, result, inputs)
     for key in ("nll_nats", "kl_to_teacher_nats", "top1_agreement", "ece"):
         value, low_high = getattr(result, key), result.ci95[key]
         interval = f" (95 % interval {low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
@@ -116,7 +116,7 @@ def latency(models: tuple[tuple[str, str], ...], cache_dir: Path | None, out: Pa
     _quieten()
     from shared.eval.speed.latency import measure_latency
 
-    _write(out, measure_latency(located, **options), inputs)
+    _write("latency", out, measure_latency(located, **options), inputs)
 
 
 @evaluate.command(
@@ -143,7 +143,8 @@ def draft(teacher: str, student: str, out: Path, cache_dir: Path | None, **optio
     Speculative decoding: acceptance, speed-up, and a check of every token against plain greedy decoding.
     """
     from shared.checkpoints import locate_model
-    from shared.eval.inputs import is_up_to_date, model_digest, read_prompts, timing_place
+    from shared.eval.inputs import is_up_to_date, model_digest, timing_place
+    from shared.eval.programs.problems import read_prompts
     from shared.eval.results import Draft
     from shared.files import sha256_json
 
@@ -158,7 +159,7 @@ def draft(teacher: str, student: str, out: Path, cache_dir: Path | None, **optio
     from shared.eval.speed.draft import evaluate_draft
 
     result = evaluate_draft(folders["teacher"], folders["student"], **options)
-    _write(out, result, inputs)
+    _write("draft", out, result, inputs)
     same = result.equality["float32"]
     acceptance = "unknown" if result.acceptance_rate is None else f"{result.acceptance_rate:.1%}"
     click.echo(
@@ -273,7 +274,11 @@ def _evaluate_benchmark(
     names = ("temperature", "top_p", "seed", "max_new_tokens", "batch_size")
     decoding = Decoding(num_samples=options.pop("samples"), **{name: options.pop(name) for name in names})
     unsafe = options.pop("unsafe_no_sandbox")
-    evaluate_benchmark(benchmark, model_dir, out, decoding=decoding, unsafe=unsafe, inputs=inputs, **options)
+    result = evaluate_benchmark(benchmark, model_dir, out, decoding=decoding, unsafe=unsafe, inputs=inputs, **options)
+    if result:
+        from shared import tracking
+
+        tracking.record_evaluation(result.benchmark.lower(), out, result.to_dict())
 
 
 @evaluate.command()
@@ -309,8 +314,9 @@ def report(
 
     result = write_report(collected, out)
     config = {"caveats": result["caveats"]}
-    name, group = out.resolve().parent.name, eval_dir.resolve().name
-    with tracking.start("report", name=name, config=config, directory=out.parent, group=group) as run:
+    with tracking.start(
+        "report", name=out.resolve().parent.name, config=config, directory=out.parent, group=eval_dir.resolve().name
+    ) as run:
         for name, figures in result["models"].items():
             figures |= {f"humaneval/{key}": value for key, value in figures["humaneval"].items()}
             run.summary({f"{name}/{key}": v for key, v in figures.items() if isinstance(v, int | float)})
@@ -374,14 +380,14 @@ def _quieten() -> None:
     logging.disable_progress_bar()
 
 
-def _write(path: Path, result: Any, inputs: dict[str, Any]) -> None:
-    """Write a result with the inputs and the command line that it follows from, and track it."""
+def _write(kind: str, path: Path, result: Any, inputs: dict[str, Any]) -> None:
+    """Write a result with the inputs and the command line that it follows from, then track it."""
     from shared import tracking
     from shared.files import write_json
     from shared.process import log
 
+    recorded = dataclasses.replace(result, inputs=inputs, command=command_line()).to_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = dataclasses.replace(result, inputs=inputs, command=command_line()).to_dict()
-    write_json(path, values)
+    write_json(path, recorded)
     log(f"wrote {path}")
-    tracking.record_evaluation(type(result).__name__.lower(), path, values)
+    tracking.record_evaluation(kind, path, recorded)

@@ -4,17 +4,13 @@ A result is up to date while its `inputs` are those that its command would recor
 Importing this module loads neither torch nor transformers.
 """
 
-import itertools
 import os
 from pathlib import Path
 from typing import Any
 
-from data.humaneval import load_humaneval
-from data.tabular import read_rows
-from data.templates import humaneval_prompt, normalise
 from shared.cache.derive import Input
 from shared.checkpoints import identify_model
-from shared.errors import ConfigError, require
+from shared.errors import ConfigError
 from shared.eval.results import BenchmarkResult, Result
 from shared.files import sha256_file, sha256_json
 from shared.machine import machine
@@ -61,20 +57,3 @@ def is_up_to_date(path: Path, cls: type[Result], inputs: dict[str, Any]) -> bool
         return False
     log(f"{path} is up to date")
     return True
-
-
-def read_prompts(file: Path | None, limit: int | None) -> list[tuple[str, str]]:
-    """Names and texts of prompts, as models are given them.
-
-    Args:
-        file: rows with `prompt`, `.jsonl` or `.parquet`; None for HumanEval's.
-        limit: only the first; None for all.
-
-    Raises:
-        ConfigError: the file cannot be read or holds no prompt.
-    """
-    if file is None:
-        return [(problem.task_id, humaneval_prompt(problem)) for problem in load_humaneval()[:limit]]
-    rows = list(itertools.islice(read_rows(file), limit))
-    require(rows, "no prompts in the file", where=file)
-    return [(str(row.fields.get("task_id", row.where)), normalise(row.text("prompt")).rstrip()) for row in rows]

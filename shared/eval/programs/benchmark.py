@@ -13,7 +13,6 @@ from typing import Any
 
 from data.humaneval import problems_digest
 from data.records import Problem
-from shared import tracking
 from shared.checkpoints import dtype_name, hub_commit, load_model, model_digest
 from shared.distributed import agree, gathered, joined
 from shared.errors import ConfigError, SandboxError
@@ -45,7 +44,7 @@ def evaluate_benchmark(
     dtype: str,
     allow_host_reads: bool,
     unsafe: bool,
-) -> None:
+) -> BenchmarkResult | None:
     """Score a model's completions, in one process or in several under torchrun, of which rank 0 scores.
 
     Writes problems.jsonl, completions.jsonl, verdicts.jsonl and, last, result.json into `out`, all at the end: until
@@ -64,11 +63,14 @@ def evaluate_benchmark(
         dtype: one of `checkpoints.DTYPES`.
         allow_host_reads: run programs even where they can read the host's files.
         unsafe: run programs without isolation.
+
+    Returns:
+        What result.json holds; None on ranks other than 0, or where it is up to date.
     """
     sandbox: Sandbox | SandboxError | None = None
     with joined(PATIENCE):
         if agree([inputs is None]) == [1]:
-            return
+            return None
         if benchmark is not None:
             sandbox = _sandbox(benchmark.name, allow_host_reads=allow_host_reads, unsafe=unsafe)
         problems = _shared([] if benchmark is None else benchmark.problems[:limit])
@@ -83,20 +85,18 @@ def evaluate_benchmark(
         }
         start = time.monotonic()
         completions = complete(model, tokenizer, problems, out, decoding=decoding, settings=settings)
-        generation_seconds = round(time.monotonic() - start, 3)
+        generated = time.monotonic()
     if benchmark is None or inputs is None:
-        return
+        return None
     del model
-    start = time.monotonic()
-    verdicts = None
-    if isinstance(sandbox, Sandbox):
-        verdicts = score_completions(problems, completions, sandbox=sandbox, timeout_seconds=timeout_seconds)
     parses = [
         line["finish_reason"] != REFUSED and parse(line["prompt"] + line["completion"]) is not None
         for line in completions
     ]
+    verdicts = None
+    if isinstance(sandbox, Sandbox):
+        verdicts = score_completions(problems, completions, sandbox=sandbox, timeout_seconds=timeout_seconds)
     files = _files(problems, completions, parses, verdicts)
-    refused = {line["task_id"]: line["reason"] for line in completions if line["finish_reason"] == REFUSED}
     result = BenchmarkResult(
         command=command_line(),
         inputs=inputs,
@@ -110,18 +110,26 @@ def evaluate_benchmark(
         | settings
         | {"limit": limit, "timeout_seconds": timeout_seconds}
         | {"sandbox": sandbox.description if isinstance(sandbox, Sandbox) else None},
-        num_refused=len(refused),
-        refused=refused,
-        finish_reasons=dict(sorted(Counter(line["finish_reason"] for line in completions).items())),
-        num_new_tokens=sum(line["num_new_tokens"] for line in completions),
+        **_generated(completions),
         files={name: hashlib.sha256(data).hexdigest() for name, data in files.items() if data is not None},
-        generation_seconds=generation_seconds,
-        scoring_seconds=round(time.monotonic() - start, 3),
+        generation_seconds=round(generated - start, 3),
+        scoring_seconds=round(time.monotonic() - generated, 3),
     )
     replace_files(out, files | {"result.json": to_json(result.to_dict()).encode()})
     remove_parts(out)
     log(describe(result))
-    tracking.record_evaluation(benchmark.name.lower(), out, result.to_dict())
+    return result
+
+
+def _generated(completions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a result says of how its completions ended."""
+    refused = {line["task_id"]: line["reason"] for line in completions if line["finish_reason"] == REFUSED}
+    return {
+        "num_refused": len(refused),
+        "refused": refused,
+        "finish_reasons": dict(sorted(Counter(line["finish_reason"] for line in completions).items())),
+        "num_new_tokens": sum(line["num_new_tokens"] for line in completions),
+    }
 
 
 def _files(
@@ -131,16 +139,14 @@ def _files(
     verdicts: Sequence[Verdict] | None,
 ) -> dict[str, bytes | None]:
     """The contents of the files beside a result; None where programs were not run."""
-    verdict_lines = None
-    if verdicts is not None:
-        verdict_lines = to_jsonl(
-            {"task_id": line["task_id"], "sample": line["sample"], "parses": ok} | dataclasses.asdict(verdict)
-            for line, ok, verdict in zip(completions, parses, verdicts, strict=True)
-        )
+    lines = (
+        {"task_id": line["task_id"], "sample": line["sample"], "parses": ok} | dataclasses.asdict(verdict)
+        for line, ok, verdict in zip(completions, parses, verdicts or (), strict=verdicts is not None)
+    )
     return {
         "problems.jsonl": to_jsonl(map(dataclasses.asdict, problems)),
         COMPLETIONS: to_jsonl(completions),
-        "verdicts.jsonl": verdict_lines,
+        "verdicts.jsonl": None if verdicts is None else to_jsonl(lines),
     }
 
 

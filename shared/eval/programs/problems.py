@@ -1,6 +1,7 @@
-"""Benchmarks: problems under the name that results give them. Importing this module does not load torch."""
+"""Problems under the name that results give them, and prompts. Importing this module does not load torch."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 from data.humaneval import load_humaneval, read_problems
 from data.mbpp import load_problems
 from data.records import Problem
+from data.tabular import read_rows
+from data.templates import humaneval_prompt, normalise
+from shared.errors import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,3 +61,20 @@ def mbpp(dataset: str) -> Benchmark:
     return Benchmark(
         name="MBPP", problems=problems, about=about | {"asserts_shown": "test_list", "asserts_graded": asserts}
     )
+
+
+def read_prompts(file: Path | None, limit: int | None) -> list[tuple[str, str]]:
+    """Names and texts of prompts, as models are given them.
+
+    Args:
+        file: rows with `prompt`, `.jsonl` or `.parquet`; None for HumanEval's.
+        limit: only the first; None for all.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no prompt.
+    """
+    if file is None:
+        return [(problem.task_id, humaneval_prompt(problem)) for problem in load_humaneval()[:limit]]
+    rows = list(itertools.islice(read_rows(file), limit))
+    require(rows, "no prompts in the file", where=file)
+    return [(str(row.fields.get("task_id", row.where)), normalise(row.text("prompt")).rstrip()) for row in rows]

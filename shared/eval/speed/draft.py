@@ -21,8 +21,8 @@ from shared.cache.format import Array
 from shared.checkpoints import describe_model, dtype_name, load_model
 from shared.errors import require
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
-from shared.eval.inputs import read_prompts
 from shared.eval.programs.generate import eos_ids
+from shared.eval.programs.problems import read_prompts
 from shared.eval.results import Draft, Equality, ModelFacts
 from shared.eval.speed.latency import now
 from shared.process import log

@@ -105,9 +105,9 @@ def test_a_sweep_killed_continued_with_a_failing_run_and_run_again(caches, tmp_p
     for row in rows[:-1]:
         record = json.loads((sweep / row["name"] / "run.json").read_text())
         known = evaluate_fidelity(sweep / row["name"], caches / "validation", dtype="float32", batch_tokens=64)
-        assert row["nll_nats"] == pytest.approx(known["nll_nats"], rel=1e-5)
+        assert row["nll_nats"] == pytest.approx(known.nll_nats, rel=1e-5)
         assert row["nll_nats"] == pytest.approx(record["metrics"]["eval_ce"], rel=1e-5)
-        assert row["kl_to_teacher_nats"] == pytest.approx(known["kl_to_teacher_nats"], rel=1e-5)
+        assert row["kl_to_teacher_nats"] == pytest.approx(known.kl_to_teacher_nats, rel=1e-5)
         assert row["reasons"] == {}
         assert (row["parameters"], row["steps"]) == (record["parameters"], 12)
     assert len({row["parameters"] for row in rows[:-1]}) == 2

@@ -28,6 +28,7 @@ from tests.support.cache_faults import file_size_limit
 from tests.support.eval_models import save_model
 from tests.support.hub_contents import mbpp_row
 from tests.support.report_fixture import verdict, write_benchmark
+from tests.support.wandb_runs import wandb_runs, wandb_summary
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # Sampled, in float32, in batches of few: what must not change whoever makes it.
@@ -290,7 +291,8 @@ def test_a_part_of_a_rank_that_died_is_taken_up(model, whole, tmp_path):
     assert not list(tmp_path.glob("completions.rank-*"))
 
 
-def test_mbpp(model, tmp_path):
+def test_mbpp(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     rows = [mbpp_row(i) for i in (5, 11, 12, 600)]
     (tmp_path / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
@@ -301,6 +303,10 @@ def test_mbpp(model, tmp_path):
     assert result["about"].items() >= stated.items()
     assert result["about"]["asserts_graded"].startswith("test_list")
     assert (result["num_problems"], result["pass_at_1"]) == (2, 0.0)
+    name = f"{tmp_path.name} mbpp"
+    assert wandb_runs(tmp_path) == {name: (tmp_path.name, 0)}
+    summary = wandb_summary(tmp_path, name)
+    assert (summary["pass_at_1"], summary["pass_at_k/1"], summary["verdicts/failed"]) == (0, 0, 2)
     assert [line["task_id"] for line in read(out, "problems")] == ["mbpp/11", "mbpp/12"]
     prompt = '"""\nWrite a function to add 11 to a number.\nassert add_11(1) == 12\nassert add_11(0) == 11\n"""'
     assert read(out)[0]["prompt"] == prompt

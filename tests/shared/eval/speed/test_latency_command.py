@@ -9,6 +9,7 @@ from transformers import Starcoder2Config, Starcoder2ForCausalLM
 from shared.checkpoints import embedding_share, load_model, num_parameters
 from shared.cli import codedistill
 from tests.support.eval_models import save_model
+from tests.support.wandb_runs import wandb_runs, wandb_summary
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +40,8 @@ def test_an_output_head_of_its_own_counts_with_the_embeddings():
     assert embedding_share(model) == 2 * 10 * 4 / num_parameters(model)
 
 
-def test_latency_command(directory, tmp_path):
+def test_latency_command(directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     out = tmp_path / "latency.json"
     options = ["--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "2", "--out", str(out)]
     done = CliRunner().invoke(codedistill, ["eval", "latency", "--model", f"a={directory}", *options])
@@ -62,6 +64,9 @@ def test_latency_command(directory, tmp_path):
         assert batch["peak_bytes"] is None or batch["peak_bytes"] >= model["memory_bytes"]
         assert (batch["peak_bytes"] is None) == ("peak_bytes" in batch["reasons"])
         assert (batch["tokens_per_second_per_watt"] is None) == ("tokens_per_second_per_watt" in batch["reasons"])
+    name = f"{tmp_path.name} latency"
+    assert wandb_runs(tmp_path) == {name: (tmp_path.name, 0)}
+    assert wandb_summary(tmp_path, name)["models/a/parameters"] == model["parameters"]
     command = ["eval", "latency", "--model", f"a={directory}", *options]
     again = CliRunner().invoke(codedistill, command)
     assert (again.exit_code, again.stderr) == (0, f"{out} is up to date\n")
