@@ -155,6 +155,22 @@ def test_a_finished_run_is_up_to_date(finished, caches):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
+def test_a_finished_run_is_found_up_to_date_without_torch(finished, caches):
+    command = arguments(caches / "train", finished, caches / "validation")
+    program = (
+        "import sys\nfrom stage2_student.cli import student\nstudent.main(sys.argv[1:], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    command = [sys.executable, "-c", program, *command[len(COMMAND) :]]
+    assert run(command).stderr == f"{finished} is up to date\n"
+    assert (
+        "torch"
+        in subprocess.run(
+            [*command, "--set=logging_steps=4"], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        ).stderr
+    )
+
+
 def test_the_baseline_without_soft_labels_starts_from_the_same_weights(finished, caches, tmp_path):
     assert run_here(arguments(caches / "train", tmp_path / "baseline", caches / "validation", alpha=0)) is None
     ours, baseline = (json.loads((out / "run.json").read_text()) for out in (finished, tmp_path / "baseline"))
