@@ -110,6 +110,7 @@ class Task:
             "num_long": len(corpus.long),
             "on_long": self.config.on_long,
             "num_lossy": len(corpus.lossy),
+            "num_without_targets": len(corpus.without_targets),
             "config": {key: value for key, value in to_dict(self.config).items() if key not in NAMED},
         }
 
@@ -325,7 +326,12 @@ def _report(corpus: Corpus, data: DocumentSet, num_documents: int, config: Teach
     if first.prompt:
         log(f"prompt and completion meet as in {first.id}: {first.prompt[-30:]!r} + {first.completion[:30]!r}")
     verb = {"split": "split", "truncate": "truncated", "drop": "dropped"}[config.on_long]
-    for what, ids in ((f"too long and {verb}", corpus.long), ("not restored by the tokenizer", corpus.lossy)):
+    happened = {
+        f"too long and {verb}": corpus.long,
+        "left without a target, since the completion lies beyond the limit": corpus.without_targets,
+        "not restored by the tokenizer": corpus.lossy,
+    }
+    for what, ids in happened.items():
         if ids:
             others = f" and {len(ids) - 5:,} more" if len(ids) > 5 else ""
             log(f"{len(ids):,} documents {what}: {', '.join(ids[:5])}{others}")

@@ -27,11 +27,18 @@ class Segment:
 
 @dataclass(kw_only=True, slots=True)
 class Corpus:
-    """All segments in order, and the ids of documents that are too long or that the tokenizer does not restore."""
+    """All segments in order, and the ids of the documents that something happened to.
+
+    Attributes:
+        long: documents that are longer than the limit.
+        lossy: documents that the tokenizer does not restore.
+        without_targets: documents that have targets, all of which lie beyond the limit.
+    """
 
     segments: list[Segment] = field(default_factory=list)
     long: list[str] = field(default_factory=list)
     lossy: list[str] = field(default_factory=list)
+    without_targets: list[str] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -73,10 +80,14 @@ def cut_documents(
             corpus.long.append(document.id)
             starts = {"split": list(range(0, length - 1, max_length - 1)), "truncate": [0], "drop": []}[on_long]
         meta = {"id": document.id, "source": document.source, "origin": "corpus", "digest": document.digest}
+        first = len(corpus.segments)
         for part, start in enumerate(starts):
             stop = length if max_length is None else min(start + max_length, length)
             place = {"part": part, "parts": len(starts)} if len(starts) > 1 else {}
             corpus.segments.append(_segment(encoded, start, stop, tokenizer, meta | place))
+        has_targets = any(any(segment.is_target) for segment in corpus.segments[first:])
+        if starts and any(encoded.is_target[1:]) and not has_targets:
+            corpus.without_targets.append(document.id)
     require(
         corpus.segments,
         "no document is left",

@@ -119,17 +119,19 @@ def train(
 
     paths, weights = _split_weights(caches)
     _open(*paths, *filter(None, [validation]))
+    from stage2_student.request import is_up_to_date, request_digest
+
+    settings = read_toml(profile) if profile else {}
+    settings |= ({"preset": preset} if preset else {}) | parse_assignments(assignments)
+    others = {"init_from": init_from, "batch_tokens": batch_tokens, "teacher_logprobs": teacher_logprobs}
+    request = request_digest(settings, paths, weights, validation, others)
+    if is_up_to_date(out, request):
+        return
     from stage2_student.config import student_config
-
-    layers = [read_toml(profile)] if profile else []
-    if preset:
-        layers.append({"preset": preset})
-    config = student_config(*layers, parse_assignments(assignments))
-
     from stage2_student.train import train
 
-    train(config, paths, out, weights=weights, validation_path=validation, init_from=init_from,
-          batch_tokens=batch_tokens, teacher_logprobs=teacher_logprobs)  # fmt: skip
+    train(student_config(settings), paths, out, weights=weights, validation_path=validation, init_from=init_from,
+          batch_tokens=batch_tokens, teacher_logprobs=teacher_logprobs, request=request)  # fmt: skip
 
 
 @student.command()

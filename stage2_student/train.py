@@ -72,6 +72,7 @@ def train(
     init_from: Path | None = None,
     batch_tokens: int | str | None = None,
     teacher_logprobs: Path | None = None,
+    request: str | None = None,
 ) -> None:
     """Train a student on one or more caches, or continue a run that was stopped.
 
@@ -88,6 +89,7 @@ def train(
         init_from: a directory of weights to start from (see `Start`); None draws them from the seed.
         batch_tokens: most tokens of a micro-batch, or `auto` for what memory allows; see `fit_micro_batch`.
         teacher_logprobs: the teacher's full distribution of the cache, for loss=dense; see `experiments.dense`.
+        request: recorded in `run.json`; see `request_digest`.
 
     Raises:
         ResumeError: the folder holds another run, or another process trains in it.
@@ -116,6 +118,7 @@ def train(
             return
         if task is None:
             task = check(config, cache_paths, out, weights, validation_path, init_from)
+        task.record["request"] = request
         _train(task, out, batch_tokens, teacher_logprobs)
 
 
@@ -393,10 +396,9 @@ def _describe(
 
 def identify(cache: Cache) -> dict[str, Any]:
     """A cache by its digests, and whose labels of what it holds."""
-    shards = {name: entry["sha256"] for name, entry in cache.manifest["files"].items() if name.endswith(".h5")}
     return {
         "label_identity": cache.label_identity,
-        "shards": shards,
+        "shards": cache.shard_digests,
         "teacher": cache.manifest["identity"]["teacher"],
         "sources": cache.manifest["sources"],
     }

@@ -8,14 +8,17 @@ import click
 
 @click.group()
 def cache() -> None:
-    """Inspect, check, mend, join and cut logit caches."""
+    """Inspect, verify and edit logit caches."""
 
 
 @cache.command()
 @click.argument("path", metavar="CACHE", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def info(path: str, as_json: bool) -> None:
-    """Summarise a cache: size, labels, figures, provenance. Works during a build, too."""
+    """Show what a cache holds.
+
+    Size, labels, figures and provenance. It also works during a build.
+    """
     from shared.cache.info import cache_info, summary
     from shared.files import to_json
 
@@ -25,7 +28,10 @@ def info(path: str, as_json: bool) -> None:
 @cache.command()
 @click.argument("path", metavar="CACHE", type=click.Path())
 def verify(path: str) -> None:
-    """Check every byte of a cache against its manifest; exit 1 and list the problems if there are any."""
+    """Check every byte against the manifest.
+
+    Lists the problems, and then exits with 1.
+    """
     from shared.cache.verify import verify_cache
 
     problems = verify_cache(path)
@@ -40,16 +46,16 @@ def verify(path: str) -> None:
 @cache.command()
 @click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Leave CACHE as it is; write its whole shards here, as a cache."
+    "--out", type=click.Path(path_type=Path), help="Write the whole shards here, as a cache, and leave CACHE alone."
 )
 def repair(path: Path, out: Path | None) -> None:
-    """Keep what is whole of a damaged cache and name what must be made again.
+    """Keep the whole shards of a damaged cache.
 
-    Damaged shards are removed, their documents named; the command that made the cache, run again, makes those alone and
-    ends with the bytes that the cache had. Options and the manifest's digest are restored on the spot where the rest
-    proves them. A whole cache is left as it is.
+    Removes damaged shards and names their documents. Run the command that built the cache again: it makes only those,
+    and ends with the same bytes. Options and the manifest's digest are restored where the other files prove them. A
+    whole cache stays as it is.
 
-    Where teacher or data are gone, --out makes a smaller cache of the whole shards, complete in itself.
+    Where teacher or data are gone, --out makes a smaller, complete cache of the whole shards.
     """
     from shared.cache.repair import copy_whole_shards, repair_cache
 
@@ -66,10 +72,10 @@ def repair(path: Path, out: Path | None) -> None:
 @click.argument("paths", metavar="CACHE CACHE…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new cache.")
 def merge(paths: tuple[Path, ...], out: Path) -> None:
-    """Join caches of one label identity: one teacher, one tokenizer, equal label options.
+    """Join caches of one teacher.
 
-    Shards are copied byte for byte. A document that several caches hold is taken from the first. Interrupted, the same
-    command continues.
+    Teacher, tokenizer and label options must be equal. Shards are copied byte for byte. A document that several caches
+    hold is taken from the first. After an interruption the same command continues.
     """
     from shared.cache.info import summary
     from shared.cache.merge import merge_caches
@@ -82,17 +88,17 @@ def merge(paths: tuple[Path, ...], out: Path) -> None:
 @cache.command("slice")
 @click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new cache.")
-@click.option("--top-k", metavar="K", type=int, help="Most entries of a row; the others join its tail.")
+@click.option("--top-k", metavar="K", type=int, help="Max entries per row; the others join its tail.")
 @click.option("--top-p", metavar="P", type=float, help="Rows keep the shortest prefix of this probability at T = 1.")
 @click.option("--documents", metavar="N", type=int, help="Keep the first N documents.")
-@click.option("--source", metavar="NAME", help="Keep one data set's documents alone.")
+@click.option("--source", metavar="NAME", help="Keep only the documents of one data set.")
 @click.option("--codec", metavar="q|f16", help="Encode with another codec.")
 @click.option("--filter", "compression", metavar="gzip|zstd", help="Compress with another filter.")
 def slice_command(path: Path, out: Path, **options: Any) -> None:
     """Cut a smaller cache out of a larger one.
 
-    Fewer entries or another codec make a label identity of its own, which records what it comes from; fewer documents
-    or another filter keep it. Interrupted, the same command continues.
+    Fewer entries or another codec make a new label identity, which records its origin; fewer documents or another
+    filter keep the old one. After an interruption the same command continues.
     """
     from shared.cache.info import summary
     from shared.cache.slice import slice_cache
@@ -111,10 +117,10 @@ def slice_command(path: Path, out: Path, **options: Any) -> None:
     help="The teacher's results, as `codedistill eval` wrote them.",
 )
 def attach(path: Path, folder: Path) -> None:
-    """Put the teacher's results into a finished cache, as teacher_eval/.
+    """Store the teacher's results in a cache.
 
-    They travel with it: the machine that trains and measures students needs no teacher for its report. The manifest is
-    replaced last; labels and label identity stay as they are.
+    They go to teacher_eval/ and travel with the cache, so that the student's machine can report them. The manifest is
+    replaced last; labels and label identity do not change.
     """
     from shared.cache.attach import add_files
 

@@ -71,6 +71,11 @@ class Cache:
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
         self._check_files()
 
+    @property
+    def shard_digests(self) -> dict[str, str]:
+        """SHA-256 of each shard, by file name."""
+        return {name: entry["sha256"] for name, entry in self.manifest["files"].items() if name.endswith(".h5")}
+
     def require_targets(self) -> None:
         """Raise `ConfigError` where the cache has nothing to train on and nothing to score."""
         require(
@@ -90,7 +95,7 @@ class Cache:
         """
         theirs = {digest for other in others for digest in other["shards"].values()}
         theirs |= {source["digest"] for other in others for source in other["sources"]}
-        ours = {entry["sha256"] for name, entry in self.manifest["files"].items() if name.endswith(".h5")}
+        ours = set(self.shard_digests.values())
         return not theirs.isdisjoint(ours | {source.get("digest") for source in self.manifest["sources"]})
 
     @property

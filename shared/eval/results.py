@@ -188,9 +188,10 @@ class Draft(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult(Result):
-    """`eval humaneval` and `eval mbpp`; scores are None where programs were not run, with a reason.
+    """`eval humaneval` and `eval mbpp`; scores are None where programs were not run or not judged, with a reason.
 
-    `files` are those beside the result, by SHA-256.
+    `not_judged` has the problems with programs that could not be judged, and why; `pass_at_k_bounds` then has pass@k if
+    all of these failed, and if all passed. `files` are those beside the result, by SHA-256.
     """
 
     benchmark: str
@@ -202,6 +203,8 @@ class BenchmarkResult(Result):
     ci95: Interval | None
     pass_at_k: dict[str, float] | None
     pass_at_k_ci95: dict[str, Interval] | None
+    pass_at_k_bounds: dict[str, Interval] | None
+    not_judged: dict[str, str]
     share_parses: float | None
     share_runs: float | None
     share_some_assert: float | None

@@ -184,7 +184,7 @@ class Runner:
                 figures = evaluate_fidelity(
                     self.out / row.name, self._scored_on, dtype="float32", batch_tokens=SCORING_TOKENS
                 )
-                row.nll_nats, row.kl_to_teacher_nats = figures.nll_nats, figures.kl_to_teacher_nats
+                row.nll_nats, row.kl_to_teacher_nats = (getattr(figures, name) for name in FIGURES)
                 row.reasons = {name: figures.reasons[name] for name in FIGURES if name in figures.reasons}
                 self._on_change(self.rows)
 

@@ -67,6 +67,15 @@ def test_truncate_keeps_the_first_part_and_its_bytes():
     assert (any(segment.is_target), segment.meta["target_bytes"]) == (False, 0)  # the prompt alone fills it: no target
 
 
+def test_documents_that_truncation_leaves_without_a_target_are_counted():
+    """One has its completion beyond the limit, one has a token of it within, one never had any and one fits."""
+    texts = (("y" * 8, "zz"), ("yyy", "zz"), ("y" * 9, ""), ("y", "z"))
+    corpus = cut(*texts, max_length=6, on_long="truncate")
+    assert corpus.without_targets == ["d0", "d2"]
+    assert [sum(segment.is_target) for segment in corpus.segments] == [0, 2, 0, 2]
+    assert cut(*texts, max_length=6).without_targets == []
+
+
 def test_drop_leaves_the_others_and_refuses_to_leave_none():
     corpus = cut(("a", "b"), ("a", "bcdef"), max_length=4, on_long="drop")
     assert [segment.meta["id"] for segment in corpus.segments] == ["d0"]

@@ -8,6 +8,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -153,6 +154,16 @@ def test_a_finished_run_is_up_to_date(finished, caches):
     result = run(arguments(caches / "train", finished, caches / "validation"))
     assert result.stderr == f"{finished} is up to date\n"
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_a_finished_run_is_found_up_to_date_without_torch(finished, caches):
+    command = arguments(caches / "train", finished, caches / "validation")
+    program = (
+        "import sys\nfrom stage2_student.cli import student\nstudent.main(sys.argv[1:], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    command = [sys.executable, "-c", program, *command[len(COMMAND) :]]
+    assert run(command).stderr == f"{finished} is up to date\n"
 
 
 def test_the_baseline_without_soft_labels_starts_from_the_same_weights(finished, caches, tmp_path):

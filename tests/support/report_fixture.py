@@ -118,6 +118,7 @@ def write_benchmark(folder: Path, rows: list[dict], **changes) -> Path:
     result = origin("eval humaneval --model x") | {
         "benchmark": "HumanEval", "about": {}, "model": "x", "commit": None, "problems_sha256": digest("problems"),
         "pass_at_1": pass_at_1, "ci95": [0.0, 1.0], "pass_at_k": {"1": pass_at_1}, "pass_at_k_ci95": {"1": [0.0, 1.0]},
+        "pass_at_k_bounds": None, "not_judged": {},
         "share_parses": sum(row["parses"] for row in rows) / len(rows),
         "share_runs": sum(row["loaded"] for row in rows) / len(rows), "share_some_assert": pass_at_1,
         "num_problems": len(tasks), "num_samples": len(rows), "num_passed": len(solved),
@@ -223,7 +224,7 @@ def write_cache(root: Path, name: str) -> Path:
     write(root / name / "manifest.json", {
         "format": "codedistill-cache", "version": 1, "label_identity": digest("labels"),
         "identity": {"teacher": {"weights": digest("weights")}, "tokenizer": digest("tokenizer")},
-        "sources": [{"name": "stdlib", "split": name.removeprefix("cache-"), "revision": "3.11.9", "license": "PSF-2.0",
+        "sources": [{"name": "stdlib", "split": name.removeprefix("cache-"), "revision": "3.11.9", "licence": "PSF-2.0",
                      "digest": digest(name), "num_documents": 420}],
         "codec": "f16", "filter": "gzip", "temperatures": [0.5, 1.0, 1.5, 2.0], "top_k": 64, "num_tokens": 71_020,
         "statistics": {"captured_mass": {t: {"mean": m, "p1": m * 0.4, "p10": m * 0.8} for t, m in means.items()}},

@@ -193,8 +193,9 @@ def summarise(
 ) -> dict[str, Any]:
     """The figures of a result; those that are unknown are null, and `reasons` says why.
 
-    pass@k for k of 1, 10, 100 and the number of samples, as far as every problem has so many. A sample whose program
-    could not be run, or a problem without samples, leaves no score: it is neither a failure nor left out.
+    pass@k for k of 1, 10, 100 and the number of samples, as far as every problem has so many. Where programs could not
+    be judged there is no score but two bounds of it: all of them failed, all of them passed. A problem without samples
+    leaves no score: it is neither a failure nor left out.
 
     Args:
         problems: all that were asked for.
@@ -208,23 +209,33 @@ def summarise(
         verdicts_of[line["task_id"]].append(verdict)
     passes = [sum(v.verdict == "passed" for v in found) for found in verdicts_of.values()]
     counts = Counter(verdict.verdict for verdict in verdicts or ())
+    not_judged = {
+        task: next(v.detail for v in found if v.verdict == "error")
+        for task, found in verdicts_of.items()
+        if any(v.verdict == "error" for v in found)
+    }
     names = ("pass_at_1", "ci95", "pass_at_k", "pass_at_k_ci95", "share_runs", "share_some_assert")
     figures: dict[str, Any] = dict.fromkeys(names)
+    bounds = None
     num_samples = min(map(len, verdicts_of.values()))
     if verdicts is None:
         reason = not_run
-    elif counts["error"]:
-        reason = f"{counts['error']} programs could not be run"
     elif num_samples == 0:
         reason = f"{sum(not found for found in verdicts_of.values())} problems have no completion"
+    elif not_judged:
+        unknown = [sum(v.verdict == "error" for v in found) for found in verdicts_of.values()]
+        at_most = [c + u for c, u in zip(passes, unknown, strict=True)]
+        low, high = (_means(_estimates(verdicts_of, c, num_samples)) for c in (passes, at_most))
+        bounds = {k: [low[k], high[k]] for k in low}
+        reason = (
+            f"{len(not_judged)} of {len(problems)} problems could not be judged; "
+            f"pass@1 is between {low['1']:.1%} and {high['1']:.1%}"
+        )
     else:
         reason = "the sandbox does not tell of every program"
-        estimates = {
-            k: [pass_at_k(len(found), c, k) for found, c in zip(verdicts_of.values(), passes, strict=True)]
-            for k in sorted({k for k in REPORTED_K if k <= num_samples} | {num_samples})
-        }
-        means = {str(k): math.fsum(values) / len(values) for k, values in estimates.items()}
-        intervals = {str(k): list(mean_interval(values, num_samples)) for k, values in estimates.items()}
+        estimates = _estimates(verdicts_of, passes, num_samples)
+        means = _means(estimates)
+        intervals = {k: list(mean_interval(values, num_samples)) for k, values in estimates.items()}
         figures = {
             "pass_at_1": means["1"],
             "ci95": intervals["1"],
@@ -235,6 +246,8 @@ def summarise(
         }
     return {
         **figures,
+        "pass_at_k_bounds": bounds,
+        "not_judged": not_judged,
         "share_parses": _share(parses),
         "num_problems": len(problems),
         "num_samples": len(completions),
@@ -244,13 +257,25 @@ def summarise(
     }
 
 
+def _estimates(verdicts_of: Mapping[str, Sequence[Verdict]], passes: Sequence[int], num_samples: int) -> dict[str, Any]:
+    """pass@k of every problem, by k."""
+    ks = sorted({k for k in REPORTED_K if k <= num_samples} | {num_samples})
+    pairs = list(zip(verdicts_of.values(), passes, strict=True))
+    return {str(k): [pass_at_k(len(found), c, k) for found, c in pairs] for k in ks}
+
+
+def _means(estimates: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {k: math.fsum(values) / len(values) for k, values in estimates.items()}
+
+
 def describe(result: BenchmarkResult) -> str:
     """The outcome in a line."""
     name = result.benchmark
     if result.num_passed is None:
         return f"{name}: {result.reasons['pass_at_1']}"
     if result.pass_at_k is None or result.pass_at_k_ci95 is None:
-        return f"{name}: no score, since {result.reasons['pass_at_1']}; see verdicts.jsonl"
+        problems = "".join(f"\n  {task}: {why}" for task, why in result.not_judged.items())
+        return f"{name}: no score, since {result.reasons['pass_at_1']}; see verdicts.jsonl{problems}"
     scores = [
         f"pass@{k} {score:.1%} (95 % interval {low:.1%} to {high:.1%})"
         for (k, score), (low, high) in zip(result.pass_at_k.items(), result.pass_at_k_ci95.values(), strict=True)

@@ -112,8 +112,19 @@ def summary_of(rows, **options):
         for sign in row:
             verdict, loaded, asserts = meaning[sign]
             lines.append({"task_id": problem.task_id})
-            verdicts.append(Verdict(verdict=verdict, detail="", seconds=0.0, loaded=loaded, asserts_passed=asserts))
+            verdicts.append(Verdict(verdict=verdict, detail="why", seconds=0.0, loaded=loaded, asserts_passed=asserts))
     return summarise(problems, lines, [True] * (len(lines) - 1) + [False], verdicts, **options)
+
+
+def test_a_score_with_programs_that_were_not_judged_lies_between_two_bounds():
+    """Four of five problems pass; of the fifth nothing is known, or only of one of its samples."""
+    summary = summary_of(["+", "+", "+", "+", "!"])
+    assert summary["pass_at_1"] is None
+    assert summary["pass_at_k_bounds"] == {"1": [0.8, 1.0]}
+    assert summary["not_judged"] == {load_humaneval()[4].task_id: "why"}
+    sampled = summary_of(["++", "!0"])
+    assert sampled["pass_at_k_bounds"] == {"1": [0.5, 0.75], "2": [0.5, 1.0]}
+    assert summary_of(["+", "0"])["pass_at_k_bounds"] is None
 
 
 def test_figures_of_samples():
@@ -134,7 +145,10 @@ def test_no_k_beyond_the_samples_that_every_problem_has():
 
 @pytest.mark.parametrize(
     ("rows", "reason"),
-    [(["+", "!"], "1 programs could not be run"), (["+", ""], "1 problems have no completion")],
+    [
+        (["+", "!"], "1 of 2 problems could not be judged; pass@1 is between 50.0% and 100.0%"),
+        (["+", ""], "1 problems have no completion"),
+    ],
 )
 def test_what_is_incomplete_is_no_score(rows, reason, tmp_path):
     summary = summary_of(rows)
@@ -143,7 +157,8 @@ def test_what_is_incomplete_is_no_score(rows, reason, tmp_path):
     assert summary["reasons"] == dict.fromkeys(unknown, reason)
     result = read_json(write_benchmark(tmp_path, [verdict("t", passed=False)]))
     described = describe(from_dict(BenchmarkResult, result | summary | {"benchmark": "B"}, "here"))
-    assert described == f"B: no score, since {reason}; see verdicts.jsonl"
+    judged = "".join(f"\n  {task}: why" for task in summary["not_judged"])
+    assert described == f"B: no score, since {reason}; see verdicts.jsonl{judged}"
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------

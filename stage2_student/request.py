@@ -1,0 +1,57 @@
+"""What a training command asks for, as a digest: a finished run is found up to date without loading torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.cache.reader import Cache
+from shared.checkpoints import WEIGHTS
+from shared.errors import ConfigError
+from shared.files import read_json, sha256_file, sha256_json
+from shared.process import log, world_size
+
+
+def request_digest(
+    settings: Mapping[str, Any],
+    caches: Sequence[Path],
+    weights: Sequence[float] | None,
+    validation: Path | None,
+    others: Mapping[str, Any],
+) -> str | None:
+    """SHA-256 of a request; equal for equal settings and equal shards, wherever the caches lie.
+
+    Args:
+        settings: as they were given, before defaults.
+        caches: to train on.
+        weights: one per cache, or None.
+        validation: the cache of held-out documents.
+        others: further options; a request that has any of them gets no digest.
+
+    Raises:
+        CacheFormatError, CacheCorruptError: a cache cannot be opened.
+    """
+    if any(value is not None for value in others.values()):
+        return None
+    held_out = Cache(validation).shard_digests if validation else None
+    shards = [Cache(path).shard_digests for path in caches]
+    return sha256_json([dict(settings), shards, weights, held_out])
+
+
+def is_up_to_date(out: Path, request: str | None) -> bool:
+    """Whether the folder holds the finished student of this request; says so where it does.
+
+    False is no answer: `train` compares everything.
+    """
+    try:
+        record = read_json(out / "run.json")
+        done = (
+            request is not None
+            and world_size() == 1
+            and (record["state"], record.get("request")) == ("finished", request)
+            and sha256_file(out / WEIGHTS) == record["weights_sha256"]
+        )
+    except (ConfigError, OSError, KeyError, TypeError, AttributeError):
+        return False
+    if done:
+        log(f"{out} is up to date")
+    return done
