@@ -32,6 +32,16 @@ def wandb_summary(folder, name):
     raise AssertionError(name)
 
 
+def wandb_steps(folder):
+    """Of each run recorded offline in a folder, oldest first: its id and the steps of its history."""
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        records = list(_records(path))
+        (run_id,) = {record.run.run_id for record in records if record.HasField("run")}
+        found.append((run_id, [record.history.step.num for record in records if record.HasField("history")]))
+    return found
+
+
 def _records(path):
     data, at, whole = path.read_bytes(), 7, b""
     while at + 7 <= len(data):  # LevelDB's log: blocks of 32 KiB; checksum, length and kind before each piece
