@@ -36,9 +36,8 @@ def wandb_steps(folder):
     """Of each run recorded offline in a folder, oldest first: its id and the steps of its history."""
     found = []
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        records = list(_records(path))
-        (run_id,) = {record.run.run_id for record in records if record.HasField("run")}
-        found.append((run_id, [record.history.step.num for record in records if record.HasField("history")]))
+        steps = [record.history.step.num for record in _records(path) if record.HasField("history")]
+        found.append((path.stem.removeprefix("run-"), steps))  # a killed run may have written nothing yet
     return found
 
 
