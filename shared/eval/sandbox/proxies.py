@@ -5,6 +5,7 @@ classes, are compared, by the checker's own classes. Arithmetic, order and `in` 
 """
 
 import collections.abc
+import contextlib
 import inspect
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -32,43 +33,51 @@ PROGRAM_METHODS: dict[str, Callable[..., Any]] = {
     "exit": lambda value, *details: value.__exit__(*details),
     "describe": lambda value: _description(value),
 }
+# Where a StopIteration says that there is no more; elsewhere it would end a loop of the test's.
+ITERATING = ("send", "throw")
 # What a program may do with an object of the test: no more, for a test's objects lead to its text.
 TEST_METHODS = {name: PROGRAM_METHODS[name] for name in ("call", "send")}
 
 
 def make_proxy(peer: Peer, number: int, form: bytes, type_name: Any, name: Any, text: Any) -> Any:
     """The proxy of an object by the form in which it was exported: function, iterator, coroutine or any other."""
-    kind = {b"f": _RemoteFunction, b"g": _RemoteIterator, b"a": _RemoteCoroutine}.get(form, _Remote)
+    kind = {b"f": _RemoteFunction, b"g": _RemoteIterator, b"a": _RemoteCoroutine}.get(form, Remote)
     proxy = kind(peer, number, str(type_name))
     if form == b"f":
         proxy.__name__, proxy.__doc__ = str(name), text if isinstance(text, str) else None
     return proxy
 
 
-def describe_entry_point(function: Any, description: Any) -> None:
-    """Give the stand-in of the entry point the text, signature and attributes of the program's function."""
-    text, parameters, annotations, attributes = description
-    function.__doc__ = text if isinstance(text, str) else None
-    if isinstance(annotations, dict):
-        function.__annotations__ = annotations
-    if parameters is not None:
-        function.__signature__ = inspect.Signature(
-            [
-                inspect.Parameter(
-                    str(name),
-                    inspect._ParameterKind(kind),
-                    default=default if has_default else inspect.Parameter.empty,
-                    annotation=function.__annotations__.get(name, inspect.Parameter.empty),
-                )
-                for name, kind, has_default, default in parameters
-            ],
-            return_annotation=function.__annotations__.get("return", inspect.Signature.empty),
-        )
-    for name, value in attributes.items():
-        setattr(function, str(name), value)
+def describe_entry_point(function: Any, peer: Peer) -> None:
+    """Give the stand-in of the entry point the text, signature and attributes of the program's function, as far as
+    these are what they should be: where a program says nonsense of itself, nothing is known of it."""
+    with contextlib.suppress(BaseException):  # also what the program raises
+        text, parameters, annotations, attributes = peer.call(0, "describe")
+        function.__doc__ = text if isinstance(text, str) else None
+        function.__annotations__ = annotations if isinstance(annotations, dict) else {}
+        for name, value in attributes.items():
+            if isinstance(name, str) and not name.startswith("__"):
+                setattr(function, name, value)
+        if parameters is not None:
+            function.__signature__ = _signature(parameters, function.__annotations__)
 
 
-class _Remote:
+def _signature(parameters: Any, annotations: dict[str, Any]) -> inspect.Signature:
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                str(name),
+                inspect._ParameterKind(kind),
+                default=default if has_default else inspect.Parameter.empty,
+                annotation=annotations.get(name, inspect.Parameter.empty),
+            )
+            for name, kind, has_default, default in parameters
+        ],
+        return_annotation=annotations.get("return", inspect.Signature.empty),
+    )
+
+
+class Remote:
     """An object of the program."""
 
     def __init__(self, peer: Peer, number: int, type_name: str) -> None:
@@ -120,12 +129,12 @@ class _Remote:
         return self._do("exit", None, details[1], None)
 
 
-class _RemoteFunction(_Remote):
+class _RemoteFunction(Remote):
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._do("call", *arguments, **keywords)
 
 
-class _RemoteIterator(_Remote, collections.abc.Generator[Any, Any, Any]):
+class _RemoteIterator(Remote, collections.abc.Generator[Any, Any, Any]):
     """An iterator or a generator. It is asked for an item when one is wanted, and not told when it is dropped."""
 
     def __iter__(self) -> "_RemoteIterator":
@@ -144,7 +153,7 @@ class _RemoteIterator(_Remote, collections.abc.Generator[Any, Any, Any]):
         self._do("close")
 
 
-class _RemoteCoroutine(_Remote, collections.abc.Coroutine[Any, Any, Any]):
+class _RemoteCoroutine(Remote, collections.abc.Coroutine[Any, Any, Any]):
     """A coroutine. It runs to its end, in an event loop of the program's process, when it is first awaited."""
 
     def __await__(self) -> Generator[Any, None, Any]:
@@ -179,6 +188,6 @@ def _description(function: Any) -> tuple[Any, ...]:
         ]
     except (TypeError, ValueError):
         parameters = None
-    names = {*vars(function), *(name for name in ("cache_info", "cache_clear", "cache_parameters"))}
+    names = {*getattr(function, "__dict__", ()), "cache_info", "cache_clear", "cache_parameters"}
     attributes = {name: getattr(function, name) for name in names if name[:2] != "__" and hasattr(function, name)}
     return getattr(function, "__doc__", None), parameters, getattr(function, "__annotations__", {}), attributes

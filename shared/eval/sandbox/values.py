@@ -15,11 +15,12 @@ import decimal
 import enum
 import fractions
 import itertools
+import operator
 import struct
 import sys
 import types
 import zoneinfo
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from shared.eval.sandbox import exceptions
@@ -36,11 +37,12 @@ class NotPlainError(Exception):
 
     Attributes:
         too_large: because of its size or depth, not of its type.
+        kind: the type that cannot cross.
     """
 
-    def __init__(self, text: str, *, too_large: bool = False) -> None:
+    def __init__(self, text: str, *, too_large: bool = False, kind: type | None = None) -> None:
         super().__init__(text)
-        self.too_large = too_large
+        self.too_large, self.kind = too_large, kind
 
 
 class Table:
@@ -58,7 +60,9 @@ class Table:
         self.classes = {} if classes is None else classes
         self._shared_names = frozenset(shared_names)
         self._numbers: dict[int, int] = {}  # by id; `objects` keeps the objects alive
-        self._agreed: dict[int, bytes | None] = {}  # what each mutable object holds on both sides
+        # What each object that can change holds on both sides, and how to see what it holds now.
+        self._agreed: dict[int, tuple[Callable[[Any], Sequence[Any]], list[Any]]] = {}
+        self._unreachable: set[int] = set()
 
     def add(self, value: Any) -> int:
         """Number an object."""
@@ -91,31 +95,54 @@ class Table:
         self.next_number = number
 
     def changed(self) -> list[int]:
-        """The objects that no longer hold what both sides agreed on."""
-        found = []
-        for number, agreed in list(self._agreed.items()):
-            now = Encoder(self, exact=False).known_contents(self.objects[number])
-            if now is None or now != agreed:
-                found.append(number)
+        """The objects that no longer hold what both sides agreed on, or may not."""
+        found, objects, unreachable, same = [], self.objects, self._unreachable, operator.is_
+        for number, (held_by, agreed) in self._agreed.items():  # of all objects, before every message
+            if number not in unreachable:
+                held = held_by(objects[number])
+                if len(held) != len(agreed) or not all(map(same, held, agreed)):
+                    found.append(number)
         return found
 
     def agree(self, numbers: Iterable[int]) -> None:
         """Take what these objects hold now as what the other side has."""
         for number in numbers:
             value = self.objects.get(number)
-            if is_mutable(value) or (self.class_name(type(value)) is not None and not isinstance(value, enum.Enum)):
-                self._agreed[number] = Encoder(self, exact=False).known_contents(value)
+            if self.can_change(value):
+                held_by = self._held_by(type(value))
+                self._agreed[number] = held_by, list(held_by(value))
+
+    def can_change(self, value: Any) -> bool:
+        """Whether a call may change an object in place."""
+        if self.class_name(type(value)) is None:
+            return isinstance(value, _MUTABLE)
+        return not isinstance(value, enum.Enum)
 
     def unreferenced(self) -> list[int]:
         """The objects that only this table refers to, so that nobody on this side can tell them from new ones."""
+        return [number for number in self._lone() if number not in self.exported and number != 0]
+
+    def note_unreachable(self) -> None:
+        """Take what only this table refers to as out of reach of this side's code until the next message is sent."""
+        self._unreachable = set(self._lone())
+
+    def _lone(self) -> list[int]:
+        objects, count = self.objects, sys.getrefcount
         lone = self.add([])
         try:
-            counts = {number: sys.getrefcount(value) for number, value in self.objects.items()}
+            least = count(objects[lone])
+            return [number for number in objects if count(objects[number]) <= least and number != lone]
         finally:
             self.forget(lone)
             self.next_number = lone
-        return [number for number, count in counts.items() if count <= counts[lone] and number not in self.exported
-                and number not in (0, lone)]  # fmt: skip
+
+    def _held_by(self, kind: type) -> Callable[[Any], Sequence[Any]]:
+        """How to see which objects one of this type holds, shallow."""
+        base = _base(kind, _HELD)
+        of_base = _HELD[base] if base else lambda value: ()
+        if self.class_name(kind) is None:
+            return of_base
+        return lambda value: [*of_base(value), *itertools.chain.from_iterable(_attributes(value).items())]
 
     def class_name(self, kind: type) -> str | None:
         """The name of a class that both sides have; None of any other."""
@@ -136,7 +163,6 @@ class Encoder:
 
     def __init__(self, table: Table, *, exact: bool) -> None:
         self.table, self.exact = table, exact
-        self._known_only = False
         self._parts: list[bytes] = []
         self._num_bytes = 0
 
@@ -154,15 +180,6 @@ class Encoder:
         for number in changed:
             self._put(struct.pack("<I", number))
             self._contents(self.table.objects[number], 0)
-
-    def known_contents(self, value: Any) -> bytes | None:
-        """What an object holds, others in it by their numbers; None where it holds what has not crossed yet."""
-        self._known_only = True
-        try:
-            self._contents(value, 0)
-        except _NewObject:
-            return None
-        return self.take()
 
     def take(self) -> bytes:
         """What has been appended."""
@@ -204,8 +221,6 @@ class Encoder:
             self._sized(b"P", name.encode())
         elif not self.exact and (base := _base(kind, _PLAIN_ATOMS)) and self.table.class_name(kind) is None:
             self._value(_PLAIN_ATOMS[base](value), depth)
-        elif self._known_only:
-            raise _NewObject
         else:
             self._object(value, kind, depth + 1)
 
@@ -281,7 +296,7 @@ class Encoder:
             b"f" if callable(value) else b"o"
         )  # fmt: skip
         if self.exact and form not in (b"g", b"f"):
-            raise NotPlainError(f"a value of type {type(value).__name__}")
+            raise NotPlainError(f"a value of type {type(value).__name__}", kind=type(value))
         self.table.exported.add(self.table.next_number - 1)
         self._put(b"x" + form)
         described = (getattr(value, name, None) for name in ("__name__", "__doc__"))
@@ -364,7 +379,7 @@ class Decoder:
         for _ in range(num_changed):
             (number,) = self._unpack("I")
             value = self.table.objects[number]
-            if not is_mutable(value) and self.table.class_name(type(value)) is None:
+            if not self.table.can_change(value):
                 raise NotPlainError("a change of what cannot change")
             self._read_contents(value, 0)
             changed.append(number)
@@ -521,15 +536,6 @@ class Decoder:
         return [self._value(depth) for _ in range(count)]
 
 
-class _NewObject(Exception):
-    """Something that has not crossed yet."""
-
-
-def is_mutable(value: Any) -> bool:
-    """Whether a call may change a container."""
-    return isinstance(value, _MUTABLE)
-
-
 def _base(kind: type, among: Mapping[type, Any]) -> type | None:
     """The first class of these that a class is or is built on."""
     return next((base for base in kind.__mro__ if base in among), None)
@@ -628,6 +634,14 @@ _ITEMS: dict[type, Callable[[Any], list[Any]]] = {
     collections.OrderedDict: _flat,
     collections.defaultdict: _flat,
     dict: _flat,
+}
+# The objects that a container holds; of a set in its order, which only a change disturbs.
+_HELD: dict[type, Callable[[Any], Sequence[Any]]] = {
+    list: lambda value: value if type(value) is list else list(list.__iter__(value)),
+    set: lambda value: list(set.__iter__(value)),
+    dict: lambda value: [*dict.keys(value), *dict.values(value)],
+    collections.deque: lambda value: list(collections.deque.__iter__(value)),
+    bytearray: bytes,  # of small integers, of which there is one each
 }
 # What an instance of a subclass of something immutable is built on.
 _PLAIN_ATOMS: dict[type, Callable[[Any], Any]] = {
