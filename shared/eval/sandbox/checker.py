@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from shared.eval.sandbox import solver
 from shared.eval.sandbox.asserts import FAILED, HELD, SECONDS_PER_NOTE, TRANSPORT, count_asserts
 from shared.eval.sandbox.channel import Channel, read_all, write_all
+from shared.eval.sandbox.classes import defined
 from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
 from shared.eval.sandbox.proxies import ITERATING, TEST_METHODS, Remote, describe_entry_point, make_proxy
 from shared.eval.sandbox.surroundings import Surroundings, wanted
@@ -25,7 +26,7 @@ from shared.eval.sandbox.test_text import read_test
 from shared.eval.sandbox.values import NotPlainError, Table
 
 # Words of a test that looks at the entry point itself.
-_DESCRIPTIVE = ("signature", "inspect", "__doc__", "__annotations__", "__defaults__", "cache_", "getattr", "vars(")
+_DESCRIPTIVE = ("signature", "inspect", "__doc__", "__annotations__", "cache_", "getattr", "vars(")
 
 
 def main(job_fd: int, calls_fd: int | None = None) -> None:
@@ -102,7 +103,7 @@ class _Check:
         self._verdict("error" if reason else "failed", f"{reason}: {text}" if reason else text)
 
     def _misses_a_name(self, error: BaseException) -> bool:
-        """Whether the test's own text reads a name that it never binds; a local that is unset is the program's doing."""
+        """Whether the test's own text reads a name that it never binds; an unset local is the program's doing."""
         if not isinstance(error, NameError) or isinstance(error, UnboundLocalError) or error.name in self._text.bound:
             return False
         trace = error.__traceback__
@@ -119,7 +120,7 @@ class _Check:
             self.end("failed", answer[1:].decode("utf-8", "replace"))
         entry_point, test = job["entry_point"], job["test"]
         classes = self._run_prompt(job["prompt"])
-        table = Table(self._namespace, classes)
+        table = Table(classes, self._namespace)
         names = wanted(test)
         peer = _ProgramPeer(self, channel, table, Surroundings(names), expects_stop="StopIteration" in test)
 
@@ -128,7 +129,7 @@ class _Check:
             return peer.call(0, "call", arguments, keywords)
 
         table.add(candidate)
-        agreed = json.dumps({"classes": classes, "surroundings": names}).encode()
+        agreed = json.dumps({"classes": list(classes), "surroundings": names}).encode()
         self.attempt(lambda: _first_send(channel, agreed))
         candidate.__name__ = candidate.__qualname__ = entry_point
         if any(word in test for word in _DESCRIPTIVE):
@@ -136,8 +137,8 @@ class _Check:
         self._namespace[entry_point] = candidate
         return candidate
 
-    def _run_prompt(self, prompt: str) -> list[str]:
-        """Run the prompt's part of the program. Returns the names of the classes that it defines."""
+    def _run_prompt(self, prompt: str) -> dict[str, type]:
+        """Run the prompt's part of the program. Returns the classes that it defines."""
         module = types.ModuleType("candidate")
         sys.modules["candidate"] = module
         self._namespace = module.__dict__
@@ -145,8 +146,7 @@ class _Check:
             exec(_compiled_head(prompt), self._namespace)
         except BaseException as error:
             self.end("error", f"the prompt does not run alone: {type(error).__name__}: {error}")
-        return [name for name, value in self._namespace.items() if isinstance(value, type)
-                and value.__module__ == "candidate" and value.__qualname__ == name]  # fmt: skip
+        return defined(self._namespace)
 
     def attempt(self, action: Callable[[], Any], peer: Peer | None = None) -> Any:
         """Do something with the program's process; where that goes wrong, end with the verdict.
@@ -200,9 +200,8 @@ class _ProgramPeer(Peer):
         self._check, self._expects_stop = check, expects_stop
 
     def call(self, number: int, method: str, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
-        base = super()
         try:
-            return self._check.attempt(lambda: base.call(number, method, arguments, keywords), self)
+            return self._check.attempt(lambda: Peer.call(self, number, method, arguments, keywords), self)
         except StopIteration as error:  # of a function it would silently end a test's map() or zip()
             if self._expects_stop or method in ITERATING:
                 raise

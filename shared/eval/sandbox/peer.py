@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from shared.eval.sandbox import library
 from shared.eval.sandbox.channel import Channel
 from shared.eval.sandbox.exceptions import described
 from shared.eval.sandbox.surroundings import Surroundings
@@ -157,7 +158,12 @@ class Peer:
             how = message[:1]
             if how not in (CALL, RETURN, RAISE):
                 raise RefusedError(message[1:].decode("utf-8", "replace"))
-            decoder = Decoder(self.table, message[1:], proxy=lambda *described: self._proxy(self, *described))
+            decoder = Decoder(
+                self.table,
+                message[1:],
+                proxy=lambda *described: self._proxy(self, *described),
+                named=library.named if self._exact else library.any_named,
+            )
             changed = decoder.changes()
             surroundings, count = decoder.decode(), decoder.decode()
             values = [decoder.decode() for _ in range(count)]

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 # What a test changes or reads of its own process, where the program, in another, would not see it.
 _OF_ONE_PROCESS = frozenset(
-    ("mock", "monkeypatch", "builtins", "__builtins__", "sys.modules", "os.environ", "warnings", "tracemalloc", "gc")
-)
+    ("mock", "monkeypatch", "builtins", "__builtins__", "sys.modules", "os.environ", "warnings", "tracemalloc", "gc",
+     "settrace", "setprofile", "getsource", "getsourcelines", "iscoroutinefunction", "isgeneratorfunction",
+     "isasyncgenfunction", "__code__", "__closure__", "__globals__", "__defaults__", "__kwdefaults__")
+)  # fmt: skip
 # Attributes of modules that may be set, since they cross; see `surroundings.py`.
 _CROSSING = frozenset(("sys.stdin", "sys.stdout", "sys.stderr"))
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -46,7 +48,7 @@ def read_test(test: str, entry_point: str) -> TestText:
 
 
 def _one_process(tree: ast.Module) -> str:
-    modules = {}
+    modules: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules |= {alias.asname or alias.name.partition(".")[0]: alias.name for alias in node.names}
@@ -80,17 +82,30 @@ def _bound(tree: ast.AST) -> Iterator[str]:
 
 
 def _passes_answers_back(tree: ast.Module, program: set[str]) -> bool:
-    """Follow names: what a statement binds depends on what it reads, or on what decides whether and how often it runs."""
+    """Follow names: what a statement binds depends on what it reads, or on what decides whether it runs.
+
+    A name that is passed may stand for something else after the call, so what others are made of it depends on answers.
+    """
     functions = [node for node in ast.walk(tree) if isinstance(node, _SCOPES) and node.name != "check"]
     statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not isinstance(node, _SCOPES)]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     program, answers, before = set(program), set[str](), -1
     while before != (before := len(program) + len(answers)):
         program |= {function.name for function in functions if _read(function) & program}
+        passed = {part.id for call in calls if _read(call.func) & program for part in _arguments(call)
+                  if isinstance(part, ast.Name)}  # fmt: skip
         for statement in statements:
-            if any(_read(part) & (program | answers) for part in _deciding(statement)):
+            read = set[str]().union(*map(_read, _deciding(statement)))
+            if read & (program | answers):
                 answers |= set(_bound(statement)) | _filled(statement, program | answers)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _read(node.func) & program]
-    return any(_read(part) & (program | answers) for call in calls for part in _arguments(call))
+            elif read & passed:
+                answers |= set(_bound(statement)) - read
+    return any(
+        _read(part) & (program | answers if _read(call.func) & program else answers)
+        for call in calls
+        if _read(call) & program
+        for part in _arguments(call)
+    )
 
 
 def _deciding(statement: ast.stmt) -> list[ast.AST]:

@@ -14,21 +14,25 @@ import datetime
 import decimal
 import enum
 import fractions
+import io
 import itertools
+import math
 import operator
 import struct
 import sys
 import types
 import zoneinfo
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from shared.eval.sandbox import exceptions
+from shared.eval.sandbox import exceptions, library
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 150
 
-_MUTABLE = (list, set, dict, bytearray, collections.deque)
+# What bytes that are no value may raise.
+_MALFORMED = (TypeError, ValueError, ArithmeticError, struct.error, LookupError, AttributeError, OSError, ImportError)
+_MUTABLE = (list, set, dict, bytearray, collections.deque, library.ARRAY, *library.STREAMS)
 _DATES = {"date": datetime.date, "datetime": datetime.datetime, "time": datetime.time, "timedelta": datetime.timedelta}
 
 
@@ -45,20 +49,30 @@ class NotPlainError(Exception):
         self.too_large, self.kind = too_large, kind
 
 
+class KeyedDict(dict[Any, Any]):
+    """A dictionary of a class of the program's own that says what a missing key gives."""
+
+    missing: Callable[[Any], Any]
+
+    def __missing__(self, key: Any) -> Any:
+        return self.missing(key)
+
+
 class Table:
     """The objects that have crossed, as one side knows them, by the numbers that both sides give them.
 
     Args:
-        classes: the module whose classes both sides have.
-        shared_names: names of those classes, fixed before a program could define others.
+        classes: the prompt's classes, as this side has them, by the names that both sides give them.
+        namespace: where this side finds classes of exceptions.
     """
 
-    def __init__(self, classes: Mapping[str, Any] | None = None, shared_names: Iterable[str] = ()) -> None:
+    def __init__(self, classes: Mapping[str, type] | None = None, namespace: Mapping[str, Any] | None = None) -> None:
         self.objects: dict[int, Any] = {}
         self.next_number = 0
         self.exported: set[int] = set()  # of this side's own that the other has a proxy of
-        self.classes = {} if classes is None else classes
-        self._shared_names = frozenset(shared_names)
+        self.namespace = {} if namespace is None else namespace
+        self._classes = {**library.ATTRIBUTE_CLASSES, **(classes or {})}
+        self._class_names = {id(kind): name for name, kind in self._classes.items()}
         self._numbers: dict[int, int] = {}  # by id; `objects` keeps the objects alive
         # What each object that can change holds on both sides, and how to see what it holds now.
         self._agreed: dict[int, tuple[Callable[[Any], Sequence[Any]], list[Any]]] = {}
@@ -146,10 +160,15 @@ class Table:
 
     def class_name(self, kind: type) -> str | None:
         """The name of a class that both sides have; None of any other."""
-        name = getattr(kind, "__qualname__", None)
-        if type(name) is str and name in self._shared_names and self.classes.get(name) is kind:
-            return name
-        return None
+        return self._class_names.get(id(kind))
+
+    def class_named(self, name: str) -> Any:
+        """The class of this side, whatever the other has made of its own.
+
+        Raises:
+            LookupError: there is none.
+        """
+        return self._classes[name]
 
 
 class Encoder:
@@ -203,7 +222,7 @@ class Encoder:
             self._put(b"T" if value else b"F")
         elif kind is int:
             self._int(value)
-        elif kind is float:
+        elif kind is float and value == value:  # a NaN is told from others by its identity
             self._put(struct.pack("<cd", b"d", value))
         elif kind is str:
             if len(value) > MAX_BYTES:
@@ -217,9 +236,9 @@ class Encoder:
             self._put(b".")
         elif (number := self.table.number(value)) is not None:
             self._put(struct.pack("<cI", b"r", number))
-        elif (name := _type_name(value)) is not None:
+        elif (name := library.name_of(value, any_of_library=self.exact)) is not None:
             self._sized(b"P", name.encode())
-        elif not self.exact and (base := _base(kind, _PLAIN_ATOMS)) and self.table.class_name(kind) is None:
+        elif not self.exact and (base := self._atom(value, kind)):
             self._value(_PLAIN_ATOMS[base](value), depth)
         else:
             self._object(value, kind, depth + 1)
@@ -241,9 +260,20 @@ class Encoder:
             self._instance(value, name, depth)
         elif isinstance(value, type) and (name := self.table.class_name(value)) is not None:
             self._sized(b"U", name.encode())
+        elif kind is float:
+            self._put(struct.pack("<cd", b"a", value))
+        elif known := library.state(value):
+            self._sized(b"L", known[0].encode())
+            self._items(known[1], depth)
         elif base := kind if kind in _TAGS else None if self.exact else _base(kind, _TAGS):
+            if base is dict and hasattr(kind, "__missing__"):
+                base = KeyedDict
             self._put(_TAGS[base])
-            if base is collections.deque:
+            if base is KeyedDict:
+                self._value(value.__missing__, depth)
+            elif base is library.ARRAY:
+                self._value(value.typecode, depth)
+            elif base is collections.deque:
                 self._value(value.maxlen, depth)
             elif base is collections.defaultdict:
                 self._value(value.default_factory, depth)
@@ -291,11 +321,9 @@ class Encoder:
 
     def _export(self, value: Any, depth: int) -> None:
         """Something that stays on this side."""
-        form = (
-            b"g" if isinstance(value, Iterator) else b"a" if isinstance(value, types.CoroutineType) else
-            b"f" if callable(value) else b"o"
-        )  # fmt: skip
-        if self.exact and form not in (b"g", b"f"):
+        form = _form(value)
+        # A test's iterator is only asked for items, so it must be nothing more; of an `object()` nothing can be asked.
+        if self.exact and (form in (b"o", b"c", b"s") or isinstance(value, io.IOBase)) and type(value) is not object:
             raise NotPlainError(f"a value of type {type(value).__name__}", kind=type(value))
         self.table.exported.add(self.table.next_number - 1)
         self._put(b"x" + form)
@@ -305,22 +333,35 @@ class Encoder:
 
     def _contents(self, value: Any, depth: int) -> None:
         """What an object holds: the items of the container that it is, its attributes where it is an instance."""
-        if isinstance(value, bytearray):
+        if isinstance(value, bytearray | library.ARRAY):
             self._sized(b"", bytes(value))
-        elif (base := _base(type(value), _ITEMS)) and (base not in _IMMUTABLE or self._is_plain(value)):
+        elif isinstance(value, library.STREAMS):
+            self._items([None, 0] if value.closed else [value.getvalue(), value.tell()], depth)
+        elif (base := _base(type(value), _ITEMS)) and (base not in _IMMUTABLE or not self._is_shared(type(value))):
             self._items(_ITEMS[base](value), depth)
         if self.table.class_name(type(value)) is not None:
             self._items(list(itertools.chain.from_iterable(_attributes(value).items())), depth)
 
-    def _is_plain(self, value: Any) -> bool:
-        """Whether it is written as the container that it is built on; the prompt's classes have theirs already."""
-        return self.table.class_name(type(value)) is None
+    def _atom(self, value: Any, kind: type) -> type | None:
+        """What an instance of the program's own subclass of a number or text is written as."""
+        base = None if kind is float else _base(kind, _PLAIN_ATOMS)
+        return base if base and not self._is_shared(kind) and library.state(value) is None else None
+
+    def _is_shared(self, kind: type) -> bool:
+        """Whether both sides have a class; other classes' instances are written as the container they are built on."""
+        return self.table.class_name(kind) is not None
 
     def _items(self, items: list[Any], depth: int) -> None:
         if len(items) > MAX_BYTES:
             raise NotPlainError(f"more than {MAX_BYTES} items", too_large=True)
         kinds = set(map(type, items))
-        if form := "q" if kinds == {int} else "d" if kinds == {float} else "":  # fast, for there may be many
+        if kinds == {str}:
+            texts = [text.encode("utf-8", "surrogatepass") for text in items]
+            self._put(struct.pack(f"<cI{len(items)}I", b"s", len(items), *map(len, texts)))
+            self._put(b"".join(texts))
+            return
+        form = "q" if kinds == {int} else "d" if kinds == {float} and not math.isnan(sum(items)) else ""
+        if form:  # fast, for there may be many
             try:
                 self._put(struct.pack(f"<cI{len(items)}{form}", form.encode(), len(items), *items))
                 return
@@ -338,10 +379,13 @@ class Decoder:
         table: the objects that references may name; new ones are added.
         data: what an `Encoder` wrote, or anything.
         proxy: makes the proxy of something that stays on the other side, of its number, form, type, name and text.
+        named: finds what the other side may name; see `library.py`.
     """
 
-    def __init__(self, table: Table, data: bytes, *, proxy: Callable[..., Any]) -> None:
-        self.table = table
+    def __init__(
+        self, table: Table, data: bytes, *, proxy: Callable[..., Any], named: Callable[[str], Any] = library.named
+    ) -> None:
+        self.table, self._named = table, named
         self.first_new, self.deepest = table.next_number, 0
         self._proxy = proxy
         self._data, self._at = memoryview(data), 0
@@ -366,7 +410,7 @@ class Decoder:
     def _checked(self, read: Callable[[], Any]) -> Any:
         try:
             return read()
-        except (TypeError, ValueError, ArithmeticError, struct.error, LookupError, AttributeError, OSError) as error:
+        except _MALFORMED as error:
             raise NotPlainError(f"malformed data: {error}") from None
 
     def _changes(self) -> list[int]:
@@ -419,7 +463,7 @@ class Decoder:
             case b".":
                 return ...
             case b"P":
-                return _TYPES[self._sized().decode()]
+                return self._named(self._sized().decode())
             case b"r":
                 value = self.table.objects[self._unpack("I")[0]]
                 if value is _UNFINISHED:
@@ -444,9 +488,14 @@ class Decoder:
         elif (kind := _KINDS.get(tag)) in (tuple, frozenset):
             value = kind(self._items(depth))
         elif kind is not None:
-            value = kind(maxlen=self._value(depth)) if kind is collections.deque else kind()
+            if kind is collections.deque:
+                value = kind(maxlen=self._value(depth))
+            else:
+                value = kind(self._value(depth)) if kind is library.ARRAY else kind()
             self.table.set(number, value)
-            if kind is collections.defaultdict:
+            if kind is KeyedDict:
+                value.missing = self._value(depth)
+            elif kind is collections.defaultdict:
                 value.default_factory = self._value(depth)
             self._read_contents(value, depth)
             return value
@@ -457,6 +506,10 @@ class Decoder:
 
     def _immutable(self, tag: bytes, depth: int) -> Any:
         match tag:
+            case b"a":
+                return self._unpack("d")[0]
+            case b"L":
+                return library.restored(self._sized().decode(), self._items(depth))
             case b"M":
                 return decimal.Decimal(self._sized().decode())
             case b"Q":
@@ -476,30 +529,23 @@ class Decoder:
             case b"R":
                 return range(*(self._value(depth) for _ in range(3)))
             case b"n":
-                return self._class(self._sized().decode())(self._value(depth))
+                return self.table.class_named(self._sized().decode())(self._value(depth))
             case b"U":
-                return self._class(self._sized().decode())
+                return self.table.class_named(self._sized().decode())
             case b"e":
-                return exceptions.rebuild(self._items(depth), self.table.classes)
+                return exceptions.rebuild(self._items(depth), self.table.namespace)
         make = _MAKERS.get(tag)
         if make is None:
             raise NotPlainError("an unknown tag")
         return make(self._items(depth))
 
-    def _class(self, name: str) -> Any:
-        """A class that both sides have: the one of this side, whatever the other has made of its own."""
-        kind = self.table.classes[name]
-        if not isinstance(kind, type) or self.table.class_name(kind) != name:
-            raise NotPlainError("not a class of the prompt")
-        return kind
-
     def _instance(self, number: int, depth: int) -> Any:
-        kind = self._class(self._sized().decode())
+        kind = self.table.class_named(self._sized().decode())
         items = self._value(depth)
         base = _base(kind, _IMMUTABLE)
         if (base is None) != (items is None) or issubclass(kind, enum.Enum | BaseException):
             raise NotPlainError("an instance of another form")
-        new: Any = (base or _base(kind, _ITEMS) or object).__new__
+        new: Any = (base or _base(kind, _ITEMS) or _base(kind, {types.SimpleNamespace: 0}) or object).__new__
         value = new(kind) if base is None else new(kind, items)
         self.table.set(number, value)
         self._read_contents(value, depth)
@@ -509,6 +555,11 @@ class Decoder:
         """Give an object the contents that come next, in place and without a call of its own methods."""
         if isinstance(value, bytearray):
             bytearray.__setitem__(value, slice(None), self._sized())
+        elif isinstance(value, library.ARRAY):
+            del value[:]
+            value.frombytes(self._sized())
+        elif isinstance(value, library.STREAMS):
+            _refill(value, *self._items(depth))
         elif (base := _base(type(value), _ITEMS)) and base not in _IMMUTABLE:
             items = self._items(depth)
             if issubclass(base, dict):
@@ -533,6 +584,13 @@ class Decoder:
             raise NotPlainError("cut short")
         if form in (b"q", b"d"):
             return list(self._unpack(f"{count}{form.decode()}"))
+        if form == b"s":
+            ends = list(itertools.accumulate(self._unpack(f"{count}I"), initial=0))
+            if ends[-1] > len(self._data) - self._at:
+                raise NotPlainError("cut short")
+            start, self._at = self._at, self._at + ends[-1]
+            texts = bytes(self._data[start : self._at])
+            return [texts[i:j].decode("utf-8", "surrogatepass") for i, j in itertools.pairwise(ends)]
         return [self._value(depth) for _ in range(count)]
 
 
@@ -541,12 +599,36 @@ def _base(kind: type, among: Mapping[type, Any]) -> type | None:
     return next((base for base in kind.__mro__ if base in among), None)
 
 
-def _type_name(value: Any) -> str | None:
-    """The name of a builtin type; not of a class that says it is one."""
-    if type(value) is not type:
-        return None
-    name = str(value.__name__)
-    return name if _TYPES.get(name) is value else None
+def _form(value: Any) -> bytes:
+    """What a proxy of a value must be able to do."""
+    if isinstance(value, types.GeneratorType):
+        return b"g"
+    if isinstance(value, types.CoroutineType):
+        return b"c"
+    if isinstance(value, AsyncIterator):
+        return b"s"
+    if isinstance(value, Iterator):
+        return b"i"
+    return b"f" if callable(value) else b"o"
+
+
+def _stream_bytes(stream: Any) -> bytes:
+    if stream.closed:
+        return b""
+    content = stream.getvalue()
+    text = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return bytes(text + stream.tell().to_bytes(8, "little"))
+
+
+def _refill(stream: Any, content: Any, place: Any) -> None:
+    """Give a stream in memory its content and its place; without content, close it."""
+    if content is None:
+        stream.close()
+        return
+    stream.seek(0)
+    stream.truncate()
+    stream.write(content)
+    stream.seek(place)
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -578,7 +660,8 @@ def _set_attributes(value: Any, attributes: dict[str, Any]) -> None:
 def _slots(kind: type) -> Iterator[tuple[str, Any]]:
     for base in kind.__mro__:
         for name, slot in vars(base).items():
-            if isinstance(slot, types.MemberDescriptorType) and base.__module__ == kind.__module__:
+            is_slot = isinstance(slot, types.MemberDescriptorType) and name != "__dict__"
+            if is_slot and base.__module__ == kind.__module__:
                 yield name, slot
 
 
@@ -603,7 +686,6 @@ def _items_view(items: list[Any]) -> Any:
 
 
 _UNFINISHED = object()
-_TYPES = {t.__name__: t for t in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)}
 _TAGS: dict[type, bytes] = {
     list: b"l",
     tuple: b"t",
@@ -615,6 +697,10 @@ _TAGS: dict[type, bytes] = {
     collections.OrderedDict: b"O",
     collections.defaultdict: b"h",
     collections.deque: b"q",
+    KeyedDict: b"k",
+    library.ARRAY: b"J",
+    io.StringIO: b"G",
+    io.BytesIO: b"H",
 }
 _KINDS: dict[bytes, Any] = {tag: kind for kind, tag in _TAGS.items()}
 _VIEWS: dict[bytes, type] = {b"K": type({}.keys()), b"V": type({}.values()), b"I": type({}.items())}
@@ -642,6 +728,9 @@ _HELD: dict[type, Callable[[Any], Sequence[Any]]] = {
     dict: lambda value: [*dict.keys(value), *dict.values(value)],
     collections.deque: lambda value: list(collections.deque.__iter__(value)),
     bytearray: bytes,  # of small integers, of which there is one each
+    library.ARRAY: lambda value: [value.typecode, *value.tobytes()],
+    io.StringIO: lambda value: _stream_bytes(value),
+    io.BytesIO: lambda value: _stream_bytes(value),
 }
 # What an instance of a subclass of something immutable is built on.
 _PLAIN_ATOMS: dict[type, Callable[[Any], Any]] = {
