@@ -22,7 +22,7 @@ from shared.eval.sandbox.classes import defined
 from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
 from shared.eval.sandbox.proxies import ITERATING, TEST_METHODS, Remote, describe_entry_point, make_proxy
 from shared.eval.sandbox.surroundings import Surroundings, wanted
-from shared.eval.sandbox.test_text import read_test
+from shared.eval.sandbox.test_text import TestText
 from shared.eval.sandbox.values import NotPlainError, Table
 
 # Words of a test that looks at the entry point itself.
@@ -44,7 +44,6 @@ class _Check:
         self._solver = None if calls_fd is None else Channel(calls_fd)
         self._transport_seconds = 0.0
         self._called = False
-        self._reason = ""  # why a failure of this test says nothing about the program
         self._lock = threading.RLock()  # a test may call from threads, and a program may call back
         self._namespace: dict[str, Any] = {}
 
@@ -52,8 +51,8 @@ class _Check:
         """From the job to the verdict."""
         job = json.loads(read_all(self._verdicts))
         random.seed(1)
+        self._text = TestText(job["test"], job["entry_point"])
         try:
-            self._text = read_test(job["test"], job["entry_point"])
             code = compile(count_asserts(job["test"]), "<test>", "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError) as error:
             self.end("error", f"the test is no Python: {error}")
@@ -61,8 +60,6 @@ class _Check:
             candidate = self._load(job["program"], job["entry_point"])
         else:
             candidate = self._stand_in(self._solver, job)
-            if self._text.one_process:
-                self._reason = f"the test needs one process with the program, for {self._text.one_process}"
         self._note("loaded")
         self._namespace |= {HELD: lambda: self._note("held"), FAILED: self._fail}
         try:
@@ -97,10 +94,15 @@ class _Check:
             text = f"{type(error).__name__}: {error}".removesuffix(": ")
         except BaseException:
             text = "an exception without a readable text"
-        reason = self._reason
-        if self._solver is not None and self._misses_a_name(error):
-            reason = "the test uses a name of the program, so it needs one process with it (same_process)"
+        reason = "" if self._solver is None else self._not_judged(error)
         self._verdict("error" if reason else "failed", f"{reason}: {text}" if reason else text)
+
+    def _not_judged(self, error: BaseException) -> str:
+        """Why a failure of this test says nothing about the program; empty where it does."""
+        if self._misses_a_name(error):
+            return "the test uses a name of the program, so it needs one process with it (same_process)"
+        needs = self._text.one_process
+        return f"the test needs one process with the program, for {needs}" if needs else ""
 
     def _misses_a_name(self, error: BaseException) -> bool:
         """Whether the test's own text reads a name that it never binds; an unset local is the program's doing."""

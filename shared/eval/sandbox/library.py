@@ -64,7 +64,7 @@ def name_of(value: Any, *, any_of_library: bool) -> str | None:
     """
     if (name := _NAMES.get(id(value))) is not None:
         return name
-    return _path(value) if any_of_library else None
+    return _path(value) if any_of_library and callable(value) else None
 
 
 def named(name: str) -> Any:

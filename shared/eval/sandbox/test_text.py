@@ -4,8 +4,8 @@ Whether a problem can be judged in two processes is read here, not from what a p
 """
 
 import ast
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 # What a test changes or reads of its own process, where the program, in another, would not see it.
 _OF_ONE_PROCESS = frozenset(
@@ -18,33 +18,35 @@ _CROSSING = frozenset(("sys.stdin", "sys.stdout", "sys.stderr"))
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
-@dataclass(frozen=True, slots=True)
 class TestText:
-    """What a test tells of itself.
+    """What a test tells of itself; read when it is asked for, for most programs need none of it.
 
-    Attributes:
-        one_process: what it needs one process with the program for; empty where nothing is known.
-        bound: the names that it binds itself, anywhere.
-        passes_answers_back: whether an argument of a call may depend on an earlier answer.
+    Args:
+        test: the text.
+        entry_point: a name of the program beside the one that `check` gives it.
     """
 
-    one_process: str
-    bound: frozenset[str]
-    passes_answers_back: bool
+    def __init__(self, test: str, entry_point: str) -> None:
+        self._test, self._entry_point = test, entry_point
 
+    @functools.cached_property
+    def one_process(self) -> str:
+        """What it needs one process with the program for; empty where nothing is known."""
+        return _one_process(self._tree)
 
-def read_test(test: str, entry_point: str) -> TestText:
-    """What a test tells.
+    @functools.cached_property
+    def bound(self) -> frozenset[str]:
+        """The names that it binds itself, anywhere."""
+        return frozenset(_bound(self._tree))
 
-    Raises:
-        SyntaxError, ValueError, RecursionError: it is no Python.
-    """
-    tree = ast.parse(test)
-    return TestText(
-        one_process=_one_process(tree),
-        bound=frozenset(_bound(tree)),
-        passes_answers_back=_passes_answers_back(tree, {entry_point, _parameter(tree)}),
-    )
+    @functools.cached_property
+    def passes_answers_back(self) -> bool:
+        """Whether an argument of a call may depend on an earlier answer."""
+        return _passes_answers_back(self._tree, {self._entry_point, _parameter(self._tree)})
+
+    @functools.cached_property
+    def _tree(self) -> ast.Module:
+        return ast.parse(self._test)
 
 
 def _one_process(tree: ast.Module) -> str:
