@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from shared.files import replace_files, to_json
 from shared.machine import machine, versions
 from shared.process import log, rank
 
+_NAMED_TASKS = 5  # that a reason names
 PATIENCE = datetime.timedelta(days=30)  # ranks may generate that long before they meet again
 REPORTED_K = (1, 10, 100)
 ENDS = (
@@ -217,8 +219,10 @@ def summarise(
 ) -> dict[str, Any]:
     """The figures of a result; those that are unknown are null, and `reasons` says why.
 
-    pass@k for k of 1, 10, 100 and the number of samples, as far as every problem has so many. A sample whose program
-    could not be run, or a problem without samples, leaves no score: it is neither a failure nor left out.
+    pass@k for k of 1, 10, 100 and the number of samples, as far as every problem has so many. A sample that was not
+    judged, or a problem without samples, leaves no score: it is neither a failure nor left out. Where samples were not
+    judged, `bounds` has `[least, most]` of each figure, as if all of them had failed or passed, and `not_judged` the
+    first reason of each problem.
 
     Args:
         problems: all that were asked for.
@@ -230,41 +234,77 @@ def summarise(
     verdicts_of: dict[str, list[Verdict]] = {problem.task_id: [] for problem in problems}
     for line, verdict in zip(completions, verdicts or (), strict=verdicts is not None):
         verdicts_of[line["task_id"]].append(verdict)
-    passes = [sum(v.verdict == "passed" for v in found) for found in verdicts_of.values()]
     counts = Counter(verdict.verdict for verdict in verdicts or ())
-    names = ("pass_at_1", "ci95", "pass_at_k", "pass_at_k_ci95", "share_runs", "share_some_assert")
-    figures: dict[str, Any] = dict.fromkeys(names)
-    num_samples = min(map(len, verdicts_of.values()))
+    found = list(verdicts_of.values())
+    figures: dict[str, Any] = dict.fromkeys(
+        ("pass_at_1", "ci95", "pass_at_k", "pass_at_k_ci95", "share_runs", "share_some_assert")
+    )
+    bounds = None
+    not_judged = {
+        task_id: next(v.detail for v in of_task if v.verdict == "error")
+        for task_id, of_task in verdicts_of.items()
+        if any(v.verdict == "error" for v in of_task)
+    }
     if verdicts is None:
         reason = not_run
-    elif counts["error"]:
-        reason = f"{counts['error']} programs could not be run"
-    elif num_samples == 0:
-        reason = f"{sum(not found for found in verdicts_of.values())} problems have no completion"
+    elif empty := sum(not of_problem for of_problem in found):
+        reason = f"{empty} problems have no completion"
+    elif not_judged:
+        bounds = _bounds(found)
+        least, most = bounds["pass_at_1"]
+        reason = (
+            f"between {least:.1%} and {most:.1%}, as {counts['error']} programs were not judged "
+            f"({', '.join(islice(not_judged, _NAMED_TASKS))}{', …' if len(not_judged) > _NAMED_TASKS else ''})"
+        )
     else:
         reason = "the sandbox does not tell of every program"
-        estimates = {
-            k: [pass_at_k(len(found), c, k) for found, c in zip(verdicts_of.values(), passes, strict=True)]
-            for k in sorted({k for k in REPORTED_K if k <= num_samples} | {num_samples})
-        }
-        means = {str(k): math.fsum(values) / len(values) for k, values in estimates.items()}
-        intervals = {str(k): list(mean_interval(values, num_samples)) for k, values in estimates.items()}
-        figures = {
-            "pass_at_1": means["1"],
-            "ci95": intervals["1"],
-            "pass_at_k": means,
-            "pass_at_k_ci95": intervals,
-            "share_runs": _share(v.verdict == "passed" or v.loaded for v in verdicts),
-            "share_some_assert": _share(v.verdict == "passed" or v.asserts_passed for v in verdicts),
-        }
+        figures = _figures(found)
     return {
         **figures,
         "share_parses": _share(parses),
         "num_problems": len(problems),
         "num_samples": len(completions),
-        "num_passed": None if verdicts is None else sum(c > 0 for c in passes),
+        "num_passed": None if verdicts is None else sum(any(v.verdict == "passed" for v in of_task) for of_task in found),
         "verdicts": dict(sorted(counts.items())),
+        "bounds": bounds,
+        "not_judged": not_judged,
         "reasons": {key: reason for key, value in figures.items() if value is None},
+    }
+
+
+def _figures(verdicts_of: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
+    """Scores and shares from the verdicts of each problem's samples, of which every problem has some."""
+    num_samples = min(map(len, verdicts_of))
+    passes = [sum(v.verdict == "passed" for v in found) for found in verdicts_of]
+    estimates = {
+        k: [pass_at_k(len(found), c, k) for found, c in zip(verdicts_of, passes, strict=True)]
+        for k in sorted({k for k in REPORTED_K if k <= num_samples} | {num_samples})
+    }
+    means = {str(k): math.fsum(values) / len(values) for k, values in estimates.items()}
+    intervals = {str(k): list(mean_interval(values, num_samples)) for k, values in estimates.items()}
+    verdicts = [verdict for found in verdicts_of for verdict in found]
+    return {
+        "pass_at_1": means["1"],
+        "ci95": intervals["1"],
+        "pass_at_k": means,
+        "pass_at_k_ci95": intervals,
+        "share_runs": _share(v.verdict == "passed" or v.loaded for v in verdicts),
+        "share_some_assert": _share(v.verdict == "passed" or v.asserts_passed for v in verdicts),
+    }
+
+
+def _bounds(verdicts_of: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
+    """`[least, most]` of each figure: what was not judged counted as failed, and as passed. `ci95` spans both."""
+    failed = {"verdict": "failed", "loaded": False, "asserts_passed": 0}
+    least, most = (
+        _figures([[dataclasses.replace(v, **as_if) if v.verdict == "error" else v for v in f] for f in verdicts_of])
+        for as_if in (failed, {"verdict": "passed"})
+    )
+    return {
+        "pass_at_1": [least["pass_at_1"], most["pass_at_1"]],
+        "ci95": [least["ci95"][0], most["ci95"][1]],
+        "pass_at_k": {k: [value, most["pass_at_k"][k]] for k, value in least["pass_at_k"].items()},
+        **{key: [least[key], most[key]] for key in ("share_runs", "share_some_assert")},
     }
 
 
@@ -274,7 +314,12 @@ def describe(result: Mapping[str, Any]) -> str:
     if result["num_passed"] is None:
         return f"{name}: {result['reasons']['pass_at_1']}"
     if result["pass_at_1"] is None:
-        return f"{name}: no score, since {result['reasons']['pass_at_1']}; see verdicts.jsonl"
+        reason = result["reasons"]["pass_at_1"]
+        if not result["bounds"]:
+            return f"{name}: no score, since {reason}; see verdicts.jsonl"
+        solved = f"{result['num_passed']} of {result['num_problems']} problems solved"
+        why = "".join(f"\n  {task_id}: {detail}" for task_id, detail in result["not_judged"].items())
+        return f"{name}: {solved}, pass@1 {reason}:{why}"
     scores = [
         f"pass@{k} {score:.1%} (95 % interval {low:.1%} to {high:.1%})"
         for (k, score), (low, high) in zip(result["pass_at_k"].items(), result["pass_at_k_ci95"].values(), strict=True)

@@ -221,11 +221,11 @@ def benchmark_rows(a: Result, b: Result) -> list[Row]:
     shares = {"passed": "pass_at_1", "runs": "share_runs", "parses": "share_parses", "some_assert": "share_some_assert"}
     rows = []
     for key, label in OUTCOMES.items():
-        if a.get(shares[key]) is None and b.get(shares[key]) is None:
+        if all(r.get(shares[key]) is None and shares[key] not in (r.get("bounds") or {}) for r in (a, b)):
             continue
         row = _row(None, label, a, b, shares[key]) | {"is_share": True}
         rows.append(row)
-        if row["verdict"] != "unknown":
+        if row["verdict"] != "unknown" or row["how"]:
             continue
         counts = [{task: (found[key], found["samples"]) for task, found in o.items() if key in found} for o in sides]
         if not counts[0] or counts[0].keys() != counts[1].keys() or len(counts[0]) != a.get("num_problems"):
@@ -364,6 +364,8 @@ def _row(model: str | None, figure: str, a: Result, b: Result, key: str) -> Row:
     values = [side[key] if _is_number(side.get(key)) else None for side in (a, b)]
     row: Row = {"model": model, "figure": figure, "a": values[0], "b": values[1], "difference": None}
     row |= {"ci95": None, "p_value": None, "verdict": "unknown", "how": "", "method": "", "is_share": False}
+    if bounded := [str((side.get("reasons") or {}).get(key)) for side in (a, b) if key in (side.get("bounds") or {})]:
+        return row | {"how": f"not known: {'; '.join(bounded)}"}
     if values[0] is None:
         return row | {"verdict": "changed", "how": "was not known"} if values[1] is not None else row
     if values[1] is None:

@@ -20,6 +20,7 @@ from shared.errors import ConfigError, SandboxError
 from shared.eval.programs import benchmark
 from shared.eval.programs.benchmark import describe, score_completions, summarise
 from shared.eval.programs.completion import body_end
+from shared.eval.programs.passk import wilson_interval
 from shared.eval.sandbox.runner import Verdict, open_sandbox
 from shared.process import own_command
 from tests.support.cache_faults import file_size_limit
@@ -128,18 +129,44 @@ def test_no_k_beyond_the_samples_that_every_problem_has():
     assert list(summary_of(["+", "x" * 11])["pass_at_k"]) == ["1"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "reason"),
-    [(["+", "!"], "1 programs could not be run"), (["+", ""], "1 problems have no completion")],
-)
-def test_what_is_incomplete_is_no_score(rows, reason):
-    summary = summary_of(rows)
-    unknown = ["pass_at_1", "ci95", "pass_at_k", "pass_at_k_ci95", "share_runs", "share_some_assert"]
-    assert [summary[key] for key in unknown] == [None] * 6
-    assert summary["reasons"] == dict.fromkeys(unknown, reason)
-    assert (
-        describe({"benchmark": "B", "num_refused": 0, **summary}) == f"B: no score, since {reason}; see verdicts.jsonl"
+UNKNOWN = ["pass_at_1", "ci95", "pass_at_k", "pass_at_k_ci95", "share_runs", "share_some_assert"]
+
+
+def test_a_problem_without_completions_is_no_score():
+    summary = summary_of(["+", ""])
+    assert [summary[key] for key in UNKNOWN] == [None] * 6
+    assert summary["reasons"] == dict.fromkeys(UNKNOWN, "1 problems have no completion")
+    assert (summary["bounds"], summary["not_judged"]) == (None, {})
+    said = describe({"benchmark": "B", "num_refused": 0, **summary})
+    assert said == "B: no score, since 1 problems have no completion; see verdicts.jsonl"
+
+
+def test_what_was_not_judged_is_between_two_bounds():
+    summary = summary_of(["+", "x", "!", "+", "+"])
+    assert [summary[key] for key in UNKNOWN] == [None] * 6
+    assert summary["bounds"] == {
+        "pass_at_1": [0.6, 0.8],
+        "ci95": [wilson_interval(3, 5)[0], wilson_interval(4, 5)[1]],
+        "pass_at_k": {"1": [0.6, 0.8]},
+        "share_runs": [0.6, 0.8],
+        "share_some_assert": [0.6, 0.8],
+    }
+    assert summary["not_judged"] == {"HumanEval/2": ""}
+    reason = "between 60.0% and 80.0%, as 1 programs were not judged (HumanEval/2)"
+    assert summary["reasons"] == dict.fromkeys(UNKNOWN, reason)
+    said = describe({"benchmark": "B", "num_refused": 0, **summary})
+    assert said == f"B: 3 of 5 problems solved, pass@1 {reason}:\n  HumanEval/2: "
+
+
+def test_bounds_of_several_samples_and_many_problems():
+    summary = summary_of(["+!", "x!"] + ["!!"] * 6)
+    assert summary["bounds"]["pass_at_1"] == [0.5 / 8, (1 + 0.5 + 6) / 8]
+    assert summary["bounds"]["pass_at_k"] == {"1": [0.0625, 0.9375], "2": [1 / 8, 1.0]}
+    assert list(summary["not_judged"]) == [f"HumanEval/{i}" for i in range(8)]
+    assert summary["reasons"]["ci95"].endswith(
+        "as 14 programs were not judged (HumanEval/0, HumanEval/1, HumanEval/2, HumanEval/3, HumanEval/4, …)"
     )
+    assert summary_of(["+", "x"])["bounds"] is None
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------

@@ -121,6 +121,17 @@ def test_several_samples_are_judged_by_a_bootstrap_over_problems(tmp_path):
     assert (row["verdict"], row["ci95"]) == ("better", [0.5, 0.5])
 
 
+def test_a_score_between_bounds_decides_nothing(tmp_path):
+    reason = "between 0.0% and 50.0%, as 2 programs were not judged (T/0, T/1)"
+    unknown = {"pass_at_1": None, "bounds": {"pass_at_1": [0.0, 0.5]}, "reasons": {"pass_at_1": reason}}
+    a, b = benchmark(tmp_path / "a", [[0]] * 4), benchmark(tmp_path / "b", [[0]] * 4, **unknown)
+    for before, after in ((a, b), (b, a)):
+        row = compare_files(before, after)["rows"][0]
+        assert (row["figure"], row["verdict"], row["how"]) == ("pass@1", "unknown", f"not known: {reason}")
+    row = compare_files(b, benchmark(tmp_path / "c", [[0]] * 4, **unknown))["rows"][0]
+    assert (row["verdict"], row["how"]) == ("unknown", f"not known: {reason}; {reason}")
+
+
 def test_other_problems_settings_or_verdicts_are_refused_by_name(tmp_path):
     a = benchmark(tmp_path / "a", [[0]] * 4)
     for changes, named in (
