@@ -126,15 +126,21 @@ class _Check:
         names = wanted(test)
         peer = _ProgramPeer(self, channel, table, Surroundings(names), expects_stop="StopIteration" in test)
 
+        is_looked_at = any(word in test for word in (*_DESCRIPTIVE, f"{entry_point}.", "candidate."))
+
         def candidate(*arguments: Any, **keywords: Any) -> Any:
             self._called = True
-            return peer.call(0, "call", arguments, keywords)
+            try:
+                return peer.call(0, "call", arguments, keywords)
+            finally:
+                if is_looked_at:  # a call may have changed its attributes
+                    describe_entry_point(candidate, peer)
 
         table.add(candidate)
         agreed = json.dumps({"classes": list(classes), "surroundings": names}).encode()
         self.attempt(lambda: _first_send(channel, agreed))
         candidate.__name__ = candidate.__qualname__ = entry_point
-        if any(word in test for word in _DESCRIPTIVE):
+        if is_looked_at:
             describe_entry_point(candidate, peer)
         self._namespace[entry_point] = candidate
         return candidate

@@ -48,7 +48,7 @@ def make_proxy(peer: Peer, number: int, form: bytes, type_name: Any, name: Any, 
     form_class = _FORMS.get(form, Remote)
     kind = type(str(type_name), (form_class,), {"__module__": "candidate", "__doc__": None, "__slots__": ()})
     proxy = kind(peer, number)
-    if form == b"f":
+    if form in (b"f", b"k"):
         proxy.__name__, proxy.__doc__ = str(name), text if isinstance(text, str) else None
     return proxy
 
@@ -134,14 +134,18 @@ class Remote:
         return self._do("exit", None, details[1], None)
 
 
-class _RemoteFunction(Remote):
-    __class__ = property(lambda self: types.FunctionType)  # for isinstance
+class _RemoteCallable(Remote):
+    __signature__ = property(lambda self: _signature(*self._do("describe")[1:3]))
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._do("call", *arguments, **keywords)
 
     def __bool__(self) -> bool:
         return True
+
+
+class _RemoteFunction(_RemoteCallable):
+    __class__ = property(lambda self: types.FunctionType)  # for isinstance
 
 
 class _RemoteIterator(Remote):
@@ -214,7 +218,7 @@ class _RemoteAsyncIterator(Remote):
 
 
 _FORMS = {
-    b"f": _RemoteFunction, b"i": _RemoteIterator, b"g": _RemoteGenerator, b"c": _RemoteCoroutine,
+    b"f": _RemoteFunction, b"k": _RemoteCallable, b"i": _RemoteIterator, b"g": _RemoteGenerator, b"c": _RemoteCoroutine,
     b"s": _RemoteAsyncIterator,
 }  # fmt: skip
 

@@ -609,7 +609,9 @@ def _form(value: Any) -> bytes:
         return b"s"
     if isinstance(value, Iterator):
         return b"i"
-    return b"f" if callable(value) else b"o"
+    if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
+        return b"f"
+    return b"k" if callable(value) else b"o"
 
 
 def _stream_bytes(stream: Any) -> bytes:
