@@ -12,10 +12,10 @@ Commands = dict[str, tuple[str, str, str]]
 # Subcommand → (module, attribute, help). The composition root: the only place that knows every layer.
 COMMANDS: Commands = {
     "teacher": ("stage1_teacher.cli", "teacher", "Stage 1: label documents, write caches."),
-    "cache": ("shared.cache.cli", "cache", "Inspect, check, mend, join and cut logit caches."),
-    "student": ("stage2_student.cli", "student", "Stage 2: train, sweep and export students from a cache."),
-    "eval": ("shared.eval.cli", "evaluate", "Measure teacher and students; write the report."),
-    "trace": ("shared.eval.cli", "trace", "Say what a student was made from, by digest, and where that chain breaks."),
+    "cache": ("shared.cache.cli", "cache", "Inspect, verify and edit logit caches."),
+    "student": ("stage2_student.cli", "student", "Stage 2: train and export students."),
+    "eval": ("shared.eval.cli", "evaluate", "Measure models and write the report."),
+    "trace": ("shared.eval.cli", "trace", "Follow a student back to its teacher."),
 }
 # What a group takes from layers above its own.
 MOUNTED: dict[str, Commands] = {

@@ -22,7 +22,7 @@ from stage2_student.checkpoint import seal
 from stage2_student.cli import student
 from tests.support.student_cache import VOCABULARY, make_cache
 from tests.support.student_kills import strew
-from tests.support.wandb_records import records
+from tests.support.wandb_runs import wandb_steps
 
 # Most runs are processes of their own. What needs neither signals nor equal bits runs in this one, which saves imports.
 COMMAND = own_command("student")
@@ -323,12 +323,9 @@ def test_a_resumed_run_continues_the_steps_of_its_offline_tracking(caches, tmp_p
     assert code == -signal.SIGKILL
     time.sleep(1)  # W&B's folders are named by the second
     run(command)
-    first, second = records(tmp_path)
-    assert {record.run.run_id for record in [*first, *second] if record.HasField("run")} == {
-        json.loads((out / "run.json").read_text())["wandb_run_id"]
-    }
-    steps = [[record.history.step.num for record in run if record.HasField("history")] for run in (first, second)]
-    assert steps[-1] == [6, 8, 9, 12]
+    first, second = wandb_steps(tmp_path)
+    assert first[0] == second[0] == json.loads((out / "run.json").read_text())["wandb_run_id"]
+    assert second[1] == [6, 8, 9, 12]
 
 
 def test_validation_on_documents_that_are_trained_on_is_said(caches, tmp_path):

@@ -98,6 +98,10 @@ HOSTILE = {
     "numbers without end": (_PEER + "    peer._channel.send(b'R' + b'\\xff' * 8)\n    return 0\n", _PLAIN),
     "changes what cannot change": (_PEER + "    import struct\n    peer._channel.send(b'R' + struct.pack('<III', 0, 1, 0) + b'm' + struct.pack('<I', 0))\n    return 0\n", _PLAIN),
     "calls without end": ("    return x()\n", "def check(candidate):\n    def again(): return candidate(again)\n    assert candidate(again) == 2\n"),
+    "a returned function that dies": ("    import os\n    return lambda: os._exit(0)\n", "def check(candidate):\n    g = candidate(1)\n    try: g()\n    except Exception: pass\n"),
+    "a returned iterator that answers nonsense": ("    import sys\n    class I:\n        def __iter__(self): return self\n        def __next__(self):\n            peer = next(v for v in sys._getframe(3).f_locals.values() if hasattr(v, '_channel'))\n            peer._channel.send(b'R?')\n    return I()\n", "def check(candidate):\n    try: list(candidate(1))\n    except Exception: pass\n"),
+    "leaves a name of the test unset": ("    return []\n", "def check(candidate):\n    for v in candidate(1): last = v\n    assert last == 2\n"),
+    "fails where the test has a word in a string": ("    return x\n", "def check(candidate):\n    assert candidate('mock os.environ') == 'other', 'mock.patch'\n"),
     "a fraction to be computed": ("    import sys\n    values = sys.modules['shared.eval.sandbox.values']\n    def put(self, value, kind, depth):\n        self.table.add(value)\n        self._put(b'Q')\n        self._items(['1e400000000', 1], depth)\n    values.Encoder._object = put\n    return [x]\n", _PLAIN),
 }  # fmt: skip
 # The prompt's classes, made anew by the program so that they are equal to all; the checker has its own.

@@ -32,6 +32,15 @@ def wandb_summary(folder, name):
     raise AssertionError(name)
 
 
+def wandb_steps(folder):
+    """Of each run recorded offline in a folder, oldest first: its id and the steps of its history."""
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        steps = [record.history.step.num for record in _records(path) if record.HasField("history")]
+        found.append((path.stem.removeprefix("run-"), steps))  # a killed run may have written nothing yet
+    return found
+
+
 def _records(path):
     data, at, whole = path.read_bytes(), 7, b""
     while at + 7 <= len(data):  # LevelDB's log: blocks of 32 KiB; checksum, length and kind before each piece

@@ -1,7 +1,7 @@
 """The child that runs a test against a proxy of the program, and alone writes the verdict.
 
-Lines on its socket: `loaded`, `held` for each assert that held, `calls` for every 256 calls of the program, and JSON
-`[verdict, detail]`, the first of which stands.
+Lines on its socket: `loaded`, `held` for each assert that held, `transport` with microseconds that messages took, and
+JSON `[verdict, detail]`, the first of which stands.
 Where an assert of the test fails the others are still tried, for the count alone.
 """
 
@@ -16,17 +16,17 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from shared.eval.sandbox import solver
-from shared.eval.sandbox.asserts import CALLS_PER_NOTE, FAILED, HELD, count_asserts
+from shared.eval.sandbox.asserts import FAILED, HELD, SECONDS_PER_NOTE, TRANSPORT, count_asserts
 from shared.eval.sandbox.channel import Channel, read_all, write_all
+from shared.eval.sandbox.classes import defined
 from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
-from shared.eval.sandbox.proxies import TEST_METHODS, describe_entry_point, make_proxy
+from shared.eval.sandbox.proxies import ITERATING, TEST_METHODS, Remote, describe_entry_point, make_proxy
 from shared.eval.sandbox.surroundings import Surroundings, wanted
-from shared.eval.sandbox.values import MAX_BYTES, MAX_DEPTH, NotPlainError, Table
+from shared.eval.sandbox.test_text import TestText
+from shared.eval.sandbox.values import NotPlainError, Table
 
 # Words of a test that looks at the entry point itself.
-_DESCRIPTIVE = ("signature", "inspect", "__doc__", "__annotations__", "__defaults__", "cache_", "getattr", "vars(")
-# Words of a test that changes its own process in ways that do not cross.
-_OF_ONE_PROCESS = ("mock", "monkeypatch", "sys.modules", "builtins", "os.environ", "warnings.", "tracemalloc", "gc.")
+_DESCRIPTIVE = ("signature", "inspect", "__doc__", "__annotations__", "cache_", "getattr", "vars(")
 
 
 def main(job_fd: int, calls_fd: int | None = None) -> None:
@@ -42,9 +42,8 @@ class _Check:
     def __init__(self, job_fd: int, calls_fd: int | None) -> None:
         self._verdicts = job_fd
         self._solver = None if calls_fd is None else Channel(calls_fd)
-        self._num_calls = 0
+        self._transport_seconds = 0.0
         self._called = False
-        self._reason = ""  # why a failure of this test says nothing about the program
         self._lock = threading.RLock()  # a test may call from threads, and a program may call back
         self._namespace: dict[str, Any] = {}
 
@@ -52,17 +51,16 @@ class _Check:
         """From the job to the verdict."""
         job = json.loads(read_all(self._verdicts))
         random.seed(1)
-        if self._solver is None:
-            candidate = self._load(job["program"], job["entry_point"])
-        else:
-            candidate = self._stand_in(self._solver, job)
-            word = next((word for word in _OF_ONE_PROCESS if word in job["test"]), None)
-            self._reason = f"the test needs one process with the program, for {word}" if word else ""
-        self._note("loaded")
+        self._text = TestText(job["test"], job["entry_point"])
         try:
             code = compile(count_asserts(job["test"]), "<test>", "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError) as error:
             self.end("error", f"the test is no Python: {error}")
+        if self._solver is None:
+            candidate = self._load(job["program"], job["entry_point"])
+        else:
+            candidate = self._stand_in(self._solver, job)
+        self._note("loaded")
         self._namespace |= {HELD: lambda: self._note("held"), FAILED: self._fail}
         try:
             exec(code, self._namespace)
@@ -96,46 +94,59 @@ class _Check:
             text = f"{type(error).__name__}: {error}".removesuffix(": ")
         except BaseException:
             text = "an exception without a readable text"
-        reason = self._reason
-        if self._solver is not None and isinstance(error, NameError) and _raised_by_test(error):
-            reason = "the test uses a name of the program, so it needs one process with it (same_process)"
+        reason = "" if self._solver is None else self._not_judged(error)
         self._verdict("error" if reason else "failed", f"{reason}: {text}" if reason else text)
+
+    def _not_judged(self, error: BaseException) -> str:
+        """Why a failure of this test says nothing about the program; empty where it does."""
+        if self._misses_a_name(error):
+            return "the test uses a name of the program, so it needs one process with it (same_process)"
+        needs = self._text.one_process
+        return f"the test needs one process with the program, for {needs}" if needs else ""
+
+    def _misses_a_name(self, error: BaseException) -> bool:
+        """Whether the test's own text reads a name that it never binds; an unset local is the program's doing."""
+        if not isinstance(error, NameError) or isinstance(error, UnboundLocalError) or error.name in self._text.bound:
+            return False
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        return trace is not None and trace.tb_frame.f_code.co_filename == "<test>"
 
     # --- the program in a process of its own -------------------------------------------------------------------------
 
     def _stand_in(self, channel: Channel, job: dict[str, Any]) -> Callable[..., Any]:
         """Run the prompt for what the test may use of it; its entry point becomes the stand-in of the program's."""
-        answer = self._attempt(lambda: _first_message(channel))
+        answer = self.attempt(lambda: _first_message(channel))
         if answer != solver.LOADED:
             self.end("failed", answer[1:].decode("utf-8", "replace"))
         entry_point, test = job["entry_point"], job["test"]
         classes = self._run_prompt(job["prompt"])
-        table = Table(self._namespace, classes)
+        table = Table(classes, self._namespace)
         names = wanted(test)
-        peer = Peer(
-            channel, table, methods=TEST_METHODS, proxy=make_proxy, surroundings=Surroundings(names), exact=True,
-            before_call=self._count_call,
-        )  # fmt: skip
+        peer = _ProgramPeer(self, channel, table, Surroundings(names), expects_stop="StopIteration" in test)
+
+        is_looked_at = any(word in test for word in (*_DESCRIPTIVE, f"{entry_point}.", "candidate."))
 
         def candidate(*arguments: Any, **keywords: Any) -> Any:
             self._called = True
             try:
-                return self._attempt(lambda: peer.call(0, "call", arguments, keywords), peer)
-            except StopIteration as error:  # would silently end a test's map() or zip()
-                if "StopIteration" in test:
-                    raise
-                raise RuntimeError("the program raised StopIteration") from error
+                return peer.call(0, "call", arguments, keywords)
+            finally:
+                if is_looked_at:  # a call may have changed its attributes
+                    describe_entry_point(candidate, peer)
 
         table.add(candidate)
-        channel.send(json.dumps({"classes": classes, "surroundings": names}).encode())
+        agreed = json.dumps({"classes": list(classes), "surroundings": names}).encode()
+        self.attempt(lambda: _first_send(channel, agreed))
         candidate.__name__ = candidate.__qualname__ = entry_point
-        if any(word in test for word in _DESCRIPTIVE):
-            describe_entry_point(candidate, self._attempt(lambda: peer.call(0, "describe"), peer))
+        if is_looked_at:
+            describe_entry_point(candidate, peer)
         self._namespace[entry_point] = candidate
         return candidate
 
-    def _run_prompt(self, prompt: str) -> list[str]:
-        """Run the prompt's part of the program. Returns the names of the classes that it defines."""
+    def _run_prompt(self, prompt: str) -> dict[str, type]:
+        """Run the prompt's part of the program. Returns the classes that it defines."""
         module = types.ModuleType("candidate")
         sys.modules["candidate"] = module
         self._namespace = module.__dict__
@@ -143,38 +154,34 @@ class _Check:
             exec(_compiled_head(prompt), self._namespace)
         except BaseException as error:
             self.end("error", f"the prompt does not run alone: {type(error).__name__}: {error}")
-        return [name for name, value in self._namespace.items() if isinstance(value, type)
-                and value.__module__ == "candidate" and value.__qualname__ == name]  # fmt: skip
+        return defined(self._namespace)
 
-    def _attempt(self, action: Callable[[], Any], peer: Peer | None = None) -> Any:
+    def attempt(self, action: Callable[[], Any], peer: Peer | None = None) -> Any:
         """Do something with the program's process; where that goes wrong, end with the verdict.
 
-        What the test passes and cannot cross is an `error`. What the program answers, and what only its earlier answers
-        make too large, is `failed`: a program cannot choose an `error`.
+        What the test passes and cannot cross is an `error`. What the program answers, and what may be too large only
+        because of its earlier answers, is `failed`: a program cannot choose an `error`.
         """
         try:
             with self._lock:
                 return action()
         except GoneError:
-            self._gone()
+            self.end("killed", "the program's process ended")
         except RefusedError as error:
             self.end("failed", f"the program's answer: {error}")
         except NotPlainError as error:
-            answered = peer is not None and (
-                peer.num_received_bytes > MAX_BYTES // 8 or peer.deepest_received > MAX_DEPTH // 8
-            )
-            if error.too_large and answered:
+            if error.kind is not None and issubclass(error.kind, Remote):
+                self.end("failed", "a copy of what stays with the program goes back to it")
+            if error.too_large and (self._text.passes_answers_back or (peer is not None and peer.has_received_much)):
                 self.end("failed", f"an argument made of the program's answers: {error}")
             self.end("error", f"the test passes {error}, so it needs one process with the program (same_process)")
 
-    def _count_call(self) -> None:
-        """Tell the other side of every so many calls, for their transport is no time of the program's."""
-        self._num_calls += 1
-        if self._num_calls % CALLS_PER_NOTE == 0:
-            self._note("calls")
-
-    def _gone(self) -> NoReturn:
-        self.end("killed", "the program's process ended")
+    def count_transport(self, seconds: float) -> None:
+        """Tell the other side, now and then, of the time that messages took, which is no time of the program's."""
+        self._transport_seconds += seconds
+        if self._transport_seconds >= SECONDS_PER_NOTE:
+            self._note(f"{TRANSPORT} {round(1e6 * self._transport_seconds)}")
+            self._transport_seconds = 0.0
 
     # --- the program in this process ---------------------------------------------------------------------------------
 
@@ -187,6 +194,43 @@ class _Check:
             os._exit(0)
 
 
+class _ProgramPeer(Peer):
+    """The checker's side of the channel. Whatever goes wrong in a call, of the entry point or of anything that the
+    program has answered, ends the check at once: a test that catches exceptions does not catch that."""
+
+    def __init__(
+        self, check: _Check, channel: Channel, table: Table, surroundings: Surroundings, *, expects_stop: bool
+    ) -> None:
+        super().__init__(
+            channel, table, methods=TEST_METHODS, proxy=make_proxy, surroundings=surroundings, exact=True,
+            count_transport=check.count_transport,
+        )  # fmt: skip
+        self._check, self._expects_stop = check, expects_stop
+
+    def call(self, number: int, method: str, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
+        try:
+            return self._check.attempt(lambda: Peer.call(self, number, method, arguments, keywords), self)
+        except StopIteration as error:  # of a function it would silently end a test's map() or zip()
+            if self._expects_stop or method in ITERATING:
+                raise
+            raise RuntimeError("the program raised StopIteration") from error
+
+    def refuse(self, error: BaseException) -> None:
+        """What the test's own function returned cannot cross."""
+        self._check.attempt(lambda: _raise(error), self)
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+def _first_send(channel: Channel, message: bytes) -> None:
+    try:
+        channel.send(message)
+    except OSError as error:
+        raise GoneError from error
+
+
 def _first_message(channel: Channel) -> bytes:
     try:
         message = channel.receive()
@@ -195,14 +239,6 @@ def _first_message(channel: Channel) -> bytes:
     if message is None:
         raise GoneError
     return message
-
-
-def _raised_by_test(error: BaseException) -> bool:
-    """Whether the test's own text raised it, not something that it called."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename == "<test>"
 
 
 def _compiled_head(prompt: str) -> types.CodeType:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 # What most programs import, so that it is loaded once. Only the standard library exists for them.
 PRELOADED: tuple[str, ...] = ("bisect", "copy", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools")
-PRELOADED += ("asyncio", "inspect", "math", "operator", "random", "re", "string", "typing", "zoneinfo")
+PRELOADED += ("inspect", "math", "operator", "random", "re", "string", "typing", "zoneinfo")
 
 _MEMORY_BYTES = 2 << 30
 _STACK_BYTES = 8 << 20

@@ -4,8 +4,9 @@ A proxy is equal to nothing but itself, whatever the object says: only plain val
 classes, are compared, by the checker's own classes. Arithmetic, order and `in` are not passed on either.
 """
 
-import collections.abc
+import contextlib
 import inspect
+import types
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -18,6 +19,9 @@ PROGRAM_METHODS: dict[str, Callable[..., Any]] = {
     "throw": lambda value, error: value.throw(error),
     "close": lambda value: value.close(),
     "await": lambda value: _awaited(value),
+    "anext": lambda value: _awaited(value.__anext__()),
+    "asend": lambda value, item: _awaited(value.asend(item)),
+    "aclose": lambda value: _awaited(value.aclose()),
     "getattr": lambda value, name: getattr(value, name),
     "setattr": lambda value, name, item: setattr(value, name, item),
     "getitem": lambda value, key: value[key],
@@ -32,47 +36,57 @@ PROGRAM_METHODS: dict[str, Callable[..., Any]] = {
     "exit": lambda value, *details: value.__exit__(*details),
     "describe": lambda value: _description(value),
 }
+# Where a StopIteration says that there is no more; elsewhere it would end a loop of the test's.
+ITERATING = ("send", "throw")
+_LOOPS: list[Any] = []
 # What a program may do with an object of the test: no more, for a test's objects lead to its text.
 TEST_METHODS = {name: PROGRAM_METHODS[name] for name in ("call", "send")}
 
 
 def make_proxy(peer: Peer, number: int, form: bytes, type_name: Any, name: Any, text: Any) -> Any:
-    """The proxy of an object by the form in which it was exported: function, iterator, coroutine or any other."""
-    kind = {b"f": _RemoteFunction, b"g": _RemoteIterator, b"a": _RemoteCoroutine}.get(form, _Remote)
-    proxy = kind(peer, number, str(type_name))
-    if form == b"f":
+    """The proxy of an object by the form in which it was exported, of a class with the name of the object's class."""
+    form_class = _FORMS.get(form, Remote)
+    kind = type(str(type_name), (form_class,), {"__module__": "candidate", "__doc__": None, "__slots__": ()})
+    proxy = kind(peer, number)
+    if form in (b"f", b"k"):
         proxy.__name__, proxy.__doc__ = str(name), text if isinstance(text, str) else None
     return proxy
 
 
-def describe_entry_point(function: Any, description: Any) -> None:
-    """Give the stand-in of the entry point the text, signature and attributes of the program's function."""
-    text, parameters, annotations, attributes = description
-    function.__doc__ = text if isinstance(text, str) else None
-    if isinstance(annotations, dict):
-        function.__annotations__ = annotations
-    if parameters is not None:
-        function.__signature__ = inspect.Signature(
-            [
-                inspect.Parameter(
-                    str(name),
-                    inspect._ParameterKind(kind),
-                    default=default if has_default else inspect.Parameter.empty,
-                    annotation=function.__annotations__.get(name, inspect.Parameter.empty),
-                )
-                for name, kind, has_default, default in parameters
-            ],
-            return_annotation=function.__annotations__.get("return", inspect.Signature.empty),
-        )
-    for name, value in attributes.items():
-        setattr(function, str(name), value)
+def describe_entry_point(function: Any, peer: Peer) -> None:
+    """Give the stand-in of the entry point the text, signature and attributes of the program's function, as far as
+    these are what they should be: where a program says nonsense of itself, nothing is known of it."""
+    with contextlib.suppress(BaseException):  # also what the program raises
+        text, parameters, annotations, attributes = peer.call(0, "describe")
+        function.__doc__ = text if isinstance(text, str) else None
+        function.__annotations__ = annotations if isinstance(annotations, dict) else {}
+        for name, value in attributes.items():
+            if isinstance(name, str) and not name.startswith("__"):
+                setattr(function, name, value)
+        if parameters is not None:
+            function.__signature__ = _signature(parameters, function.__annotations__)
 
 
-class _Remote:
+def _signature(parameters: Any, annotations: dict[str, Any]) -> inspect.Signature:
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                str(name),
+                inspect._ParameterKind(kind),
+                default=default if has_default else inspect.Parameter.empty,
+                annotation=annotations.get(name, inspect.Parameter.empty),
+            )
+            for name, kind, has_default, default in parameters
+        ],
+        return_annotation=annotations.get("return", inspect.Signature.empty),
+    )
+
+
+class Remote:
     """An object of the program."""
 
-    def __init__(self, peer: Peer, number: int, type_name: str) -> None:
-        self.__dict__.update(_peer=peer, _number=number, _type_name=type_name)
+    def __init__(self, peer: Peer, number: int) -> None:
+        self.__dict__.update(_peer=peer, _number=number)
 
     def _do(self, method: str, *arguments: Any, **keywords: Any) -> Any:
         return self._peer.call(self._number, method, arguments, keywords)
@@ -120,19 +134,35 @@ class _Remote:
         return self._do("exit", None, details[1], None)
 
 
-class _RemoteFunction(_Remote):
+class _RemoteCallable(Remote):
+    __signature__ = property(lambda self: _signature(*self._do("describe")[1:3]))
+
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._do("call", *arguments, **keywords)
 
+    def __bool__(self) -> bool:
+        return True
 
-class _RemoteIterator(_Remote, collections.abc.Generator[Any, Any, Any]):
-    """An iterator or a generator. It is asked for an item when one is wanted, and not told when it is dropped."""
+
+class _RemoteFunction(_RemoteCallable):
+    __class__ = property(lambda self: types.FunctionType)  # for isinstance
+
+
+class _RemoteIterator(Remote):
+    """An iterator. It is asked for an item when one is wanted, and not told when it is dropped."""
 
     def __iter__(self) -> "_RemoteIterator":
         return self
 
+    def __next__(self) -> Any:
+        return self._do("send", None)
+
     def __bool__(self) -> bool:
         return True
+
+
+class _RemoteGenerator(_RemoteIterator):
+    __class__ = property(lambda self: types.GeneratorType)
 
     def send(self, value: Any) -> Any:
         return self._do("send", value)
@@ -144,12 +174,17 @@ class _RemoteIterator(_Remote, collections.abc.Generator[Any, Any, Any]):
         self._do("close")
 
 
-class _RemoteCoroutine(_Remote, collections.abc.Coroutine[Any, Any, Any]):
+class _RemoteCoroutine(Remote):
     """A coroutine. It runs to its end, in an event loop of the program's process, when it is first awaited."""
+
+    __class__ = property(lambda self: types.CoroutineType)
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._do("await")
         yield
+
+    def __bool__(self) -> bool:
+        return True
 
     def send(self, value: Any) -> Any:
         raise StopIteration(self._do("await"))
@@ -161,13 +196,43 @@ class _RemoteCoroutine(_Remote, collections.abc.Coroutine[Any, Any, Any]):
         self._do("close")
 
 
-def _awaited(coroutine: Any) -> Any:
+class _RemoteAsyncIterator(Remote):
+    """An asynchronous generator or iterator. Each of its steps runs to its end when it is awaited."""
+
+    __class__ = property(lambda self: types.AsyncGeneratorType)
+
+    def __aiter__(self) -> "_RemoteAsyncIterator":
+        return self
+
+    async def __anext__(self) -> Any:
+        return self._do("anext")
+
+    async def asend(self, value: Any) -> Any:
+        return self._do("asend", value)
+
+    async def aclose(self) -> None:
+        self._do("aclose")
+
+    def __bool__(self) -> bool:
+        return True
+
+
+_FORMS = {
+    b"f": _RemoteFunction, b"k": _RemoteCallable, b"i": _RemoteIterator, b"g": _RemoteGenerator, b"c": _RemoteCoroutine,
+    b"s": _RemoteAsyncIterator,
+}  # fmt: skip
+
+
+def _awaited(awaitable: Any) -> Any:
+    """Run something to its end, in one loop for all: an asynchronous generator belongs to the loop that began it."""
     import asyncio
 
     async def run() -> Any:
-        return await coroutine
+        return await awaitable
 
-    return asyncio.run(run())
+    if not _LOOPS:
+        _LOOPS.append(asyncio.new_event_loop())
+    return _LOOPS[0].run_until_complete(run())
 
 
 def _description(function: Any) -> tuple[Any, ...]:
@@ -179,6 +244,6 @@ def _description(function: Any) -> tuple[Any, ...]:
         ]
     except (TypeError, ValueError):
         parameters = None
-    names = {*vars(function), *(name for name in ("cache_info", "cache_clear", "cache_parameters"))}
+    names = {*getattr(function, "__dict__", ()), "cache_info", "cache_clear", "cache_parameters"}
     attributes = {name: getattr(function, name) for name in names if name[:2] != "__" and hasattr(function, name)}
     return getattr(function, "__doc__", None), parameters, getattr(function, "__annotations__", {}), attributes

@@ -8,6 +8,7 @@ import types
 from typing import Any
 
 from shared.eval.sandbox.channel import Channel, read_all
+from shared.eval.sandbox.classes import resolved
 from shared.eval.sandbox.exceptions import described
 from shared.eval.sandbox.peer import Peer
 from shared.eval.sandbox.proxies import PROGRAM_METHODS, make_proxy
@@ -32,7 +33,7 @@ def main(job_fd: int, calls_fd: int) -> None:
     channel.send(LOADED)
     agreed = json.loads(channel.receive() or b"null")
     if agreed:
-        table = Table(namespace, agreed["classes"])
+        table = Table(resolved(agreed["classes"], namespace), namespace)
         table.exported.add(table.add(function))
         surroundings = ProgramSurroundings(agreed["surroundings"])
         peer = Peer(channel, table, methods=PROGRAM_METHODS, proxy=make_proxy, surroundings=surroundings, exact=False)

@@ -1,6 +1,7 @@
 """State of a process that a test and a program share in plain Python: it crosses with every call and every answer.
 
-Only what the test's text speaks of crosses: `random`, the context of `decimal`, what was printed, what is read.
+Only what the test's text speaks of crosses: `random`, the context of `decimal`, what was printed, what is read, and the
+limits of recursion and of the digits of integers, which only the test's side sets.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ NAMES = {
     "decimal": ("getcontext", "setcontext", "localcontext"),
     "output": ("stdout", "stderr", "capture"),
     "input": ("stdin",),
+    "limits": ("setrecursionlimit", "set_int_max_str_digits"),
 }
 
 
@@ -61,6 +63,12 @@ class Surroundings:
         context = decimal.getcontext()
         context.prec, context.rounding, context.Emin, context.Emax, context.capitals, context.clamp = state
 
+    def _take_limits(self) -> Any:
+        return sys.getrecursionlimit(), sys.get_int_max_str_digits()
+
+    def _give_limits(self, limits: Any) -> None:
+        return
+
     def _take_output(self) -> Any:
         return None
 
@@ -91,6 +99,14 @@ class ProgramSurroundings(Surroundings):
         if "output" in self.names:
             sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
             self._streams = (sys.stdout, sys.stderr)
+
+    def _take_limits(self) -> Any:
+        return None
+
+    def _give_limits(self, limits: Any) -> None:
+        recursion, digits = limits
+        sys.setrecursionlimit(recursion)
+        sys.set_int_max_str_digits(digits)
 
     def _take_output(self) -> Any:
         printed = []

@@ -14,20 +14,25 @@ import datetime
 import decimal
 import enum
 import fractions
+import io
 import itertools
+import math
+import operator
 import struct
 import sys
 import types
 import zoneinfo
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from shared.eval.sandbox import exceptions
+from shared.eval.sandbox import exceptions, library
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 150
 
-_MUTABLE = (list, set, dict, bytearray, collections.deque)
+# What bytes that are no value may raise.
+_MALFORMED = (TypeError, ValueError, ArithmeticError, struct.error, LookupError, AttributeError, OSError, ImportError)
+_MUTABLE = (list, set, dict, bytearray, collections.deque, library.ARRAY, *library.STREAMS)
 _DATES = {"date": datetime.date, "datetime": datetime.datetime, "time": datetime.time, "timedelta": datetime.timedelta}
 
 
@@ -36,29 +41,42 @@ class NotPlainError(Exception):
 
     Attributes:
         too_large: because of its size or depth, not of its type.
+        kind: the type that cannot cross.
     """
 
-    def __init__(self, text: str, *, too_large: bool = False) -> None:
+    def __init__(self, text: str, *, too_large: bool = False, kind: type | None = None) -> None:
         super().__init__(text)
-        self.too_large = too_large
+        self.too_large, self.kind = too_large, kind
+
+
+class KeyedDict(dict[Any, Any]):
+    """A dictionary of a class of the program's own that says what a missing key gives."""
+
+    missing: Callable[[Any], Any]
+
+    def __missing__(self, key: Any) -> Any:
+        return self.missing(key)
 
 
 class Table:
     """The objects that have crossed, as one side knows them, by the numbers that both sides give them.
 
     Args:
-        classes: the module whose classes both sides have.
-        shared_names: names of those classes, fixed before a program could define others.
+        classes: the prompt's classes, as this side has them, by the names that both sides give them.
+        namespace: where this side finds classes of exceptions.
     """
 
-    def __init__(self, classes: Mapping[str, Any] | None = None, shared_names: Iterable[str] = ()) -> None:
+    def __init__(self, classes: Mapping[str, type] | None = None, namespace: Mapping[str, Any] | None = None) -> None:
         self.objects: dict[int, Any] = {}
         self.next_number = 0
         self.exported: set[int] = set()  # of this side's own that the other has a proxy of
-        self.classes = {} if classes is None else classes
-        self._shared_names = frozenset(shared_names)
+        self.namespace = {} if namespace is None else namespace
+        self._classes = {**library.ATTRIBUTE_CLASSES, **(classes or {})}
+        self._class_names = {id(kind): name for name, kind in self._classes.items()}
         self._numbers: dict[int, int] = {}  # by id; `objects` keeps the objects alive
-        self._agreed: dict[int, bytes | None] = {}  # what each mutable object holds on both sides
+        # What each object that can change holds on both sides, and how to see what it holds now.
+        self._agreed: dict[int, tuple[Callable[[Any], Sequence[Any]], list[Any]]] = {}
+        self._unreachable: set[int] = set()
 
     def add(self, value: Any) -> int:
         """Number an object."""
@@ -91,38 +109,66 @@ class Table:
         self.next_number = number
 
     def changed(self) -> list[int]:
-        """The objects that no longer hold what both sides agreed on."""
-        found = []
-        for number, agreed in list(self._agreed.items()):
-            now = Encoder(self, exact=False).known_contents(self.objects[number])
-            if now is None or now != agreed:
-                found.append(number)
+        """The objects that no longer hold what both sides agreed on, or may not."""
+        found, objects, unreachable, same = [], self.objects, self._unreachable, operator.is_
+        for number, (held_by, agreed) in self._agreed.items():  # of all objects, before every message
+            if number not in unreachable:
+                held = held_by(objects[number])
+                if len(held) != len(agreed) or not all(map(same, held, agreed)):
+                    found.append(number)
         return found
 
     def agree(self, numbers: Iterable[int]) -> None:
         """Take what these objects hold now as what the other side has."""
         for number in numbers:
             value = self.objects.get(number)
-            if is_mutable(value) or (self.class_name(type(value)) is not None and not isinstance(value, enum.Enum)):
-                self._agreed[number] = Encoder(self, exact=False).known_contents(value)
+            if self.can_change(value):
+                held_by = self._held_by(type(value))
+                self._agreed[number] = held_by, list(held_by(value))
+
+    def can_change(self, value: Any) -> bool:
+        """Whether a call may change an object in place."""
+        if self.class_name(type(value)) is None:
+            return isinstance(value, _MUTABLE)
+        return not isinstance(value, enum.Enum)
 
     def unreferenced(self) -> list[int]:
         """The objects that only this table refers to, so that nobody on this side can tell them from new ones."""
+        return [number for number in self._lone() if number not in self.exported and number != 0]
+
+    def note_unreachable(self) -> None:
+        """Take what only this table refers to as out of reach of this side's code until the next message is sent."""
+        self._unreachable = set(self._lone())
+
+    def _lone(self) -> list[int]:
+        objects, count = self.objects, sys.getrefcount
         lone = self.add([])
         try:
-            counts = {number: sys.getrefcount(value) for number, value in self.objects.items()}
+            least = count(objects[lone])
+            return [number for number in objects if count(objects[number]) <= least and number != lone]
         finally:
             self.forget(lone)
             self.next_number = lone
-        return [number for number, count in counts.items() if count <= counts[lone] and number not in self.exported
-                and number not in (0, lone)]  # fmt: skip
+
+    def _held_by(self, kind: type) -> Callable[[Any], Sequence[Any]]:
+        """How to see which objects one of this type holds, shallow."""
+        base = _base(kind, _HELD)
+        of_base = _HELD[base] if base else lambda value: ()
+        if self.class_name(kind) is None:
+            return of_base
+        return lambda value: [*of_base(value), *itertools.chain.from_iterable(_attributes(value).items())]
 
     def class_name(self, kind: type) -> str | None:
         """The name of a class that both sides have; None of any other."""
-        name = getattr(kind, "__qualname__", None)
-        if type(name) is str and name in self._shared_names and self.classes.get(name) is kind:
-            return name
-        return None
+        return self._class_names.get(id(kind))
+
+    def class_named(self, name: str) -> Any:
+        """The class of this side, whatever the other has made of its own.
+
+        Raises:
+            LookupError: there is none.
+        """
+        return self._classes[name]
 
 
 class Encoder:
@@ -136,7 +182,6 @@ class Encoder:
 
     def __init__(self, table: Table, *, exact: bool) -> None:
         self.table, self.exact = table, exact
-        self._known_only = False
         self._parts: list[bytes] = []
         self._num_bytes = 0
 
@@ -154,15 +199,6 @@ class Encoder:
         for number in changed:
             self._put(struct.pack("<I", number))
             self._contents(self.table.objects[number], 0)
-
-    def known_contents(self, value: Any) -> bytes | None:
-        """What an object holds, others in it by their numbers; None where it holds what has not crossed yet."""
-        self._known_only = True
-        try:
-            self._contents(value, 0)
-        except _NewObject:
-            return None
-        return self.take()
 
     def take(self) -> bytes:
         """What has been appended."""
@@ -186,7 +222,7 @@ class Encoder:
             self._put(b"T" if value else b"F")
         elif kind is int:
             self._int(value)
-        elif kind is float:
+        elif kind is float and value == value:  # a NaN is told from others by its identity
             self._put(struct.pack("<cd", b"d", value))
         elif kind is str:
             if len(value) > MAX_BYTES:
@@ -200,12 +236,10 @@ class Encoder:
             self._put(b".")
         elif (number := self.table.number(value)) is not None:
             self._put(struct.pack("<cI", b"r", number))
-        elif (name := _type_name(value)) is not None:
+        elif (name := library.name_of(value, any_of_library=self.exact)) is not None:
             self._sized(b"P", name.encode())
-        elif not self.exact and (base := _base(kind, _PLAIN_ATOMS)) and self.table.class_name(kind) is None:
+        elif not self.exact and (base := self._atom(value, kind)):
             self._value(_PLAIN_ATOMS[base](value), depth)
-        elif self._known_only:
-            raise _NewObject
         else:
             self._object(value, kind, depth + 1)
 
@@ -226,9 +260,20 @@ class Encoder:
             self._instance(value, name, depth)
         elif isinstance(value, type) and (name := self.table.class_name(value)) is not None:
             self._sized(b"U", name.encode())
+        elif kind is float:
+            self._put(struct.pack("<cd", b"a", value))
+        elif known := library.state(value):
+            self._sized(b"L", known[0].encode())
+            self._items(known[1], depth)
         elif base := kind if kind in _TAGS else None if self.exact else _base(kind, _TAGS):
+            if base is dict and hasattr(kind, "__missing__"):
+                base = KeyedDict
             self._put(_TAGS[base])
-            if base is collections.deque:
+            if base is KeyedDict:
+                self._value(value.__missing__, depth)
+            elif base is library.ARRAY:
+                self._value(value.typecode, depth)
+            elif base is collections.deque:
                 self._value(value.maxlen, depth)
             elif base is collections.defaultdict:
                 self._value(value.default_factory, depth)
@@ -276,12 +321,10 @@ class Encoder:
 
     def _export(self, value: Any, depth: int) -> None:
         """Something that stays on this side."""
-        form = (
-            b"g" if isinstance(value, Iterator) else b"a" if isinstance(value, types.CoroutineType) else
-            b"f" if callable(value) else b"o"
-        )  # fmt: skip
-        if self.exact and form not in (b"g", b"f"):
-            raise NotPlainError(f"a value of type {type(value).__name__}")
+        form = _form(value)
+        # A test's iterator is only asked for items, so it must be nothing more; of an `object()` nothing can be asked.
+        if self.exact and (form in (b"o", b"c", b"s") or isinstance(value, io.IOBase)) and type(value) is not object:
+            raise NotPlainError(f"a value of type {type(value).__name__}", kind=type(value))
         self.table.exported.add(self.table.next_number - 1)
         self._put(b"x" + form)
         described = (getattr(value, name, None) for name in ("__name__", "__doc__"))
@@ -290,22 +333,35 @@ class Encoder:
 
     def _contents(self, value: Any, depth: int) -> None:
         """What an object holds: the items of the container that it is, its attributes where it is an instance."""
-        if isinstance(value, bytearray):
+        if isinstance(value, bytearray | library.ARRAY):
             self._sized(b"", bytes(value))
-        elif (base := _base(type(value), _ITEMS)) and (base not in _IMMUTABLE or self._is_plain(value)):
+        elif isinstance(value, library.STREAMS):
+            self._items([None, 0] if value.closed else [value.getvalue(), value.tell()], depth)
+        elif (base := _base(type(value), _ITEMS)) and (base not in _IMMUTABLE or not self._is_shared(type(value))):
             self._items(_ITEMS[base](value), depth)
         if self.table.class_name(type(value)) is not None:
             self._items(list(itertools.chain.from_iterable(_attributes(value).items())), depth)
 
-    def _is_plain(self, value: Any) -> bool:
-        """Whether it is written as the container that it is built on; the prompt's classes have theirs already."""
-        return self.table.class_name(type(value)) is None
+    def _atom(self, value: Any, kind: type) -> type | None:
+        """What an instance of the program's own subclass of a number or text is written as."""
+        base = None if kind is float else _base(kind, _PLAIN_ATOMS)
+        return base if base and not self._is_shared(kind) and library.state(value) is None else None
+
+    def _is_shared(self, kind: type) -> bool:
+        """Whether both sides have a class; other classes' instances are written as the container they are built on."""
+        return self.table.class_name(kind) is not None
 
     def _items(self, items: list[Any], depth: int) -> None:
         if len(items) > MAX_BYTES:
             raise NotPlainError(f"more than {MAX_BYTES} items", too_large=True)
         kinds = set(map(type, items))
-        if form := "q" if kinds == {int} else "d" if kinds == {float} else "":  # fast, for there may be many
+        if kinds == {str}:
+            texts = [text.encode("utf-8", "surrogatepass") for text in items]
+            self._put(struct.pack(f"<cI{len(items)}I", b"s", len(items), *map(len, texts)))
+            self._put(b"".join(texts))
+            return
+        form = "q" if kinds == {int} else "d" if kinds == {float} and not math.isnan(sum(items)) else ""
+        if form:  # fast, for there may be many
             try:
                 self._put(struct.pack(f"<cI{len(items)}{form}", form.encode(), len(items), *items))
                 return
@@ -323,10 +379,13 @@ class Decoder:
         table: the objects that references may name; new ones are added.
         data: what an `Encoder` wrote, or anything.
         proxy: makes the proxy of something that stays on the other side, of its number, form, type, name and text.
+        named: finds what the other side may name; see `library.py`.
     """
 
-    def __init__(self, table: Table, data: bytes, *, proxy: Callable[..., Any]) -> None:
-        self.table = table
+    def __init__(
+        self, table: Table, data: bytes, *, proxy: Callable[..., Any], named: Callable[[str], Any] = library.named
+    ) -> None:
+        self.table, self._named = table, named
         self.first_new, self.deepest = table.next_number, 0
         self._proxy = proxy
         self._data, self._at = memoryview(data), 0
@@ -351,7 +410,7 @@ class Decoder:
     def _checked(self, read: Callable[[], Any]) -> Any:
         try:
             return read()
-        except (TypeError, ValueError, ArithmeticError, struct.error, LookupError, AttributeError, OSError) as error:
+        except _MALFORMED as error:
             raise NotPlainError(f"malformed data: {error}") from None
 
     def _changes(self) -> list[int]:
@@ -364,7 +423,7 @@ class Decoder:
         for _ in range(num_changed):
             (number,) = self._unpack("I")
             value = self.table.objects[number]
-            if not is_mutable(value) and self.table.class_name(type(value)) is None:
+            if not self.table.can_change(value):
                 raise NotPlainError("a change of what cannot change")
             self._read_contents(value, 0)
             changed.append(number)
@@ -404,7 +463,7 @@ class Decoder:
             case b".":
                 return ...
             case b"P":
-                return _TYPES[self._sized().decode()]
+                return self._named(self._sized().decode())
             case b"r":
                 value = self.table.objects[self._unpack("I")[0]]
                 if value is _UNFINISHED:
@@ -429,9 +488,14 @@ class Decoder:
         elif (kind := _KINDS.get(tag)) in (tuple, frozenset):
             value = kind(self._items(depth))
         elif kind is not None:
-            value = kind(maxlen=self._value(depth)) if kind is collections.deque else kind()
+            if kind is collections.deque:
+                value = kind(maxlen=self._value(depth))
+            else:
+                value = kind(self._value(depth)) if kind is library.ARRAY else kind()
             self.table.set(number, value)
-            if kind is collections.defaultdict:
+            if kind is KeyedDict:
+                value.missing = self._value(depth)
+            elif kind is collections.defaultdict:
                 value.default_factory = self._value(depth)
             self._read_contents(value, depth)
             return value
@@ -442,6 +506,10 @@ class Decoder:
 
     def _immutable(self, tag: bytes, depth: int) -> Any:
         match tag:
+            case b"a":
+                return self._unpack("d")[0]
+            case b"L":
+                return library.restored(self._sized().decode(), self._items(depth))
             case b"M":
                 return decimal.Decimal(self._sized().decode())
             case b"Q":
@@ -461,30 +529,23 @@ class Decoder:
             case b"R":
                 return range(*(self._value(depth) for _ in range(3)))
             case b"n":
-                return self._class(self._sized().decode())(self._value(depth))
+                return self.table.class_named(self._sized().decode())(self._value(depth))
             case b"U":
-                return self._class(self._sized().decode())
+                return self.table.class_named(self._sized().decode())
             case b"e":
-                return exceptions.rebuild(self._items(depth), self.table.classes)
+                return exceptions.rebuild(self._items(depth), self.table.namespace)
         make = _MAKERS.get(tag)
         if make is None:
             raise NotPlainError("an unknown tag")
         return make(self._items(depth))
 
-    def _class(self, name: str) -> Any:
-        """A class that both sides have: the one of this side, whatever the other has made of its own."""
-        kind = self.table.classes[name]
-        if not isinstance(kind, type) or self.table.class_name(kind) != name:
-            raise NotPlainError("not a class of the prompt")
-        return kind
-
     def _instance(self, number: int, depth: int) -> Any:
-        kind = self._class(self._sized().decode())
+        kind = self.table.class_named(self._sized().decode())
         items = self._value(depth)
         base = _base(kind, _IMMUTABLE)
         if (base is None) != (items is None) or issubclass(kind, enum.Enum | BaseException):
             raise NotPlainError("an instance of another form")
-        new: Any = (base or _base(kind, _ITEMS) or object).__new__
+        new: Any = (base or _base(kind, _ITEMS) or _base(kind, {types.SimpleNamespace: 0}) or object).__new__
         value = new(kind) if base is None else new(kind, items)
         self.table.set(number, value)
         self._read_contents(value, depth)
@@ -494,6 +555,11 @@ class Decoder:
         """Give an object the contents that come next, in place and without a call of its own methods."""
         if isinstance(value, bytearray):
             bytearray.__setitem__(value, slice(None), self._sized())
+        elif isinstance(value, library.ARRAY):
+            del value[:]
+            value.frombytes(self._sized())
+        elif isinstance(value, library.STREAMS):
+            _refill(value, *self._items(depth))
         elif (base := _base(type(value), _ITEMS)) and base not in _IMMUTABLE:
             items = self._items(depth)
             if issubclass(base, dict):
@@ -518,16 +584,14 @@ class Decoder:
             raise NotPlainError("cut short")
         if form in (b"q", b"d"):
             return list(self._unpack(f"{count}{form.decode()}"))
+        if form == b"s":
+            ends = list(itertools.accumulate(self._unpack(f"{count}I"), initial=0))
+            if ends[-1] > len(self._data) - self._at:
+                raise NotPlainError("cut short")
+            start, self._at = self._at, self._at + ends[-1]
+            texts = bytes(self._data[start : self._at])
+            return [texts[i:j].decode("utf-8", "surrogatepass") for i, j in itertools.pairwise(ends)]
         return [self._value(depth) for _ in range(count)]
-
-
-class _NewObject(Exception):
-    """Something that has not crossed yet."""
-
-
-def is_mutable(value: Any) -> bool:
-    """Whether a call may change a container."""
-    return isinstance(value, _MUTABLE)
 
 
 def _base(kind: type, among: Mapping[type, Any]) -> type | None:
@@ -535,12 +599,38 @@ def _base(kind: type, among: Mapping[type, Any]) -> type | None:
     return next((base for base in kind.__mro__ if base in among), None)
 
 
-def _type_name(value: Any) -> str | None:
-    """The name of a builtin type; not of a class that says it is one."""
-    if type(value) is not type:
-        return None
-    name = str(value.__name__)
-    return name if _TYPES.get(name) is value else None
+def _form(value: Any) -> bytes:
+    """What a proxy of a value must be able to do."""
+    if isinstance(value, types.GeneratorType):
+        return b"g"
+    if isinstance(value, types.CoroutineType):
+        return b"c"
+    if isinstance(value, AsyncIterator):
+        return b"s"
+    if isinstance(value, Iterator):
+        return b"i"
+    if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
+        return b"f"
+    return b"k" if callable(value) else b"o"
+
+
+def _stream_bytes(stream: Any) -> bytes:
+    if stream.closed:
+        return b""
+    content = stream.getvalue()
+    text = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return bytes(text + stream.tell().to_bytes(8, "little"))
+
+
+def _refill(stream: Any, content: Any, place: Any) -> None:
+    """Give a stream in memory its content and its place; without content, close it."""
+    if content is None:
+        stream.close()
+        return
+    stream.seek(0)
+    stream.truncate()
+    stream.write(content)
+    stream.seek(place)
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -572,7 +662,8 @@ def _set_attributes(value: Any, attributes: dict[str, Any]) -> None:
 def _slots(kind: type) -> Iterator[tuple[str, Any]]:
     for base in kind.__mro__:
         for name, slot in vars(base).items():
-            if isinstance(slot, types.MemberDescriptorType) and base.__module__ == kind.__module__:
+            is_slot = isinstance(slot, types.MemberDescriptorType) and name != "__dict__"
+            if is_slot and base.__module__ == kind.__module__:
                 yield name, slot
 
 
@@ -597,7 +688,6 @@ def _items_view(items: list[Any]) -> Any:
 
 
 _UNFINISHED = object()
-_TYPES = {t.__name__: t for t in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)}
 _TAGS: dict[type, bytes] = {
     list: b"l",
     tuple: b"t",
@@ -609,6 +699,10 @@ _TAGS: dict[type, bytes] = {
     collections.OrderedDict: b"O",
     collections.defaultdict: b"h",
     collections.deque: b"q",
+    KeyedDict: b"k",
+    library.ARRAY: b"J",
+    io.StringIO: b"G",
+    io.BytesIO: b"H",
 }
 _KINDS: dict[bytes, Any] = {tag: kind for kind, tag in _TAGS.items()}
 _VIEWS: dict[bytes, type] = {b"K": type({}.keys()), b"V": type({}.values()), b"I": type({}.items())}
@@ -628,6 +722,17 @@ _ITEMS: dict[type, Callable[[Any], list[Any]]] = {
     collections.OrderedDict: _flat,
     collections.defaultdict: _flat,
     dict: _flat,
+}
+# The objects that a container holds; of a set in its order, which only a change disturbs.
+_HELD: dict[type, Callable[[Any], Sequence[Any]]] = {
+    list: lambda value: value if type(value) is list else list(list.__iter__(value)),
+    set: lambda value: list(set.__iter__(value)),
+    dict: lambda value: [*dict.keys(value), *dict.values(value)],
+    collections.deque: lambda value: list(collections.deque.__iter__(value)),
+    bytearray: bytes,  # of small integers, of which there is one each
+    library.ARRAY: lambda value: [value.typecode, *value.tobytes()],
+    io.StringIO: lambda value: _stream_bytes(value),
+    io.BytesIO: lambda value: _stream_bytes(value),
 }
 # What an instance of a subclass of something immutable is built on.
 _PLAIN_ATOMS: dict[type, Callable[[Any], Any]] = {

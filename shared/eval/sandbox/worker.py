@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import SandboxError
-from shared.eval.sandbox.asserts import CALLS_PER_NOTE
+from shared.eval.sandbox.asserts import TRANSPORT
 from shared.eval.sandbox.policy import Walls, library_folders, package_folders
 
 START_SECONDS = 60.0
@@ -23,9 +23,8 @@ START_SECONDS = 60.0
 VERDICTS = ("passed", "failed", "timed out", "killed", "error")
 _COUNT_SECONDS = 1.0
 _CPU_SECONDS_BEYOND = 2
-# A call's way to the program and back is no time of the program's: so much later ends the check for every call, but
-# never after so many times its limit.
-_SECONDS_PER_CALL = 250e-6
+# What messages between test and program take is no time of the program's and puts the deadline off, but never beyond
+# so many times its limit.
 _LONGEST = 10
 _MAX_LINE_BYTES = 1 << 20
 _ROOT = Path(__file__).parents[3]
@@ -235,7 +234,7 @@ class _Notes:
 
     loaded: bool = False
     num_held: int = 0
-    num_calls: int = 0
+    transport_seconds: float = 0.0
     verdict: bytes | None = None
 
     def add(self, line: bytes) -> None:
@@ -243,15 +242,17 @@ class _Notes:
             self.verdict = line
         self.loaded |= line == b"loaded"
         self.num_held += line == b"held"
-        self.num_calls += CALLS_PER_NOTE * (line == b"calls")
+        match line.split(b" "):
+            case [kind, number] if kind == TRANSPORT.encode() and number.isdigit():
+                self.transport_seconds += int(number[:18]) / 1e6
 
 
 def _read_notes(end: socket.socket, deadline: float, last: float) -> tuple[_Notes, bool]:
-    """What the checker writes until it ends or the deadline is there, which calls put off; and whether it ended."""
+    """What the checker writes until it ends or the deadline is there, which messages put off; and whether it ended."""
     notes, rest = _Notes(), b""
     while True:
         # One that never stops writing has none left either.
-        left = min(deadline + notes.num_calls * _SECONDS_PER_CALL, last) - time.monotonic()
+        left = min(deadline + notes.transport_seconds, last) - time.monotonic()
         if left <= 0 or not select.select([end], [], [], left)[0]:
             return notes, False
         try:
