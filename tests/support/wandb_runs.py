@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -11,7 +12,7 @@ def wandb_runs(folder):
     found = {}
     for path in folder.glob("wandb/offline-run-*/run-*.wandb"):
         run, code = None, None
-        for record in _records(path):
+        for record in _finished_records(path):
             run = record.run if record.HasField("run") else run
             code = record.exit.exit_code if record.HasField("exit") else code
         assert run.display_name not in found
@@ -23,7 +24,7 @@ def wandb_summary(folder, name):
     """The summary of a run recorded offline, as W&B's own records hold it."""
     for path in folder.glob("wandb/offline-run-*/run-*.wandb"):
         summary, run = {}, None
-        for record in _records(path):
+        for record in _finished_records(path):
             run = record.run if record.HasField("run") else run
             updates = record.summary.update if record.HasField("summary") else []
             summary |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
@@ -39,6 +40,16 @@ def wandb_steps(folder):
         steps = [record.history.step.num for record in _records(path) if record.HasField("history")]
         found.append((path.stem.removeprefix("run-"), steps))  # a killed run may have written nothing yet
     return found
+
+
+def _finished_records(path, patience_seconds=60):
+    """The records of a run that has ended: W&B's own process may still be writing when ours is done."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        records = list(_records(path))
+        if any(record.HasField("exit") for record in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.1)
 
 
 def _records(path):
