@@ -42,7 +42,7 @@ def wandb_steps(folder):
     return found
 
 
-def _finished_records(path, patience_seconds=60):
+def _finished_records(path, patience_seconds=15):
     """The records of a run that has ended: W&B's own process may still be writing when ours is done."""
     deadline = time.monotonic() + patience_seconds
     while True:
