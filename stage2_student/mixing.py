@@ -47,7 +47,7 @@ def mixed_pools(
 def _stretch(rows: Array, start: int, stop: int, seed: int, cache: int) -> tuple[Array, Array]:
     """The documents of a cache's sequence that start in rows `start` to `stop` of it, and where each starts."""
     whole = int(rows.sum())
-    docs, starts = [], []
+    docs, starts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]  # an epoch may take nothing of a tiny cache
     for cycle in range(start // whole, -(-stop // whole)):
         random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(cache, cycle)))
         order = np.concatenate(list(shuffled_pools(len(rows), random)))

@@ -34,7 +34,10 @@ def request_digest(
         return None
     held_out = Cache(validation).shard_digests if validation else None
     shards = [Cache(path).shard_digests for path in caches]
-    return sha256_json([dict(settings), shards, weights, held_out])
+    try:
+        return sha256_json([dict(settings), shards, weights, held_out])
+    except ValueError:  # a value that is not finite, which the config refuses by name
+        return None
 
 
 def is_up_to_date(out: Path, request: str | None) -> bool:

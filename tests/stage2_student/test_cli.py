@@ -18,6 +18,7 @@ def asked(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(stage2_student.train, "train", lambda *given, **named: calls.append((*given, named)))
     monkeypatch.setattr("stage2_student.cli._open", lambda *paths: None)
+    monkeypatch.setattr("stage2_student.request.request_digest", lambda *request: None)
     monkeypatch.chdir(tmp_path)
 
     def ask(*caches):

@@ -31,6 +31,7 @@ def epoch_documents(lengths, weights, *, seed=0, epoch):
 @settings(max_examples=80, deadline=None)
 @given(caches=caches, seed=st.integers(0, 2**40), epochs=st.integers(1, 6))
 @example(caches=[([2], 1.0), ([2], 1.0), ([2], 1.0)], seed=0, epochs=3)
+@example(caches=[([2], 1.0), ([2], 2.0)], seed=0, epochs=3)
 @example(caches=[([2, 1, 1], 1000.0), ([40] * 30, 0.001)], seed=0, epochs=2)
 def test_shares_and_cycles(caches, seed, epochs):
     lengths, weights = zip(*caches, strict=True)

@@ -103,10 +103,10 @@ def test_a_run_ends_with_its_best_epoch_and_is_scored_in_float32(made, proved):
         assert run["validation_nll_nats"][run["best_epoch"] - 1] == best
         assert read_json(folder / "run.json")["metrics"]["eval_ce"] == best
         validation = evaluate_fidelity(folder, made / "validation", dtype="float32", batch_tokens=64)
-        assert validation["nll_nats"] == pytest.approx(best, rel=1e-5)
+        assert validation.nll_nats == pytest.approx(best, rel=1e-5)
         test = evaluate_fidelity(folder, made / "test", dtype="float32", batch_tokens=64)
-        assert run["nll_nats"] == pytest.approx(test["nll_nats"], rel=1e-5)
-        assert run["kl_to_teacher_nats"] == pytest.approx(test["kl_to_teacher_nats"], rel=1e-5)
+        assert run["nll_nats"] == pytest.approx(test.nll_nats, rel=1e-5)
+        assert run["kl_to_teacher_nats"] == pytest.approx(test.kl_to_teacher_nats, rel=1e-5)
         assert not list(folder.glob("checkpoint-*"))
 
 
