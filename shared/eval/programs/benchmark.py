@@ -264,7 +264,9 @@ def summarise(
         "share_parses": _share(parses),
         "num_problems": len(problems),
         "num_samples": len(completions),
-        "num_passed": None if verdicts is None else sum(any(v.verdict == "passed" for v in of_task) for of_task in found),
+        "num_passed": None
+        if verdicts is None
+        else sum(any(v.verdict == "passed" for v in of_task) for of_task in found),
         "verdicts": dict(sorted(counts.items())),
         "bounds": bounds,
         "not_judged": not_judged,

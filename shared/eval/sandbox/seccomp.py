@@ -33,8 +33,8 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "mremap": (25, 216),
     "madvise": (28, 233),
     "dup": (32, 23),
-    # asyncio's event loop: it waits with epoll, and wakes itself through a pair of sockets that leads nowhere else. Only
-    # plain bytes go through that: no addresses, no descriptors (sendmsg), no flags (out-of-band data had kernel bugs).
+    # asyncio's event loop: it waits with epoll, and wakes itself through a pair of sockets that leads nowhere else.
+    # Only plain bytes go through it: no address, no descriptor (sendmsg), no flag (out-of-band data had kernel bugs).
     "sendto": (44, 206),
     "recvfrom": (45, 207),
     "getsockname": (51, 204),
