@@ -3,6 +3,7 @@
 
 from shared.eval.sandbox.runner import Candidate, run_candidates
 from tests.support import sandbox_crossing as crossing
+from tests.support import sandbox_library as library
 
 TEST = """
 def check(candidate):
@@ -410,10 +411,12 @@ DISHONEST = {
 
 def honest_rows():
     """Of each its name, itself and the verdicts that are right."""
-    prompts = HONEST_PROMPTS | crossing.HONEST_PROMPTS
-    rows = [(name, program(body, test), ["passed"]) for name, (body, test) in (HONEST | crossing.HONEST).items()]
+    honest = HONEST | crossing.HONEST | library.HONEST
+    prompts = HONEST_PROMPTS | crossing.HONEST_PROMPTS | library.HONEST_PROMPTS
+    not_judged = crossing.NOT_JUDGED | library.NOT_JUDGED
+    rows = [(name, program(body, test), ["passed"]) for name, (body, test) in honest.items()]
     rows += [(name, program(body, test, head), ["passed"]) for name, (head, body, test) in prompts.items()]
-    rows += [(name, program(body, test), ["error"]) for name, (body, test) in crossing.NOT_JUDGED.items()]
+    rows += [(name, program(body, test), ["error"]) for name, (body, test) in not_judged.items()]
     dishonest = DISHONEST | crossing.DISHONEST
     return rows + [(name, program(body, test), ["failed"]) for name, (body, test) in dishonest.items()]
 
@@ -429,10 +432,9 @@ def hostile_rows(*, slow, confine_reads=True):
     for name, (body, right, *test) in HOSTILE.items():
         rows.append((name, program(body, *test), [right] if isinstance(right, str) else list(right)))
     not_passed = ["failed", "killed"]
-    rows += [(name, program(body, test), not_passed) for name, (body, test) in crossing.HOSTILE.items()]
-    rows += [
-        (name, program(body, test, head), not_passed) for name, (head, body, test) in crossing.HOSTILE_PROMPTS.items()
-    ]
+    hostile, prompts = crossing.HOSTILE | library.HOSTILE, crossing.HOSTILE_PROMPTS | library.HOSTILE_PROMPTS
+    rows += [(name, program(body, test), not_passed) for name, (body, test) in hostile.items()]
+    rows += [(name, program(body, test, head), not_passed) for name, (head, body, test) in prompts.items()]
     if not confine_reads:
         rows = [row for row in rows if row[0] != "answers from files"]
     return [row for row in rows if ("timed out" in row[2]) == slow]

@@ -19,10 +19,10 @@ from shared.eval.sandbox import solver
 from shared.eval.sandbox.asserts import FAILED, HELD, SECONDS_PER_NOTE, TRANSPORT, count_asserts
 from shared.eval.sandbox.channel import Channel, read_all, write_all
 from shared.eval.sandbox.classes import defined
+from shared.eval.sandbox.needs import Needs
 from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
 from shared.eval.sandbox.proxies import ITERATING, TEST_METHODS, Remote, describe_entry_point, make_proxy
 from shared.eval.sandbox.surroundings import Surroundings, wanted
-from shared.eval.sandbox.test_text import TestText
 from shared.eval.sandbox.values import NotPlainError, Table
 
 # Words of a test that looks at the entry point itself.
@@ -51,7 +51,7 @@ class _Check:
         """From the job to the verdict."""
         job = json.loads(read_all(self._verdicts))
         random.seed(1)
-        self._text = TestText(job["test"], job["entry_point"])
+        self._needs = Needs(job["test"], job["entry_point"])
         try:
             code = compile(count_asserts(job["test"]), "<test>", "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError) as error:
@@ -101,12 +101,12 @@ class _Check:
         """Why a failure of this test says nothing about the program; empty where it does."""
         if self._misses_a_name(error):
             return "the test uses a name of the program, so it needs one process with it (same_process)"
-        needs = self._text.one_process
+        needs = self._needs.one_process
         return f"the test needs one process with the program, for {needs}" if needs else ""
 
     def _misses_a_name(self, error: BaseException) -> bool:
         """Whether the test's own text reads a name that it never binds; an unset local is the program's doing."""
-        if not isinstance(error, NameError) or isinstance(error, UnboundLocalError) or error.name in self._text.bound:
+        if not isinstance(error, NameError) or isinstance(error, UnboundLocalError) or error.name in self._needs.bound:
             return False
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
@@ -172,7 +172,7 @@ class _Check:
         except NotPlainError as error:
             if error.kind is not None and issubclass(error.kind, Remote):
                 self.end("failed", "a copy of what stays with the program goes back to it")
-            if error.too_large and (self._text.passes_answers_back or (peer is not None and peer.has_received_much)):
+            if error.too_large and (self._needs.passes_answers_back or (peer is not None and peer.has_received_much)):
                 self.end("failed", f"an argument made of the program's answers: {error}")
             self.end("error", f"the test passes {error}, so it needs one process with the program (same_process)")
 

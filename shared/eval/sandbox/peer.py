@@ -129,9 +129,8 @@ class Peer:
             self.table.forget_from(first_new)
             raise
         self.table.agree([*changed, *range(first_new, self.table.next_number)])
-        message = how + encoder.take()
+        self._deliver(how + encoder.take())
         self._count(start)
-        self._deliver(message)
 
     def _deliver(self, message: bytes) -> None:
         try:

@@ -1,13 +1,25 @@
 """What crosses between solver and checker: values as they were, and never anything else from any bytes."""
 
+import array
 import collections
 import contextlib
+import http
+import io
+import ipaddress
+import math
+import pathlib
+import re
 import struct
+import time
+import types
+import urllib.parse
+import uuid
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.eval.sandbox import library
 from shared.eval.sandbox.seccomp import NUMBERS, build_filter
 from shared.eval.sandbox.values import MAX_DEPTH, Decoder, Encoder, NotPlainError, Table
 
@@ -89,6 +101,64 @@ def test_a_damaged_value_is_a_value_or_refused(value, data):
     damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(NotPlainError):
         decoded(bytes(damaged))
+
+
+def test_values_of_the_library_are_kept():
+    value = [
+        collections.ChainMap({"a": 1}, {"b": [2]}), collections.UserDict(a=1), collections.UserList([1]),
+        collections.UserString("a"), types.SimpleNamespace(a=1), array.array("d", [1.5]), slice(1, None),
+        NotImplemented, pathlib.PurePosixPath("a/b"), uuid.UUID(int=5), types.MappingProxyType({1: 2}),
+        http.HTTPStatus.NOT_FOUND,
+        re.I | re.M, urllib.parse.urlsplit("http://a/b"), ipaddress.ip_network("10.0.0.0/8"), time.gmtime(0),
+        ValueError,
+    ]  # fmt: skip
+    back = decoded(encoded(value))
+    assert [type(v) for v in back] == [type(v) for v in value]
+    assert repr(back) == repr(value)
+    assert back[-1] is ValueError
+
+
+def test_a_test_names_functions_of_the_library_and_a_program_does_not():
+    data = encoded([math.sqrt, str.upper, collections.abc.Mapping])
+    found = Decoder(Table(), data, proxy=lambda *described: described, named=library.any_named).decode()
+    assert found == [math.sqrt, str.upper, collections.abc.Mapping]
+    with pytest.raises(NotPlainError):
+        decoded(data)
+    for name in (b"os:system", b"unittest.mock:ANY", b"builtins:eval", b"eval"):
+        with pytest.raises(NotPlainError):
+            decoded(b"P" + struct.pack("<I", len(name)) + name)
+
+
+def test_nans_are_told_apart_by_identity():
+    one, other = float("nan"), float("nan")
+    a, b, c, d = decoded(encoded([one, one, other, math.nan]))
+    assert a is b and a is not c and d is math.nan and all(map(math.isnan, (a, c, d)))
+
+
+@pytest.mark.parametrize("make", [io.StringIO, io.BytesIO])
+def test_streams_in_memory_keep_content_and_place(make):
+    pair = Pair()
+    text = "ab\n\u20ac" if make is io.StringIO else b"ab\n\xff"
+    ours = make(text)
+    ours.read(1)
+    theirs = pair.send(ours)
+    assert (theirs.tell(), theirs.getvalue(), theirs.read(1)) == (1, text, text[1:2])
+    theirs.seek(0)
+    theirs.truncate()
+    theirs.write(text * 2)
+    assert pair.send_back(theirs) is ours and ours.getvalue() == text * 2
+    theirs.close()
+    pair.send_back(theirs)
+    assert ours.closed
+
+
+def test_a_change_to_something_equal_is_one():
+    pair = Pair()
+    ours = [1, 0.0, "a"]
+    theirs = pair.send(ours)
+    theirs[:2] = [True, -0.0]
+    pair.send_back(theirs)
+    assert repr(ours) == "[True, -0.0, 'a']"
 
 
 def test_identity_is_kept():

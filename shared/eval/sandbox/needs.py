@@ -18,7 +18,7 @@ _CROSSING = frozenset(("sys.stdin", "sys.stdout", "sys.stderr"))
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
-class TestText:
+class Needs:
     """What a test tells of itself; read when it is asked for, for most programs need none of it.
 
     Args:
