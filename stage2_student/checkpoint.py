@@ -20,6 +20,8 @@ from shared.process import log
 RUN_FORMAT, RUN_VERSION = "codedistill-run", 2  # of run.json
 MARKER = "COMPLETE"
 WINDOW = "window.json"  # the last file that training writes into a checkpoint: the loss sums since the last log
+# What a save writes; anything else that lies in a checkpoint's folder by then is somebody else's.
+_SAVED = {".safetensors", ".pt", ".pth", ".bin", ".json", ".distcp"}
 # What systems put into folders at any time, and take away again.
 _SIDE_FILE = re.compile(r"\.nfs.*|\.DS_Store|\._.*")
 
@@ -63,7 +65,7 @@ def checkpoints(run: Path) -> list[Path]:
 def require_no_file(checkpoint: Path) -> None:
     """Raise `ResumeError` where a file that is no checkpoint stands under a checkpoint's name."""
     require(
-        checkpoint.is_dir() or not checkpoint.exists(),
+        checkpoint.is_dir() or not (checkpoint.exists() or checkpoint.is_symlink()),
         "a file stands where a checkpoint goes",
         error=ResumeError,
         where=checkpoint,
@@ -146,27 +148,29 @@ def remove_leftovers(run: Path) -> None:
 def rotate(run: Path, keep: int, best: str | None = None) -> None:
     """Remove the oldest complete checkpoints beyond `keep`, but never the best; called after the newest was sealed."""
     for path in [path for path in checkpoints(run) if (path / MARKER).exists()][:-keep]:
-        if best is None or path != Path(best):
+        if best is None or path.name != Path(best).name:  # the run may have been moved since
             _remove(path)
 
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint; what cannot be removed is named and left, since training is worth more."""
-    with contextlib.suppress(FileNotFoundError):
-        (checkpoint / MARKER).unlink()  # first, so that a half-removed folder never counts
     try:
-        if checkpoint.is_symlink():
+        if checkpoint.is_symlink():  # what it leads to is not ours to remove
             checkpoint.unlink()
-        else:
-            shutil.rmtree(checkpoint)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            (checkpoint / MARKER).unlink()  # first, so that a half-removed folder never counts
+        shutil.rmtree(checkpoint)
     except OSError as error:
         log(f"{checkpoint} cannot be removed: {error}")
 
 
 def _files(checkpoint: Path) -> Iterator[Path]:
-    """What training wrote."""
-    files = (file for file in sorted(checkpoint.rglob("*")) if file.is_file() and not is_side_file(file))
-    return (file for file in files if file != checkpoint / MARKER)
+    """What training wrote: by name, and `.metadata` of torch's distributed checkpoints."""
+    for file in sorted(checkpoint.rglob("*")):
+        is_saved = file.suffix in _SAVED or file.name == ".metadata"
+        if file.is_file() and is_saved and not is_side_file(file):
+            yield file
 
 
 def _describe(file: Path) -> dict[str, Any]:

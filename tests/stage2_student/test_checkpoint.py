@@ -22,7 +22,7 @@ def make(run, *steps, complete=True):
         folder = run / f"checkpoint-{step}"
         (folder / "deep").mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"weights")
-        (folder / "deep" / "state").write_bytes(b"state")
+        (folder / "deep" / "state.pt").write_bytes(b"state")
         if complete:
             seal(folder)
 
@@ -92,7 +92,7 @@ def test_rotation_killed_half_way_leaves_nothing_that_counts(tmp_path, monkeypat
 
 def test_the_best_checkpoint_outlives_rotation(tmp_path):
     make(tmp_path, 10, 20, 30)
-    rotate(tmp_path, 1, best=str(tmp_path / "checkpoint-10"))
+    rotate(tmp_path, 1, best="/where/the/run/was/checkpoint-10")
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-30"]
 
 
@@ -102,8 +102,8 @@ def flip(path):
 
 HARMS = [
     (lambda folder: flip(folder / "model.safetensors"), "model.safetensors is not what was saved"),
-    (lambda folder: (folder / "deep/state").write_bytes(b"stat"), "deep/state is not what was saved"),
-    (lambda folder: (folder / "deep/state").unlink(), "deep/state is missing"),
+    (lambda folder: (folder / "deep/state.pt").write_bytes(b"stat"), "deep/state.pt is not what was saved"),
+    (lambda folder: (folder / "deep/state.pt").unlink(), "deep/state.pt is missing"),
     (lambda folder: (folder / MARKER).write_bytes(b""), "not valid JSON"),
     (lambda folder: (folder / MARKER).write_text("[]"), "names no files"),
     (lambda folder: (folder / MARKER).write_text('{"files": {}}'), "names no files"),
@@ -161,11 +161,12 @@ def test_what_systems_leave_is_not_sealed(tmp_path):
     """They take such files away again."""
     make(tmp_path, 10, complete=False)
     folder = tmp_path / "checkpoint-10"
-    for name in (".DS_Store", "._model.safetensors", ".nfs000000000000001"):
+    for name in (".DS_Store", "._model.safetensors", ".nfs000000000000001", "notes.txt", "model.safetensors.sha256"):
         (folder / name).write_bytes(b"x")
     (folder / ".metadata").write_bytes(b"torch's own, of a distributed checkpoint")
     seal(folder)
     (folder / ".nfs000000000000001").unlink()
+    (folder / "notes.txt").write_text("edited later")
     assert damage(folder) is None
     (folder / ".metadata").unlink()
     assert damage(folder) == ".metadata is missing"
@@ -179,6 +180,9 @@ def test_a_file_under_a_checkpoints_name_is_not_ours(tmp_path):
     assert (tmp_path / "checkpoint-8").read_text() == "notes about step 8"
     with pytest.raises(ResumeError, match=r"a file stands where a checkpoint goes; where: .*checkpoint-8; fix: "):
         require_no_file(tmp_path / "checkpoint-8")
+    (tmp_path / "checkpoint-9").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ResumeError, match="a file stands"):
+        require_no_file(tmp_path / "checkpoint-9")
     for step in (4, 12):
         require_no_file(tmp_path / f"checkpoint-{step}")
 
@@ -193,7 +197,7 @@ def test_a_checkpoint_that_lies_elsewhere_counts_and_only_its_link_is_removed(tm
     make(run, 30)
     rotate(run, 1)
     assert names(run) == ["checkpoint-30", "damaged-checkpoint-20"]
-    assert (elsewhere / "model.safetensors").read_bytes() == b"weights"
+    assert damage(elsewhere) is None
 
 
 def test_a_checkpoint_that_cannot_be_removed_ends_no_training(tmp_path, monkeypatch, capsys):
