@@ -128,7 +128,7 @@ proof: setup ## losses compared in paired seeds, from the demo teacher (2 hours 
 	$(DISTILL) student proof --config $(PROOF_CONFIG) --jobs $(PROOF_JOBS) --teacher $(DEMO_TEACHER) --out $(PROOF_OUT) \
 	  --cache $(PROOF_OUT)/cache-train --validation $(PROOF_OUT)/cache-validation --test $(PROOF_OUT)/cache-test
 
-test: setup ## the test suite, at most 6 minutes on 2 quiet cores
+test: setup ## the test suite
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: setup ## ruff, mypy, import-linter and the tests
