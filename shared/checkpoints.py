@@ -68,7 +68,7 @@ def locate_model(name: str, cache_dir: Path | None = None) -> Path:
     """
     commit = None
     if cache_dir and not Path(name).is_dir():
-        teacher = Cache(cache_dir).manifest["identity"]["teacher"]
+        teacher = Cache(cache_dir).manifest.identity["teacher"]
         commit = teacher.get("commit") if teacher.get("name") == name else None
     if commit:
         log(f"{name}: commit {commit}, which made {cache_dir}")

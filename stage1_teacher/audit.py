@@ -34,12 +34,11 @@ from torch import Tensor
 
 from shared.batching import plan_batches
 from shared.cache.codec import decode_tail
-from shared.cache.format import MAX_MARGIN, Array, shard_name
+from shared.cache.format import MAX_MARGIN, Array
 from shared.cache.reader import Cache
 from shared.cache.shard import Shard
 from shared.checkpoints import ModelFiles, identify_model, load_frozen
 from shared.errors import CacheMismatchError, require
-from shared.files import read_json
 from shared.logits import LogitSource
 from shared.progress import progress
 from shared.tokenizer import load_tokenizer, tokenizer_digest
@@ -112,11 +111,11 @@ def audit_cache(
     worst = int(ratio.argmax())
     ends = np.cumsum([part.shape[1] for part in deviations])
     number = int(np.searchsorted(ends, worst, side="right"))
-    digests = _differing_digests(cache.manifest["identity"], files)
+    digests = _differing_digests(cache.manifest.identity, files)
     return {
         "passed": rows_pass and not digests,
         "digests_that_differ": digests,
-        "declared": bool(cache.manifest["identity"].get("declared")),
+        "declared": bool(cache.manifest.identity.get("declared")),
         "rows_pass": rows_pass,
         "documents": len(chosen),
         "rows": len(ratio),
@@ -134,7 +133,7 @@ def audit_cache(
 
 def _load_teacher(cache: Cache, files: ModelFiles, device_map: str) -> tuple[LogitSource, str, float]:
     """The teacher's logits in the labels' dtype, that dtype, and √(2L) (u + √D · 2⁻²⁴) of the tolerance."""
-    labels = cache.manifest["identity"]["labels"]
+    labels = cache.manifest.identity["labels"]
     dtype = labels.get("dtype", "bfloat16")  # an import does not say; most teachers run in it
     require(
         dtype in UNIT_ROUNDOFF,
@@ -193,7 +192,7 @@ def _audit_document(cache: Cache, document: int, source: LogitSource) -> Tensor:
     first = cache.shard_indptr[number]
     shard, local = cache.load_shard(number), document - first
     lengths = np.diff(shard.doc_indptr)
-    budget = read_json(cache.path / f"{shard_name(number)}.json").get("token_budget")
+    budget = cache.record(number).capture.get("token_budget")
     batch = [local]
     if budget is not None:
         batch = next(batch for batch in plan_batches(lengths.tolist(), budget) if local in batch)
@@ -212,9 +211,9 @@ def _audit_document(cache: Cache, document: int, source: LogitSource) -> Tensor:
             logits_NV[:, : cache.tokenizer_size],
             chunk,
             temperatures=cache.temperatures,
-            codec=cache.manifest["codec"],
+            codec=cache.manifest.codec,
             tail_scale=shard.tail_scale,
-            num_codings=2 if "derived_from" in cache.manifest else 1,
+            num_codings=2 if cache.manifest.derived_from else 1,
         )
         parts.append(deviations.cpu())
         done += len(logits_NV)

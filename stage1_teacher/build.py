@@ -12,11 +12,11 @@ from typing import Any
 from data.load import load_documents
 from data.records import Document, DocumentSet
 from shared import tracking
-from shared.cache.derive import Input
 from shared.cache.directory import has_leftovers, is_finished, plain_errors
-from shared.cache.format import BUILD, MANIFEST, shard_name
+from shared.cache.format import BUILD, MANIFEST
 from shared.cache.identity import require_same_labels
-from shared.cache.manifest import read_manifest
+from shared.cache.manifest import read_manifest, read_record
+from shared.cache.reader import Cache
 from shared.cache.writer import CacheWriter
 from shared.checkpoints import ModelFiles, head_and_positions, identify_model
 from shared.config import to_dict
@@ -50,7 +50,7 @@ class Task:
     out: Path
     files: ModelFiles
     data: DocumentSet
-    skip_in: tuple[Input, ...]
+    skip_in: tuple[Cache, ...]
 
     def request(self) -> dict[str, Any]:
         """What was asked for, by content: `build.json` holds it, and a resume must match it."""
@@ -63,7 +63,7 @@ class Task:
                 "tokenizer_files_digest": files.tokenizer_files_digest,
             },
             "sources": [{"name": data.name, "split": data.split, "revision": data.revision, "digest": data.digest}],
-            "skip_in": [cache.digest() for cache in self.skip_in],
+            "skip_in": [cache.manifest.digest for cache in self.skip_in],
             **{key: value for key, value in to_dict(self.config).items() if key in OPTIONS},
         }
 
@@ -117,7 +117,7 @@ class Task:
     def require_skipped_labels(self, identity: dict[str, Any] | None, tokenizer: Tokenizer) -> None:
         """Refuse skipped documents whose labels are of another kind than this build's, as far as those are known."""
         for cache in self.skip_in:
-            theirs = cache.manifest["identity"]
+            theirs = cache.manifest.identity
             # The head's precision is known once the teacher is loaded.
             ours = identity or self.identity(tokenizer, theirs["labels"].get("head", "none"))
             require_same_labels(theirs, ours, ours_name=cache.path, theirs_name="this build")
@@ -139,7 +139,7 @@ def build_cache(config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = (
         CacheMismatchError: `skip_in` names a cache of another label identity.
     """
     files, data = find_inputs(config)
-    task = Task(config=config, out=out, files=files, data=data, skip_in=tuple(map(Input.open, skip_in)))
+    task = Task(config=config, out=out, files=files, data=data, skip_in=tuple(map(Cache, skip_in)))
     if world_size() == 1 and _is_done(task):  # answered without loading torch
         log(f"{out} is up to date")
         return
@@ -259,8 +259,8 @@ def _new_documents(task: Task) -> Sequence[Document]:
     known = {
         meta.get("digest")
         for cache in task.skip_in
-        for shard in range(cache.manifest["num_shards"])
-        for meta in cache.documents(shard)
+        for shard in range(cache.num_shards)
+        for meta in cache.document_meta(shard)
     }
     new = [document for document in documents if document.digest not in known]
     log(f"{len(documents) - len(new):,} of {len(documents):,} documents are skipped: --skip-in holds them")
@@ -274,13 +274,13 @@ def _opened(out: Path, options: dict[str, Any]) -> Iterator[CacheWriter | None]:
     from shared.distributed import agree
 
     with contextlib.ExitStack() as stack:
-        if is_main_process():  # the others come when it has claimed the folder
+        if is_main_process():  # the others come when it has locked the folder
             writer = stack.enter_context(CacheWriter(out, options))
         if agree([is_main_process() and writer.finished]) == [1]:
             yield None
             return
         if not is_main_process():
-            writer = stack.enter_context(CacheWriter(out, options, leads=False))
+            writer = stack.enter_context(CacheWriter(out, options, is_main_process=False))
         yield writer
 
 
@@ -306,13 +306,13 @@ def _finish(task: Task, writer: CacheWriter, tokenizer: Tokenizer, source: dict[
     out = task.out
     with plain_errors(out):
         save_tokenizer(tokenizer, out / "tokenizer")
-    records = [read_json(out / f"{shard_name(shard)}.json") for shard in range(writer.build["num_shards"])]
-    fused = all(record["fused_head"] for record in records)
+    records = [read_record(out, shard) for shard in range(writer.build["num_shards"])]
+    fused = all(record is not None and record.capture["fused_head"] for record in records)
     identity = task.identity(tokenizer, "float32" if fused else task.config.dtype)
     task.require_skipped_labels(identity, tokenizer)
     writer.finish(identity, [source])
     digests = {
-        "label_identity": read_manifest(out)["label_identity"],
+        "label_identity": read_manifest(out).label_identity,
         "manifest_sha256": sha256_file(out / MANIFEST),
     }
     run.refer_to("logit-cache", out.name, out, digests)

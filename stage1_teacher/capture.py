@@ -272,18 +272,16 @@ class ShardSink:
         self._tokenizer_size: int = writer.build["tokenizer_size"]
         self._bytes = self._tokens = 0
 
-    def write(
-        self, shard: int, first_segment: int, segments: Sequence[Segment], captured: Captured, token_budget: int
-    ) -> None:
+    def write(self, shard: int, segments: Sequence[Segment], captured: Captured, token_budget: int) -> None:
         """Write one shard; its JSON records the batches' token budget, so that an audit runs the same batches."""
         least = least_bytes_per_token(self._config, self._tokenizer_size)
         bytes_per_token = self._bytes / self._tokens if self._tokens else least
         require_space(self._writer.path, (self._bar.total - self._tokens) * world_size(), bytes_per_token)
         arrays, excess_mass = to_arrays(captured, segments, self._config, self._tokenizer_size)
-        own = {"token_budget": token_budget, "excess_mass": excess_mass, "first_document": first_segment}
+        own = {"token_budget": token_budget, "excess_mass": excess_mass}
         record = self._writer.write_shard(shard, arrays, {**self._extra, **own})
-        statistics = record["statistics"]
-        self._bytes += record["bytes"]
+        statistics = record.statistics
+        self._bytes += record.bytes
         self._tokens += statistics["tokens"]
         self._run.log(
             {
@@ -352,7 +350,7 @@ def capture_shards(
         for shard, positions in shards.items():
             segments = [all_segments[i] for i in positions]
             captured, budget = _capture_within_memory(source, segments, config, tokenizer_size, advance)
-            background.start(sink.write, shard, positions.start, segments, captured, budget)
+            background.start(sink.write, shard, segments, captured, budget)
         background.wait()
 
 

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.batching import plan_batches
-from shared.cache.derive import select
 from shared.cache.encode import encode_shard
 from shared.cache.format import Array, ShardArrays
-from shared.cache.rows import truncate
+from shared.cache.rows import select, truncate
 from shared.checkpoints import ModelFiles, device_kinds
 from shared.errors import ConfigError, require
 from shared.files import to_json
@@ -315,7 +314,7 @@ def weigh_choices(
         temperatures=config.temperatures,
         tokenizer_size=tokenizer_size,
         head_width=head_width,
-        compression=config.filter,
+        filter=config.filter,
     )
     bare = replace(pilot.arrays, samples=None)
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.cache.format import CLAIM
 from shared.errors import ConfigError, ResumeError, require
 from shared.files import fsync_directory, read_json, sha256_file, write_json
+from shared.lock import LOCK
 from shared.process import log
 
 RUN_FORMAT, RUN_VERSION = "codedistill-run", 2  # of run.json
@@ -129,8 +129,8 @@ def _set_aside(path: Path, wrong: str) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what a kill leaves of `shared.files.write_bytes` or of a claim."""
-    return path.name == CLAIM or re.fullmatch(r"\..+\.tmp-\d+", path.name) is not None
+    """Whether a file is what a kill leaves of `shared.files.write_bytes` or of a lock."""
+    return path.name == LOCK or re.fullmatch(r"\..+\.tmp-\d+", path.name) is not None
 
 
 def is_side_file(path: Path) -> bool:
@@ -141,7 +141,7 @@ def is_side_file(path: Path) -> bool:
 def remove_leftovers(run: Path) -> None:
     """Remove the temporary files that a killed process left."""
     for path in list(run.iterdir()):
-        if is_leftover(path) and path.name != CLAIM and path.is_file():
+        if is_leftover(path) and path.name != LOCK and path.is_file():
             path.unlink(missing_ok=True)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from shared.cache.format import Array
-from shared.cache.order import POOL_WINDOWS, WINDOW_DOCUMENTS, shuffled_pools
+from stage2_student.order import POOL_WINDOWS, WINDOW_DOCUMENTS, shuffled_pools
 
 POOL_DOCUMENTS = WINDOW_DOCUMENTS * POOL_WINDOWS
 

@@ -1,6 +1,6 @@
 """The pack plan: which segments of which documents share a block: a pure function of lengths, size, seed and epoch.
 
-Documents come in the order of `shared.cache.order`, which still reads a cache almost in sequence, or mixed by weight
+Documents come in the order of `stage2_student.order`, which still reads a cache almost in sequence, or mixed by weight
 from several caches. Each pool of documents is packed best-fit decreasing, and its blocks are shuffled.
 """
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shared.cache.order import shuffled_pools
 from stage2_student.mixing import mixed_pools
+from stage2_student.order import shuffled_pools
 
 
 class Segment(NamedTuple):

@@ -32,8 +32,8 @@ def request_digest(
     """
     if any(value is not None for value in others.values()):
         return None
-    held_out = Cache(validation).shard_digests if validation else None
-    shards = [Cache(path).shard_digests for path in caches]
+    held_out = Cache(validation).manifest.shard_digests if validation else None
+    shards = [Cache(path).manifest.shard_digests for path in caches]
     try:
         return sha256_json([dict(settings), shards, weights, held_out])
     except ValueError:  # a value that is not finite, which the config refuses by name

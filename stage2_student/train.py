@@ -19,13 +19,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from shared import tracking
 from shared.cache.identity import require_same
-from shared.cache.lock import Claim
 from shared.cache.reader import DECODED_BYTES, Cache
 from shared.checkpoints import WEIGHTS
 from shared.config import to_dict
 from shared.distributed import agree, joined
 from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
 from shared.files import read_json, sha256_file, sha256_json, write_bytes, write_json
+from shared.lock import Lock
 from shared.machine import machine, versions
 from shared.model.gpt import GPT, GPTConfig
 from shared.options import command_line
@@ -108,7 +108,7 @@ def train(
             task = check(config, cache_paths, out, weights, validation_path, init_from)
             if not task.is_done(out):
                 out.mkdir(parents=True, exist_ok=True)
-                held.callback(Claim(out, "training in this folder").release)
+                held.callback(Lock(out, "training in this folder").release)
                 task = check(
                     config, cache_paths, out, weights, validation_path, init_from
                 )  # nobody can change it any more
@@ -290,7 +290,7 @@ def _finish(trainer: DistillTrainer, task: Task, out: Path, run: tracking.Run, *
         finished = {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)}
         write_json(out / "run.json", record | finished)
         log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
-    agree([0])  # the claim holds until all are here
+    agree([0])  # the lock holds until all are here
 
 
 def _head_loss(config: StudentConfig, caches: Sequence[Cache], teacher_logprobs: Path | None) -> HeadLoss:
@@ -398,9 +398,9 @@ def identify(cache: Cache) -> dict[str, Any]:
     """A cache by its digests, and whose labels of what it holds."""
     return {
         "label_identity": cache.label_identity,
-        "shards": cache.shard_digests,
-        "teacher": cache.manifest["identity"]["teacher"],
-        "sources": cache.manifest["sources"],
+        "shards": cache.manifest.shard_digests,
+        "teacher": cache.manifest.identity["teacher"],
+        "sources": cache.manifest.sources,
     }
 
 

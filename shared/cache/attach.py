@@ -2,20 +2,21 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from shared.cache.directory import FOLDERS, plain_errors, remove_leftovers
-from shared.cache.lock import Claim
-from shared.cache.manifest import read_manifest, write_manifest
+from shared.cache.manifest import FileEntry, read_manifest, write_manifest
 from shared.errors import ConfigError
 from shared.files import fsync_directory, write_bytes
+from shared.lock import Lock
 
 
 def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
     """Add files such as `teacher_eval/fidelity.json` to a finished cache, or replace them; the manifest comes last.
 
-    Killed at any point the cache stays readable: files that change leave the manifest first, and each replacement of
-    the manifest is recoverable. Running the command again completes it.
+    Killed at any point the cache stays readable: files that change leave the manifest first. Running the command again
+    completes it.
 
     Args:
         path: a finished cache.
@@ -34,25 +35,24 @@ def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
             )
     read_manifest(directory)
     with plain_errors(directory):
-        claim = Claim(directory)
+        lock = Lock(directory)
         try:
-            _replace_files(directory, files, claim)
+            _replace_files(directory, files, lock)
         finally:
-            claim.release()
+            lock.release()
 
 
-def _replace_files(directory: Path, files: Mapping[str, bytes], claim: Claim) -> None:
+def _replace_files(directory: Path, files: Mapping[str, bytes], lock: Lock) -> None:
     remove_leftovers(directory)
     manifest = read_manifest(directory)
-    new = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    listed = manifest["files"]
-    kept = {name: entry for name, entry in listed.items() if new.get(name, entry) == entry}
-    if kept != listed:
-        write_manifest(directory, manifest | {"files": kept})
+    new = {name: FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    kept = {name: entry for name, entry in manifest.files.items() if new.get(name, entry) == entry}
+    if kept != manifest.files:
+        write_manifest(directory, replace(manifest, files=kept))
     for name, data in files.items():
         target = directory / name
         target.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(target, data)
         fsync_directory(directory)
-    claim.check()
-    write_manifest(directory, manifest | {"files": dict(sorted((kept | new).items()))})
+    lock.check()
+    write_manifest(directory, replace(manifest, files=dict(sorted((kept | new).items()))))

@@ -27,19 +27,24 @@ def info(path: str, as_json: bool) -> None:
 
 @cache.command()
 @click.argument("path", metavar="CACHE", type=click.Path())
-def verify(path: str) -> None:
+@click.option("--strict", is_flag=True, help="Refuse what a transport left, too: .DS_Store, .gitattributes, ….")
+def verify(path: str, strict: bool) -> None:
     """Check every byte against the manifest.
 
-    Lists the problems, and then exits with 1.
+    Lists the problems, and then exits with 1. Files that the Hub's client, macOS or a network file system put beside
+    the cache are named and do no harm.
     """
-    from shared.cache.verify import verify_cache
+    from shared.cache.directory import shown
+    from shared.cache.verify import side_files, verify_cache
 
-    problems = verify_cache(path)
+    problems = verify_cache(path, strict=strict)
     for problem in problems:
         click.echo(problem)
     if problems:
         click.echo(f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}", err=True)
         raise click.exceptions.Exit(1)
+    for name in side_files(Path(path)):
+        click.echo(f"{shown(name)}: not of the cache; left by a transport")
     click.echo(f"{path}: every file is as the manifest says")
 
 
@@ -52,8 +57,7 @@ def repair(path: Path, out: Path | None) -> None:
     """Keep the whole shards of a damaged cache.
 
     Removes damaged shards and names their documents. Run the command that built the cache again: it makes only those,
-    and ends with the same bytes. Options and the manifest's digest are restored where the other files prove them. A
-    whole cache stays as it is.
+    and ends with the same bytes. Files that the others prove are restored. A whole cache stays as it is.
 
     Where teacher or data are gone, --out makes a smaller, complete cache of the whole shards.
     """
@@ -78,7 +82,7 @@ def merge(paths: tuple[Path, ...], out: Path) -> None:
     hold is taken from the first. After an interruption the same command continues.
     """
     from shared.cache.info import summary
-    from shared.cache.merge import merge_caches
+    from shared.cache.transform import merge_caches
 
     num_duplicates = merge_caches(paths, out)
     click.echo(f"{num_duplicates} documents were in an earlier cache and are kept once")
@@ -93,7 +97,7 @@ def merge(paths: tuple[Path, ...], out: Path) -> None:
 @click.option("--documents", metavar="N", type=int, help="Keep the first N documents.")
 @click.option("--source", metavar="NAME", help="Keep only the documents of one data set.")
 @click.option("--codec", metavar="q|f16", help="Encode with another codec.")
-@click.option("--filter", "compression", metavar="gzip|zstd", help="Compress with another filter.")
+@click.option("--filter", metavar="gzip|zstd", help="Compress with another filter.")
 def slice_command(path: Path, out: Path, **options: Any) -> None:
     """Cut a smaller cache out of a larger one.
 
@@ -101,7 +105,7 @@ def slice_command(path: Path, out: Path, **options: Any) -> None:
     filter keep the old one. After an interruption the same command continues.
     """
     from shared.cache.info import summary
-    from shared.cache.slice import slice_cache
+    from shared.cache.transform import slice_cache
 
     slice_cache(path, out, **options)
     click.echo(summary(out))

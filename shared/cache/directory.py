@@ -3,32 +3,32 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from shared.cache.format import (
     BUILD,
-    CLAIM,
-    EXTENSION_PATTERN,
+    DOC_LENGTHS,
     MANIFEST,
-    MANIFEST_PENDING,
-    MANIFEST_SHA256,
     SHARD_PATTERN,
     TEACHER_EVAL,
     TEMPORARY_PATTERN,
     TOKENIZER,
-    VERSION,
-    shard_name,
 )
-from shared.cache.lock import is_dead
-from shared.cache.manifest import complete_replacement, read_manifest
+from shared.cache.manifest import FileEntry, read_manifest
 from shared.errors import CacheCorruptError, CacheFormatError, DistillError, ResumeError
-from shared.files import sha256_file, sha256_json
+from shared.files import sha256_file
+from shared.lock import LOCK, is_abandoned
+from shared.progress import progress
 
 FOLDERS = (TOKENIZER, TEACHER_EVAL)
-OWN_FILES = (BUILD, CLAIM, MANIFEST, MANIFEST_SHA256, MANIFEST_PENDING)
-UNLISTED = (CLAIM, MANIFEST, MANIFEST_SHA256, MANIFEST_PENDING)
+OWN_FILES = (BUILD, LOCK, MANIFEST, DOC_LENGTHS)
+MAX_THREADS = 16
+# What the Hub's client, macOS and network file systems put into a folder that they carry.
+SIDE_FILES = re.compile(r"\.cache/huggingface/.+|\.gitattributes|README\.md|(.*/)?(\._[^/]+|\.DS_Store|\.nfs[^/]*)")
 
 
 @contextlib.contextmanager
@@ -47,13 +47,18 @@ def plain_errors(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def list_files(directory: Path) -> dict[str, dict[str, Any]]:
+def list_files(directory: Path) -> dict[str, FileEntry]:
     """Size and SHA-256 of every file that a manifest lists, by relative name."""
     return {
-        name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        name: FileEntry(bytes=file.stat().st_size, sha256=sha256_file(file))
         for name, file in walk(directory)
-        if name not in UNLISTED
+        if name not in (LOCK, MANIFEST) and not is_side_file(name)
     }
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file, by its relative name, is one that a transport or a system put there."""
+    return SIDE_FILES.fullmatch(name) is not None
 
 
 def walk(directory: Path, *, folders: bool = False) -> Iterator[tuple[str, Path]]:
@@ -74,73 +79,71 @@ def shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def read_json_object(file: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None where there is no such file (a pipe would block), or something else is in it."""
+def build_options(directory: Path) -> dict[str, Any] | None:
+    """The options in `build.json`; None where it is missing or damaged."""
+    file = directory / BUILD
     try:
         value = json.loads(file.read_bytes()) if file.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    options = value.get("options") if isinstance(value, dict) else None
+    return options if isinstance(options, dict) else None
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Clear what a killed process left: temporary files, and a manifest's replacement that it did not complete."""
+    """Clear the temporary files that a killed process left."""
     for _, file in walk(directory):
         if TEMPORARY_PATTERN.fullmatch(file.name):
             file.unlink(missing_ok=True)
-    complete_replacement(directory)
 
 
 def has_leftovers(directory: Path) -> bool:
-    """Whether a killed process left anything that `remove_leftovers` would clear, or its claim."""
-    claimed = (directory / CLAIM).exists() and is_dead(directory / CLAIM)
-    pending = (directory / MANIFEST_PENDING).exists()
-    return claimed or pending or any(TEMPORARY_PATTERN.fullmatch(file.name) for _, file in walk(directory))
+    """Whether a killed process left anything that `remove_leftovers` would clear, or its lock."""
+    return is_abandoned(directory) or any(TEMPORARY_PATTERN.fullmatch(file.name) for _, file in walk(directory))
 
 
 def is_ours(entry: Path) -> bool:
-    """Whether an entry of a folder is one that a cache may hold."""
-    if entry.is_dir():
-        return entry.name in FOLDERS
+    """Whether an entry of a folder is one that a cache may hold, or that a transport left."""
     name = entry.name
-    patterns = (SHARD_PATTERN, EXTENSION_PATTERN, TEMPORARY_PATTERN)
-    return name in OWN_FILES or any(pattern.fullmatch(name) for pattern in patterns)
+    if entry.is_dir():
+        return name in FOLDERS or (name == ".cache" and [path.name for path in entry.iterdir()] == ["huggingface"])
+    patterns = (SHARD_PATTERN, TEMPORARY_PATTERN)
+    return name in OWN_FILES or is_side_file(name) or any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def is_finished(directory: Path) -> bool:
     """Whether a valid manifest is there and every file that it lists, byte for byte."""
     try:
-        return not damaged_files(directory, read_manifest(directory))
+        return not check_files(directory, read_manifest(directory).files)
     except (CacheFormatError, CacheCorruptError):
         return False
 
 
-def damaged_files(directory: Path, manifest: dict[str, Any]) -> list[str]:
-    """The listed files that are missing or whose bytes are not those that the manifest names."""
-    return [
-        name
-        for name, entry in manifest["files"].items()
-        if not (directory / name).is_file()
-        or (directory / name).stat().st_size != entry["bytes"]
-        or sha256_file(directory / name) != entry["sha256"]
-    ]
+def check_files(directory: Path, files: Mapping[str, FileEntry]) -> dict[str, str]:
+    """What is wrong with listed files, by name: missing, of another size, other bytes.
+
+    Files are hashed by as many threads as there are processors (hashing releases Python's lock).
+    """
+    problems: dict[str, str] = {}
+    threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, MAX_THREADS)
+    total = sum(entry.bytes for entry in files.values())
+    with ThreadPoolExecutor(threads) as pool, progress("verify", total, "bytes") as bar:
+        tasks = {pool.submit(_check_file, directory / name, entry): name for name, entry in files.items()}
+        for task in as_completed(tasks):
+            if problem := task.result():
+                problems[tasks[task]] = problem
+            bar.advance(files[tasks[task]].bytes)
+    return {name: problems[name] for name in files if name in problems}
 
 
-def seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A shard's JSON with the digest of all its other keys, so that it can be trusted before there is a manifest."""
-    body = {key: value for key, value in record.items() if key != "record_sha256"}
-    return body | {"record_sha256": sha256_json(body)}
-
-
-def read_record(directory: Path, shard: int, sha256: str | None = None) -> dict[str, Any] | None:
-    """A shard's JSON if it is whole and describes the shard's file; `sha256` is that file's, if known already."""
-    data = directory / f"{shard_name(shard)}.h5"
-    record = read_json_object(data.with_suffix(".json"))
+def _check_file(file: Path, entry: FileEntry) -> str | None:
     try:
-        if record is None or record["version"] != VERSION or record["shard"] != shard or seal(record) != record:
-            return None
-        size = data.stat().st_size
-        matches = record["bytes"] == size and record["sha256"] == (sha256 or sha256_file(data))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return record if matches and isinstance(record.get("statistics"), dict) else None
+        if not file.is_file():
+            return "no regular file" if os.path.lexists(file) else "missing"
+        size = file.stat().st_size
+        if size != entry.bytes:
+            return f"{size} bytes, expected {entry.bytes}"
+        digest = sha256_file(file)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if digest == entry.sha256 else f"SHA-256 {digest}, expected {entry.sha256}"

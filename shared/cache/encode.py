@@ -9,6 +9,7 @@ import numpy as np
 from shared.cache import codec as codecs
 from shared.cache import hdf5
 from shared.cache.format import FORMAT, VERSION, Array, ShardArrays, indptr
+from shared.cache.manifest import HEAD_KEYS
 from shared.cache.statistics import measure
 from shared.cache.validate import check_arrays, check_options
 from shared.errors import CacheFormatError
@@ -22,7 +23,7 @@ def encode_shard(
     head_width: int,
     tokenizer_size: int,
     top_k: int,
-    compression: str = "gzip",
+    filter: str = "gzip",
 ) -> tuple[bytes, dict[str, Any]]:
     """Encode a shard as the bytes of an HDF5 file; equal input gives equal bytes.
 
@@ -32,7 +33,7 @@ def encode_shard(
         temperatures: the grid that `arrays.tail_log` was summed at; contains 1.
         head_width: rows of the teacher's LM head; tokenizer_size: the vocabulary that rows are normalised over.
         top_k: the requested number of entries per row.
-        compression: the filter, `gzip` or `zstd`.
+        filter: the filter, `gzip` or `zstd`.
 
     Returns:
         The bytes and the shard's statistics (FORMAT.md, "Statistics").
@@ -41,9 +42,7 @@ def encode_shard(
         CacheFormatError: labels that FORMAT.md does not allow to be written, with document and position.
     """
     sizes = {"top_k": top_k, "head_width": head_width}
-    check_options(
-        codec=codec, temperatures=temperatures, tokenizer_size=tokenizer_size, compression=compression, **sizes
-    )
+    check_options(codec=codec, temperatures=temperatures, tokenizer_size=tokenizer_size, filter=filter, **sizes)
     check_arrays(arrays, temperatures=temperatures, V=tokenizer_size, **sizes)
     scale = codecs.tail_scale(top_k)
     values, decoded = codecs.encode_margins(arrays.topk_margins, arrays.k, codec)
@@ -59,7 +58,7 @@ def encode_shard(
         "doc_meta_indptr": indptr(np.array([len(blob) for blob in blobs])),
         "k": arrays.k.astype(np.uint8 if top_k <= 255 else np.uint16),
         "id_table": id_table,
-        "topk_ids": ranks,
+        "topk_ranks": ranks,
         **values,
         "tail": tail,
     }
@@ -87,7 +86,7 @@ def encode_shard(
             "samples_num": samples.num,
         }
     statistics = measure(arrays, decoded, tail, temperatures=temperatures, scale=scale)
-    return hdf5.to_bytes(datasets, attributes, compression), statistics
+    return hdf5.to_bytes(datasets, attributes, filter), statistics
 
 
 def _rank_ids(ids: Array) -> tuple[Array, Array]:
@@ -105,10 +104,9 @@ def shard_options(build: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CacheFormatError: one is missing, or no shard can be written with it.
     """
-    names = ("codec", "temperatures", "top_k", "head_width", "tokenizer_size")
-    missing = [name for name in names if name not in build]
+    missing = [name for name in HEAD_KEYS if name not in build]
     if missing:
         raise CacheFormatError("the build lacks an option", expected=missing[0])
-    options = {name: build[name] for name in names} | {"compression": build["filter"]}
+    options = {name: build[name] for name in HEAD_KEYS}
     check_options(**options)
     return options

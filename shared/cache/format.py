@@ -12,14 +12,13 @@ Array = NDArray[Any]
 FORMAT = "codedistill-cache"
 VERSION = 1
 CODECS = {"f16": ("topk_margins",), "q": ("codebook", "topk_codes", "esc_pos", "esc_value")}  # with their data sets
-DATASETS = ("tokens", "loss_mask", "doc_indptr", "doc_meta", "doc_meta_indptr", "k", "id_table", "topk_ids", "tail")
+DATASETS = ("tokens", "loss_mask", "doc_indptr", "doc_meta", "doc_meta_indptr", "k", "id_table", "topk_ranks", "tail")
 ATTRIBUTES = ("format", "version", "codec", "temperatures", "tail_scale", "top_k", "head_width", "tokenizer_size")
 SAMPLES = (  # all or none
     *("samples_k", "samples_ids", "samples_counts", "samples_margins"),
     *("samples_temperature", "samples_from", "samples_num"),
 )
 IDENTITY_PARTS = ("teacher", "tokenizer", "labels")
-RECORD_FIELDS = ("format", "version", "shard", "bytes", "sha256", "statistics", "record_sha256")
 FILTERS = ("gzip", "zstd")
 TEMPERATURES_DEFAULT = (0.5, 1.0, 1.5, 2.0)
 MAX_TOP_K = 65_535
@@ -27,10 +26,8 @@ MAX_SAMPLES = 65_535
 SAMPLED_FROM = ("full", "tail")
 MAX_MARGIN = 1_500.0
 
-BUILD, CLAIM = "build.json", "claim.json"
-MANIFEST, MANIFEST_SHA256, MANIFEST_PENDING = "manifest.json", "manifest.sha256", "manifest.json.new"
+BUILD, MANIFEST, DOC_LENGTHS = "build.json", "manifest.json", "doc_lengths.u32"
 TOKENIZER, TEACHER_EVAL = "tokenizer", "teacher_eval"
-EXTENSION_PATTERN = re.compile(r"build-(\d{5,})\.json")
 SHARD_PATTERN = re.compile(r"shard-(\d{5,})\.(h5|json)")
 TEMPORARY_PATTERN = re.compile(r"\..+\.tmp-\d+")
 

@@ -1,8 +1,11 @@
 """HDF5 images in memory: a shard's bytes from named arrays, and back. No file is opened here."""
 
 import contextlib
+import itertools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -13,13 +16,13 @@ from shared.errors import CacheCorruptError, CacheFormatError
 
 CHUNK_ENTRIES = 1 << 20
 ZSTD = 32_015  # its number in the HDF Group's registry of filters
-COMPRESSION: dict[str, dict[str, object]] = {
+FILTERS: dict[str, dict[str, object]] = {
     "gzip": {"compression": "gzip", "compression_opts": LEVEL},
     "zstd": {"compression": ZSTD, "compression_opts": (3,)},
 }
 
 
-def to_bytes(arrays: Mapping[str, Array], attributes: Mapping[str, object], compression: str) -> bytes:
+def to_bytes(arrays: Mapping[str, Array], attributes: Mapping[str, object], filter: str) -> bytes:
     """Encode arrays as an HDF5 file: chunked, shuffle, gzip 4 or zstd 3, fletcher32; equal input gives equal bytes.
 
     An empty array is stored plain, since HDF5 has no chunk to filter there. Strings become fixed-length attributes.
@@ -27,7 +30,7 @@ def to_bytes(arrays: Mapping[str, Array], attributes: Mapping[str, object], comp
     with h5py.File("shard", "w", driver="core", backing_store=False, libver=("earliest", "v110")) as file:
         for name, array in arrays.items():
             if array.size:
-                _write_chunks(file, name, array, compression)
+                _write_chunks(file, name, array, filter)
             else:
                 file.create_dataset(name, data=array, track_times=False)
         for key, value in attributes.items():
@@ -37,12 +40,12 @@ def to_bytes(arrays: Mapping[str, Array], attributes: Mapping[str, object], comp
         return image
 
 
-def _write_chunks(file: h5py.File, name: str, array: Array, compression: str) -> None:
+def _write_chunks(file: h5py.File, name: str, array: Array, filter: str) -> None:
     """A data set in equal chunks, since HDF5 stores the last one padded to the full length."""
     rows = -(-len(array) // -(-array.size // CHUNK_ENTRIES))
-    filters = {"chunks": (rows, *array.shape[1:]), "shuffle": True, "fletcher32": True, **COMPRESSION[compression]}
+    filters = {"chunks": (rows, *array.shape[1:]), "shuffle": True, "fletcher32": True, **FILTERS[filter]}
     dataset = file.create_dataset(name, shape=array.shape, dtype=array.dtype, track_times=False, **filters)
-    if compression != "gzip":
+    if filter != "gzip":
         dataset[...] = array
         return
     for start in range(0, len(array), rows):
@@ -66,8 +69,8 @@ def from_bytes(image: bytes, where: object) -> tuple[dict[str, Array], dict[str,
     return arrays, attributes
 
 
-def read_array(path: Path, name: str) -> Array:
-    """Read one array of an HDF5 file, which is closed again.
+def read_document_meta(path: Path) -> list[dict[str, Any]]:
+    """Read the documents' JSON objects of a shard's file, and nothing else of it.
 
     Raises:
         CacheCorruptError: the file is not there or no HDF5 file, or a checksum in it fails.
@@ -75,8 +78,8 @@ def read_array(path: Path, name: str) -> Array:
     """
     with _readable(path), h5py.File(path, "r", locking=False) as file:
         load_filters(file)
-        array: Array = file[name][()]
-    return array
+        blob, borders = file["doc_meta"][()].tobytes(), file["doc_meta_indptr"][()].tolist()
+        return [json.loads(blob[start:stop]) for start, stop in itertools.pairwise(borders)]
 
 
 @contextlib.contextmanager
@@ -103,13 +106,13 @@ def load_filters(file: h5py.File) -> None:
             return
 
 
-def load_filter(compression: str) -> None:
+def load_filter(filter: str) -> None:
     """Make a filter known to HDF5, by its name.
 
     Raises:
         CacheFormatError: zstd, and hdf5plugin is not installed.
     """
-    if compression != "zstd":
+    if filter != "zstd":
         return
     try:
         import hdf5plugin  # noqa: F401  importing it registers its filters

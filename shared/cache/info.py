@@ -1,13 +1,13 @@
 """What a cache holds, for people and for scripts; also of one that is still being built."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from shared.cache.format import BUILD, CLAIM, FORMAT, MANIFEST, MANIFEST_SHA256, TEACHER_EVAL, TOKENIZER
-from shared.cache.lock import is_dead
+from shared.cache.directory import build_options
+from shared.cache.format import MANIFEST, TEACHER_EVAL, TOKENIZER
 from shared.cache.manifest import read_manifest
 from shared.errors import CacheFormatError
+from shared.lock import is_locked
 
 
 def cache_info(path: Path | str) -> dict[str, Any]:
@@ -15,52 +15,49 @@ def cache_info(path: Path | str) -> dict[str, Any]:
 
     Raises:
         CacheFormatError: the folder holds no cache.
-        CacheCorruptError: the manifest does not match its digest.
+        CacheCorruptError: the manifest is damaged.
     """
     directory = Path(path)
     try:
         manifest = read_manifest(directory)
     except CacheFormatError:
-        options = _build_options(directory)
+        options = build_options(directory)
         if options is None or (directory / MANIFEST).exists():  # it is finished, but not by what is known here
             raise
         return _unfinished(directory, options.get("num_shards"), options)
-    missing = [name for name in manifest["files"] if not (directory / name).is_file()]
+    missing = [name for name in manifest.files if not (directory / name).is_file()]
     if missing:  # a repair took out what was damaged
-        return _unfinished(directory, manifest["num_shards"], _build_options(directory)) | {"missing": missing}
-    statistics = manifest["statistics"]
+        return _unfinished(directory, manifest.num_shards, build_options(directory)) | {"missing": missing}
+    statistics, identity = manifest.statistics, manifest.identity
     kl, mass = statistics["codec_kl_nats"], statistics["captured_mass"]
-    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    sizes |= {name: (directory / name).stat().st_size for name in (MANIFEST, MANIFEST_SHA256)}
+    sizes = {name: entry.bytes for name, entry in manifest.files.items()}
+    sizes[MANIFEST] = (directory / MANIFEST).stat().st_size
     label_bytes = sum(size for name, size in sizes.items() if name.split("/")[0] not in (TOKENIZER, TEACHER_EVAL))
-    keys = ("codec", "filter", "temperatures", "top_k", "tokenizer_size", "head_width")
     counts = ("num_shards", "num_documents", "num_tokens", "num_entries")
     return {
         "finished": True,
-        "label_identity": manifest["label_identity"],
-        **{key: manifest[key] for key in (*counts, *keys)},
+        "label_identity": manifest.label_identity,
+        **{key: getattr(manifest, key) for key in counts},
+        **manifest.head_options,
         "total_bytes": sum(sizes.values()),
-        "bytes_per_token": label_bytes / manifest["num_tokens"],
+        "bytes_per_token": label_bytes / manifest.num_tokens,
         "captured_mass_mean": {T: figures["mean"] for T, figures in mass.items()},
         "encoding_kl_mean_nats": {T: figures["mean"] for T, figures in kl.items()},
         "encoding_kl_max_nats": {T: figures["max"] for T, figures in kl.items()},
-        "teacher": manifest["identity"].get("teacher"),
-        "tokenizer": manifest["identity"].get("tokenizer"),
-        "labels": manifest["identity"].get("labels"),
-        "declared": bool(manifest["identity"].get("declared")),
-        "derived_from": manifest.get("derived_from"),
-        "sources": manifest["sources"],
+        **{key: identity.get(key) for key in ("teacher", "tokenizer", "labels")},
+        "declared": bool(identity.get("declared")),
+        "derived_from": manifest.derived_from,
+        "sources": manifest.sources,
         "statistics": statistics,
     }
 
 
 def _unfinished(directory: Path, num_shards: int | None, options: dict[str, Any] | None) -> dict[str, Any]:
-    names, claim = {entry.name for entry in directory.iterdir()}, directory / CLAIM
     return {
         "finished": False,
-        "shards_done": _pairs(names),
+        "shards_done": _pairs({entry.name for entry in directory.iterdir()}),
         "num_shards": num_shards,
-        "in_progress": claim.exists() and not is_dead(claim),
+        "in_progress": is_locked(directory),
         "build": options,
     }
 
@@ -113,14 +110,3 @@ def _figure(value: float | None, form: str = ".4f") -> str:
 
 def _pairs(names: set[str]) -> int:
     return sum(1 for name in names if name.endswith(".h5") and f"{name[:-3]}.json" in names)
-
-
-def _build_options(directory: Path) -> dict[str, Any] | None:
-    try:
-        build = json.loads((directory / BUILD).read_bytes())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(build, dict) or build.get("format") != FORMAT or not isinstance(build.get("options"), dict):
-        return None
-    options: dict[str, Any] = build["options"]
-    return options

@@ -1,15 +1,12 @@
-"""The manifest and its digest: read as a pair, replaced as a pair.
+"""The JSON files of a cache: the manifest, and one record a shard. Each seals itself with a digest of its own bytes."""
 
-Two files cannot be renamed at once, so a replacement goes: the new manifest in full as `manifest.json.new`, then
-`manifest.sha256`, then the rename of `manifest.json.new` to `manifest.json`. The manifest is whichever of the two files
-matches `manifest.sha256`. Killed before the digest's rename, the old manifest holds; killed after it, the new one; a
-command that writes to the cache then completes the rename.
-"""
-
-import contextlib
 import hashlib
 import json
 import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,168 +17,272 @@ from shared.cache.format import (
     FORMAT,
     IDENTITY_PARTS,
     MANIFEST,
-    MANIFEST_PENDING,
-    MANIFEST_SHA256,
     MAX_TOP_K,
     SHARD_PATTERN,
     VERSION,
+    shard_name,
     temperature_key,
 )
 from shared.errors import CacheCorruptError, CacheFormatError
-from shared.files import fsync_directory, to_json, write_bytes
+from shared.files import sha256_file, sha256_json, to_json, write_bytes
+from shared.records import from_dict, to_dict
 
-REQUIRED = {
-    "label_identity": str,
-    "identity": dict,
-    "sources": list,
-    "codec": str,
-    "filter": str,
-    "temperatures": list,
-    "top_k": int,
-    "tokenizer_size": int,
-    "head_width": int,
-    "num_shards": int,
-    "num_documents": int,
-    "num_tokens": int,
-    "num_entries": int,
-    "statistics": dict,
-    "files": dict,
-}
+HEAD_KEYS = ("codec", "filter", "temperatures", "top_k", "tokenizer_size", "head_width")  # what shards are encoded with
+NEWER = "read it with a newer codedistill"
+_SEAL = re.compile(rb',\n  "digest": "([0-9a-f]{64})"\n}\n\Z')
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Read the manifest that `manifest.sha256` vouches for; writes nothing.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """Size and SHA-256 (hex) of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What `manifest.json` says of a finished cache; FORMAT.md describes each field."""
+
+    label_identity: str
+    identity: dict[str, Any]
+    sources: list[dict[str, Any]]
+    codec: str
+    filter: str
+    temperatures: list[float]
+    top_k: int
+    tokenizer_size: int
+    head_width: int
+    documents_per_shard: list[int]
+    num_documents: int
+    num_tokens: int
+    num_entries: int
+    statistics: dict[str, Any]
+    files: dict[str, FileEntry]
+    build: dict[str, Any] | None = None
+    derived_from: dict[str, Any] | None = None
+
+    @property
+    def num_shards(self) -> int:
+        """Shards are numbered from 0."""
+        return len(self.documents_per_shard)
+
+    @property
+    def shard_digests(self) -> dict[str, str]:
+        """SHA-256 of each shard, by file name."""
+        names = (f"{shard_name(shard)}.h5" for shard in range(self.num_shards))
+        return {name: self.files[name].sha256 for name in names}
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """The options that the shards are encoded with."""
+        return {key: getattr(self, key) for key in HEAD_KEYS}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the cache holds: labels, sources and shards, and not what was measured of the teacher."""
+        return sha256_json([self.label_identity, self.sources, list(self.shard_digests.values())])
+
+    @property
+    def as_input(self) -> dict[str, Any]:
+        """What a cache that is made from this one says of it: its digest, and what it was made from itself."""
+        own = {"derived_from": self.derived_from} if self.derived_from else {}
+        return {"digest": self.digest, **own}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardRecord:
+    """What a shard's JSON says of it.
+
+    Args:
+        shard: its number; bytes, sha256: of its `.h5` file.
+        statistics: FORMAT.md, "Statistics".
+        documents: ids; doc_lengths: tokens. One of each per document.
+        capture: how the labels were made: token budget, versions, …; no times, so that bytes are reproducible.
+    """
+
+    shard: int
+    bytes: int
+    sha256: str
+    statistics: dict[str, Any]
+    documents: list[Any]
+    doc_lengths: list[int]
+    capture: dict[str, Any] = field(default_factory=dict)
+
+
+def seal(value: Mapping[str, Any]) -> bytes:
+    """JSON whose last key, `digest`, is the SHA-256 of all bytes before it."""
+    body = to_json(dict(value)).encode().removesuffix(b"\n}\n")
+    return body + b',\n  "digest": "' + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n'
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The value of sealed JSON, without its digest.
+
+    Raises:
+        ValueError: no such JSON, or a byte of it has changed.
+    """
+    found = _SEAL.search(data)
+    if found is None:
+        raise ValueError("its last line is no digest")
+    digest = hashlib.sha256(data[: found.start()]).hexdigest()
+    if digest != found[1].decode():
+        raise ValueError(f"SHA-256 {digest}, expected {found[1].decode()}")
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    value.pop("digest")
+    return value
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Replace the manifest: the old one or the new one is there, whole, whenever the process is killed."""
+    fields = {key: value for key, value in to_dict(manifest).items() if value is not None}
+    write_bytes(directory / MANIFEST, seal({"format": FORMAT, "version": VERSION, **fields}))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read a cache's manifest.
 
     Raises:
         CacheFormatError: no cache, an unfinished one, an unknown version, or a mandatory field is missing.
-        CacheCorruptError: manifest and digest do not match.
+        CacheCorruptError: the manifest cannot be read, or a byte of it has changed.
     """
-    data = _current(directory)[1]
+    file = directory / MANIFEST
     try:
-        manifest = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CacheFormatError("the manifest is not JSON", where=directory / MANIFEST, got=error) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CacheFormatError("this is no logit cache", where=directory / MANIFEST, expected=FORMAT)
-    if manifest.get("version") != VERSION:
-        raise CacheFormatError(
-            "unknown version of the cache format",
-            where=directory,
-            expected=VERSION,
-            got=manifest.get("version"),
-            fix="read it with a newer codedistill",
-        )
-    for key, kind in REQUIRED.items():
-        if not isinstance(manifest.get(key), kind):
-            raise CacheFormatError("the manifest lacks a field", where=directory, expected=f"{key} ({kind.__name__})")
-    _check_values(directory, manifest)
-    for key, known in (("codec", tuple(CODECS)), ("filter", FILTERS)):
-        if manifest[key] not in known:
-            fix = "read it with a newer codedistill"
-            raise CacheFormatError(
-                f"unknown {key}", where=directory, expected=" or ".join(known), got=manifest[key], fix=fix
-            )
-    for name, entry in manifest["files"].items():
-        if not _is_relative(name) or not _is_entry(entry):
-            raise CacheFormatError("the manifest lists a file wrongly", where=directory, got=ascii(name))
-    shards = sum(1 for name in manifest["files"] if (m := SHARD_PATTERN.fullmatch(name)) and m[2] == "h5")
-    if manifest["num_shards"] != shards:
-        raise CacheFormatError(
-            "the manifest lists another number of shards", where=directory, expected=manifest["num_shards"], got=shards
-        )
+        data = file.read_bytes() if file.is_file() or not file.exists() else None  # reading a pipe would block
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_manifest(directory) from None
+    except OSError as error:  # no rights, a loop of links
+        raise CacheCorruptError("a file of the cache cannot be read", where=file, got=error.strerror) from error
+    if data is None:
+        raise CacheCorruptError("the manifest is no regular file", where=file)
+    _check_version(data, file)
+    try:
+        value = unseal(data)
+    except ValueError as error:
+        fix = "copy the cache again, or run the command that made it again"
+        raise CacheCorruptError("the manifest is damaged", where=file, got=error, fix=fix) from error
+    manifest = from_dict(Manifest, value, where=str(file), error=CacheFormatError, strict=False)
+    _check_values(file, manifest)
     return manifest
 
 
-def _check_values(directory: Path, manifest: dict[str, Any]) -> None:
-    """Refuse values that no writer makes, so that nobody who reads them further on stumbles."""
-    grid, sources, statistics = manifest["temperatures"], manifest["sources"], manifest["statistics"]
-    if not all(type(T) in (int, float) and 0 < T < math.inf for T in grid) or 1.0 not in grid:
-        raise CacheFormatError("the manifest's temperatures cannot be used", where=directory, got=grid)
-    for key in ("top_k", "tokenizer_size", "head_width", "num_shards", "num_documents", "num_tokens"):
-        if manifest[key] < 1 or (key == "top_k" and manifest[key] > MAX_TOP_K):
-            raise CacheFormatError(f"the manifest's {key} is out of range", where=directory, got=manifest[key])
-    parts: dict[str, Any] = {f"identity.{key}": manifest["identity"].get(key) for key in IDENTITY_PARTS}
-    parts |= {f"sources[{at}]": source for at, source in enumerate(sources)}
-    for name in ("captured_mass", "codec_kl_nats"):
-        by_temperature = statistics.get(name)
-        for T in map(temperature_key, grid):
-            parts[f"statistics.{name}.{T}"] = by_temperature.get(T) if isinstance(by_temperature, dict) else None
-    for name, part in parts.items():
-        if not isinstance(part, dict):
-            raise CacheFormatError("the manifest lacks a field", where=directory, expected=f"{name} (dict)")
+def write_record(directory: Path, record: ShardRecord) -> None:
+    """Write a shard's JSON; it comes after its `.h5` file, so that the pair is complete exactly if the two agree."""
+    value = {"format": FORMAT, "version": VERSION, **to_dict(record)}
+    write_bytes(directory / f"{shard_name(record.shard)}.json", seal(value))
 
 
-def _is_relative(name: str) -> bool:
-    """Whether a name stays inside the folder, in its one plain spelling."""
-    path = PurePosixPath(name)
-    return "\0" not in name and not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
+def parse_record(data: bytes, shard: int) -> ShardRecord:
+    """A shard's JSON.
+
+    Raises:
+        ValueError: a byte has changed, a field is missing, or it is another shard's.
+    """
+    value = unseal(data)
+    if (value.get("format"), value.get("version"), value.get("shard")) != (FORMAT, VERSION, shard):
+        raise ValueError(f"it is not the record of {shard_name(shard)}, {FORMAT} {VERSION}")
+    record = from_dict(ShardRecord, value, where=f"{shard_name(shard)}.json", error=CacheFormatError, strict=False)
+    if len(record.documents) != len(record.doc_lengths):
+        raise ValueError("documents and doc_lengths are of unequal lengths")
+    return record
 
 
-def _is_entry(entry: object) -> bool:
-    return isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+def read_record(directory: Path, shard: int) -> ShardRecord | None:
+    """A shard's record if it is whole itself, whatever became of the shard."""
+    file = directory / f"{shard_name(shard)}.json"
+    try:
+        return parse_record(file.read_bytes(), shard) if file.is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
-def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """Replace manifest and digest so that a kill at any point leaves the old or the new one readable."""
-    data = to_json(manifest).encode()
-    write_bytes(directory / MANIFEST_PENDING, data)
-    write_bytes(directory / MANIFEST_SHA256, hashlib.sha256(data).hexdigest().encode())
-    _complete(directory)
+def read_pair(directory: Path, shard: int) -> ShardRecord | None:
+    """A shard's record if it is whole and describes the shard's file, byte for byte."""
+    record, file = read_record(directory, shard), directory / f"{shard_name(shard)}.h5"
+    try:
+        if record is None or not file.is_file() or file.stat().st_size != record.bytes:
+            return None
+        return record if sha256_file(file) == record.sha256 else None
+    except OSError:
+        return None
 
 
-def complete_replacement(directory: Path) -> None:
-    """Finish or undo a replacement of the manifest that was killed half-way."""
-    if not (directory / MANIFEST_PENDING).exists():
-        return
-    with contextlib.suppress(CacheFormatError, CacheCorruptError):
-        if _current(directory)[0] == MANIFEST_PENDING:
-            _complete(directory)
-    (directory / MANIFEST_PENDING).unlink(missing_ok=True)
+def build_file(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `build.json`."""
+    return {"format": FORMAT, "version": VERSION, "options": dict(options)}
 
 
-def _complete(directory: Path) -> None:
-    (directory / MANIFEST_PENDING).replace(directory / MANIFEST)
-    fsync_directory(directory)
+def doc_lengths(records: Sequence[ShardRecord]) -> bytes:
+    """The content of `doc_lengths.u32`: tokens of every document of the cache, in order."""
+    lengths = [length for record in records for length in record.doc_lengths]
+    return struct.pack(f"<{len(lengths)}I", *lengths)
 
 
-def _current(directory: Path) -> tuple[str, bytes]:
-    """Name and bytes of the manifest that matches the digest; looks twice, for a writer may be at it."""
-    for _ in range(2):
-        files = {name: _read(directory / name) for name in (MANIFEST_SHA256, MANIFEST, MANIFEST_PENDING)}
-        expected = files.pop(MANIFEST_SHA256)
-        for name, data in files.items():
-            if data is not None and hashlib.sha256(data).hexdigest().encode() == expected:
-                return name, data
-    found = files[MANIFEST]
+def _no_manifest(directory: Path) -> CacheFormatError:
+    """Why a folder without a manifest is no finished cache."""
     if not directory.is_dir():
-        raise CacheFormatError("there is no cache here", where=directory, got="no such folder")
+        return CacheFormatError("there is no cache here", where=directory, got="no such folder")
     names = {entry.name for entry in directory.iterdir()}
     shards = {m[1] for name in names if (m := SHARD_PATTERN.fullmatch(name))}
-    if not (shards or names & {BUILD, MANIFEST_SHA256}):
-        raise CacheFormatError("not a logit cache", where=directory, expected=f"{MANIFEST}, {MANIFEST_SHA256}, shards")
-    if found is None:
-        raise CacheFormatError(
-            "an unfinished logit cache",
-            where=directory,
-            expected=MANIFEST,
-            got=f"{len(shards)} shards and no manifest",
-            fix="run the command that makes it again; it keeps what is done",
-        )
-    raise CacheCorruptError(
-        "the manifest does not match its digest",
-        where=directory / MANIFEST,
-        expected=(expected or b"no manifest.sha256").decode(errors="replace"),
-        got=hashlib.sha256(found).hexdigest(),
-        fix="copy the cache again, or run the command that made it again",
+    if not shards and BUILD not in names:
+        return CacheFormatError("not a logit cache", where=directory, expected=f"{MANIFEST} and shards")
+    return CacheFormatError(
+        "an unfinished logit cache",
+        where=directory,
+        expected=MANIFEST,
+        got=f"{len(shards)} shards and no manifest",
+        fix="run the command that makes it again; it keeps what is done",
     )
 
 
-def _read(path: Path) -> bytes | None:
+def _check_version(data: bytes, file: Path) -> None:
+    """Refuse JSON of another format or version, whose seal may be another one; damaged JSON is the seal's matter."""
     try:
-        if path.exists() and not path.is_file():  # a folder; a pipe, which would block
-            return None
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:  # no rights, a loop of links
-        raise CacheCorruptError("a file of the cache cannot be read", where=path, got=error.strerror) from error
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise CacheFormatError("not a logit cache", where=file, expected=FORMAT)
+    if value.get("version") != VERSION:
+        raise CacheFormatError(
+            "unknown version of the cache format", where=file, expected=VERSION, got=value.get("version"), fix=NEWER
+        )
+
+
+def _check_values(file: Path, manifest: Manifest) -> None:
+    """Refuse values that no writer makes, so that nobody who reads them further on stumbles."""
+
+    def refuse(what: str, expected: Any = None, got: Any = None, fix: str | None = None) -> None:
+        raise CacheFormatError(what, where=file, expected=expected, got=got, fix=fix)
+
+    for key, known in (("codec", tuple(CODECS)), ("filter", FILTERS)):
+        if getattr(manifest, key) not in known:
+            refuse(f"unknown {key}", " or ".join(known), getattr(manifest, key), NEWER)
+    grid = manifest.temperatures
+    if not all(0 < T < math.inf for T in grid) or 1.0 not in grid:
+        refuse("the manifest's temperatures cannot be used", got=grid)
+    for key in ("top_k", "tokenizer_size", "head_width", "num_shards", "num_documents", "num_tokens"):
+        if getattr(manifest, key) < 1 or (key == "top_k" and manifest.top_k > MAX_TOP_K):
+            refuse(f"the manifest's {key} is out of range", got=getattr(manifest, key))
+    if min(manifest.documents_per_shard) < 1 or sum(manifest.documents_per_shard) != manifest.num_documents:
+        refuse("documents_per_shard does not add up to num_documents", manifest.num_documents)
+    for name in manifest.files:
+        path = PurePosixPath(name)  # it stays inside the folder, in its one plain spelling
+        if "\0" in name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == ".":
+            refuse("the manifest lists a file wrongly", got=ascii(name))
+    shards = {name for name in manifest.files if (m := SHARD_PATTERN.fullmatch(name)) and m[2] == "h5"}
+    if shards != {f"{shard_name(shard)}.h5" for shard in range(manifest.num_shards)}:
+        refuse("the manifest lists other shards", f"{manifest.num_shards} from {shard_name(0)} on", len(shards))
+    parts = {f"identity.{key}": manifest.identity.get(key) for key in IDENTITY_PARTS}
+    for key in ("captured_mass", "codec_kl_nats"):
+        by_temperature = manifest.statistics.get(key)
+        for T in map(temperature_key, grid):
+            parts[f"statistics.{key}.{T}"] = by_temperature.get(T) if isinstance(by_temperature, dict) else None
+    for key, part in parts.items():
+        if not isinstance(part, dict):
+            refuse("the manifest lacks a field", f"{key} (dict)")

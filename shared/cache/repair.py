@@ -4,48 +4,39 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shared.cache.assemble import Extension, assemble, extensions
-from shared.cache.derive import Input, Part, head_options, write_derived
-from shared.cache.directory import (
-    has_leftovers,
-    plain_errors,
-    read_json_object,
+from shared.cache import hdf5
+from shared.cache.directory import build_options, check_files, has_leftovers, plain_errors, remove_leftovers, shown
+from shared.cache.format import BUILD, DOC_LENGTHS, MANIFEST, SHARD_PATTERN, TEACHER_EVAL, shard_name
+from shared.cache.manifest import (
+    Manifest,
+    build_file,
+    doc_lengths,
+    read_manifest,
+    read_pair,
     read_record,
-    remove_leftovers,
-    seal,
-    shown,
+    write_manifest,
 )
-from shared.cache.format import (
-    BUILD,
-    CLAIM,
-    EXTENSION_PATTERN,
-    MANIFEST,
-    MANIFEST_SHA256,
-    SHARD_PATTERN,
-    TEACHER_EVAL,
-    shard_name,
-)
-from shared.cache.lock import Claim
-from shared.cache.manifest import read_manifest, write_manifest
-from shared.cache.verify import check_files, foreign_files
+from shared.cache.reader import Cache
+from shared.cache.transform import Part, write_derived
+from shared.cache.verify import foreign_files
 from shared.errors import CacheCorruptError, CacheFormatError, DistillError
 from shared.files import to_json, write_bytes
-
-SURE_DIGITS = 56  # of the 64 of a SHA-256; so many do not agree by chance
+from shared.lock import LOCK, Lock
 
 
 def repair_cache(path: Path | str) -> list[str]:
     """Bring a damaged cache into a state that the command which made it completes, or make it whole at once.
 
     Damaged shards are removed with their JSON, their documents named. The manifest stays as the record of what is to be
-    made again; readers refuse the cache until then. Options (`build.json`) and the manifest's digest are restored where
-    the manifest proves them; the teacher's results can only be dropped; an extension that lost shards is taken out, so
-    that the rest is a whole cache. A whole cache is left alone, and what is not of the cache too.
+    made again; readers refuse the cache until then. Options (`build.json`) and the lengths of the documents are
+    restored where the manifest proves them; the teacher's results can only be dropped. A whole cache is left alone, and
+    what is not of the cache too.
 
     Returns:
         One line per thing that was found and what became of it; none if the cache is whole.
@@ -60,16 +51,16 @@ def repair_cache(path: Path | str) -> list[str]:
     ):
         raise CacheFormatError("there is no cache here", where=directory)
     manifest = _manifest(directory)
-    if manifest is not None and not has_leftovers(directory) and not check_files(directory, manifest["files"]):
-        return [f"{shown(name)}: {what}; left alone" for name, what in foreign_files(directory, manifest["files"])]
+    if manifest is not None and not has_leftovers(directory) and not check_files(directory, manifest.files):
+        return [f"{shown(name)}: {what}; left alone" for name, what in foreign_files(directory, manifest)]
     cleared = ["what a killed process left: cleared"] if has_leftovers(directory) else []
     with plain_errors(directory):
-        claim = Claim(directory)
+        lock = Lock(directory)
         try:
             remove_leftovers(directory)
             return [*cleared, *_repair(directory, _manifest(directory))]
         finally:
-            claim.release()
+            lock.release()
 
 
 def copy_whole_shards(path: Path | str, out: Path | str) -> list[int]:
@@ -81,27 +72,28 @@ def copy_whole_shards(path: Path | str, out: Path | str) -> list[int]:
     Raises:
         CacheFormatError, CacheCorruptError: the manifest or all shards are lost.
     """
-    source = Input.open(path)
-    names = {f"{shard_name(shard)}.{end}" for shard in range(source.manifest["num_shards"]) for end in ("h5", "json")}
-    shards = {name: entry for name, entry in source.manifest["files"].items() if name in names}
-    lost = sorted({_number(name) for name in check_files(source.path, shards)})
-    kept = [shard for shard in range(source.manifest["num_shards"]) if shard not in lost]
+    cache = Cache(path, complete=False)
+    names = {f"{shard_name(shard)}.{end}" for shard in range(cache.num_shards) for end in ("h5", "json")}
+    shards = {name: entry for name, entry in cache.manifest.files.items() if name in names}
+    lost = sorted({_number(name) for name in check_files(cache.path, shards)})
+    kept = [shard for shard in range(cache.num_shards) if shard not in lost]
     if not kept:
         raise CacheCorruptError("no shard of the cache is whole", where=path)
-    provenance = {"command": "cache repair", "inputs": [source.record()], "lost_shards": lost}
+    made = {"command": "cache repair", "lost_shards": lost}
+    documents = cache.manifest.documents_per_shard
     write_derived(
         Path(out),
-        [Part(source=source, shard=shard, keep=np.ones(len(source.documents(shard)), bool)) for shard in kept],
-        build={"command": "cache repair", "inputs": [source.digest()], "lost_shards": lost, **head_options(source)},
-        identity=source.manifest["identity"],
-        sources=source.manifest["sources"],
-        provenance={"derived_from": provenance},
-        files=source,
+        [Part(source=cache, shard=shard, keep=np.ones(documents[shard], bool)) for shard in kept],
+        build={**made, "inputs": [cache.manifest.digest], **cache.manifest.head_options},
+        identity=cache.manifest.identity,
+        sources=cache.manifest.sources,
+        derived_from={**made, "inputs": [cache.manifest.as_input]},
+        files=cache,
     )
     return lost
 
 
-def _manifest(directory: Path) -> dict[str, Any] | None:
+def _manifest(directory: Path) -> Manifest | None:
     """The manifest; None where there is none or it is damaged."""
     try:
         return read_manifest(directory)
@@ -113,67 +105,51 @@ def _manifest(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _repair(directory: Path, manifest: dict[str, Any] | None) -> Iterator[str]:
-    if manifest is None and _mend_digest(directory):
-        yield f"{MANIFEST_SHA256}: damaged; written again"
-        manifest = read_manifest(directory)
-    parts = extensions(directory)
+def _repair(directory: Path, manifest: Manifest | None) -> Iterator[str]:
     if manifest is None:
-        yield from _repair_unfinished(directory, parts)
+        yield from _repair_unfinished(directory)
         return
-    files = manifest["files"]
-    damaged = check_files(directory, files)
-    missing, unlisted = list[str](), False
+    files, damaged = dict(manifest.files), check_files(directory, manifest.files)
     for name in [name for name in damaged if not SHARD_PATTERN.fullmatch(name)]:
         (directory / name).unlink(missing_ok=True)
-        if _restore_build(directory, name, manifest):
-            yield f"{name}: {damaged[name]}; restored from the manifest"
+        if _restore(directory, name, manifest):
+            yield f"{name}: {damaged[name]}; restored from the cache's other files"
         elif name.startswith(f"{TEACHER_EVAL}/"):
-            files = {key: entry for key, entry in files.items() if key != name}
-            unlisted = True
+            del files[name]
             with contextlib.suppress(OSError):  # not empty
                 (directory / name).parent.rmdir()
             yield f"{name}: {damaged[name]}; removed for good: make it again with `codedistill cache attach`"
         else:
-            missing.append(name)
-            yield f"{name}: {damaged[name]}; removed: {_command(directory, None)} writes it again"
-    shards = sorted({_number(name) for name in damaged if SHARD_PATTERN.fullmatch(name)})
-    yield from _remove_shards(directory, shards, parts, manifest)
-    cut = next((part for part in extensions(directory) if set(shards) & set(part.shards())), None)
-    if cut is not None and min(shards) >= cut.first_shard and not missing:
-        yield from _take_out(directory, cut, manifest | {"files": files})
-    elif unlisted:
-        write_manifest(directory, manifest | {"files": files})
-    foreign = ((name, what) for name, what in foreign_files(directory, files) if name != CLAIM)  # the claim is ours
+            yield f"{name}: {damaged[name]}; removed: {_command(directory)} writes it again"
+    yield from _remove_shards(directory, sorted({_number(name) for name in damaged} - {-1}), manifest)
+    if files != manifest.files:
+        manifest = replace(manifest, files=files)
+        write_manifest(directory, manifest)
+    foreign = ((name, what) for name, what in foreign_files(directory, manifest) if name != LOCK)  # the lock is ours
     yield from (f"{shown(name)}: {what}; left alone" for name, what in foreign)
 
 
-def _repair_unfinished(directory: Path, parts: list[Extension]) -> Iterator[str]:
+def _repair_unfinished(directory: Path) -> Iterator[str]:
     """Nothing says what the files were but the shards' own JSON."""
-    names = {entry.name for entry in directory.iterdir()}
-    if MANIFEST in names or MANIFEST_SHA256 in names:
-        yield f"{MANIFEST}: does not match its digest; {_command(directory, None)} writes it again"
-    if read_json_object(directory / BUILD) is None:
+    if (directory / MANIFEST).exists() or (directory / DOC_LENGTHS).exists():  # the build had come to its end
+        yield f"{MANIFEST}: damaged or missing; {_command(directory)} writes it again"
+    if build_options(directory) is None:
         raise DistillError(
             "neither the manifest nor build.json can be read: nothing says what this cache was made of",
             where=directory,
             fix="copy the cache again, or make it anew",
         )
-    shards = sorted({int(m[1]) for name in names if (m := SHARD_PATTERN.fullmatch(name))})
-    damaged = [shard for shard in shards if read_record(directory, shard) is None]
-    yield from _remove_shards(directory, damaged, parts, None)
+    shards = sorted({int(m[1]) for entry in directory.iterdir() if (m := SHARD_PATTERN.fullmatch(entry.name))})
+    yield from _remove_shards(directory, [shard for shard in shards if read_pair(directory, shard) is None], None)
 
 
-def _remove_shards(
-    directory: Path, shards: list[int], parts: list[Extension], manifest: dict[str, Any] | None
-) -> Iterator[str]:
+def _remove_shards(directory: Path, shards: list[int], manifest: Manifest | None) -> Iterator[str]:
     """Remove pairs; name their documents, from whichever file of the pair still tells, else by position."""
     lines = []
     for shard in shards:
-        part = next((part for part in parts if shard in part.shards()), None)
         known = _documents(directory, shard)
-        what = f"documents {json.dumps(known, ensure_ascii=False)}" if known else _positions(directory, shard, manifest)
-        lines.append(f"{shard_name(shard)}: damaged; removed, with {what}: {_command(directory, part)} makes it again")
+        what = f"documents {json.dumps(known, ensure_ascii=False)}" if known else _positions(shard, manifest)
+        lines.append(f"{shard_name(shard)}: damaged; removed, with {what}: {_command(directory)} makes it again")
     for shard in shards:
         for end in ("h5", "json"):
             (directory / f"{shard_name(shard)}.{end}").unlink(missing_ok=True)
@@ -181,78 +157,42 @@ def _remove_shards(
 
 
 def _documents(directory: Path, shard: int) -> list[Any] | None:
-    record = _sealed(directory, shard)
-    if record is not None and isinstance(record.get("documents"), list):
-        return list(record["documents"])
+    if (record := read_record(directory, shard)) is not None:
+        return record.documents
     try:
-        return [meta.get("id") for meta in Input(path=directory, manifest={}).documents(shard)]
+        return [meta.get("id") for meta in hdf5.read_document_meta(directory / f"{shard_name(shard)}.h5")]
     except (CacheCorruptError, CacheFormatError, AttributeError):
         return None
 
 
-def _positions(directory: Path, shard: int, manifest: dict[str, Any] | None) -> str:
-    """Where a shard's documents are in the order of the cache, from the nearest shards that are whole."""
-    before = next((r for s in range(shard - 1, -1, -1) if (r := _sealed(directory, s))), None)
-    count = 0 if manifest is None else manifest["num_shards"]
-    after = next((r for s in range(shard + 1, count) if (r := _sealed(directory, s))), None)
-    first: Any = 0 if before is None else before.get("first_document", 0) + len(before["documents"])
-    stop: Any = after.get("first_document") if after else manifest and manifest["num_documents"]
-    if stop is None:
-        return f"documents from position {first} on"
-    return f"documents among positions {first} to {stop - 1} of the cache's order"
+def _positions(shard: int, manifest: Manifest | None) -> str:
+    """Where a shard's documents are in the order of the cache."""
+    if manifest is None:
+        return "documents that nothing names any more"
+    first = sum(manifest.documents_per_shard[:shard])
+    return f"documents {first} to {first + manifest.documents_per_shard[shard] - 1} of the cache's order"
 
 
-def _sealed(directory: Path, shard: int) -> dict[str, Any] | None:
-    """A shard's JSON if it is whole itself, whatever became of the shard."""
-    record = read_json_object(directory / f"{shard_name(shard)}.json")
-    return record if record is not None and seal(record) == record and record.get("shard") == shard else None
-
-
-def _restore_build(directory: Path, name: str, manifest: dict[str, Any]) -> bool:
-    """Write `build.json` (or an extension's) anew from the manifest's copy, if that gives the listed bytes."""
-    content = manifest.get("builds", {}).get(name)
-    data = to_json(content).encode()
-    if content is None or hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
+def _restore(directory: Path, name: str, manifest: Manifest) -> bool:
+    """Write a file again that follows from the other files, if that gives the listed bytes."""
+    records = [read_record(directory, shard) for shard in range(manifest.num_shards)]
+    if name == BUILD and manifest.build is not None:
+        data = to_json(build_file(manifest.build)).encode()
+    elif name == DOC_LENGTHS and None not in records:
+        data = doc_lengths([record for record in records if record is not None])
+    else:
+        return False
+    if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
         return False
     write_bytes(directory / name, data)
     return True
 
 
-def _take_out(directory: Path, cut: Extension, manifest: dict[str, Any]) -> Iterator[str]:
-    """A manifest without an extension and those after it: what is left is whole, and the extension can go on."""
-    gone = [part.source for part in extensions(directory) if part.first_shard >= cut.first_shard]
-    kept = assemble(
-        directory,
-        build=manifest,
-        num_shards=cut.first_shard,
-        identity=manifest["identity"],
-        sources=[source for source in manifest["sources"] if source not in gone],
-        provenance={key: manifest[key] for key in ("derived_from",) if key in manifest},
-    )
-    write_manifest(directory, kept)
-    yield f"{MANIFEST}: shards from {cut.first_shard} on are taken out until their extension is completed"
-
-
-def _mend_digest(directory: Path) -> bool:
-    """Write `manifest.sha256` again where it alone is damaged: a few digits of it are wrong, and all others right."""
-    try:
-        data, stated = (directory / MANIFEST).read_bytes(), (directory / MANIFEST_SHA256).read_bytes()
-    except OSError:
-        return False
-    digest = hashlib.sha256(data).hexdigest().encode()
-    if sum(a == b for a, b in zip(digest, stated, strict=False)) < SURE_DIGITS:
-        return False
-    write_bytes(directory / MANIFEST_SHA256, digest)
-    return True
-
-
-def _command(directory: Path, part: Extension | None) -> str:
+def _command(directory: Path) -> str:
     """The command that makes what was removed."""
-    options = (read_json_object(directory / BUILD) or {}).get("options", {})
-    command = options.get("command", "teacher build") if isinstance(options, dict) else "teacher build"
-    return f"the same `codedistill {command}{' --extend' if part else ''}`"
+    return f"the same `codedistill {(build_options(directory) or {}).get('command', 'teacher build')}`"
 
 
 def _number(name: str) -> int:
-    match = SHARD_PATTERN.fullmatch(name) or EXTENSION_PATTERN.fullmatch(name)
+    match = SHARD_PATTERN.fullmatch(name)
     return int(match[1]) if match else -1

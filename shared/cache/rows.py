@@ -1,4 +1,4 @@
-"""Rows cut shorter, and a decoded shard as rows that can be encoded again."""
+"""Rows cut shorter, the rows of some documents, and a decoded shard as rows that can be encoded again."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from shared.cache.codec import decode_tail
-from shared.cache.format import Array, ShardArrays
+from shared.cache.format import Array, Samples, ShardArrays, indptr
 from shared.cache.shard import Shard
 from shared.errors import ConfigError
 
@@ -56,6 +56,42 @@ def truncate(
         topk_margins=arrays.topk_margins[kept],
         tail_log=tail_log,
         gold_in_topk=gold_in_rows(arrays.tokens, k, ids),
+    )
+
+
+def select(arrays: ShardArrays, keep: Array) -> ShardArrays:
+    """The rows of some documents: `keep` is bool `[D]`."""
+    lengths = np.diff(arrays.doc_indptr)
+    rows = np.repeat(keep, lengths)
+    entries = np.repeat(rows, arrays.k)
+    samples = arrays.samples
+    if samples is not None:
+        samples = _select_samples(samples, rows)
+    return replace(
+        arrays,
+        tokens=arrays.tokens[rows],
+        loss_mask=arrays.loss_mask[rows],
+        doc_indptr=indptr(lengths[keep]),
+        doc_meta=[meta for meta, kept in zip(arrays.doc_meta, keep, strict=True) if kept],
+        k=arrays.k[rows],
+        topk_ids=arrays.topk_ids[entries],
+        topk_margins=arrays.topk_margins[entries],
+        tail_log=arrays.tail_log[rows],
+        gold_logprob=None if arrays.gold_logprob is None else arrays.gold_logprob[rows],
+        gold_in_topk=arrays.gold_in_topk[rows],
+        entropy_nats=None if arrays.entropy_nats is None else arrays.entropy_nats[rows],
+        samples=samples,
+    )
+
+
+def _select_samples(samples: Samples, rows: Array) -> Samples:
+    drawn = np.repeat(rows, samples.k)
+    return replace(
+        samples,
+        k=samples.k[rows],
+        ids=samples.ids[drawn],
+        counts=samples.counts[drawn],
+        margins=samples.margins[drawn],
     )
 
 

@@ -176,14 +176,14 @@ def _decode(arrays: dict[str, Array], attributes: dict[str, Any], samples: Sampl
     id_table, doc_indptr = arrays["id_table"].astype(np.int64), arrays["doc_indptr"]
     S, D, E = len(k), len(doc_indptr) - 1, int(k.sum())
     shapes = {"k": (S,), "tokens": (S,), "loss_mask": (S,), "tail": (S, len(attributes["temperatures"]))}
-    shapes |= {"doc_meta_indptr": (D + 1,), "topk_ids": (E,)}
+    shapes |= {"doc_meta_indptr": (D + 1,), "topk_ranks": (E,)}
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             raise ValueError(f"{name} is {arrays[name].shape}, expected {shape}")
     if codes.shape != (E,) or codes.max(initial=0) >= max(len(codebook), 1):
         raise ValueError(f"codes of {len(codes)} entries, expected {E}, all in a codebook of {len(codebook)}")
-    if arrays["topk_ids"].max(initial=0) >= max(len(id_table), 1):
-        raise ValueError(f"topk_ids beyond the {len(id_table)} of id_table")
+    if arrays["topk_ranks"].max(initial=0) >= max(len(id_table), 1):
+        raise ValueError(f"topk_ranks beyond the {len(id_table)} of id_table")
     if doc_indptr[0] != 0 or doc_indptr[-1] != S or np.any(np.diff(doc_indptr) < 1):
         raise ValueError("doc_indptr does not ascend from 0 to the number of tokens")
     blob = arrays["doc_meta"].tobytes()
@@ -195,7 +195,7 @@ def _decode(arrays: dict[str, Array], attributes: dict[str, Any], samples: Sampl
         k=k,
         row_indptr=indptr(k),
         id_table=id_table,
-        ranks=arrays["topk_ids"],
+        ranks=arrays["topk_ranks"],
         codebook=codebook,
         codes=codes,
         last_margins=codebook.take(last_of_rows(codes, k)) if len(codes) else np.zeros(len(k), np.float32),

@@ -14,7 +14,7 @@ GOLD_TOLERANCE_NATS = 1e-2
 
 
 def check_options(
-    *, codec: str, temperatures: Sequence[float], top_k: int, head_width: int, tokenizer_size: int, compression: str
+    *, codec: str, temperatures: Sequence[float], top_k: int, head_width: int, tokenizer_size: int, filter: str
 ) -> None:
     """Refuse options that no shard can be written with.
 
@@ -23,12 +23,12 @@ def check_options(
     """
     if codec not in CODECS:
         raise CacheFormatError("unknown codec", expected=" or ".join(CODECS), got=codec)
-    if compression not in FILTERS:
-        raise CacheFormatError("unknown filter", expected=" or ".join(FILTERS), got=compression)
+    if filter not in FILTERS:
+        raise CacheFormatError("unknown filter", expected=" or ".join(FILTERS), got=filter)
     grid = list(temperatures)
     if grid != sorted(set(grid)) or 1.0 not in grid or not all(0 < t < math.inf for t in grid):
         raise CacheFormatError("the temperature grid cannot be used", expected="ascending, 1 among them", got=grid)
-    load_filter(compression)
+    load_filter(filter)
     if not 1 <= top_k <= MAX_TOP_K:
         raise CacheFormatError("top-k is out of range", expected=f"1 to {MAX_TOP_K}", got=top_k)
     if min(head_width, tokenizer_size) < 1:

@@ -1,4 +1,4 @@
-"""Writing a cache: shards one by one into a claimed directory, the manifest last."""
+"""Writing a cache: shards one by one into a locked folder, the manifest last."""
 
 import contextlib
 import hashlib
@@ -8,41 +8,55 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shared.cache.assemble import assemble, extensions
+import numpy as np
+
 from shared.cache.directory import (
-    damaged_files,
+    check_files,
     has_leftovers,
     is_finished,
     is_ours,
+    list_files,
     plain_errors,
-    read_record,
     remove_leftovers,
-    seal,
 )
 from shared.cache.documents import document_rows, join_rows
 from shared.cache.encode import encode_shard, shard_options
 from shared.cache.format import (
     BUILD,
+    DOC_LENGTHS,
     FORMAT,
     MANIFEST,
-    MANIFEST_SHA256,
     SHARD_PATTERN,
     VERSION,
     Array,
     ShardArrays,
     shard_name,
 )
-from shared.cache.lock import Claim, SharedClaim
-from shared.cache.manifest import read_manifest, write_manifest
+from shared.cache.identity import label_identity
+from shared.cache.manifest import (
+    HEAD_KEYS,
+    FileEntry,
+    Manifest,
+    ShardRecord,
+    build_file,
+    doc_lengths,
+    read_manifest,
+    read_pair,
+    read_record,
+    write_manifest,
+    write_record,
+)
+from shared.cache.statistics import combine
 from shared.errors import CacheCorruptError, CacheFormatError, ResumeError
 from shared.files import write_bytes, write_json
+from shared.lock import Lock, SharedLock
 from shared.process import log
 
 SHARD_TOKENS = 32_768
 
 
 class CacheWriter:
-    """A cache directory under construction, claimed by this process until `finish` or `close`.
+    """A cache directory under construction, locked by this process until `finish` or `close`.
 
     Shards that are whole stay when a killed build is run again; whatever else it left is cleared. If the cache is
     finished already and `build` is equal, `finished` is true and nothing is written.
@@ -51,35 +65,32 @@ class CacheWriter:
         path: the cache's directory; made where it is missing.
         build: every option that decides the cache's bytes, as JSON values: at least `codec`, `temperatures`, `top_k`,
             `head_width`, `tokenizer_size`; `filter` unless it is `gzip`; `num_shards` (for `cache info`) where known.
-
-        leads: false in a process that only writes shards, into a directory that another one of its job has claimed.
+        is_main_process: false in a process that only writes shards, into a folder that another one of its job has
+            locked.
 
     Raises:
         ResumeError: an existing build has other options, the folder holds something else, or another process builds.
         CacheFormatError: options that no shard can be written with.
     """
 
-    first_shard = 0
-    num_documents_before = 0  # in earlier shards of another build
-
-    def __init__(self, path: Path | str, build: Mapping[str, Any], *, leads: bool = True) -> None:
+    def __init__(self, path: Path | str, build: Mapping[str, Any], *, is_main_process: bool = True) -> None:
         self.path = Path(path)
-        self.build = resolved(build)
+        self.build: dict[str, Any] = json.loads(json.dumps({"filter": "gzip"} | dict(build), allow_nan=False))
         self._options = shard_options(self.build)
-        self._claim: Claim | None = None
+        self._lock: Lock | None = None
         self._buffer: list[ShardArrays] = []
-        self._next_shard = self._added = 0
+        self._next_shard = 0
         self._check_folder()
-        if not leads:
-            self.finished, self._claim = False, SharedClaim(self.path)
+        if not is_main_process:
+            self.finished, self._lock = False, SharedLock(self.path)
             return
-        self.finished = self._is_finished()
+        self.finished = is_finished(self.path)
         if self.finished and not has_leftovers(self.path):
             return
         try:
             with plain_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._claim = Claim(self.path)
+                self._lock = Lock(self.path)
                 self._begin()
         except BaseException:
             self.close()
@@ -87,37 +98,42 @@ class CacheWriter:
 
     def has_shard(self, shard: int) -> bool:
         """Whether a shard's pair of files is there and its SHA-256 is right."""
-        return read_record(self.path, shard) is not None
+        return read_pair(self.path, shard) is not None
 
-    def write_shard(self, shard: int, arrays: ShardArrays, extra: Mapping[str, Any]) -> dict[str, Any]:
+    def write_shard(self, shard: int, arrays: ShardArrays, capture: Mapping[str, Any] | None = None) -> ShardRecord:
         """Encode a shard and write its pair of files durably, the JSON last.
 
         Args:
             shard: its number from 0.
             arrays: its rows.
-            extra: further keys for its JSON (`first_document`, token budget, versions) or in place of its own; no
-                times, so that bytes are reproducible.
-
-        Returns:
-            The shard's JSON.
+            capture: how its labels were made, for its JSON.
         """
-        self._claimed()
+        self._locked()
         try:
             data, statistics = encode_shard(arrays, **self._options)
         except CacheFormatError as error:
             where = f"{shard_name(shard)}, {error.where}" if error.where else shard_name(shard)
             raise CacheFormatError(error.what, where=where, expected=error.expected, got=error.got) from error
-        record = {
-            "format": FORMAT,
-            "version": VERSION,
-            "shard": shard,
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "statistics": statistics,
-            "documents": [meta.get("id") for meta in arrays.doc_meta],
-            **extra,
-        }
-        return self._write_pair(shard, data, record)
+        return self.copy_shard(
+            data,
+            ShardRecord(
+                shard=shard,
+                bytes=len(data),
+                sha256=hashlib.sha256(data).hexdigest(),
+                statistics=statistics,
+                documents=[meta.get("id") for meta in arrays.doc_meta],
+                doc_lengths=np.diff(arrays.doc_indptr).tolist(),
+                capture=dict(capture or {}),
+            ),
+        )
+
+    def copy_shard(self, data: bytes, record: ShardRecord) -> ShardRecord:
+        """Write a shard that is encoded already."""
+        self._locked().check()
+        with plain_errors(self.path):
+            write_bytes(self.path / f"{shard_name(record.shard)}.h5", data)
+            write_record(self.path, record)
+        return record
 
     def add_document(
         self,
@@ -139,7 +155,7 @@ class CacheWriter:
             CacheFormatError: rows that may not be written, with document and position.
             ResumeError: a shard that is there holds other documents.
         """
-        self._claimed()
+        self._locked()
         if list(self.build["temperatures"]) != [1.0]:
             raise CacheFormatError("rows of logprobs at T = 1", expected="the grid [1]", got=self.build["temperatures"])
         document = document_rows(
@@ -160,82 +176,82 @@ class CacheWriter:
         """Write the buffered documents as the next shard, unless it is there."""
         shard, documents, self._buffer = self._next_shard, self._buffer, []
         self._next_shard += 1
-        record = read_record(self.path, shard)
+        record = read_pair(self.path, shard)
         names = [document.doc_meta[0].get("id") for document in documents]
         if record is None:
-            self.write_shard(shard, join_rows(documents), {"first_document": self._added})
-        elif record.get("documents") != names:
+            self.write_shard(shard, join_rows(documents))
+        elif record.documents != names:
             where = self.path / f"{shard_name(shard)}.json"
             raise ResumeError("the shard holds other documents", where=where, fix="name another --out")
-        self._added += len(documents)
-
-    def copy_shard(self, shard: int, data: bytes, record: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-        """Take over another cache's shard byte for byte under a new number.
-
-        Args:
-            shard: its number here.
-            data: its file's bytes; record: its JSON there.
-            extra: keys of its JSON to replace, such as `first_document`.
-        """
-        self._write_pair(shard, data, {**record, "shard": shard, **extra})
-
-    def _write_pair(self, shard: int, data: bytes, record: Mapping[str, Any]) -> dict[str, Any]:
-        sealed = seal(record)
-        self._claimed().check()
-        with plain_errors(self.path):
-            write_bytes(self.path / f"{shard_name(shard)}.h5", data)
-            write_json(self.path / f"{shard_name(shard)}.json", sealed)
-        return sealed
 
     def finish(
         self,
         identity: Mapping[str, Any],
         sources: Sequence[Mapping[str, Any]],
-        provenance: Mapping[str, Any] | None = None,
+        derived_from: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the manifest over every file in the directory and give the claim back.
+        """Write the lengths of all documents, then the manifest over every file in the folder; release the lock.
 
         Args:
             identity: who made the labels; see `identity.label_identity`.
             sources: the data sets, each with name, split, revision, license, digest, num_documents.
-            provenance: further keys of the manifest, such as `derived_from`.
+            derived_from: the caches that this one is made from, where it is.
 
         Raises:
             CacheFormatError: no shard, a shard that is missing or damaged, or an identity without its digests.
         """
-        self._claimed()
+        self._locked()
         if self._buffer:
             self._flush()
         self._check_folder()
         found = {int(m[1]) for entry in self.path.iterdir() if (m := SHARD_PATTERN.fullmatch(entry.name))}
-        found -= {shard for part in extensions(self.path) for shard in part.shards()}
         num_shards = self.build.get("num_shards", len(found))
         if found != set(range(num_shards)) or not found:
             raise CacheFormatError("shards are missing", where=self.path, expected=max(num_shards, 1), got=len(found))
-        self._replace_manifest(num_shards, identity, sources, provenance or {})
-
-    def _replace_manifest(
-        self,
-        num_shards: int,
-        identity: Mapping[str, Any],
-        sources: Sequence[Mapping[str, Any]],
-        provenance: Mapping[str, Any],
-    ) -> None:
-        build = self.build
         with plain_errors(self.path):
-            manifest = assemble(
-                self.path, build=build, num_shards=num_shards, identity=identity, sources=sources, provenance=provenance
-            )
-            self._claimed().check()
+            manifest = self._manifest(num_shards, identity, sources, derived_from)
+            self._locked().check()
             write_manifest(self.path, manifest)
         self.finished = True
         self.close()
 
+    def _manifest(
+        self,
+        num_shards: int,
+        identity: Mapping[str, Any],
+        sources: Sequence[Mapping[str, Any]],
+        derived_from: Mapping[str, Any] | None,
+    ) -> Manifest:
+        files, records = list_files(self.path), []
+        for shard in range(num_shards):
+            record, entry = read_record(self.path, shard), files.get(f"{shard_name(shard)}.h5")
+            if record is None or entry is None or record.sha256 != entry.sha256:
+                raise CacheFormatError("a shard is incomplete", where=self.path / shard_name(shard))
+            records.append(record)
+        lengths = doc_lengths(records)
+        write_bytes(self.path / DOC_LENGTHS, lengths)
+        files[DOC_LENGTHS] = FileEntry(bytes=len(lengths), sha256=hashlib.sha256(lengths).hexdigest())
+        statistics = combine([record.statistics for record in records])
+        return Manifest(
+            label_identity=label_identity(identity),
+            identity=dict(identity),
+            sources=[dict(source) for source in sources],
+            **{key: self.build[key] for key in HEAD_KEYS},
+            documents_per_shard=[len(record.documents) for record in records],
+            num_documents=statistics["documents"],
+            num_tokens=statistics["tokens"],
+            num_entries=statistics["entries"],
+            statistics=statistics,
+            files=dict(sorted(files.items())),
+            build=self.build,
+            derived_from=None if derived_from is None else dict(derived_from),
+        )
+
     def close(self) -> None:
-        """Give the claim back; what is written stays."""
-        if self._claim is not None:
-            self._claim.release()
-            self._claim = None
+        """Release the lock; what is written stays."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -245,30 +261,26 @@ class CacheWriter:
     ) -> None:
         self.close()
 
-    def _is_finished(self) -> bool:
-        return is_finished(self.path)
-
     def _begin(self) -> None:
         """Look again, now that the folder is ours; clear what a killed process left; write `build.json`."""
         self._check_folder()
         remove_leftovers(self.path)
-        self.finished = self._is_finished()
+        self.finished = is_finished(self.path)
         if self.finished:
             self.close()
             return
         with contextlib.suppress(CacheFormatError, CacheCorruptError):  # no manifest: nothing says what is damaged
-            for name in damaged_files(self.path, read_manifest(self.path)):
+            for name in check_files(self.path, read_manifest(self.path).files):
                 log(f"{self.path / name} is damaged or missing; removed, to be made again")
                 (self.path / name).unlink(missing_ok=True)
-        for name in (MANIFEST, MANIFEST_SHA256):
-            (self.path / name).unlink(missing_ok=True)
+        (self.path / MANIFEST).unlink(missing_ok=True)
         if not (self.path / BUILD).exists():
-            write_json(self.path / BUILD, {"format": FORMAT, "version": VERSION, "options": self.build})
+            write_json(self.path / BUILD, build_file(self.build))
 
-    def _claimed(self) -> Claim:
-        if self._claim is None:
+    def _locked(self) -> Lock:
+        if self._lock is None:
             raise ResumeError("this cache is finished or its writer closed", where=self.path)
-        return self._claim
+        return self._lock
 
     def _check_folder(self) -> None:
         """Refuse a folder that is no cache, or one that was begun with other options."""
@@ -312,20 +324,12 @@ class CacheWriter:
                     for sources in (before, now)
                 )
             raise ResumeError(
-                f"the cache was begun with another {key}"
-                if key != "sources"
-                else "the cache was begun with other sources",
+                f"the cache was begun with {'other sources' if key == 'sources' else f'another {key}'}",
                 where=self.path,
                 expected=before,
                 got=now,
                 fix=f"use the old option, or name another --out{more}",
             )
-
-
-def resolved(build: Mapping[str, Any]) -> dict[str, Any]:
-    """A build's options as `build.json` holds them."""
-    options: dict[str, Any] = json.loads(json.dumps({"filter": "gzip"} | dict(build), allow_nan=False))
-    return options
 
 
 def option_differences(

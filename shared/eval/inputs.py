@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shared.cache.derive import Input
+from shared.cache.manifest import read_manifest
 from shared.checkpoints import identify_model
 from shared.errors import ConfigError
 from shared.eval.results import BenchmarkResult, Result
@@ -29,7 +29,7 @@ def model_digest(directory: Path) -> str:
 
 def cache_digest(directory: Path) -> str:
     """SHA-256 of what a cache holds: labels, sources and shards, and not what was measured of its teacher."""
-    return Input.open(directory).digest()
+    return read_manifest(directory).digest
 
 
 def timing_place() -> dict[str, Any]:

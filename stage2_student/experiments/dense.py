@@ -40,7 +40,7 @@ def write_dense(teacher: Path, cache: Cache, path: Path) -> None:
     """
     if path.exists():
         return
-    model, _ = load_model(teacher, cache.manifest["identity"]["labels"]["dtype"])
+    model, _ = load_model(teacher, cache.manifest.identity["labels"]["dtype"])
     source, V = LogitSource(model, CHUNK_ROWS), cache.tokenizer_size
     masks = _target_masks(cache)
     temporary = path.with_name(f".{path.name}.tmp")

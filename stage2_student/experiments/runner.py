@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from shared.cache.format import CLAIM
-from shared.cache.lock import LAPSE_SECONDS, Claim, is_dead
 from shared.errors import ConfigError, DistillError, require
 from shared.eval.fidelity.measure import evaluate_fidelity
 from shared.files import read_json, sha256_file
+from shared.lock import STALE_SECONDS, Lock, is_locked
 from shared.process import Terminated, log, own_command, world_size
 from stage2_student.checkpoint import checkpoints
 from stage2_student.experiments.grid import Run, to_toml
@@ -202,10 +201,9 @@ class Runner:
 
     def _wait_for_orphans(self, runs: Sequence[Run], received: Sequence[int]) -> None:
         """Let the processes of a killed experiment, which stop by themselves, save their last checkpoints."""
-        deadline = time.monotonic() + LAPSE_SECONDS
+        deadline = time.monotonic() + STALE_SECONDS
         for run in runs:
-            claim = self.out / run.name / CLAIM
-            while claim.exists() and not is_dead(claim) and time.monotonic() < deadline and not received:
+            while is_locked(self.out / run.name) and time.monotonic() < deadline and not received:
                 time.sleep(0.2)
 
     def _begin(self, run: Run, slot: int) -> _Job:
@@ -271,11 +269,11 @@ def locked(out: Path) -> Iterator[None]:
         ResumeError: another process works in it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    claim = Claim(out, "running the experiment in this folder")
+    lock = Lock(out, "running the experiment in this folder")
     try:
         yield
     finally:
-        claim.release()
+        lock.release()
 
 
 def job_environment(slot: int, jobs: int, *, group: str) -> dict[str, str]:

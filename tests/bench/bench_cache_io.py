@@ -24,10 +24,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from shared.cache.format import ShardArrays
 from shared.cache.manifest import read_manifest, write_manifest
-from shared.cache.order import shuffled_pools
 from shared.cache.reader import Cache
 from shared.cache.rows import exact, truncate
 from shared.cache.writer import CacheWriter
+from stage2_student.order import shuffled_pools
 from tests.support.cache_rows import IDENTITY, random_shard
 
 K, GRID = 50, (0.5, 1.0, 1.5, 2.0)

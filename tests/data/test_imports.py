@@ -80,9 +80,9 @@ def test_vllms_rows(tokenizer, tmp_path):
     masks = [[False, True, True, True, True, False], [False], [True, False] * 3 + [True, True, False]]
     assert_labels(cache, masks)
     assert [cache.meta(i)["id"] for i in range(3)] == ["a", "b", "c"]
-    identity = cache.manifest["identity"]
+    identity = cache.manifest.identity
     assert identity["declared"] is True and identity["teacher"]["name"] == "far/teacher"
-    assert cache.temperatures == (1.0,) and cache.manifest["codec"] == "q"
+    assert cache.temperatures == (1.0,) and cache.manifest.codec == "q"
     nll = [-logp[np.arange(len(logp)), tokens[1:]] for tokens, logp in documents()]  # known by the extra entry
     assert cache.statistics["teacher_nll_all_nats"] == pytest.approx(np.mean(np.concatenate(nll)), rel=1e-6)
     import_cache(file, cache.path, tokenizer=str(tokenizer), teacher_name="far/teacher")
@@ -117,7 +117,7 @@ def test_rows_of_unequal_lengths_and_any_id(tokenizer, tmp_path):
     import_cache(file, tmp_path / "c", tokenizer=str(tokenizer), teacher_name="t")
     cache = Cache(tmp_path / "c")
     assert [cache.meta(number)["id"] for number in range(3)] == ["a\ud800", "2", "3"]
-    assert cache.manifest["top_k"] == 3  # the third entry is no extra one: only vLLM has such
+    assert cache.manifest.top_k == 3  # the third entry is no extra one: only vLLM has such
     assert cache.targets(0, 1.0).k.tolist() == [3, 2, 0]
     assert verify_cache(cache.path) == []
 

@@ -41,8 +41,8 @@ def shard(seed):
     return dataclasses.replace(arrays, samples=samples_of_logits(logits, arrays, temperature=1.0, num=8, seed=seed))
 
 
-def write(path, codec, compression):
-    build = {"codec": codec, "filter": compression, "temperatures": list(GRID), "top_k": TOP_K}
+def write(path, codec, filter):
+    build = {"codec": codec, "filter": filter, "temperatures": list(GRID), "top_k": TOP_K}
     with CacheWriter(path, build | {"head_width": V + 4, "tokenizer_size": V, "num_shards": 1}) as writer:
         (path / "tokenizer").mkdir(exist_ok=True)
         (path / "tokenizer/tokenizer.json").write_text("{}\n")
@@ -89,7 +89,7 @@ def contents(path):
 
 
 if __name__ == "__main__":
-    for codec, compression in (("q", "gzip"), ("q", "zstd"), ("f16", "gzip")):
-        path = FOLDER / "v1" / f"{codec}-{compression}"
-        write(path, codec, compression)
+    for codec, filter in (("q", "gzip"), ("q", "zstd"), ("f16", "gzip")):
+        path = FOLDER / "v1" / f"{codec}-{filter}"
+        write(path, codec, filter)
         path.with_suffix(".json").write_text(json.dumps(contents(path), separators=(",", ":")) + "\n")

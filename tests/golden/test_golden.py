@@ -1,5 +1,6 @@
 """The committed caches of every format version read to what they held when they were written."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -9,11 +10,11 @@ import h5py
 import numpy as np
 import pytest
 
-from shared.cache.format import ATTRIBUTES, CODECS, DATASETS, RECORD_FIELDS, SAMPLES
-from shared.cache.manifest import REQUIRED
+from shared.cache.format import ATTRIBUTES, CODECS, DATASETS, SAMPLES
+from shared.cache.manifest import Manifest, ShardRecord, seal, unseal
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
-from shared.errors import DistillError
+from shared.errors import CacheCorruptError, DistillError
 from tests.golden.make_v1 import contents
 
 FOLDER = Path(__file__).parent / "v1"
@@ -58,14 +59,18 @@ def test_both_filters_and_codecs_hold_the_same_rows():
 
 def sign(path, edit=lambda manifest: None):
     """Edit the manifest, and make sizes and digests right again: what is left to refuse is the edit alone."""
-    manifest = json.loads((path / "manifest.json").read_bytes())
+    manifest = unseal((path / "manifest.json").read_bytes())
     for name in manifest["files"]:
         data = (path / name).read_bytes()
         manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     edit(manifest)
-    data = json.dumps(manifest).encode()
-    (path / "manifest.json").write_bytes(data)
-    (path / "manifest.sha256").write_bytes(hashlib.sha256(data).hexdigest().encode())
+    (path / "manifest.json").write_bytes(seal(manifest))
+
+
+def required(record):
+    """The fields that a reader needs."""
+    return [field.name for field in dataclasses.fields(record)
+            if field.default is field.default_factory is dataclasses.MISSING]  # fmt: skip
 
 
 @pytest.fixture
@@ -83,10 +88,10 @@ def test_an_edit_that_changes_nothing_is_read(cache):
     assert len(read_all(cache)) == 3 and verify_cache(cache) == []
 
 
-@pytest.mark.parametrize("key", ["format", "version", *REQUIRED])
+@pytest.mark.parametrize("key", ["format", "version", *required(Manifest)])
 def test_a_manifest_without_a_field(cache, key):
     sign(cache, lambda manifest: manifest.pop(key))
-    with pytest.raises(DistillError, match={"format": "no logit cache"}.get(key, key)):
+    with pytest.raises(DistillError, match={"format": "not a logit cache"}.get(key, key)):
         Cache(cache)
     assert len(verify_cache(cache)) == 1
 
@@ -133,11 +138,15 @@ def test_a_shard_of_another_kind(cache, key, value):
         read_all(cache)
 
 
-@pytest.mark.parametrize("key", RECORD_FIELDS)
+@pytest.mark.parametrize("key", ["format", "version", *required(ShardRecord)])
 def test_a_shard_json_without_a_field(cache, key):
     file = cache / "shard-00000.json"
-    record = json.loads(file.read_bytes())
+    record = unseal(file.read_bytes())
     del record[key]
-    file.write_text(json.dumps(record))
+    file.write_bytes(seal(record))
     sign(cache)
-    assert [problem for problem in verify_cache(cache) if "shard-00000.json" in problem and key in problem]
+    (problem,) = verify_cache(cache)
+    named = "not the record of shard-00000, codedistill-cache 1" if key in ("format", "version", "shard") else key
+    assert problem.startswith("shard-00000.json: ") and named in problem
+    with pytest.raises(CacheCorruptError, match=named):
+        Cache(cache).record(0)

@@ -64,7 +64,7 @@ def caches(hub, tmp_path_factory):
 def test_the_teacher_s_results_are_part_of_the_cache(caches):
     train = caches / "cache-train"
     assert verify_cache(train) == []
-    listed = [name for name in Cache(train).manifest["files"] if name.startswith("teacher_eval/")]
+    listed = [name for name in Cache(train).manifest.files if name.startswith("teacher_eval/")]
     assert sorted(listed) == [
         "teacher_eval/fidelity.json",
         "teacher_eval/humaneval/completions.jsonl",
@@ -122,10 +122,10 @@ def test_a_student_needs_the_cache_alone(caches, tmp_path):
     card = (tmp_path / "exported" / "README.md").read_text()
     for words in ("bigcode-openrail-m", "CC-BY-4.0", Cache(train).label_identity, TEACHER, "mbpp"):
         assert words in card
-    (source,) = Cache(train).manifest["sources"]
+    (source,) = Cache(train).manifest.sources
     for words in (
         source["revision"],
         source["attribution"],
-        Cache(train).manifest["identity"]["teacher"]["attribution"],
+        Cache(train).manifest.identity["teacher"]["attribution"],
     ):
         assert words in card

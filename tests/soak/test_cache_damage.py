@@ -9,9 +9,8 @@ from shared.cache.attach import add_files
 from shared.cache.verify import verify_cache
 from shared.cache.writer import CacheWriter
 from tests.support.cache_faults import CLI, contents, fast_folder, random_damage, read_all, unnoticed
-from tests.support.cache_rows import IDENTITY, build_options, random_shard, small_shard
+from tests.support.cache_rows import IDENTITY, SOURCES, build_options, random_shard, small_shard
 
-SOURCES = [{"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 6}]
 NUM_DAMAGED, NUM_COMMANDS = 2_000, 60
 
 

@@ -65,10 +65,10 @@ def test_make_all(two_teachers, tmp_path):
     for split in ("train", "validation"):
         cache = Cache(made / f"cache-{split}")
         assert verify_cache(cache.path) == []
-        (source,) = cache.manifest["sources"]
+        (source,) = cache.manifest.sources
         assert (source["name"], source["split"], source["num_documents"]) == ("mbpp", split, len(SPLITS[split]))
         assert source["revision"] == hub.datasets[MBPP].branches["main"]
-        teacher = cache.manifest["identity"]["teacher"]
+        teacher = cache.manifest.identity["teacher"]
         assert (teacher["name"], teacher["commit"]) == (TEACHER, hub.models[TEACHER].branches["main"])
 
     models = read_json(made / "report" / "report.json")["models"]
@@ -109,7 +109,7 @@ def test_the_readme_s_two_machines(two_teachers, tmp_path):
             shutil.copytree(large / "artifacts" / "starcoder2" / "cache-train", large / words[3])
         run(large, environment, *words, *[FEW_PROBLEMS] * (words[0] == "make"))
     own = Cache(large / "artifacts" / "qwen" / "cache-train")
-    assert (own.num_documents, own.manifest["identity"]["teacher"]["name"]) == (15, OTHER_TEACHER)
+    assert (own.num_documents, own.manifest.identity["teacher"]["name"]) == (15, OTHER_TEACHER)
     (words,) = [words for words in commands_of(("stage1_teacher", "Several GPUs and Slurm")) if "build" in words]
     assert (words[0], words[-1]) == ("srun", "&")
     torchrun = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # here: one node

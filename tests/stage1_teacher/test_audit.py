@@ -13,14 +13,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from shared.cache.directory import list_files
 from shared.cache.encode import encode_shard
 from shared.cache.format import shard_name
 from shared.cache.identity import label_identity
-from shared.cache.manifest import read_manifest, write_manifest
+from shared.cache.manifest import FileEntry, read_manifest, write_manifest, write_record
 from shared.cache.reader import Cache
 from shared.cache.rows import exact, gold_in_rows
 from shared.cache.verify import verify_cache
-from shared.files import to_json
 from stage1_teacher.cli import audit as command
 from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
 
@@ -53,19 +53,14 @@ def altered(cache, change, identity=None):
     arrays = exact(cache.load_shard(0), cache.temperatures)
     arrays = change(arrays)
     arrays = replace(arrays, gold_in_topk=gold_in_rows(arrays.tokens, arrays.k, arrays.topk_ids))
-    names = ("codec", "top_k", "head_width", "tokenizer_size", "temperatures")
-    image, statistics = encode_shard(arrays, **{name: cache.manifest[name] for name in names})
-    record = path / f"{shard_name(0)}.json"
-    content = json.loads(record.read_bytes()) | {"statistics": statistics}
-    content |= {"bytes": len(image), "sha256": hashlib.sha256(image).hexdigest()}
-    files = {f"{shard_name(0)}.h5": image, record.name: to_json(content).encode()}
+    image, statistics = encode_shard(arrays, **cache.manifest.head_options)
+    (path / f"{shard_name(0)}.h5").write_bytes(image)
+    entry = FileEntry(bytes=len(image), sha256=hashlib.sha256(image).hexdigest())
+    write_record(path, replace(cache.record(0), statistics=statistics, bytes=entry.bytes, sha256=entry.sha256))
     manifest = read_manifest(path)
     if identity is not None:
-        manifest |= {"identity": identity, "label_identity": label_identity(identity)}
-    for name, data in files.items():
-        (path / name).write_bytes(data)
-        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    write_manifest(path, manifest)
+        manifest = replace(manifest, identity=identity, label_identity=label_identity(identity))
+    write_manifest(path, replace(manifest, files=list_files(path)))
     assert verify_cache(path) == []
     return path
 
@@ -115,14 +110,8 @@ def test_a_digest_that_differs_is_enough(cache, teacher, tmp_path):  # noqa: F81
 
 def test_batches_that_are_not_known_stay_within_the_tolerance(cache, teacher):  # noqa: F811
     for shard in range(cache.num_shards):
-        record = cache.path / f"{shard_name(shard)}.json"
-        content = json.loads(record.read_bytes())
-        del content["token_budget"]
-        record.write_text(to_json(content))
-        manifest = read_manifest(cache.path)
-        data = record.read_bytes()
-        manifest["files"][record.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        write_manifest(cache.path, manifest)
+        write_record(cache.path, replace(cache.record(shard), capture={}))
+    write_manifest(cache.path, replace(cache.manifest, files=list_files(cache.path)))
     code, found = audit(cache.path, teacher)
     assert code == 0
     assert 0 <= found["worst"]["deviation_logits"] < found["worst"]["allowed_logits"]
@@ -169,7 +158,7 @@ def test_shifted_rows_are_found(cache, teacher):  # noqa: F811
 
 
 def test_a_declared_teacher_is_called_so_and_its_rows_decide(cache, teacher):  # noqa: F811
-    identity = cache.manifest["identity"]
+    identity = cache.manifest.identity
     teacher_told = {
         "name": "someone's",
         "weights_digest": "declared: someone's",

@@ -276,14 +276,14 @@ def test_defaults_and_a_profile(teacher, rows, tmp_path):
     profile = tmp_path / "profile.toml"
     profile.write_text('codec = "f16"\ntop_k = 7\ntemperatures = [1.0]\n')
     cache, _ = build(teacher, rows, tmp_path / "cache", "--config", str(profile), "--top-k", "9")
-    assert (cache.manifest["codec"], cache.manifest["top_k"], cache.temperatures) == ("f16", 9, (1.0,))
+    assert (cache.manifest.codec, cache.manifest.top_k, cache.temperatures) == ("f16", 9, (1.0,))
 
 
 def test_top_p_cuts_rows_and_is_part_of_the_labels(teacher, rows, tmp_path):
     whole, _ = build(teacher, rows, tmp_path / "whole", "--top-k", "20")
     cut, _ = build(teacher, rows, tmp_path / "cut", "--top-k", "20", "--top-p", "0.5")
     assert cut.label_identity != whole.label_identity
-    assert cut.manifest["identity"]["labels"]["top_p"] == 0.5
+    assert cut.manifest.identity["labels"]["top_p"] == 0.5
     for document in range(20):
         ours, theirs = cut.targets(document, 1.0), whole.targets(document, 1.0)
         inside = np.arange(20) < ours.k[:, None]
@@ -301,7 +301,7 @@ def test_top_p_cuts_rows_and_is_part_of_the_labels(teacher, rows, tmp_path):
 def test_the_filter_is_no_part_of_the_labels(teacher, rows, tmp_path):
     pytest.importorskip("hdf5plugin")
     caches = [build(teacher, rows, tmp_path / name, "--filter", name)[0] for name in ("gzip", "zstd")]
-    assert [cache.manifest["filter"] for cache in caches] == ["gzip", "zstd"]
+    assert [cache.manifest.filter for cache in caches] == ["gzip", "zstd"]
     assert caches[0].label_identity == caches[1].label_identity
     gzip, zstd = (cache.targets(3, 2.0) for cache in caches)
     assert np.array_equal(gzip.logp, zstd.logp) and np.array_equal(gzip.ids, zstd.ids)
@@ -395,7 +395,7 @@ def test_samples_follow_from_the_document_alone(drawn_from, teacher, rows, tmp_p
     options = ("--top-k", "12", "--samples", "9", "--samples-from", drawn_from, "--samples-temperature", "2")
     cache, _ = build(teacher, rows, tmp_path / "cache", *options)
     assert verify_cache(cache.path) == []
-    assert cache.manifest["identity"]["labels"]["samples"] == [9, drawn_from, 2.0]
+    assert cache.manifest.identity["labels"]["samples"] == [9, drawn_from, 2.0]
     other, _ = build(teacher, rows, tmp_path / "other", *options, "--batch-tokens", "40", "--shard-tokens", "90")
     assert other.num_shards > cache.num_shards
     drawn = 0

@@ -29,9 +29,9 @@ def test_a_quantised_teacher_is_another_teacher(teacher, rows, tmp_path, asked):
     plain, _ = build(teacher, rows, tmp_path / "plain")
     cache, _ = build(teacher, rows, tmp_path / "cache", "--load-in", "4bit")
     assert asked == [None, "4bit"]
-    labels = plain.manifest["identity"]["labels"]
-    assert cache.manifest["identity"]["labels"] == labels | {"load_in": "4bit"}
-    assert cache.manifest["label_identity"] != plain.manifest["label_identity"]
+    labels = plain.manifest.identity["labels"]
+    assert cache.manifest.identity["labels"] == labels | {"load_in": "4bit"}
+    assert cache.manifest.label_identity != plain.manifest.label_identity
 
     (cache.path / "manifest.json").unlink()  # as a kill leaves it
     (cache.path / "shard-00001.h5").unlink()

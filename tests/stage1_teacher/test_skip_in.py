@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from shared.cache.derive import Input
+from shared.cache.manifest import read_manifest
 from shared.cache.verify import verify_cache
 from shared.errors import CacheFormatError, CacheMismatchError, ConfigError, ResumeError
 from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
@@ -43,11 +43,11 @@ def test_only_new_documents_are_labelled_and_a_kill_changes_no_byte(teacher, row
     second, result = build(teacher, grown, tmp_path / "second", *skip)
     assert "20 of 32 documents are skipped" in result.stderr
     assert [second.meta(i)["id"] for i in range(second.num_documents)] == [str(i + 1) for i in range(20, 32)]
-    (source,) = second.manifest["sources"]
+    (source,) = second.manifest.sources
     assert (source["name"], source["num_documents"], source["num_skipped"]) == ("grown.jsonl", 32, 20)
     assert second.label_identity == first.label_identity and verify_cache(second.path) == []
     recorded = json.loads((second.path / "build.json").read_text())["options"]["skip_in"]
-    assert recorded == [Input.open(first.path).digest()]
+    assert recorded == [read_manifest(first.path).digest]
     expected = files(second.path)
     _, result = build(teacher, grown, second.path, *skip)
     assert "up to date" in result.stderr
@@ -87,7 +87,7 @@ def test_repair_names_the_documents_and_the_same_build_makes_them_again(teacher,
     before = files(out)
     names = [cache.meta(i)["id"] for i in range(20)]
     damaged = json.loads(before["shard-00001.json"])
-    first, count = damaged["first_document"], len(damaged["documents"])
+    first, count = cache.shard_indptr[1], len(damaged["documents"])
     (out / "shard-00001.h5").write_bytes(before["shard-00001.h5"][:-1])
     (out / "tokenizer" / "tokenizer.json").unlink()
     done = subprocess.run([*PROGRAM, "cache", "repair", str(out)], capture_output=True, text=True, timeout=60)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shared.cache.order import POOL_WINDOWS, WINDOW_DOCUMENTS
 from stage2_student.config import StudentConfig
+from stage2_student.order import POOL_WINDOWS, WINDOW_DOCUMENTS
 from stage2_student.packing import pack
 
 # Tokens of MBPP's 374 training documents with the demo teacher's tokenizer, the special ones included.

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from shared.errors import DistillError
+from shared.lock import Lock
 from shared.process import own_command
 from stage2_student.checkpoint import seal
 from stage2_student.cli import student
@@ -356,7 +356,7 @@ def test_a_loss_that_is_not_finite_names_its_documents(caches, tmp_path, monkeyp
     names = [name for index in (6, 7) for name in blocks.documents(index)]
     assert f"where: step 4, documents {', '.join(names)}; got: losses nan, nan" in line
     assert sorted(path.parent.name for path in out.glob("*/COMPLETE")) == ["checkpoint-2", "checkpoint-3"]
-    assert not (out / "claim.json").exists()
+    assert not (out / "lock.json").exists()
 
 
 def test_a_gradient_that_is_not_finite_is_refused_too(caches, tmp_path, monkeypatch):
@@ -376,10 +376,11 @@ def test_a_gradient_that_is_not_finite_is_refused_too(caches, tmp_path, monkeypa
 def test_a_folder_that_another_process_trains_in_is_refused(caches, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "claim.json").write_text(json.dumps({"pid": os.getpid(), "host": platform.node(), "token": "x"}))
+    lock = Lock(out)
     line = refused(arguments(caches / "train", out))
+    lock.release()
     assert f"another process is training in this folder; where: {out}; got: process {os.getpid()}" in line
-    assert [path.name for path in out.iterdir()] == ["claim.json"]
+    assert list(out.iterdir()) == []
 
 
 def test_training_stops_early_and_keeps_the_best_student(caches, tmp_path):

@@ -215,8 +215,7 @@ def random_damage(path, rng):
         "shard-00099.json",
         "tokenizer/x",
         ".a.tmp-9",
-        "manifest.json.new",
-        "claim.json",
+        "lock.json",
     ]
     new = path / names[rng.integers(len(names))]
     if kind == "rename":

@@ -3,6 +3,7 @@
 import numpy as np
 
 from shared.cache.format import Samples, ShardArrays
+from shared.cache.writer import CacheWriter
 
 GRID = (0.5, 1.0, 1.5, 2.0)
 IDENTITY = {
@@ -12,9 +13,25 @@ IDENTITY = {
 }
 
 
+SOURCES = [{"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 6}]
+
+
 def build_options(**changes):
     options = {"codec": "f16", "temperatures": list(GRID), "top_k": 4, "head_width": 64, "tokenizer_size": 64}
     return options | {"num_shards": 2} | changes
+
+
+def build(path, **changes):
+    """A finished cache of two small shards, with a tokenizer's file; run again it resumes."""
+    with CacheWriter(path, build_options(**changes)) as writer:
+        if writer.finished:
+            return
+        for shard in range(2):
+            if not writer.has_shard(shard):
+                writer.write_shard(shard, small_shard(shard), {"token_budget": 64})
+        (path / "tokenizer").mkdir(exist_ok=True)
+        (path / "tokenizer" / "tokenizer.json").write_text("{}")
+        writer.finish(IDENTITY, SOURCES)
 
 
 def shard_of_logits(logits_SV, lengths, ks, tokens, grid=GRID, loss_mask=None):

@@ -8,8 +8,8 @@ import time
 
 from click.testing import CliRunner
 
-from shared.cache.directory import read_record
 from shared.cache.format import SHARD_PATTERN
+from shared.cache.manifest import read_pair
 from shared.cli import codedistill
 from tests.support.cache_faults import CLI, contents
 from tests.support.hub_contents import mbpp_row, starcoder2
@@ -41,7 +41,7 @@ class Builds:
         """One build, sent a signal so many seconds after there are so many shards; its exit status and what it said."""
         with self.log.open("w") as log:
             process = subprocess.Popen([*self.command, str(path)], stdout=log, stderr=log, env=self.environment)
-            while process.poll() is None and not (_claims(path, process.pid) and kill_at_shard is not None):
+            while process.poll() is None and not (_locks(path, process.pid) and kill_at_shard is not None):
                 time.sleep(0.01)
             while process.poll() is None and num_shards(path) < kill_at_shard:
                 time.sleep(0.001)
@@ -74,14 +74,14 @@ def whole_shards(path):
     """The files of shards that verify, by what changes when a file is written again."""
     found = {}
     for file in path.glob("shard-*.h5"):
-        if read_record(path, int(SHARD_PATTERN.fullmatch(file.name)[1])) is not None:
+        if read_pair(path, int(SHARD_PATTERN.fullmatch(file.name)[1])) is not None:
             for part in (file, file.with_suffix(".json")):
                 found[part] = (part.stat().st_ino, part.stat().st_mtime_ns)
     return found
 
 
-def _claims(path, pid):
+def _locks(path, pid):
     try:
-        return json.loads((path / "claim.json").read_text())["pid"] == pid
+        return json.loads((path / "lock.json").read_text())["pid"] == pid
     except (OSError, ValueError):
         return False

@@ -97,7 +97,7 @@ def evaluate_fidelity(
         **known,
         ci95={name: intervals.get(name) for name in figures},
         reasons=reasons,
-        kl_kind="dense" if teacher else f"partition K={cache.manifest['top_k']}",
+        kl_kind="dense" if teacher else f"partition K={cache.manifest.top_k}",
         ece_bins=_calibration(sums.bins.sum(0)),
         num_targets=int(sums.columns["targets"].sum()),
         num_documents=cache.num_documents,
@@ -109,7 +109,7 @@ def evaluate_fidelity(
         cache=CacheFacts(
             digest=cache_digest(cache_dir),
             label_identity=cache.label_identity,
-            codec=cache.manifest["codec"],
+            codec=cache.manifest.codec,
             teacher_nll_nats=cached_nll,
         ),
         seen_in_training=seen_in_training(model_dir, cache),

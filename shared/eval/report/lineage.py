@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.cache.derive import Input
+from shared.cache.directory import check_files
 from shared.cache.format import MANIFEST
 from shared.cache.identity import label_identity
 from shared.cache.manifest import read_manifest
-from shared.cache.verify import check_files
 from shared.checkpoints import WEIGHTS, weight_files, weights_digest, weights_sha256
 from shared.errors import ConfigError, DistillError, require
 from shared.eval.report.provenance import REPORT_FORMAT
@@ -168,7 +167,7 @@ class _Tracer:
             except DistillError as error:
                 damaged = damaged or Part(kind=kind, name=place.name, state=ALTERED, at=str(place), notes=[str(error)])
                 continue
-            shards = {name: entry["sha256"] for name, entry in manifest["files"].items()} if manifest else {}
+            shards = manifest.shard_digests if manifest else {}
             if manifest and record["shards"].items() <= shards.items():
                 return self.cache(place, kind)
         if damaged:
@@ -182,21 +181,19 @@ class _Tracer:
             manifest = read_manifest(path)
         except DistillError as error:
             return Part(kind=kind, name=path.name, state=ALTERED, at=str(path), notes=[str(error)])
-        notes = [f"{name}: {what}" for name, what in check_files(path, manifest["files"]).items()]
-        if label_identity(manifest["identity"]) != manifest["label_identity"]:
+        notes = [f"{name}: {what}" for name, what in check_files(path, manifest.files).items()]
+        if label_identity(manifest.identity) != manifest.label_identity:
             notes.append("its label identity is not that of its teacher, tokenizer and options")
-        made_from = [self._teacher(manifest["identity"]["teacher"])]
-        made_from += [
-            self._cache_by_digest(part["digest"]) for part in manifest.get("derived_from", {}).get("inputs", [])
-        ]
-        made_from += [self._documents(source) for source in manifest["sources"]]
+        made_from = [self._teacher(manifest.identity["teacher"])]
+        made_from += [self._cache_by_digest(part["digest"]) for part in (manifest.derived_from or {}).get("inputs", [])]
+        made_from += [self._documents(source) for source in manifest.sources]
         return Part(kind=kind, name=path.name, state=ALTERED if notes else WHOLE, at=str(path), notes=notes,
-                    digest=Input(path=path, manifest=manifest).digest(), made_from=made_from)  # fmt: skip
+                    digest=manifest.digest, made_from=made_from)  # fmt: skip
 
     def _cache_by_digest(self, digest: str) -> Part:
         """A cache that another was merged or cut from."""
         for place in self._places:
-            if (place / MANIFEST).exists() and Input.open(place).digest() == digest:
+            if (place / MANIFEST).exists() and read_manifest(place).digest == digest:
                 return self.cache(place, "derived from cache")
         return Part(kind="derived from cache", name=digest[:16], state=ELSEWHERE, digest=digest)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shared.cache.attach import add_files
-from shared.cache.directory import read_record
+from shared.cache.manifest import read_pair
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.cache.writer import CacheWriter
@@ -25,9 +25,7 @@ from tests.support.cache_faults import (
     read_all,
     small_disk,
 )
-from tests.support.cache_rows import IDENTITY, build_options, small_shard
-
-SOURCES = [{"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 6}]
+from tests.support.cache_rows import IDENTITY, SOURCES, build, build_options, small_shard
 
 
 @pytest.fixture
@@ -36,21 +34,9 @@ def folder():
         yield folder
 
 
-def build(path):
-    with CacheWriter(path, build_options()) as writer:
-        if writer.finished:
-            return
-        for shard in range(2):
-            if not writer.has_shard(shard):
-                writer.write_shard(shard, small_shard(shard), {"token_budget": 64})
-        (path / "tokenizer").mkdir(exist_ok=True)
-        (path / "tokenizer" / "tokenizer.json").write_text("{}")
-        writer.finish(IDENTITY, SOURCES)
-
-
 def whole_shards(path):
     """The files of shards that verify, by what changes when a file is written again."""
-    whole = [shard for shard in range(2) if read_record(path, shard) is not None]
+    whole = [shard for shard in range(2) if read_pair(path, shard) is not None]
     files = [path / f"shard-{shard:05d}.{kind}" for shard in whole for kind in ("h5", "json")]
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
@@ -162,7 +148,7 @@ def test_an_ordinary_user_reads_a_folder_that_only_root_may_write(folder):
 
 def test_a_second_build_at_once_is_refused_and_leaves_the_first_alone(folder):
     build(folder / "whole")
-    code = "import pathlib, sys; from tests.shared.cache import test_crash; test_crash.build(pathlib.Path(sys.argv[1]))"
+    code = "import pathlib, sys; from tests.support.cache_rows import build; build(pathlib.Path(sys.argv[1]))"
     paths = [str(Path(__file__).parents[3]), *sys.path]
     path = folder / "cache"
     with CacheWriter(path, build_options()) as writer:

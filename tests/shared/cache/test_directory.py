@@ -8,45 +8,26 @@ import os
 import pickle
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import shared.cache.manifest
 from shared.cache.attach import add_files
 from shared.cache.cli import cache as cache_command
-from shared.cache.derive import Input
 from shared.cache.identity import label_identity, require_same
 from shared.cache.info import cache_info
+from shared.cache.manifest import seal, unseal
 from shared.cache.reader import Cache
+from shared.cache.repair import repair_cache
 from shared.cache.verify import verify_cache
 from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, ConfigError, ResumeError
-from tests.support.cache_rows import GRID, IDENTITY, build_options, small_shard
-
-SOURCES = [{"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 6}]
-
-
-def build(path, **changes):
-    with CacheWriter(path, build_options(**changes)) as writer:
-        if writer.finished:
-            return
-        for shard in range(2):
-            if not writer.has_shard(shard):
-                writer.write_shard(shard, small_shard(shard), {"token_budget": 64})
-        (path / "tokenizer").mkdir(exist_ok=True)
-        (path / "tokenizer" / "tokenizer.json").write_text("{}")
-        writer.finish(IDENTITY, SOURCES)
-
-
-def contents(path):
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+from tests.support.cache_faults import contents
+from tests.support.cache_rows import GRID, IDENTITY, SOURCES, build, build_options, small_shard
 
 
 @pytest.fixture
@@ -59,20 +40,20 @@ def test_manifest(cache):
     manifest = json.loads((cache / "manifest.json").read_bytes())
     assert list(manifest) == [
         "format", "version", "label_identity", "identity", "sources", "codec", "filter", "temperatures", "top_k",
-        "tokenizer_size", "head_width", "num_shards", "num_documents", "num_tokens", "num_entries", "statistics",
-        "builds", "files",
+        "tokenizer_size", "head_width", "documents_per_shard", "num_documents", "num_tokens", "num_entries",
+        "statistics", "files", "build", "digest",
     ]  # fmt: skip
     assert (manifest["num_documents"], manifest["num_tokens"], manifest["num_entries"]) == (6, 26, 80)
     assert manifest["label_identity"] == label_identity(IDENTITY)
     assert list(manifest["files"]) == [
-        "build.json", "shard-00000.h5", "shard-00000.json", "shard-00001.h5", "shard-00001.json",
+        "build.json", "doc_lengths.u32", "shard-00000.h5", "shard-00000.json", "shard-00001.h5", "shard-00001.json",
         "tokenizer/tokenizer.json",
     ]  # fmt: skip
-    assert (cache / "manifest.sha256").read_bytes() == hashlib.sha256(
-        (cache / "manifest.json").read_bytes()
-    ).hexdigest().encode()
+    body, _, _ = (cache / "manifest.json").read_bytes().rpartition(b',\n  "digest"')
+    assert manifest["digest"] == hashlib.sha256(body).hexdigest()
+    assert (cache / "doc_lengths.u32").read_bytes() == np.array([5, 1, 7] * 2, "<u4").tobytes()
     assert verify_cache(cache) == []
-    assert sorted(contents(cache)) == sorted([*manifest["files"], "manifest.json", "manifest.sha256"])
+    assert sorted(contents(cache)) == sorted([*manifest["files"], "manifest.json"])
 
 
 def test_statistics_of_all_shards(cache):
@@ -155,22 +136,6 @@ def test_a_read_only_folder_is_read_and_left_alone(cache):
 
 
 # --- resume ----------------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing that follows runs."""
-
-
-def test_a_build_completes_what_a_killed_change_left(cache):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(shared.cache.manifest, "_complete", lambda directory: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            add_files(cache, {"teacher_eval/a.json": b"a"})
-    assert "teacher_eval/a.json" in Cache(cache).manifest["files"]
-    assert verify_cache(cache) == ["manifest.json.new: a change of the cache was interrupted; run that command again"]
-    build(cache)
-    assert verify_cache(cache) == []
-    assert "teacher_eval/a.json" in Cache(cache).manifest["files"]
 
 
 def test_whole_shards_are_kept_and_damaged_ones_written_again(tmp_path):
@@ -258,7 +223,7 @@ def test_a_full_disk_is_an_ordinary_error(tmp_path):
                 writer.write_shard(1, small_shard(1), {})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert sorted(contents(tmp_path / "c")) == ["build.json", "claim.json", "shard-00000.h5", "shard-00000.json"]
+        assert sorted(contents(tmp_path / "c")) == ["build.json", "lock.json", "shard-00000.h5", "shard-00000.json"]
     build(tmp_path / "c")
     assert verify_cache(tmp_path / "c") == []
 
@@ -275,66 +240,6 @@ def test_something_foreign_that_appears_during_a_build_is_not_listed(tmp_path):
         (tmp_path / "c" / "notes.txt").write_text("")
         with pytest.raises(ResumeError, match=r"no cache;.*got: notes\.txt"):
             writer.finish(IDENTITY, SOURCES)
-
-
-# --- the claim -------------------------------------------------------------------------------------------------------
-
-
-def test_two_builds_at_once(tmp_path):
-    with CacheWriter(tmp_path / "c", build_options()), pytest.raises(ResumeError, match=f"process {os.getpid()} on"):
-        CacheWriter(tmp_path / "c", build_options())
-    CacheWriter(tmp_path / "c", build_options()).close()
-
-
-def test_a_killed_process_does_not_block_the_next(tmp_path):
-    code = (
-        "import sys, time\nfrom shared.cache.writer import CacheWriter\n"
-        "from tests.support.cache_rows import build_options\n"
-        "w = CacheWriter(sys.argv[1], build_options()); print('claimed', flush=True); time.sleep(60)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    command = [sys.executable, "-c", code, str(tmp_path / "c")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"claimed\n"
-        with pytest.raises(ResumeError, match=f"got: process {process.pid} on"):
-            CacheWriter(tmp_path / "c", build_options())
-        process.send_signal(signal.SIGKILL)
-    build(tmp_path / "c")
-    assert verify_cache(tmp_path / "c") == []
-
-
-@pytest.mark.parametrize(("age_seconds", "blocks"), [(50, True), (70, False)])
-def test_a_claim_from_another_host_lapses(tmp_path, age_seconds, blocks):
-    CacheWriter(tmp_path / "c", build_options()).close()
-    claim = tmp_path / "c" / "claim.json"
-    claim.write_text(json.dumps({"pid": 1, "host": "elsewhere", "token": "x"}))
-    os.utime(claim, (time.time() - age_seconds,) * 2)
-    if blocks:
-        with pytest.raises(ResumeError, match="process 1 on elsewhere"):
-            CacheWriter(tmp_path / "c", build_options())
-    else:
-        CacheWriter(tmp_path / "c", build_options()).close()
-        assert not claim.exists()
-
-
-def test_a_writer_that_lost_its_claim_stops(tmp_path):
-    writer = CacheWriter(tmp_path / "c", build_options())
-    (tmp_path / "c" / "claim.json").write_text("{}")
-    with pytest.raises(ResumeError, match="another process has taken this cache over"):
-        writer.write_shard(0, small_shard(0), {})
-    assert not (tmp_path / "c" / "shard-00000.h5").exists()
-    writer.close()
-
-
-def test_the_claim_is_refreshed(tmp_path, monkeypatch):
-    monkeypatch.setattr("shared.cache.lock.REFRESH_SECONDS", 0.01)
-    with CacheWriter(tmp_path / "c", build_options()):
-        claim = tmp_path / "c" / "claim.json"
-        os.utime(claim, (0, 0))
-        deadline = time.monotonic() + 5
-        while claim.stat().st_mtime == 0 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert claim.stat().st_mtime > time.time() - 60
 
 
 # --- integrity -------------------------------------------------------------------------------------------------------
@@ -396,19 +301,62 @@ def test_links_folders_and_pipes_in_odd_places(cache, tmp_path):
 
     for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name), lambda path: path.symlink_to("/dev")):
         assert problems(instead(make))[0] == "shard-00000.h5: no regular file"
-    for name in ("manifest.json", "manifest.sha256"):
-        assert len(problems(lambda d, n=name: [(d / n).unlink(), (d / n).mkdir()])) == 1
-        (line,) = problems(lambda d, n=name: [(d / n).unlink(), (d / n).symlink_to(n)])
-        assert "cannot be read" in line
+        (line,) = problems(lambda d: [(d / "manifest.json").unlink(), (d / "manifest.json").mkdir()])
+    assert "the manifest is no regular file" in line
+    (line,) = problems(lambda d: [(d / "manifest.json").unlink(), (d / "manifest.json").symlink_to("manifest.json")])
+    assert "cannot be read" in line
     (tmp_path / "file").write_text("")
     for path in ("file", "nowhere"):
         assert "there is no cache here" in verify_cache(tmp_path / path)[0]
 
 
+def leave(path, *names):
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(b"\0\5\26\7")
+
+
+def test_what_transports_leave_is_named_and_passes(cache):
+    names = [
+        *(".DS_Store", "._manifest.json", ".cache/huggingface/.gitignore"),
+        *(".cache/huggingface/download/manifest.json.metadata", ".gitattributes", ".nfs000000000123abcd00000001"),
+        *("README.md", "tokenizer/._tokenizer.json"),
+    ]
+    before = contents(cache)
+    leave(cache, *names)
+    assert verify_cache(cache) == []
+    assert verify_cache(cache, strict=True) == [f"{name}: left by a transport" for name in names]
+    run = CliRunner().invoke
+    passed, refused = run(cache_command, ["verify", str(cache)]), run(cache_command, ["verify", "--strict", str(cache)])
+    assert passed.exit_code == 0 and passed.stdout.splitlines()[:-1] == [
+        f"{name}: not of the cache; left by a transport" for name in names
+    ]
+    assert refused.exit_code == 1
+    assert len(Cache(cache).tokens(0)) == 5
+    assert repair_cache(cache) == []
+    build(cache)
+    assert contents(cache) == before | dict.fromkeys(names, b"\x00\x05\x16\x07")
+
+
+@pytest.mark.parametrize("name", [".cache/other/x", "tokenizer/README.md", "sub/.gitattributes", ".cache/huggingface"])
+def test_what_only_looks_like_it_does_not_pass(cache, name):
+    leave(cache, name)
+    assert f"{name}: not listed in the manifest" in verify_cache(cache)
+
+
+def test_a_build_in_a_folder_with_side_files_lists_none_of_them(tmp_path):
+    leave(tmp_path, ".DS_Store", ".cache/huggingface/x", "README.md")
+    build(tmp_path)
+    assert verify_cache(tmp_path) == []
+    assert not {".DS_Store", "README.md"} & Cache(tmp_path).manifest.files.keys()
+
+
 def test_hostile_manifests_give_one_line(cache):
     original = (cache / "manifest.json").read_bytes()
     for edit in (
-        lambda m: m.update(num_shards=10**12),
+        lambda m: m.update(documents_per_shard=[10**12]),
+        lambda m: m.update(documents_per_shard=[]),
+        lambda m: m.update(documents_per_shard=[2, 4]),
         lambda m: m["files"]["build.json"].update(bytes="many"),
         lambda m: m["files"].update({"a\0b": {"bytes": 0, "sha256": ""}}),
         lambda m: m["files"].update({"./build.json": m["files"]["build.json"]}),
@@ -432,18 +380,22 @@ def test_hostile_manifests_give_one_line(cache):
         assert shown is None or isinstance(shown, CacheFormatError)
         (cache / "manifest.json").write_bytes(original)
     (cache / "manifest.json").write_bytes(b"[" * 100_000)
-    (cache / "manifest.sha256").write_text(hashlib.sha256(b"[" * 100_000).hexdigest())
-    assert "not JSON" in verify_cache(cache)[0]
+    assert "the manifest is damaged" in verify_cache(cache)[0]
+    body = b'{\n  "format": ' + b"[" * 100_000
+    seal = f',\n  "digest": "{hashlib.sha256(body).hexdigest()}"\n}}\n'
+    (cache / "manifest.json").write_bytes(body + seal.encode())
+    assert "the manifest is damaged" in verify_cache(cache)[0]
 
 
 def test_pipes_in_the_place_of_files_block_nobody(cache):
-    for name in ("shard-00000.json", "manifest.sha256"):
+    for name in ("shard-00000.json", "shard-00000.h5", "doc_lengths.u32", "manifest.json"):
         data = (cache / name).read_bytes()
         (cache / name).unlink()
         os.mkfifo(cache / name)
         assert len(verify_cache(cache)) == 1
-        with pytest.raises(CacheCorruptError):
-            Input.open(cache).shard(0)
+        with pytest.raises(CacheCorruptError, match="no regular file"):
+            opened = Cache(cache)
+            opened.record(0), opened.doc_lengths, opened.load_shard(0)
         (cache / name).unlink()
         (cache / name).write_bytes(data)
     assert verify_cache(cache) == []
@@ -460,30 +412,31 @@ def test_the_reader_names_what_is_wrong(cache):
         opened.load_shard(1)
     shard.write_bytes(data[:-1])
     with pytest.raises(CacheCorruptError, match=r"wrong size; where: .*shard-00001\.h5; expected: \d+ bytes"):
-        Cache(cache)
+        Cache(cache).load_shard(1)
     shard.unlink()
     with pytest.raises(CacheCorruptError, match=r"missing; where: .*shard-00001\.h5"):
         Cache(cache)
 
 
 def rewrite_manifest(path, edit):
-    manifest = json.loads((path / "manifest.json").read_bytes())
+    manifest = unseal((path / "manifest.json").read_bytes())
     edit(manifest)
-    data = json.dumps(manifest).encode()
-    (path / "manifest.json").write_bytes(data)
-    (path / "manifest.sha256").write_bytes(hashlib.sha256(data).hexdigest().encode())
+    (path / "manifest.json").write_bytes(seal(manifest))
 
 
 def test_manifests_that_are_refused(cache):
-    (cache / "manifest.sha256").write_bytes((cache / "manifest.sha256").read_bytes() + b"\n")
-    with pytest.raises(CacheCorruptError, match="does not match its digest"):
-        Cache(cache)
+    data = (cache / "manifest.json").read_bytes()
+    for changed in (data + b"\n", data[:-1], data.replace(b'"sources"', b'"sourceS"'), data.replace(b" [", b"\t[", 1)):
+        (cache / "manifest.json").write_bytes(changed)
+        with pytest.raises(CacheCorruptError, match=r"the manifest is damaged; .*; fix: copy the cache again"):
+            Cache(cache)
+    (cache / "manifest.json").write_bytes(data)
     rewrite_manifest(cache, lambda m: m.update(version=2))
     for read in (Cache, cache_info):
         with pytest.raises(CacheFormatError, match=r"unknown version.*expected: 1; got: 2"):
             read(cache)
     rewrite_manifest(cache, lambda m: m.update(version=1) or m.pop("head_width"))
-    with pytest.raises(CacheFormatError, match=r"lacks a field.*head_width"):
+    with pytest.raises(CacheFormatError, match=r"a field is missing.*head_width"):
         Cache(cache)
     rewrite_manifest(
         cache, lambda m: m.update(head_width=64) or m["files"].update({"../x": {"bytes": 0, "sha256": ""}})
@@ -491,7 +444,7 @@ def test_manifests_that_are_refused(cache):
     with pytest.raises(CacheFormatError, match=r"lists a file wrongly.*\.\./x"):
         Cache(cache)
     rewrite_manifest(cache, lambda m: m.update(format="other"))
-    with pytest.raises(CacheFormatError, match="no logit cache"):
+    with pytest.raises(CacheFormatError, match="not a logit cache"):
         Cache(cache)
 
 
@@ -563,7 +516,7 @@ def test_attach_leaves_what_wandb_recorded_beside_the_results(cache, tmp_path):
         file.write_text("{}")
     done = CliRunner().invoke(cache_command, ["attach", str(cache), "--teacher-eval", str(tmp_path / "teacher")])
     assert done.exit_code == 0, done.exception
-    attached = {name for name in Cache(cache).manifest["files"] if name.startswith("teacher_eval/")}
+    attached = {name for name in Cache(cache).manifest.files if name.startswith("teacher_eval/")}
     assert attached == {"teacher_eval/fidelity.json", "teacher_eval/humaneval/result.json"}
 
 

@@ -10,9 +10,8 @@ from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.cache.writer import CacheWriter
 from shared.errors import CacheFormatError, ResumeError
-from tests.shared.cache.test_directory import SOURCES
 from tests.support.cache_faults import contents, killed_at
-from tests.support.cache_rows import IDENTITY, build_options
+from tests.support.cache_rows import IDENTITY, SOURCES, build_options
 
 V = 50
 META = {"id": "d"}

@@ -5,30 +5,23 @@ import pytest
 
 from shared.cache.attach import add_files
 from shared.cache.verify import verify_cache
-from shared.cache.writer import CacheWriter
 from tests.support.cache_faults import contents, fast_folder, random_damage, read_all, unnoticed
-from tests.support.cache_rows import IDENTITY, build_options, small_shard
-
-SOURCES = [{"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 6}]
+from tests.support.cache_rows import build
 
 
 @pytest.fixture(scope="module")
 def cache():
     with fast_folder() as folder:
         path = folder / "cache"
-        with CacheWriter(path, build_options(codec="q")) as writer:
-            for shard in range(2):
-                writer.write_shard(shard, small_shard(shard), {})
-            (path / "tokenizer").mkdir()
-            (path / "tokenizer" / "tokenizer.json").write_text('{"a": 1}')
-            writer.finish(IDENTITY, SOURCES)
+        build(path, codec="q")
         add_files(path, {"teacher_eval/fidelity.json": b"{}\n"})
         yield path
 
 
 def test_every_byte_of_the_small_files(cache):
     """One bit of each, another one from byte to byte."""
-    for name in ("manifest.sha256", "build.json", "tokenizer/tokenizer.json", "teacher_eval/fidelity.json"):
+    small = ("manifest.json", "doc_lengths.u32", "build.json", "tokenizer/tokenizer.json", "teacher_eval/fidelity.json")
+    for name in small:
         data = (cache / name).read_bytes()
         for at in range(len(data)):
             changed = bytearray(data)

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from shared.cache.attach import add_files
 from shared.cache.cli import cache as command
 from shared.cache.identity import label_identity
-from shared.cache.merge import merge_caches
 from shared.cache.reader import Cache
 from shared.cache.repair import repair_cache
-from shared.cache.slice import slice_cache
+from shared.cache.transform import merge_caches, slice_cache
 from shared.cache.verify import verify_cache
 from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheFormatError, CacheMismatchError, ConfigError
@@ -42,15 +41,13 @@ def make(path, shards, *, name="made", identity=IDENTITY, **changes):
     with CacheWriter(
         path, build_options(top_k=K, head_width=V, tokenizer_size=V, num_shards=len(shards), **changes)
     ) as w:
-        first = 0
         for number, seeds in enumerate(shards):
             parts = [rows_of(seed) for seed in seeds]
             lengths = [len(tokens) for _, tokens in parts]
             logits, tokens = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
             arrays = shard_of_logits(logits, lengths, np.full(len(tokens), K), tokens)
             metas = [{"id": f"{name}/{s}", "source": name, "digest": f"{s:064x}", "target_bytes": 1} for s in seeds]
-            w.write_shard(number, replace(arrays, doc_meta=metas), {"first_document": first})
-            first += len(seeds)
+            w.write_shard(number, replace(arrays, doc_meta=metas))
         (path / "tokenizer").mkdir(exist_ok=True)
         (path / "tokenizer" / "tokenizer.json").write_text("{}")
         total = sum(map(len, shards))
@@ -92,10 +89,10 @@ def test_shards_are_copied_and_duplicates_kept_once(tmp_path, codec):
         assert_rows_equal(c, doc, cache, number)
         assert c.meta(doc) == cache.meta(number)
     assert c.label_identity == ours.label_identity
-    assert [source["name"] for source in c.manifest["sources"]] == ["a", "b"]
-    assert c.manifest["derived_from"]["num_duplicates"] == 3
+    assert [source["name"] for source in c.manifest.sources] == ["a", "b"]
+    assert c.manifest.derived_from["num_duplicates"] == 3
     records = [json.loads(out[f"shard-0000{i}.json"]) for i in range(4)]
-    assert [record["first_document"] for record in records] == [0, 2, 4, 6]
+    assert c.manifest.documents_per_shard == [len(record["documents"]) for record in records] == [2, 2, 2, 1]
     assert records[2]["documents"] == ["b/4", "b/5"]
     assert (
         records[2]["statistics"]["codec_kl_nats"]
@@ -175,7 +172,7 @@ def test_a_slice_merges_what_it_drops_into_the_tail(tmp_path, codec):
     slice_cache(a, tmp_path / "s", top_k=2)
     assert verify_cache(tmp_path / "s") == []
     whole, cut = Cache(a), Cache(tmp_path / "s")
-    assert cut.manifest["top_k"] == 2 and cut.width == 2
+    assert cut.manifest.top_k == 2 and cut.width == 2
     for doc in range(3):
         for T in GRID:
             many, few = whole.targets(doc, T), cut.targets(doc, T)
@@ -188,11 +185,11 @@ def test_a_slice_merges_what_it_drops_into_the_tail(tmp_path, codec):
             np.testing.assert_allclose(few.logp[rows, :1] - few.logp[rows], head, atol=1e-5)
             relative = few.log_tail[rows] - few.logp[rows, 0], tail - many.logp[rows, 0]
             np.testing.assert_allclose(*relative, atol=1 / 32 + 1e-5)
-    labels = cut.manifest["identity"]["labels"]
+    labels = cut.manifest.identity["labels"]
     assert labels == {"top_k": 2, "derived_from": whole.label_identity}
-    assert cut.label_identity == label_identity(cut.manifest["identity"]) != whole.label_identity
+    assert cut.label_identity == label_identity(cut.manifest.identity) != whole.label_identity
     assert cut.statistics["teacher_nll_nats"] == whole.statistics["teacher_nll_nats"]
-    assert cut.manifest["derived_from"]["codec_kl_nats"] == whole.statistics["codec_kl_nats"]
+    assert cut.manifest.derived_from["codec_kl_nats"] == whole.statistics["codec_kl_nats"]
     assert cut.statistics["gold_in_topk"] < whole.statistics["gold_in_topk"]
 
 
@@ -206,7 +203,7 @@ def test_fewer_documents_keep_the_label_identity(tmp_path):
         assert Cache(tmp_path / name).label_identity == Cache(a).label_identity
         assert verify_cache(tmp_path / name) == []
     assert contents(tmp_path / "first")["shard-00000.h5"] == contents(a)["shard-00000.h5"]
-    assert [s["name"] for s in Cache(tmp_path / "one").manifest["sources"]] == ["b"]
+    assert [s["name"] for s in Cache(tmp_path / "one").manifest.sources] == ["b"]
     merge_caches([tmp_path / "first", b], tmp_path / "again")
     for name in ("shard-00000.h5", "shard-00001.h5", "shard-00002.h5"):
         assert contents(tmp_path / "again")[name] == contents(tmp_path / "c")[name]
@@ -219,7 +216,7 @@ def test_what_a_cache_was_made_from_survives_merging_and_slicing(tmp_path):
         slice_cache(path, path.with_name(f"{path.name}2"), top_k=2)
     merge_caches([tmp_path / "a2", tmp_path / "b2"], tmp_path / "merged")
     slice_cache(tmp_path / "merged", tmp_path / "first", documents=2)
-    told = Cache(tmp_path / "first").manifest["derived_from"]
+    told = Cache(tmp_path / "first").manifest.derived_from
     assert "codec_kl_nats" not in told  # these rows are as they were
     for path, cut in zip((a, b), told["inputs"][0]["derived_from"]["inputs"], strict=True):
         assert cut["derived_from"]["codec_kl_nats"] == Cache(path).statistics["codec_kl_nats"]
@@ -273,7 +270,7 @@ def test_the_commands(tmp_path):
     assert done.exit_code == 0 and "1 documents were in an earlier cache and are kept once" in done.stdout
     done = run(command, ["slice", str(tmp_path / "c"), "--top-p", "0.5", "--codec", "q", "--out", str(tmp_path / "s")])
     assert done.exit_code == 0 and "3 in 2 shards" in done.stdout
-    assert Cache(tmp_path / "s").manifest["identity"]["labels"] == {
+    assert Cache(tmp_path / "s").manifest.identity["labels"] == {
         "top_k": 4, "top_p": 0.5, "codec": "q", "derived_from": Cache(a).label_identity
     }  # fmt: skip
 

@@ -1,8 +1,6 @@
-"""A cache read by document, by range and as a stream, by other processes, and where its arrays do not fit together."""
+"""A cache read by document, by other processes, and where its arrays do not fit together."""
 
-import hashlib
 import io
-import itertools
 import multiprocessing
 import pickle
 import resource
@@ -14,14 +12,12 @@ import numpy as np
 import pytest
 
 from shared.cache.encode import encode_shard
-from shared.cache.order import POOL_WINDOWS, WINDOW_DOCUMENTS, shuffled_pools
 from shared.cache.reader import Cache
 from shared.cache.shard import decode_shard
 from shared.cache.writer import CacheWriter
-from shared.errors import CacheCorruptError, CacheMismatchError
-from tests.support.cache_rows import GRID, IDENTITY, build_options, shard_of_logits, small_shard
+from shared.errors import CacheCorruptError
+from tests.support.cache_rows import GRID, IDENTITY, SOURCES, build_options, shard_of_logits, small_shard
 
-SOURCES = [{"name": "s", "split": "train", "revision": None, "license": None, "digest": "dd", "num_documents": 6}]
 NUM_SHARDS = 7
 OPTIONS = {"codec": "q", "temperatures": GRID, "top_k": 4, "head_width": 64, "tokenizer_size": 64}
 
@@ -42,67 +38,10 @@ def path(request, tmp_path_factory):
     return path
 
 
-def flat(rows):
-    return [rows.tokens, rows.loss_mask, rows.targets.k, rows.targets.ids, rows.targets.logp, rows.targets.log_tail]
-
-
 def assert_equal(found, expected):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
-
-
-def test_a_document_is_its_parts(path):
-    cache = Cache(path)
-    for doc in range(cache.num_documents):
-        rows = cache.document(doc, 2.0)
-        targets = cache.targets(doc, 2.0)
-        expected = [cache.tokens(doc), cache.loss_mask(doc), targets.k, targets.ids, targets.logp, targets.log_tail]
-        assert_equal(flat(rows), expected)
-
-
-@pytest.mark.parametrize("T", GRID)
-def test_ranges_are_the_documents_end_to_end(path, T):
-    cache = Cache(path)
-    documents = [flat(cache.document(doc, T)) for doc in range(cache.num_documents)]
-    whole = [np.concatenate(parts) for parts in zip(*documents, strict=True)]
-    borders = cache.doc_indptr
-    assert borders.tolist() == [0, *np.cumsum([5, 1, 7] * NUM_SHARDS)]
-    for start, stop in itertools.combinations(range(0, 30), 2):
-        assert_equal(flat(cache.rows(start, stop, T)), [array[start:stop] for array in whole])
-    assert_equal(flat(cache.rows(0, cache.num_tokens, T)), whole)
-    for start, stop in [(-1, 3), (0, cache.num_tokens + 1), (5, 5), (7, 3)]:
-        with pytest.raises(IndexError, match=f"rows {start} to {stop} of {cache.num_tokens}"):
-            cache.rows(start, stop, T)
-
-
-def test_a_stream_holds_every_document_in_the_order_of_the_pools(path):
-    cache = Cache(path)
-    for seed, epoch in [(0, 0), (0, 1), (5, 0)]:
-        docs = []
-        for doc, rows in cache.stream(1.0, seed=seed, epoch=epoch):
-            docs.append(doc)
-            assert_equal(flat(rows), flat(cache.document(doc, 1.0)))
-        order = np.concatenate(list(shuffled_pools(cache.num_documents, np.random.default_rng((seed, epoch)))))
-        assert docs == order.tolist()
-    with pytest.raises(CacheMismatchError, match="no tails at this temperature"):
-        next(cache.stream(3.0, seed=0, epoch=0))
-
-
-@pytest.mark.parametrize("number", [0, 1, 127, 128, 129, 2048, 2049, 5000])
-def test_pools_hold_every_document_once_and_few_windows(number):
-    pools = list(shuffled_pools(number, np.random.default_rng(3)))
-    assert sorted(itertools.chain(*pools)) == list(range(number))
-    for pool in pools:
-        assert len(set(pool // WINDOW_DOCUMENTS)) <= POOL_WINDOWS
-        assert set(pool // WINDOW_DOCUMENTS) == set(np.flatnonzero(np.bincount(pool // WINDOW_DOCUMENTS)))
-
-
-def test_the_order_never_changes():
-    """Runs that were trained with it must stay reproducible."""
-    order = np.concatenate(list(shuffled_pools(5000, np.random.default_rng((7, 2)))))
-    digest = hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()
-    assert digest == "d31d1702dc8acf1f4a6b8406b75001d0c32a48e9eeb0548d0012c7753b2fa163"
 
 
 # --- processes, threads, descriptors ---------------------------------------------------------------------------------
@@ -111,7 +50,12 @@ def test_the_order_never_changes():
 def read_everything(cache, barrier=None):
     if barrier is not None:
         barrier.wait(60)
-    return [(doc, flat(rows)) for doc, rows in cache.stream(1.5, seed=1, epoch=0)]
+    found = []
+    for doc in np.random.default_rng(1).permutation(cache.num_documents).tolist():
+        targets = cache.targets(doc, 1.5)
+        arrays = [cache.tokens(doc), cache.loss_mask(doc), targets.k, targets.ids, targets.logp, targets.log_tail]
+        found.append((doc, arrays))
+    return found
 
 
 def read_and_send(cache, barrier, queue):
@@ -186,8 +130,8 @@ def replaced(name, change):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("topk_ids", lambda a: a[:-1]),
-        ("topk_ids", lambda a: a + np.uint16(len(a))),
+        ("topk_ranks", lambda a: a[:-1]),
+        ("topk_ranks", lambda a: a + np.uint16(len(a))),
         ("topk_codes", lambda a: np.append(a, a[:4])),
         ("topk_codes", lambda a: a + np.uint8(99)),
         ("codebook", lambda a: a[:1]),

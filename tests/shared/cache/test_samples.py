@@ -158,7 +158,7 @@ def test_half_of_the_samples_is_refused(name):
 def test_zstd_holds_the_same():
     pytest.importorskip("hdf5plugin")
     arrays = sampled_shard()
-    images = [encode_shard(arrays, **OPTIONS, compression=name) for name in ("gzip", "zstd", "zstd")]
+    images = [encode_shard(arrays, **OPTIONS, filter=name) for name in ("gzip", "zstd", "zstd")]
     assert images[0] != images[1] == images[2]
     with h5py.File(io.BytesIO(images[1][0])) as file:
         for dataset in (dataset for dataset in file.values() if dataset.size):
@@ -174,7 +174,7 @@ def test_zstd_in_a_fresh_process_with_and_without_the_plugin(tmp_path):
     with CacheWriter(tmp_path / "c", build_options(codec="q", filter="zstd", num_shards=1)) as writer:
         writer.write_shard(0, small_shard(0), {})
         writer.finish(IDENTITY, [])
-    assert Cache(tmp_path / "c").manifest["filter"] == "zstd"
+    assert Cache(tmp_path / "c").manifest.filter == "zstd"
     code = "import sys; from shared.cache.reader import Cache; print(Cache(sys.argv[1]).targets(0, 1.0).k)"
     absent = "import sys; sys.modules['hdf5plugin'] = None\n" + code
     write = "import sys; sys.modules['hdf5plugin'] = None\nfrom shared.cache.writer import CacheWriter\n"

@@ -39,7 +39,7 @@ def test_layout(codec):
             "doc_meta_indptr": "<i8",
             "k": "|u1",
             "id_table": "<u4",
-            "topk_ids": "<u2",
+            "topk_ranks": "<u2",
             "tail": "<i2",
             **values,
         }
@@ -59,7 +59,7 @@ def test_layout(codec):
             "head_width": 64,
             "tokenizer_size": 64,
         }
-        ranks = file["topk_ids"][:]
+        ranks = file["topk_ranks"][:]
         counts = np.bincount(ranks)
         assert np.all(np.diff(counts) <= 0)
         assert np.array_equal(file["id_table"][:][ranks], arrays.topk_ids)
@@ -104,7 +104,7 @@ def test_more_ids_than_u16_ranks_do_not_wrap(num_ids, kind):
     arrays = spread_shard(num_ids, k, 3)
     image, _ = encode_shard(arrays, codec="q", temperatures=[1.0], top_k=k, head_width=V, tokenizer_size=V)
     with open_image(image) as file:
-        assert (file["topk_ids"].dtype.str, file["tokens"].dtype.str, file["k"].dtype.str) == (kind, "<u4", "<u2")
+        assert (file["topk_ranks"].dtype.str, file["tokens"].dtype.str, file["k"].dtype.str) == (kind, "<u4", "<u2")
         assert len(file["id_table"]) == num_ids
     shard = decode_shard(image, "x")
     assert np.array_equal(shard.ids, arrays.topk_ids) and shard.ids.max() > 65_535
@@ -259,7 +259,7 @@ def test_a_wrong_normaliser_is_refused():
     ("option", "value", "message"),
     [
         ("codec", "zip", "unknown codec"),
-        ("compression", "lz4", "unknown filter"),
+        ("filter", "lz4", "unknown filter"),
         ("temperatures", (0.5, 2.0), "temperature grid"),
         ("temperatures", (1.0, 0.5), "temperature grid"),
         ("top_k", 65_536, "top-k is out of range"),

@@ -194,7 +194,7 @@ def test_the_interval_of_a_mean_is_as_wide_as_theory_says():
 def test_a_run_and_its_export_know_what_they_were_trained_on(tmp_path, record):
     cache = make_cache(tmp_path / "cache")
     assert seen_in_training(tmp_path, cache) is False
-    shards = {name: entry["sha256"] for name, entry in cache.manifest["files"].items() if name.endswith(".h5")}
+    shards = cache.manifest.shard_digests
     (tmp_path / record).write_text(json.dumps({"caches": [{"shards": shards, "sources": []}]}))
     assert seen_in_training(tmp_path, cache) is True
     (tmp_path / record).write_text(json.dumps({"caches": [{"shards": {"shard-00000.h5": "00"}, "sources": []}]}))

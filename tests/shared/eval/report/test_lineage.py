@@ -1,6 +1,7 @@
 """`codedistill trace`: a real small run from documents and teacher to export and report, whole and broken."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from data.load import load_documents
 from shared.cache.identity import label_identity
 from shared.cache.manifest import read_manifest, write_manifest
-from shared.cache.slice import slice_cache
+from shared.cache.transform import slice_cache
 from shared.cli import codedistill
 from shared.errors import ConfigError
 from shared.eval.report.lineage import broken_links, trace_lineage
@@ -30,12 +31,12 @@ def made(tmp_path_factory):
     (root / "teacher" / "config.json").write_text("{}")
     (root / "teacher" / "model.safetensors").write_bytes(b"weights")
     manifest = read_manifest(make_cache(root / "cache").path)
-    manifest["identity"]["teacher"] |= {
+    manifest.identity["teacher"] |= {
         "name": "teacher", "config_digest": sha256_file(root / "teacher" / "config.json"),
         "weights_digest": sha256_json({"model.safetensors": sha256_file(root / "teacher" / "model.safetensors")}),
     }  # fmt: skip
-    manifest["sources"][0] |= {"name": "data.jsonl", "digest": load_documents(str(root / "data.jsonl"), "train").digest}
-    write_manifest(root / "cache", manifest | {"label_identity": label_identity(manifest["identity"])})
+    manifest.sources[0] |= {"name": "data.jsonl", "digest": load_documents(str(root / "data.jsonl"), "train").digest}
+    write_manifest(root / "cache", dataclasses.replace(manifest, label_identity=label_identity(manifest.identity)))
     options = {"preset": "tiny", "block_size": 48, "max_steps": 1, "save_steps": 0, "bf16": False}
     assigned = [f"--set={key}={json.dumps(value)}" for key, value in options.items()]
     command = ["student", "train", "--cache", "cache", "--out", "runs/kd", *assigned]

@@ -1,0 +1,272 @@
+"""Caches made from others, shard by shard: merged, sliced. Shards are copied, or decoded, cut and encoded again."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.cache.directory import plain_errors
+from shared.cache.encode import encode_shard, shard_options
+from shared.cache.format import TEACHER_EVAL, TOKENIZER, Array, ShardArrays, shard_name
+from shared.cache.identity import require_same_labels
+from shared.cache.manifest import ShardRecord
+from shared.cache.reader import Cache
+from shared.cache.rows import exact, select, truncate
+from shared.cache.shard import decode_shard
+from shared.cache.writer import CacheWriter
+from shared.errors import CacheMismatchError, ConfigError
+from shared.files import write_bytes
+from shared.progress import progress
+
+TEACHERS_OWN = ("entropy_nats", "teacher_nll_nats", "teacher_nll_all_nats")  # figures of no row that is stored
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Documents of one shard of a cache: `keep` is a mask over them, bool `[D]`, not all False."""
+
+    source: Cache
+    shard: int
+    keep: Array
+
+
+def merge_caches(paths: Sequence[Path | str], out: Path | str) -> int:
+    """Write the documents of several caches, in order, as one cache; run again after a kill it continues.
+
+    Shards are copied byte for byte. A document whose digest an earlier cache holds is left out, which encodes its shard
+    again. `teacher_eval/` comes from the first cache that has one.
+
+    Returns:
+        The number of documents left out.
+
+    Raises:
+        CacheMismatchError: the caches' labels or encodings differ; both are named, and in what.
+        CacheFormatError, CacheCorruptError: one of them is no finished cache, or damaged.
+    """
+    if len(paths) < 2:
+        raise ConfigError("nothing to merge", expected="two caches or more", got=len(paths))
+    inputs = [Cache(path, complete=False) for path in paths]
+    first = inputs[0]
+    for other in inputs[1:]:
+        require_same_labels(
+            first.manifest.identity, other.manifest.identity, ours_name=first.path, theirs_name=other.path
+        )
+        for key, value in first.manifest.head_options.items():
+            if other.manifest.head_options[key] != value:
+                raise CacheMismatchError(
+                    f"the {key} of {first.path} and {other.path} differ",
+                    expected=value,
+                    got=other.manifest.head_options[key],
+                    fix=f"codedistill cache slice --{key} makes a copy of either" if key == "filter" else None,
+                )
+    parts, num_duplicates = _merged(inputs)
+    sources: list[dict[str, Any]] = []
+    for source in (source for cache in inputs for source in cache.manifest.sources):
+        if source not in sources:
+            sources.append(source)
+    derived_from = {
+        "command": "cache merge",
+        "inputs": [cache.manifest.as_input | {"sources": len(cache.manifest.sources)} for cache in inputs],
+        "num_duplicates": num_duplicates,
+    }
+    write_derived(
+        Path(out),
+        parts,
+        build={
+            "command": "cache merge",
+            "inputs": [cache.manifest.digest for cache in inputs],
+            **first.manifest.head_options,
+        },
+        identity=first.manifest.identity,
+        sources=sources,
+        derived_from=derived_from,
+        files=first,
+        teacher_eval=next((cache for cache in inputs if _has_results(cache)), None),
+    )
+    return num_duplicates
+
+
+def _merged(inputs: Sequence[Cache]) -> tuple[list[Part], int]:
+    """The shards to write, and how many documents are in an earlier cache already."""
+    parts, num_duplicates = [], 0
+    seen: set[str] = set()
+    for cache in inputs:
+        here: set[str] = set()
+        for shard in range(cache.num_shards):
+            digests = [meta.get("digest") for meta in cache.document_meta(shard)]
+            keep = np.array([digest is None or digest not in seen for digest in digests])
+            here.update(digest for digest in digests if isinstance(digest, str))
+            num_duplicates += int((~keep).sum())
+            if keep.any():
+                parts.append(Part(source=cache, shard=shard, keep=keep))
+        seen |= here
+    return parts, num_duplicates
+
+
+def _has_results(cache: Cache) -> bool:
+    return any(name.startswith(f"{TEACHER_EVAL}/") for name in cache.manifest.files)
+
+
+def slice_cache(
+    path: Path | str,
+    out: Path | str,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    documents: int | None = None,
+    source: str | None = None,
+    codec: str | None = None,
+    filter: str | None = None,
+) -> None:
+    """Write part of a cache as a cache of its own; run again after a kill it continues.
+
+    Entries that are dropped join their row's tail. Fewer entries or another codec are another label identity, whose
+    label options record them and the identity they come from; fewer documents or another filter are not.
+
+    Args:
+        path: a finished cache.
+        out: the new one's directory.
+        top_k: most entries of a row.
+        top_p: rows keep their shortest prefix of this probability at T = 1.
+        documents: keep the first so many, parts of a split document counted one by one; after `source`.
+        source: keep the documents of this data set alone.
+        codec: `q` or `f16`; filter: `gzip` or `zstd`.
+
+    Raises:
+        ConfigError: options that keep nothing or ask for more than there is.
+        CacheFormatError, CacheCorruptError: no finished cache, or a damaged one.
+    """
+    whole = Cache(path, complete=False)
+    manifest = whole.manifest
+    if top_k is not None and not 1 <= top_k <= manifest.top_k:
+        raise ConfigError("top-k is out of range", where=path, expected=f"1 to the cache's {manifest.top_k}", got=top_k)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError("top-p is out of range", expected="above 0, at most 1", got=top_p)
+    if documents is not None and documents < 1:
+        raise ConfigError("nothing would be kept", where="documents", expected="at least 1", got=documents)
+    head = manifest.head_options
+    changes: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "codec": codec}
+    changes = {key: value for key, value in changes.items() if value is not None and value != head.get(key)}
+    head |= {key: value for key, value in changes.items() if key in head}
+    head |= {} if filter is None else {"filter": filter}
+    identity, sources = manifest.identity, manifest.sources
+    if changes:
+        labels = identity["labels"] | changes | {"derived_from": manifest.label_identity}
+        identity = identity | {"labels": labels}
+    if source is not None:
+        names = sorted({str(known.get("name")) for known in sources})
+        sources = [known for known in sources if known.get("name") == source]
+        if not sources:
+            raise ConfigError("the cache has no such source", where=path, expected=" or ".join(names), got=source)
+    options = {"source": source, "documents": documents, **changes}
+
+    def cut(arrays: ShardArrays) -> ShardArrays:
+        return truncate(arrays, head["temperatures"], top_k=changes.get("top_k"), top_p=changes.get("top_p"))
+
+    write_derived(
+        Path(out),
+        _kept(whole, documents, source),
+        build={"command": "cache slice", "inputs": [manifest.digest], "slice": options, **head},
+        identity=identity,
+        sources=sources,
+        derived_from={
+            "command": "cache slice",
+            "inputs": [manifest.as_input | {"label_identity": manifest.label_identity}],
+            "options": options,
+            **({"codec_kl_nats": manifest.statistics["codec_kl_nats"]} if changes else {}),
+        },
+        cut=cut if changes else None,
+        files=whole,
+        teacher_eval=whole,
+    )
+
+
+def _kept(whole: Cache, documents: int | None, source: str | None) -> list[Part]:
+    parts, left = [], documents
+    for shard in range(whole.num_shards):
+        metas = whole.document_meta(shard)
+        keep = np.array([source is None or meta.get("source") == source for meta in metas])
+        if left is not None:
+            keep &= np.cumsum(keep) <= left
+            left -= int(keep.sum())
+        if keep.any():
+            parts.append(Part(source=whole, shard=shard, keep=keep))
+        if left == 0:
+            break
+    if not parts:
+        raise ConfigError("nothing would be kept", where=whole.path, got=f"no document of {source}")
+    return parts
+
+
+def write_derived(
+    out: Path,
+    parts: Sequence[Part],
+    *,
+    build: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    sources: Sequence[Mapping[str, Any]],
+    derived_from: Mapping[str, Any],
+    cut: Callable[[ShardArrays], ShardArrays] | None = None,
+    files: Cache,
+    teacher_eval: Cache | None = None,
+) -> None:
+    """Write a cache from parts of others; run again after a kill it continues.
+
+    A shard that is wholly kept is copied byte for byte unless `cut` or the filter changes it. Figures that no stored
+    row tells (the teacher's entropy and likelihood) stay with a shard that is wholly kept, and are unknown for one
+    that is not.
+
+    Args:
+        out: the new cache's directory.
+        parts: its shards, in order.
+        build: the options that decide its bytes; codec, filter and sizes among them.
+        identity, sources, derived_from: for the manifest.
+        cut: changes the rows; the encoding's error is then measured against the rows before it. Without it, values are
+            encoded as they were and their error is that of the shard they come from.
+        files: the cache whose `tokenizer/` is taken; teacher_eval: the one whose `teacher_eval/` is.
+    """
+    with CacheWriter(out, {**build, "num_shards": len(parts)}) as writer:
+        if writer.finished:
+            return
+        with progress("writing", len(parts), "shards") as bar:
+            for number, part in enumerate(parts):
+                if not writer.has_shard(number):
+                    data, record = _encode(part, writer.build, cut)
+                    writer.copy_shard(data, replace(record, shard=number))
+                bar.advance(1)
+        for source, folder in ((files, TOKENIZER), (teacher_eval, TEACHER_EVAL)):
+            names = [name for name in source.manifest.files if name.startswith(f"{folder}/")] if source else []
+            for name in names:
+                with plain_errors(out):
+                    (out / name).parent.mkdir(parents=True, exist_ok=True)
+                    write_bytes(out / name, source.read(name) if source else b"")
+        writer.finish(identity, sources, derived_from)
+
+
+def _encode(
+    part: Part, build: Mapping[str, Any], cut: Callable[[ShardArrays], ShardArrays] | None
+) -> tuple[bytes, ShardRecord]:
+    cache, name = part.source, f"{shard_name(part.shard)}.h5"
+    record, data = cache.record(part.shard), cache.read(name)
+    whole = bool(part.keep.all())
+    if whole and cut is None and build["filter"] == cache.manifest.filter:
+        return data, record
+    arrays = exact(decode_shard(data, cache.path / name), cache.temperatures)
+    if not whole:
+        arrays = select(arrays, part.keep)
+    data, statistics = encode_shard(arrays if cut is None else cut(arrays), **shard_options(build))
+    if whole:
+        statistics |= {key: record.statistics[key] for key in TEACHERS_OWN}
+    if cut is None:
+        statistics["codec_kl_nats"] = record.statistics["codec_kl_nats"]
+    return data, replace(
+        record,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        statistics=statistics,
+        documents=[meta.get("id") for meta in arrays.doc_meta],
+        doc_lengths=np.diff(arrays.doc_indptr).tolist(),
+    )
