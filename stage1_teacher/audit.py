@@ -33,13 +33,14 @@ import torch
 from torch import Tensor
 
 from shared.batching import plan_batches
-from shared.cache.codec import decode_tail
+from shared.cache.codec import decode_tail, margin_bound
 from shared.cache.format import MAX_MARGIN, Array
 from shared.cache.reader import Cache
 from shared.cache.shard import Shard
 from shared.checkpoints import ModelFiles, identify_model, load_frozen
 from shared.errors import CacheMismatchError, require
 from shared.logits import LogitSource
+from shared.partition import kl_rows
 from shared.progress import progress
 from shared.tokenizer import load_tokenizer, tokenizer_digest
 
@@ -263,7 +264,8 @@ def compare(
     head_NK = z_NV.gather(1, rows.ids)
     first_N1 = head_NK[:, :1]
     margins_NK = (first_N1 - head_NK).clamp(max=MAX_MARGIN)
-    bound_NK = num_codings * _codec_bound(torch.maximum(margins_NK, rows.margins), codec)
+    larger = torch.maximum(margins_NK, rows.margins).cpu().numpy()
+    bound_NK = num_codings * torch.from_numpy(margin_bound(larger, codec)).to(z_NV.device)
     deviation = torch.where(inside_NK, (margins_NK - rows.margins).abs() - bound_NK, 0.0).amax(1)
 
     outside_NV = z_NV.scatter(1, rows.ids, -torch.inf)
@@ -288,21 +290,13 @@ def compare(
     unit = list(temperatures).index(1.0)
     ours = _log_partition(rows.margins, inside_NK, rows.tail_log[:, unit])
     theirs = _log_partition(margins_NK, inside_NK, tail_NG[:, unit])
-    kl = torch.where(ours > -torch.inf, ours.exp() * (ours - theirs), 0.0).sum(1)
-    return torch.stack([deviation, sigma.double(), kl])
+    return torch.stack([deviation, sigma.double(), kl_rows(ours, theirs)])
 
 
 def _log_partition(margins_NK: Tensor, inside_NK: Tensor, tail_log_N: Tensor) -> Tensor:
     """Log-probabilities of a row's entries and its tail: f64 `[N, K+1]`."""
     weights_NK = torch.where(inside_NK, -margins_NK.double(), -torch.inf)
     return torch.cat([weights_NK, tail_log_N[:, None]], 1).log_softmax(1)
-
-
-def _codec_bound(margins: Tensor, codec: str) -> Tensor:
-    """How far a decoded margin may be from the exact one; see codec.py."""
-    if codec == "f16":
-        return margins.abs() * 2**-11 + 2**-25
-    return 0.5 * ((margins / 5).exp() / 24).clamp(max=0.2)
 
 
 def _pad(values: Array, k: Array) -> Array:

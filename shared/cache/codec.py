@@ -106,6 +106,15 @@ def decode_codes(arrays: Mapping[str, Array], k: Array, codec: str) -> tuple[Arr
     return codes, codebook
 
 
+def margin_bound(margins: Array, codec: str) -> Array:
+    """How far a decoded margin may be from the exact one, from the larger of the two: half of the step there."""
+    if codec == "f16":
+        bound: Array = np.abs(margins) * 2**-11 + 2**-25
+    else:
+        bound = 0.5 * np.minimum(np.exp(margins / 5) / 24, 0.2)
+    return bound
+
+
 def encode_tail(
     tail_log: Array, last_margins: Array, k: Array, temperatures: Sequence[float], scale: int, V: int
 ) -> Array:

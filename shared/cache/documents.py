@@ -42,51 +42,15 @@ def document_rows(
         CacheFormatError: names document and position.
     """
     name = f"document {meta.get('id')!r}"
-    try:
-        tokens = np.asarray(tokens, np.int64)
-        mask = np.arange(len(tokens)) < len(tokens) - 1 if loss_mask is None else np.asarray(loss_mask) != 0
-        lengths = np.array([len(row) for row in ids], np.int64)
-        flat_ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(row).ravel() for row in ids if len(row))])
-        flat = np.concatenate([np.zeros(0), *(np.asarray(row, np.float64).ravel() for row in logprobs)])
-    except (TypeError, ValueError, OverflowError) as error:
-        raise CacheFormatError("a document's rows are not lists of numbers", where=name, got=error) from error
+    tokens, mask, flat, flat_ids, rows = _flatten(name, tokens, ids, logprobs, loss_mask)
     S = len(tokens)
-    if tokens.ndim != 1 or S == 0 or len(lengths) != S - 1 or len(logprobs) != S - 1 or mask.shape != (S,):
-        expected = f"{max(S - 1, 0)} rows for {S} tokens, and a mask of {S}"
-        got = f"{len(lengths)} rows of ids, {len(logprobs)} of logprobs, a mask of {len(mask)}"
-        raise CacheFormatError("a document's rows do not fit its tokens", where=name, expected=expected, got=got)
-
-    def refuse(bad: Array, what: str, expected: object, values: Array | None = None) -> None:
-        if bad.any():
-            row = int(np.flatnonzero(bad)[0])
-            got = None if values is None else values[row]
-            raise CacheFormatError(what, where=f"{name}, position {row}", expected=expected, got=got)
-
-    given = np.array([len(row) for row in logprobs], np.int64)
-    refuse(given != lengths, "a row's ids and logprobs are of unequal lengths", "as many of each", given)
-    rows = np.repeat(np.arange(S - 1), lengths)
-    if not np.issubdtype(flat_ids.dtype, np.integer):
-        raise CacheFormatError("ids that are no integers", where=name, got=flat_ids.dtype)
-    refuse(_rows(rows, np.isnan(flat) | (flat == np.inf), S), "a logprob is not a number", "finite, or −inf")
-    kept = flat > -np.inf
-    rows, flat, flat_ids = rows[kept], flat[kept], flat_ids[kept].astype(np.int64)
     order = np.lexsort((flat_ids, -flat, rows))
     flat, flat_ids = flat[order], flat_ids[order]
     k = np.bincount(rows, minlength=S)
-    refuse(k[:-1] == 0, "a row without entries", "at least one finite logprob")
-    starts, ends = indptr(k)[: S - 1], indptr(k)[1:S]
+    _refuse(name, k[:-1] == 0, "a row without entries", "at least one finite logprob")
+    starts = indptr(k)[: S - 1]
     tail_log = np.full((S, 1), -np.inf)
-    shift = np.zeros(S - 1)
-    if S > 1:
-        mass = np.add.reduceat(np.exp(flat), starts)
-        refuse(mass > 1 + MASS_TOLERANCE, "a row's probabilities add up to more than 1", "at most 1.001", mass)
-        shift = np.log(np.maximum(mass, 1.0))
-        with np.errstate(divide="ignore"):
-            tail = np.log1p(-np.minimum(mass, 1.0))
-            most = np.log((tokenizer_size - k[:-1]).clip(0)) + flat[ends - 1]
-        beyond = np.exp(tail) > np.exp(most) + MASS_TOLERANCE
-        refuse(beyond, "a row lacks more mass than ids less likely than its last can hold", "the most likely ids", mass)
-        tail_log[:-1, 0] = np.minimum(tail, most) - flat[starts]
+    tail_log[:-1, 0], shift = _tails(name, flat, k[:-1], tokenizer_size)
     margins = (flat[np.repeat(starts, k[:-1])] - flat).astype(np.float32)
     return ShardArrays(
         tokens=tokens,
@@ -103,6 +67,64 @@ def document_rows(
     )
 
 
+def _flatten(
+    name: str,
+    tokens: Sequence[int] | Array,
+    ids: Sequence[Sequence[int] | Array],
+    logprobs: Sequence[Sequence[float] | Array],
+    loss_mask: Sequence[int] | Array | None,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Tokens i64 `[S]`, mask bool `[S]`, and of all finite entries logprob f64, id i64 and row i64 `[E]`, checked."""
+    try:
+        tokens = np.asarray(tokens, np.int64)
+        mask = np.arange(len(tokens)) < len(tokens) - 1 if loss_mask is None else np.asarray(loss_mask) != 0
+        lengths = np.array([len(row) for row in ids], np.int64)
+        flat_ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(row).ravel() for row in ids if len(row))])
+        flat = np.concatenate([np.zeros(0), *(np.asarray(row, np.float64).ravel() for row in logprobs)])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CacheFormatError("a document's rows are not lists of numbers", where=name, got=error) from error
+    S = len(tokens)
+    if tokens.ndim != 1 or S == 0 or len(lengths) != S - 1 or len(logprobs) != S - 1 or mask.shape != (S,):
+        expected = f"{max(S - 1, 0)} rows for {S} tokens, and a mask of {S}"
+        got = f"{len(lengths)} rows of ids, {len(logprobs)} of logprobs, a mask of {len(mask)}"
+        raise CacheFormatError("a document's rows do not fit its tokens", where=name, expected=expected, got=got)
+    given = np.array([len(row) for row in logprobs], np.int64)
+    _refuse(name, given != lengths, "a row's ids and logprobs are of unequal lengths", "as many of each", given)
+    if not np.issubdtype(flat_ids.dtype, np.integer):
+        raise CacheFormatError("ids that are no integers", where=name, got=flat_ids.dtype)
+    rows = np.repeat(np.arange(S - 1), lengths)
+    bad = np.bincount(rows[np.isnan(flat) | (flat == np.inf)], minlength=S - 1) > 0
+    _refuse(name, bad, "a logprob is not a number", "finite, or −inf")
+    kept = flat > -np.inf
+    return tokens, mask, flat[kept], flat_ids[kept].astype(np.int64), rows[kept]
+
+
+def _tails(name: str, flat: Array, k: Array, tokenizer_size: int) -> tuple[Array, Array]:
+    """Log tail relative to each row's first entry, and the log of what a row's sum is above 1: f64 `[S − 1]` each."""
+    if len(k) == 0:
+        return np.zeros(0), np.zeros(0)
+    borders = indptr(k)
+    starts, ends = borders[:-1], borders[1:]
+    mass = np.add.reduceat(np.exp(flat), starts)
+    heavy = mass > 1 + MASS_TOLERANCE
+    _refuse(name, heavy, "a row's probabilities add up to more than 1", "at most 1.001", mass)
+    with np.errstate(divide="ignore"):
+        tail = np.log1p(-np.minimum(mass, 1.0))
+        most = np.log((tokenizer_size - k).clip(0)) + flat[ends - 1]
+    beyond = np.exp(tail) > np.exp(most) + MASS_TOLERANCE
+    what = "a row lacks more mass than ids less likely than its last can hold"
+    _refuse(name, beyond, what, "the most likely ids", mass)
+    return np.minimum(tail, most) - flat[starts], np.log(np.maximum(mass, 1.0))
+
+
+def _refuse(name: str, bad: Array, what: str, expected: object, values: Array | None = None) -> None:
+    """Raise for the first row of a mask `[S − 1]`, where there is one."""
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        got = None if values is None else values[row]
+        raise CacheFormatError(what, where=f"{name}, position {row}", expected=expected, got=got)
+
+
 def join_rows(parts: Sequence[ShardArrays]) -> ShardArrays:
     """Several shards' rows as one's, without samples; a figure that one of them lacks is unknown for all."""
     names = ("tokens", "loss_mask", "k", "topk_ids", "topk_margins", "tail_log", "gold_in_topk")
@@ -117,13 +139,6 @@ def join_rows(parts: Sequence[ShardArrays]) -> ShardArrays:
         samples=None,
         **joined,
     )
-
-
-def _rows(rows: Array, bad: Array, S: int) -> Array:
-    """The rows that hold a bad entry: bool `[S − 1]`."""
-    found = np.zeros(max(S - 1, 0), bool)
-    found[rows[bad]] = True
-    return found
 
 
 def _gold(tokens: Array, k: Array, ids: Array, logprobs: Array, given: Sequence[float] | Array | None) -> Array | None:

@@ -240,7 +240,7 @@ def test_a_padded_head_is_masked_and_its_mass_recorded(rows, tmp_path, tokenizer
     assert set(targets.k[:-1]) == {size}
     assert targets.ids.max() == size - 1
     assert np.isneginf(targets.log_tail).all()
-    masses = [json.loads(path.read_text())["excess_mass"] for path in cache.path.glob("shard-*.json")]
+    masses = [json.loads(path.read_text())["capture"]["excess_mass"] for path in cache.path.glob("shard-*.json")]
     assert all(0 < mass < 1e-4 for mass in masses)
 
 
@@ -272,7 +272,7 @@ def test_a_teacher_without_its_tokenizer_is_refused(teacher, rows, tmp_path):
 
 def test_defaults_and_a_profile(teacher, rows, tmp_path):
     cache, _ = build(teacher, rows, tmp_path / "default", "--limit-docs", "3")
-    assert [cache.manifest[key] for key in ("codec", "filter", "top_k")] == ["q", "gzip", 64]
+    assert [getattr(cache.manifest, key) for key in ("codec", "filter", "top_k")] == ["q", "gzip", 64]
     profile = tmp_path / "profile.toml"
     profile.write_text('codec = "f16"\ntop_k = 7\ntemperatures = [1.0]\n')
     cache, _ = build(teacher, rows, tmp_path / "cache", "--config", str(profile), "--top-k", "9")

@@ -115,6 +115,6 @@ def test_out_of_memory_takes_the_shard_again_with_half_the_budget(arguments, who
     out = tmp_path / "cache"
     alone(arguments, out)
     assert "out of memory; this shard is done again with batches of 64 tokens" in capsys.readouterr().err
-    budgets = {json.loads(file.read_text())["token_budget"] for file in out.glob("shard-*.json")}
+    budgets = {json.loads(file.read_text())["capture"]["token_budget"] for file in out.glob("shard-*.json")}
     assert budgets == {64, 128}
     assert contents(out).keys() == whole.keys()
