@@ -233,7 +233,7 @@ def batch_rows(shard: Shard, start: int, stop: int, temperatures: Sequence[float
     none = np.zeros((stop - start, 0), np.int64)
     arrays = {
         "k": k,
-        "ids": _pad(shard.id_table[shard.ranks[entries]], k),
+        "ids": _pad(shard.ids[entries].astype(np.int64), k),
         "margins": _pad(shard.codebook[shard.codes[entries]], k),
         "tail_log": np.stack(tails, 1),
         "sample_k": np.zeros(len(k), np.int64) if samples is None else samples.k,

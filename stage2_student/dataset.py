@@ -1,34 +1,41 @@
-"""Packed blocks of a cache as a map-style data set: item i is the same for every number of workers, ranks and
+"""Packed blocks of caches as a map-style data set: item i is the same for every number of workers, ranks and
 restarts."""
 
-import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shared.cache.reader import Cache
+from shared.cache.format import Array
+from shared.cache.reader import Cache, ShardMemory
+from shared.cache.shard import Shard
 from shared.errors import ConfigError
 from shared.model.gpt import IGNORE
-from stage2_student.packing import Block, pack
-from stage2_student.samples import sample_weights
+from stage2_student.order import BlockOrder, lanes_within, largest_pool
+
+SHARD_BYTES = 512 << 20  # of memory for the shards in use, in each process that reads
+
+Block = dict[str, Array]
 
 
-class PackedBlocks(Dataset[dict[str, Tensor]]):
+class PackedBlocks(Dataset[Block]):
     """All blocks of all epochs, in training order.
+
+    A block's labels are as narrow as in the cache; `soft_labels.decode` turns them into log-probabilities on the
+    device, from batches that `collate` has made.
 
     Args:
         caches: where the documents are; of one label identity.
-        weights: one per cache, the shares of rows that come from each (see `mixing`); None takes every document of
-            every cache once per epoch.
+        weights: one per cache, the shares of blocks that come from each (see `BlockOrder`); None takes every document
+            of every cache once per epoch.
         block_size: rows of a block.
         seed: what the order depends on.
         held_out: for each cache, which documents to leave out, bool [D]; see `hold_out`.
-        num_epochs: passes over the documents, or with weights over as many rows, each packed anew; the last may be a
+        num_epochs: passes over the documents, or with weights over as many blocks, each packed anew; the last may be a
             part of one.
         num_blocks: exactly so many blocks instead, with as many epochs as that takes.
         multiple: the length is rounded up to a multiple of it with empty blocks, so that no rank, micro-batch or step
@@ -56,102 +63,181 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         with_samples: bool = False,
         all_targets: bool = False,
     ) -> None:
-        self.caches, self.weights, self.block_size, self.seed = caches, weights, block_size, seed
-        self.temperature, self.all_targets = temperature, all_targets
-        self.num_samples = caches[0].samples(0, 0, 0).num if with_samples and temperature is not None else 0
-        self.first_doc = np.cumsum([0, *(cache.num_documents for cache in caches)])
-        self.doc_lengths = [cache.doc_lengths for cache in caches]
+        self.caches, self.block_size = caches, block_size
+        self.temperature, self.with_samples, self.all_targets = temperature, with_samples, all_targets
+        doc_rows = [cache.doc_lengths - np.uint32(1) for cache in caches]
         if held_out is not None:
-            self.doc_lengths = [
-                np.where(out, 0, lengths) for out, lengths in zip(held_out, self.doc_lengths, strict=True)
-            ]
-        cache_rows = [int(np.maximum(lengths - 1, 0).sum()) for lengths in self.doc_lengths]
+            doc_rows = [np.where(out, np.uint32(0), rows) for out, rows in zip(held_out, doc_rows, strict=True)]
+        cache_rows = [int(rows.sum(dtype=np.int64)) for rows in doc_rows]
         self.num_rows = sum(cache_rows)
         if self.num_rows == 0 or (weights is not None and 0 in cache_rows):
             empty = caches[cache_rows.index(0)].path
             raise ConfigError("no document of the cache has a token to predict", where=empty)
-        starts = [0]  # of each epoch's blocks, and the end of the last
-        while len(starts) - 1 < num_epochs if num_blocks is None else starts[-1] < num_blocks:
-            starts.append(starts[-1] + len(self._plan(len(starts) - 1)))
-        if num_blocks is None:
-            part = num_epochs - (len(starts) - 2)
-            num_blocks = starts[-2] + math.ceil(part * (starts[-1] - starts[-2]))
-        self.first_block, self.num_blocks = starts, num_blocks
-        self.num_epochs = len(starts) - 2 + (num_blocks - starts[-2]) / (starts[-1] - starts[-2])
+        memory = ShardMemory(SHARD_BYTES)
+        for cache in caches:
+            cache.memory = memory
+        pool_bytes = max(
+            largest_pool(cache.doc_lengths, cache.shard_indptr, block_size) * cache.bytes_per_token for cache in caches
+        )
+        self.order = BlockOrder(
+            doc_rows,
+            [cache.shard_indptr for cache in caches],
+            block_size=block_size,
+            seed=seed,
+            weights=weights,
+            # With weights a lane has a pool of each cache in hand.
+            num_lanes=lanes_within(SHARD_BYTES, pool_bytes * (1 if weights is None else len(caches))),
+        )
+        each = self.order.num_blocks_per_epoch
+        self.num_blocks = math.ceil(num_epochs * each) if num_blocks is None else num_blocks
+        self.num_epochs = self.num_blocks / each
         self._length = math.ceil(self.num_blocks / multiple) * multiple
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def epoch_ends(self) -> list[int]:
+        """Blocks up to the end of each epoch, the last of which may be a part of one."""
+        each = self.order.num_blocks_per_epoch
+        return [*range(each, self.num_blocks, each), self.num_blocks]
+
+    def __getitem__(self, index: int) -> Block:
         """One block.
 
         Returns:
-            `input_ids`, `position_ids`, `labels` [T] int64 and, with a temperature, `soft_ids` [T, K] int64,
-            `soft_logp` [T, K] float32, `soft_log_tail` [T] float32, `soft_k` [T] int64; with samples `soft_sample_ids`
-            [T, S] int64, `soft_sample_weights` [T, S] float32. What is left of the block is padding: id 0, positions
-            that count on from 0, no labels and no teacher rows.
+            `input_ids`, `position_ids`, `labels` i64 [T] and, with a temperature, `soft_<name>` for each field of
+            `soft_labels.NarrowRows`. What is left of the block is padding: id 0, positions that count on from 0, no
+            labels and no teacher rows.
         """
-        block = self._block(index)
-        T, K = self.block_size, self.caches[0].width
-        arrays = {
+        cache, segments = self._segments(index)
+        T = self.block_size
+        block: Block = {
             "input_ids": np.zeros(T, np.int64),
             "position_ids": np.arange(T, dtype=np.int64),
             "labels": np.full(T, IGNORE, np.int64),
         }
+        parts = [cache.locate(doc) for doc, _, _ in segments]
+        rows = None
         if self.temperature is not None:
-            arrays["soft_ids"] = np.zeros((T, K), np.int64)
-            arrays["soft_logp"] = np.full((T, K), -np.inf, np.float32)
-            arrays["soft_log_tail"] = np.full(T, -np.inf, np.float32)
-            arrays["soft_k"] = np.zeros(T, np.int64)
-        if self.num_samples:
-            arrays["soft_sample_ids"] = np.zeros((T, self.num_samples), np.int64)
-            arrays["soft_sample_weights"] = np.zeros((T, self.num_samples), np.float32)
+            rows = _Rows(cache, [shard for shard, _ in parts], T, self.temperature, with_samples=self.with_samples)
         at = 0
-        for number, start, stop in block:
-            cache, doc = self._locate(number)
-            rows = slice(at, at + stop - start)
-            tokens = cache.tokens(doc)
-            arrays["input_ids"][rows] = tokens[start:stop]
-            arrays["position_ids"][rows] = np.arange(stop - start)
-            is_target = cache.loss_mask(doc)[start:stop] | self.all_targets
-            arrays["labels"][rows] = np.where(is_target, tokens[start + 1 : stop + 1], IGNORE)
-            if self.temperature is not None:
-                soft = cache.targets(doc, self.temperature, start, stop)
-                arrays["soft_ids"][rows], arrays["soft_logp"][rows] = soft.ids, soft.logp
-                arrays["soft_log_tail"][rows], arrays["soft_k"][rows] = soft.log_tail, soft.k
-                if self.num_samples:
-                    samples = cache.samples(doc, start, stop)
-                    drawn = cache.targets(doc, samples.temperature, start, stop)
-                    arrays["soft_sample_ids"][rows] = samples.ids
-                    arrays["soft_sample_weights"][rows] = sample_weights(samples, soft, drawn, self.temperature)
-            at = rows.stop
-        arrays["position_ids"][at:] = np.arange(T - at)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        for (_, start, stop), (shard, first) in zip(segments, parts, strict=True):
+            size, source = stop - start, slice(first + start, first + stop)
+            next_ones = slice(first + start + 1, first + stop + 1)
+            block["input_ids"][at : at + size] = shard.tokens[source]
+            block["position_ids"][at : at + size] = np.arange(size)
+            labels = block["labels"][at : at + size]
+            labels[:] = shard.tokens[next_ones]
+            if not self.all_targets:
+                labels[shard.loss_mask[source] == 0] = IGNORE
+            if rows is not None:
+                rows.copy(at, shard, source)
+            at += size
+        block["position_ids"][at:] = np.arange(T - at)
+        return block | ({} if rows is None else rows.fields)
 
     def documents(self, index: int) -> list[str]:
         """The documents of a block, as their caches name them, with the rows of them that it holds."""
-        names = []
-        for number, start, stop in self._block(index):
-            cache, doc = self._locate(number)
-            names.append(f"{cache.meta(doc).get('id', doc)} [{start}:{stop}]")
-        return names
+        cache, segments = self._segments(index)
+        return [f"{cache.meta(doc).get('id', doc)} [{start}:{stop}]" for doc, start, stop in segments]
 
-    def _block(self, index: int) -> Block:
+    def _segments(self, index: int) -> tuple[Cache, list[tuple[int, int, int]]]:
+        """A block's cache and, of each segment, document, first row and end; none in a block that only fills up."""
         if not 0 <= index < len(self):
             raise IndexError(index)  # ends iteration
         if index >= self.num_blocks:
-            return ()
-        epoch = int(np.searchsorted(self.first_block, index, side="right")) - 1
-        return self._plan(epoch)[index - self.first_block[epoch]]
+            return self.caches[0], []
+        number, docs, starts, stops = self.order.block(index)
+        return self.caches[number], list(zip(docs.tolist(), starts.tolist(), stops.tolist(), strict=True))
 
-    def _locate(self, number: int) -> tuple[Cache, int]:
-        which = int(np.searchsorted(self.first_doc, number, side="right")) - 1
-        return self.caches[which], number - int(self.first_doc[which])
 
-    def _plan(self, epoch: int) -> list[Block]:
-        lengths = tuple(lengths.tobytes() for lengths in self.doc_lengths)
-        return _plan(lengths, self.weights and tuple(self.weights), self.block_size, self.seed, epoch)
+class _Rows:
+    """The teacher's rows of one block, still as narrow as in the cache; see `soft_labels.NarrowRows`."""
+
+    def __init__(
+        self, cache: Cache, shards: Sequence[Shard], T: int, temperature: float, *, with_samples: bool
+    ) -> None:
+        K = self._width = cache.width
+        self._temperature, self._column = temperature, cache.column(temperature)
+        codebook, self._code_shift = _join(shards)
+        code_type = np.min_scalar_type(max(len(codebook) - 1, 0))
+        id_type = np.uint16 if cache.tokenizer_size <= 1 << 16 else np.int32
+        self.fields: Block = {
+            "soft_ids": np.zeros((T, K), id_type),
+            "soft_codes": np.zeros((T, K), code_type),
+            "soft_k": np.zeros(T, np.int32),
+            "soft_log_tail": np.full(T, -np.inf, np.float32),
+            "soft_codebook": codebook,
+        }
+        self._sampling = cache.sampling if with_samples else None
+        if self._sampling is not None:
+            S = self._sampling.num
+            self._sample_column = cache.column(self._sampling.temperature)
+            self.fields |= {
+                "soft_sample_ids": np.zeros((T, S), id_type),
+                "soft_sample_counts": np.zeros((T, S), np.uint16),
+                "soft_sample_margins": np.zeros((T, S), np.float32),
+                "soft_sample_log_tail": np.full(T, -np.inf, np.float32),
+            }
+
+    def copy(self, at: int, shard: Shard, rows: slice) -> None:
+        """Copy rows of a shard to row `at` of the block."""
+        fields, here, K = self.fields, slice(at, at + rows.stop - rows.start), self._width
+        first, last = int(shard.row_indptr[rows.start]), int(shard.row_indptr[rows.stop])
+        k, shift = shard.k[rows], self._code_shift[id(shard)]
+        fields["soft_k"][here] = k
+        for name, source in (("soft_ids", shard.ids), ("soft_codes", shard.codes)):
+            target = fields[name][here]
+            if last - first == target.size:
+                target.reshape(-1)[:] = source[first:last]
+            else:
+                target[np.arange(K) < k[:, None]] = source[first:last]
+        if shift:
+            fields["soft_codes"][here] += fields["soft_codes"].dtype.type(shift)  # padding may hold anything
+        fields["soft_log_tail"][here] = shard.log_tails(rows, self._column, self._temperature)
+        if self._sampling is not None:
+            samples = shard.sampled(rows.start, rows.stop)
+            assert samples is not None
+            fields["soft_sample_ids"][here] = samples.ids
+            fields["soft_sample_counts"][here] = samples.counts
+            fields["soft_sample_margins"][here] = samples.margins
+            fields["soft_sample_log_tail"][here] = shard.log_tails(
+                rows, self._sample_column, self._sampling.temperature
+            )
+
+
+def _join(shards: Sequence[Shard]) -> tuple[Array, dict[int, int]]:
+    """One codebook for several shards, and what is to be added to the codes of each, by the shard's `id`.
+
+    Codebooks of one codec are as long as their shard needs, and begin alike.
+    """
+    distinct = list({id(shard): shard for shard in shards}.values())
+    longest = max((shard.codebook for shard in distinct), key=len, default=np.zeros(1, np.float32))
+    codebooks, shifts, end = [longest], {}, len(longest)
+    for shard in distinct:
+        book = shard.codebook
+        if book is longest or np.array_equal(book, longest[: len(book)]):
+            shifts[id(shard)] = 0
+            continue
+        shifts[id(shard)] = end
+        codebooks.append(book)
+        end += len(book)
+    return np.concatenate(codebooks), shifts
+
+
+def collate(blocks: Sequence[Mapping[str, Array]]) -> dict[str, Tensor]:
+    """Blocks as a batch: fields [B, …]; codebooks are filled up to the longest, codes widened to the widest."""
+    batch = {}
+    for name in blocks[0]:
+        arrays = [block[name] for block in blocks]
+        if name == "soft_codebook":
+            longest = max(map(len, arrays))
+            arrays = [np.pad(array, (0, longest - len(array))) for array in arrays]
+        elif name == "soft_codes":
+            wide = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
+            arrays = [array.astype(wide, copy=False) for array in arrays]
+        batch[name] = torch.from_numpy(np.stack(arrays))
+    return batch
 
 
 def hold_out(cache: Cache, fraction: float, seed: int) -> np.ndarray:
@@ -160,16 +246,9 @@ def hold_out(cache: Cache, fraction: float, seed: int) -> np.ndarray:
     The parts of a document that was split stay together, and so do documents of one id: what is drawn are ids, by the
     order of their SHA-256 with the seed, whatever order the cache has them in. At least one id is drawn.
     """
-    ids = [str(cache.meta(doc).get("id", doc)) for doc in range(cache.num_documents)]
+    names = [name for shard in range(cache.num_shards) for name in cache.record(shard).documents]
+    ids = [str(doc if name is None else name) for doc, name in enumerate(names)]
     digests = {name: hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest() for name in ids}
     ranked = sorted(digests, key=digests.__getitem__)
     drawn = set(ranked[: max(round(fraction * len(ranked)), 1)])
     return np.array([name in drawn for name in ids])
-
-
-@functools.lru_cache(maxsize=4)
-def _plan(
-    doc_lengths: tuple[bytes, ...], weights: tuple[float, ...] | None, block_size: int, seed: int, epoch: int
-) -> list[Block]:
-    lengths = [np.frombuffer(part, np.int64) for part in doc_lengths]
-    return pack(lengths, block_size, weights=weights, seed=seed, epoch=epoch)

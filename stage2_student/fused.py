@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shared.cache.format import Sampling
 from shared.model.gpt import IGNORE
 from stage2_student.config import StudentConfig
 from stage2_student.losses import ChunkLoss, SoftLabels, cross_entropy_, distill_
+from stage2_student.soft_labels import Decoding, NarrowRows, decode
 
 CHUNK_ROWS = 256
 
@@ -24,10 +26,12 @@ class HeadLoss:
 
     Args:
         config: what `distill_` reads of it, and `k`.
+        sampling: how the samples of the labels were drawn, for losses that need them.
     """
 
-    def __init__(self, config: StudentConfig) -> None:
+    def __init__(self, config: StudentConfig, sampling: Sampling | None = None) -> None:
         self.config = config
+        self._decoding = Decoding(temperature=config.temperature, sampling=sampling if config.uses_samples else None)
         self._scratch: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(
@@ -46,25 +50,26 @@ class HeadLoss:
             weight_VH: the head's matrix.
             labels_N: int64 target ids, `IGNORE` where there is none.
             num_items_in_batch: what the sum is divided by; by default the number of targets here.
-            soft: fields of `SoftLabels` [B, T, …] as `soft_<name>`; where alpha is 0 they may be absent, and `kd` is 0.
+            soft: fields of `NarrowRows` [B, T, …] as `soft_<name>`; where alpha is 0 they may be absent, and `kd` is 0.
 
         Returns:
             `loss`, and the detached sums `kd` and `ce` over the batch, in nats; KD without its factor T². Without
             gradients to form (in evaluation) only the loss is computed.
         """
-        labels = self.labels(soft)
         targets_N = (labels_N != IGNORE).nonzero().squeeze(1)  # prompts and padding need no logits
-        hidden_NH, labels_N, labels = hidden_NH[targets_N], labels_N[targets_N], labels and labels.rows(targets_N)
+        hidden_NH, labels_N, labels = hidden_NH[targets_N], labels_N[targets_N], self.labels(soft, targets_N)
         total, kd, ce = _FusedHeadLoss.apply(hidden_NH, weight_VH, labels_N, labels, self, torch.is_grad_enabled())
         num_targets = len(targets_N) if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / max(num_targets, 1), "kd": kd, "ce": ce}
 
-    def labels(self, soft: dict[str, Tensor]) -> SoftLabels | None:
-        """The teacher's rows of a batch, one per position; None where there are none and none are needed."""
+    def labels(self, soft: dict[str, Tensor], chosen_N: Tensor) -> SoftLabels | None:
+        """The teacher's rows at some positions of a batch; None where there are none and none are needed."""
         if not soft and self.config.alpha == 0:
             return None
-        names = [name for name in SoftLabels._fields if self.config.uses_samples or not name.startswith("sample")]
-        labels = SoftLabels(**{name: soft[f"soft_{name}"].flatten(0, 1) for name in names})
+        per_block = {"soft_codebook"}
+        fields = {name: field if name in per_block else field.flatten(0, 1) for name, field in soft.items()}
+        rows = NarrowRows(**{name.removeprefix("soft_"): field for name, field in fields.items()})
+        labels = decode(rows, chosen_N, self._decoding)
         return labels.first(self.config.k) if self.config.k else labels
 
     def combine(self, kd: float, ce: float) -> float:

@@ -1,84 +1,86 @@
-"""The pack plan: which segments of which documents share a block: a pure function of lengths, size, seed and epoch.
-
-Documents come in the order of `stage2_student.order`, which still reads a cache almost in sequence, or mixed by weight
-from several caches. Each pool of documents is packed best-fit decreasing, and its blocks are shuffled.
-"""
+"""Packing: which rows of which documents share a block, for one pool of documents."""
 
 import bisect
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from stage2_student.mixing import mixed_pools
-from stage2_student.order import shuffled_pools
+from shared.cache.format import Array
+
+SPARE = 100  # one block in so many is added, so that next to no document has to be cut
 
 
-class Segment(NamedTuple):
-    """Rows `start` to `stop` of a document, numbered through all caches; row t predicts token t + 1."""
+class Segments(NamedTuple):
+    """Rows of documents, in the order in which they lie in blocks; row t of a document predicts token t + 1.
 
-    doc: int
-    start: int
-    stop: int
-
-
-Block = tuple[Segment, ...]
-
-
-def pack(
-    doc_lengths: Sequence[np.ndarray],
-    block_size: int,
-    *,
-    weights: Sequence[float] | None = None,
-    seed: int,
-    epoch: int,
-) -> list[Block]:
-    """Pack every document of every cache once, or, with weights, as many rows of each cache as its weight says.
-
-    Args:
-        doc_lengths: for each cache the tokens per document, i64 [D]. A document of n tokens has n − 1 rows with a next
-            token; one of a single token has none and appears nowhere. Documents of more rows than a block are cut into
-            segments.
-        block_size: rows of a block.
-        weights: one per cache, above 0, on any scale; see `mixing`.
-        seed, epoch: what the order depends on.
-
-    Returns:
-        Blocks in training order; the rows of a block's segments add up to at most `block_size`.
+    Attributes:
+        docs: i64 [n], the documents' places in the pool; starts, stops: i64 [n], their first row and the one beyond.
+        borders: i64 [N + 1], the first segment of each block.
     """
-    random = np.random.default_rng((seed, epoch))
-    num_rows = [np.maximum(lengths - 1, 0) for lengths in doc_lengths]
-    every_doc = np.concatenate(num_rows)
-    if weights is None:
-        pools = shuffled_pools(len(every_doc), random)
-    else:
-        pools = mixed_pools(num_rows, weights, random, seed=seed, epoch=epoch)
-    blocks: list[Block] = []
-    for docs in pools:
-        segments = [
-            Segment(doc, start, min(start + block_size, rows))
-            for doc, rows in zip(docs.tolist(), every_doc[docs].tolist(), strict=True)
-            for start in range(0, rows, block_size)
-        ]
-        pool = _best_fit_decreasing(segments, block_size)
-        blocks.extend(pool[i] for i in random.permutation(len(pool)))
+
+    docs: Array
+    starts: Array
+    stops: Array
+    borders: Array
+
+    def block(self, number: int) -> tuple[Array, Array, Array]:
+        """Documents, first rows and ends of one block's segments."""
+        part = slice(self.borders[number], self.borders[number + 1])
+        return self.docs[part], self.starts[part], self.stops[part]
+
+
+def num_blocks(rows: Array, block_size: int) -> Array:
+    """Blocks that so many rows are packed into: i64 of the same shape, known before anything is packed."""
+    blocks: Array = -(-rows * (SPARE + 1) // (SPARE * block_size))
     return blocks
 
 
-def _best_fit_decreasing(segments: list[Segment], block_size: int) -> list[Block]:
-    """Longest segment first into the fullest block that still holds it (Johnson 1973); equal lengths in the order
-    given."""
-    bins: list[list[Segment]] = []
-    free: list[tuple[int, int]] = []  # (free rows, block), ascending
-    for segment in sorted(segments, key=lambda segment: segment.start - segment.stop):
-        rows = segment.stop - segment.start
+def pack(doc_rows: Array, block_size: int, random: np.random.Generator) -> Segments:
+    """Pack a pool's documents into `num_blocks` blocks.
+
+    Documents of more rows than a block are cut into segments. Longest segment first goes into the fullest block that
+    still holds it (best-fit decreasing, Johnson 1973). Where no block is left for a segment, it is cut to fill what is
+    free: so the number of blocks follows from the number of rows alone.
+
+    Args:
+        doc_rows: [D], rows of each document; documents without rows appear nowhere.
+        block_size: rows of a block.
+        random: decides which of equally long documents comes first, and the order of the blocks.
+    """
+    order = random.permutation(len(doc_rows)).tolist()
+    segments = [
+        (doc, start, min(start + block_size, rows))
+        for doc, rows in zip(order, doc_rows[order].tolist(), strict=True)
+        for start in range(0, rows, block_size)
+    ]
+    segments.sort(key=lambda segment: segment[1] - segment[2])
+    count = int(num_blocks(doc_rows.sum(dtype=np.int64), block_size))
+    blocks: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
+    free: list[tuple[int, int]] = []  # (free rows, block) of the blocks in use, ascending
+    num_used, left_over = 0, []
+    for segment in segments:
+        rows = segment[2] - segment[1]
         slot = bisect.bisect_left(free, (rows, -1))
         if slot < len(free):
-            left, number = free.pop(slot)
+            room, number = free.pop(slot)
+        elif num_used < len(blocks):
+            room, number = block_size, num_used
+            num_used += 1
         else:
-            left, number = block_size, len(bins)
-            bins.append([])
-        bins[number].append(segment)
-        if left > rows:
-            bisect.insort(free, (left - rows, number))
-    return [tuple(segments) for segments in bins]
+            left_over.append(segment)
+            continue
+        blocks[number].append(segment)
+        if room > rows:
+            bisect.insort(free, (room - rows, number))
+    for doc, start, stop in left_over:
+        while start < stop:
+            room, number = free.pop()
+            end = min(start + room, stop)
+            blocks[number].append((doc, start, end))
+            if end - start < room:
+                bisect.insort(free, (room - (end - start), number))
+            start = end
+    shuffled = [blocks[number] for number in random.permutation(len(blocks))]
+    flat = np.array([segment for block in shuffled for segment in block], np.int64).reshape(-1, 3)
+    borders = np.cumsum([0, *map(len, shuffled)])
+    return Segments(docs=flat[:, 0], starts=flat[:, 1], stops=flat[:, 2], borders=borders)

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from shared import tracking
 from shared.cache.identity import require_same
-from shared.cache.reader import DECODED_BYTES, Cache
+from shared.cache.reader import Cache
 from shared.checkpoints import WEIGHTS
 from shared.config import to_dict
 from shared.distributed import agree, joined
@@ -42,7 +42,7 @@ from stage2_student.checkpoint import (
     step_of,
 )
 from stage2_student.config import StudentConfig, require_labels
-from stage2_student.dataset import PackedBlocks, hold_out
+from stage2_student.dataset import PackedBlocks, collate, hold_out
 from stage2_student.fused import HeadLoss
 from stage2_student.init_weights import Start
 from stage2_student.memory import announce, fit_micro_batch
@@ -167,7 +167,7 @@ def check(
             where="early_stopping_patience",
             fix="eval_steps above 0 or eval_strategy=epoch, and --validation or validation_fraction",
         )
-    caches = [Cache(path, decoded_bytes=DECODED_BYTES // len(cache_paths)) for path in cache_paths]
+    caches = [Cache(path) for path in cache_paths]
     validation = Cache(validation_path) if validation_path else None
     record = _describe(config, caches, weights, validation)
     sizes = config.student_sizes(vocab_size=caches[0].tokenizer_size)
@@ -219,6 +219,7 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
             head_loss=head_loss,
             train_dataset=blocks,
             eval_dataset=held_out_blocks,
+            data_collator=collate,
             callbacks=[recorder, early, stop, _epoch_ends(config, blocks)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -295,7 +296,7 @@ def _finish(trainer: DistillTrainer, task: Task, out: Path, run: tracking.Run, *
 
 def _head_loss(config: StudentConfig, caches: Sequence[Cache], teacher_logprobs: Path | None) -> HeadLoss:
     if teacher_logprobs is None:
-        return HeadLoss(config)
+        return HeadLoss(config, caches[0].sampling if config.uses_samples else None)
     from stage2_student.experiments.dense import DenseLoss
 
     return DenseLoss(config, teacher_logprobs, caches)
@@ -312,7 +313,7 @@ def _blocks_class(config: StudentConfig) -> type[PackedBlocks]:
 def _epoch_ends(config: StudentConfig, blocks: PackedBlocks) -> EpochEnds:
     """What to do at the last step of each epoch of the data set, which to HF `Trainer` is one epoch."""
     per_step = _blocks_per_step(config)
-    steps = {-(-block // per_step) for block in [*blocks.first_block[1:-1], blocks.num_blocks]}
+    steps = {-(-block // per_step) for block in blocks.epoch_ends()}
     strategies = [config.training.get(name) for name in ("eval_strategy", "save_strategy")]
     return EpochEnds(steps, evaluates=strategies[0] == "epoch", saves=strategies[1] == "epoch")
 

@@ -43,6 +43,15 @@ def temperature_key(temperature: float) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How a cache's samples were drawn: at which grid temperature, from `full` or the `tail`, how many per row."""
+
+    temperature: float
+    drawn_from: str
+    num: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
     """Ids drawn from the teacher's distribution for each of S rows; R distinct ids in all.
 

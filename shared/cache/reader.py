@@ -13,13 +13,43 @@ import numpy as np
 
 from shared.cache import hdf5
 from shared.cache.directory import walk
-from shared.cache.format import DOC_LENGTHS, TOKENIZER, Array, indptr, shard_name
+from shared.cache.format import DOC_LENGTHS, TOKENIZER, Array, Sampling, indptr, shard_name
 from shared.cache.manifest import ShardRecord, parse_record, read_manifest
 from shared.cache.shard import SampledTargets, Shard, Targets, decode_shard
 from shared.errors import CacheCorruptError, CacheMismatchError, require
 
 DECODED_BYTES = 256 << 20
 FIX = "copy the cache again, or codedistill cache repair"
+
+
+class ShardMemory:
+    """Decoded shards of one or more caches, the most recently used ones; the newest is always kept.
+
+    Args:
+        limit_bytes: what they may take together.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.num_reads = 0  # shards that were read and decoded so far
+        self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
+        self._num_bytes = 0
+
+    def get(self, cache: "Cache", number: int) -> Shard:
+        """A cache's shard, from memory or read now."""
+        key = (id(cache), number)
+        if key in self._shards:
+            self._shards.move_to_end(key)
+            return self._shards[key]
+        shard = self._shards[key] = cache.read_shard(number)
+        self.num_reads += 1
+        self._num_bytes += shard.num_bytes
+        while len(self._shards) > 1 and self._num_bytes > self.limit_bytes:
+            self._num_bytes -= self._shards.popitem(last=False)[1].num_bytes
+        return shard
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardMemory, (self.limit_bytes,)
 
 
 class Cache:
@@ -31,7 +61,7 @@ class Cache:
 
     Args:
         path: the cache's directory, which may be read-only.
-        decoded_bytes: memory for decoded shards; the newest one is always kept.
+        memory: where decoded shards are kept, which several caches may share.
         complete: refuse a cache that lacks a file; else whatever reads that file does.
 
     Raises:
@@ -39,7 +69,7 @@ class Cache:
         CacheCorruptError: the manifest is damaged, or a file is missing.
     """
 
-    def __init__(self, path: Path | str, *, decoded_bytes: int = DECODED_BYTES, complete: bool = True) -> None:
+    def __init__(self, path: Path | str, *, memory: ShardMemory | None = None, complete: bool = True) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self.temperatures = tuple(float(T) for T in self.manifest.temperatures)
@@ -54,9 +84,9 @@ class Cache:
         self.width = min(self.manifest.top_k, self.tokenizer_size)
         # First document of each shard, and the number of all: `num_shards + 1` values.
         self.shard_indptr: list[int] = indptr(np.array(self.manifest.documents_per_shard)).tolist()
-        self._decoded_bytes = decoded_bytes
+        self.bytes_per_token = 4 * self.width + 40  # of a decoded shard, about
+        self.memory = memory or ShardMemory(DECODED_BYTES)
         self._checked: set[str] = set()
-        self._decoded: OrderedDict[int, Shard] = OrderedDict()
         missing = self.manifest.files.keys() - {name for name, _ in walk(self.path)} if complete else ()
         if missing:
             raise CacheCorruptError("a file of the cache is missing", where=self.path / min(missing), fix=FIX)
@@ -134,8 +164,8 @@ class Cache:
 
     @cached_property
     def doc_lengths(self) -> Array:
-        """Tokens per document in shard order: i64 `[D]`."""
-        lengths = np.frombuffer(self.read(DOC_LENGTHS), "<u4").astype(np.int64)
+        """Tokens per document in shard order, at least 1: u32 `[D]`."""
+        lengths: Array = np.frombuffer(self.read(DOC_LENGTHS), "<u4")
         if (len(lengths), int(lengths.sum())) != (self.num_documents, self.num_tokens) or lengths.min() < 1:
             raise CacheCorruptError(
                 "the documents' lengths do not add up to the manifest's counts",
@@ -146,25 +176,20 @@ class Cache:
             )
         return lengths
 
-    @cached_property
-    def doc_indptr(self) -> Array:
-        """First token of each document, all documents laid end to end: i64 `[D+1]`."""
-        return indptr(self.doc_lengths)
-
     def tokens(self, doc: int) -> Array:
         """A document's token ids: i64 `[n]`."""
-        shard, start, stop, _ = self._locate(doc)
-        return shard.tokens[start:stop].astype(np.int64)
+        shard, rows = self._rows(doc)
+        return shard.tokens[rows].astype(np.int64)
 
     def loss_mask(self, doc: int) -> Array:
         """Whether the token after each one is a training target: bool `[n]`."""
-        shard, start, stop, _ = self._locate(doc)
-        return shard.loss_mask[start:stop].astype(bool)
+        shard, rows = self._rows(doc)
+        return shard.loss_mask[rows].astype(bool)
 
     def meta(self, doc: int) -> dict[str, Any]:
         """A document's JSON object: id, source, origin, digest, target_bytes, …"""
-        shard, _, _, number = self._locate(doc)
-        meta: dict[str, Any] = json.loads(shard.doc_meta[number])
+        shard, number = self._find(doc)
+        meta: dict[str, Any] = json.loads(self.load_shard(shard).doc_meta[number])
         return meta
 
     def targets(self, doc: int, temperature: float, start: int = 0, stop: int | None = None) -> Targets:
@@ -175,17 +200,9 @@ class Cache:
         Raises:
             CacheMismatchError: the temperature is not on the cache's grid.
         """
-        if temperature not in self.temperatures:
-            raise CacheMismatchError(
-                "the cache holds no tails at this temperature",
-                where=self.path,
-                expected=f"one of {', '.join(f'{T:g}' for T in self.temperatures)}",
-                got=temperature,
-            )
-        shard, first, last, _ = self._locate(doc)
-        start, stop, _ = slice(start, stop).indices(last - first)
-        column = self.temperatures.index(temperature)
-        return shard.targets(first + start, first + max(start, stop), temperature, column, self.width)
+        column = self.column(temperature)
+        shard, rows = self._rows(doc, start, stop)
+        return shard.targets(rows.start, rows.stop, temperature, column, self.width)
 
     def samples(self, doc: int, start: int = 0, stop: int | None = None) -> SampledTargets:
         """A document's sampled targets, rows `start` to `stop` (all by default); row t belongs to token t+1.
@@ -193,12 +210,42 @@ class Cache:
         Raises:
             CacheMismatchError: the cache holds none.
         """
-        shard, first, last, _ = self._locate(doc)
-        start, stop, _ = slice(start, stop).indices(last - first)
-        samples = shard.sampled(first + start, first + max(start, stop))
+        shard, rows = self._rows(doc, start, stop)
+        samples = shard.sampled(rows.start, rows.stop)
         if samples is None:
             raise CacheMismatchError("the cache holds no sampled targets", where=self.path)
         return samples
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How the cache's samples were drawn.
+
+        Raises:
+            CacheMismatchError: the cache holds none.
+        """
+        samples = self.samples(0, 0, 0)
+        return Sampling(temperature=samples.temperature, drawn_from=samples.drawn_from, num=samples.num)
+
+    def column(self, temperature: float | None) -> int:
+        """Which column of the tails belongs to a temperature.
+
+        Raises:
+            CacheMismatchError: it is not on the cache's grid.
+        """
+        if temperature not in self.temperatures:
+            raise CacheMismatchError(
+                "the cache holds no tails at this temperature",
+                where=self.path,
+                expected=f"one of {', '.join(f'{T:g}' for T in self.temperatures)}",
+                got=temperature,
+            )
+        return self.temperatures.index(temperature)
+
+    def locate(self, doc: int) -> tuple[Shard, int]:
+        """A document's shard, and its first row in it."""
+        shard, number = self._find(doc)
+        decoded = self.load_shard(shard)
+        return decoded, int(decoded.doc_indptr[number])
 
     def load_shard(self, shard: int) -> Shard:
         """Read, check and decode a shard, or take it from memory.
@@ -206,28 +253,14 @@ class Cache:
         Raises:
             CacheCorruptError: its bytes are not those of the manifest.
         """
-        if shard in self._decoded:
-            self._decoded.move_to_end(shard)
-            return self._decoded[shard]
-        decoded = self._decoded[shard] = self._read_shard(shard)
-        while len(self._decoded) > 1 and sum(s.num_bytes for s in self._decoded.values()) > self._decoded_bytes:
-            self._decoded.popitem(last=False)
-        return decoded
+        return self.memory.get(self, shard)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_decoded": OrderedDict(), "_checked": set()}
+    def read_shard(self, number: int) -> Shard:
+        """Read, check and decode a shard.
 
-    def _locate(self, doc: int) -> tuple[Shard, int, int, int]:
-        """A document's shard, the borders of its tokens in it, and its number in it."""
-        if not 0 <= doc < self.num_documents:
-            raise IndexError(f"document {doc} of {self.num_documents}")
-        first = self.shard_indptr
-        number = bisect.bisect_right(first, doc) - 1
-        shard = self.load_shard(number)
-        local = doc - first[number]
-        return shard, int(shard.doc_indptr[local]), int(shard.doc_indptr[local + 1]), local
-
-    def _read_shard(self, number: int) -> Shard:
+        Raises:
+            CacheCorruptError: its bytes are not those of the manifest.
+        """
         name = f"{shard_name(number)}.h5"
         shard = decode_shard(self.read(name), self.path / name)
         lengths = self.doc_lengths[self.shard_indptr[number] : self.shard_indptr[number + 1]]
@@ -236,3 +269,21 @@ class Cache:
                 "a shard's documents are not of the lengths that the cache lists", where=self.path / name, fix=FIX
             )
         return shard
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_checked": set()}
+
+    def _find(self, doc: int) -> tuple[int, int]:
+        """A document's shard, and its number in it."""
+        if not 0 <= doc < self.num_documents:
+            raise IndexError(f"document {doc} of {self.num_documents}")
+        shard = bisect.bisect_right(self.shard_indptr, doc) - 1
+        return shard, doc - self.shard_indptr[shard]
+
+    def _rows(self, doc: int, start: int = 0, stop: int | None = None) -> tuple[Shard, slice]:
+        """A document's shard, and rows of it as a slice of the shard's."""
+        shard, number = self._find(doc)
+        decoded = self.load_shard(shard)
+        first, last = (int(border) for border in decoded.doc_indptr[number : number + 2])
+        start, stop, _ = slice(start, stop).indices(last - first)
+        return decoded, slice(first + start, first + max(start, stop))

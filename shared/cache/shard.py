@@ -30,25 +30,8 @@ class Targets:
     log_tail: Array
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampledTargets:
-    """Ids drawn from the teacher's distributions for n consecutive rows; S draws per row.
-
-    Args:
-        k: i64 `[n]`, distinct ids of each row, 0 in a document's last.
-        ids: i64 `[n, S]`, token ids, 0 as padding.
-        counts: i64 `[n, S]`, how often each was drawn, 0 as padding.
-        margins: f32 `[n, S]`, z_1 − z_i in logits, 0 as padding.
-        temperature: the temperature they were drawn at; drawn_from: `full` or `tail`; num: S.
-    """
-
-    k: Array
-    ids: Array
-    counts: Array
-    margins: Array
-    temperature: float
-    drawn_from: str
-    num: int
+class SampledTargets(Samples):
+    """Samples of n consecutive rows, `num` draws each: k `[n]`; ids, counts and margins `[n, num]`, 0 as padding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +42,7 @@ class Shard:
         tokens, loss_mask, doc_indptr, tail: as stored (FORMAT.md).
         doc_meta: UTF-8 JSON of each document.
         k: i64 `[S]`, entries of each row; row_indptr: i64 `[S+1]`, the first of them.
-        id_table: i64; ranks: u16 or u32 `[E]`, each entry's place in it.
+        ids: u16, or u32 where the vocabulary is larger, `[E]`: each entry's token id.
         codebook: f32; codes: u8 or wider `[E]`, each margin's place in it.
         last_margins: f32 `[S]`, the row's last margin.
         tail_scale: steps of a tail per nat.
@@ -72,20 +55,13 @@ class Shard:
     doc_meta: tuple[bytes, ...]
     k: Array
     row_indptr: Array
-    id_table: Array
-    ranks: Array
+    ids: Array
     codebook: Array
     codes: Array
     last_margins: Array
     tail: Array
     tail_scale: int
     samples: Samples | None
-
-    @property
-    def ids(self) -> Array:
-        """Every entry's token id: i64 `[E]`."""
-        ids: Array = self.id_table[self.ranks]
-        return ids
 
     @property
     def margins(self) -> Array:
@@ -101,7 +77,7 @@ class Shard:
     @property
     def num_bytes(self) -> int:
         """Memory that the arrays take."""
-        arrays = [self.tokens, self.loss_mask, self.k, self.row_indptr, self.id_table, self.ranks, self.codes]
+        arrays = [self.tokens, self.loss_mask, self.k, self.row_indptr, self.ids, self.codes]
         arrays += [self.last_margins, self.tail]
         if self.samples is not None:
             arrays += [self.samples.k, self.samples.ids, self.samples.counts, self.samples.margins]
@@ -111,21 +87,19 @@ class Shard:
         """Decode rows `start` to `stop` at the temperature of a tail column, padded to `width`."""
         k = self.k[start:stop]
         first, last = int(self.row_indptr[start]), int(self.row_indptr[stop])
-        # Full rows, then empty ones, as a document with a fixed k has them, are looked up in place.
-        full = (last - first) // width
-        in_place = int(self.row_indptr[start + full]) - first == last - first == full * width
-        look_up = _look_up_full if in_place else _look_up_ragged
-        ids = look_up(self.id_table, self.ranks[first:last], k, width, 0)
-        logp = look_up(self.codebook, self.codes[first:last], k, width, np.inf)
-        np.divide(logp, np.float32(-temperature), out=logp)
-        tail, last_margins = self.tail[start:stop, column], self.last_margins[start:stop]
-        log_tail = decode_tail(tail, last_margins, temperature, self.tail_scale)
+        ids = _pad(self.ids[first:last].astype(np.int64), k, width, 0)
+        logp = _pad(self.codebook[self.codes[first:last]] / np.float32(-temperature), k, width, -np.inf)
+        log_tail = self.log_tails(slice(start, stop), column, temperature)
         # Weights are relative to the row's first entry: the sum is at least 1 and at most V, but in an empty row.
         total = np.einsum("ij->i", np.exp(logp)) + np.exp(log_tail)
         total[k == 0] = 1
         log_total = np.log(total)
         logp -= log_total.astype(np.float32)[:, None]
         return Targets(k=k, ids=ids, logp=logp, log_tail=(log_tail - log_total).astype(np.float32))
+
+    def log_tails(self, rows: slice, column: int, temperature: float) -> Array:
+        """Log weights of the rows' tails relative to their first entries, at the temperature of a column: f64 `[n]`."""
+        return decode_tail(self.tail[rows, column], self.last_margins[rows], temperature, self.tail_scale)
 
     def sampled(self, start: int, stop: int) -> SampledTargets | None:
         """The samples of rows `start` to `stop`, padded to the number of draws; None where the shard has none."""
@@ -173,7 +147,7 @@ def decode_shard(image: bytes, where: object) -> Shard:
 def _decode(arrays: dict[str, Array], attributes: dict[str, Any], samples: Samples | None) -> Shard:
     k = arrays["k"].astype(np.int64)
     codes, codebook = decode_codes(arrays, k, str(attributes["codec"]))
-    id_table, doc_indptr = arrays["id_table"].astype(np.int64), arrays["doc_indptr"]
+    id_table, doc_indptr = arrays["id_table"], arrays["doc_indptr"]
     S, D, E = len(k), len(doc_indptr) - 1, int(k.sum())
     shapes = {"k": (S,), "tokens": (S,), "loss_mask": (S,), "tail": (S, len(attributes["temperatures"]))}
     shapes |= {"doc_meta_indptr": (D + 1,), "topk_ranks": (E,)}
@@ -194,8 +168,7 @@ def _decode(arrays: dict[str, Array], attributes: dict[str, Any], samples: Sampl
         doc_meta=tuple(blob[a:b] for a, b in itertools.pairwise(arrays["doc_meta_indptr"].tolist())),
         k=k,
         row_indptr=indptr(k),
-        id_table=id_table,
-        ranks=arrays["topk_ranks"],
+        ids=_narrow(id_table).take(arrays["topk_ranks"]),
         codebook=codebook,
         codes=codes,
         last_margins=codebook.take(last_of_rows(codes, k)) if len(codes) else np.zeros(len(k), np.float32),
@@ -224,18 +197,9 @@ def _samples(arrays: dict[str, Array], attributes: dict[str, Any], where: object
     )
 
 
-def _look_up_full(table: Array, places: Array, k: Array, width: int, fill: float) -> Array:
-    """Entries of a table for rows that are full, and empty ones after them, as `[n, width]`."""
-    rows = np.empty((len(k), width), table.dtype)
-    full = len(places) // width
-    table.take(places, out=rows[:full].reshape(-1), mode="clip")  # places are checked already: none is clipped
-    rows[full:] = fill
-    return rows
-
-
-def _look_up_ragged(table: Array, places: Array, k: Array, width: int, fill: float) -> Array:
-    """Entries of a table for rows of lengths k, one after the other, as `[n, width]`."""
-    return _pad(table[places], k, width, fill)
+def _narrow(ids: Array) -> Array:
+    """Ids in the narrowest type, u16 or u32, that holds them."""
+    return ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.uint32)
 
 
 def _pad(values: Array, k: Array, width: int, fill: float) -> Array:

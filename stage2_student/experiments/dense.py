@@ -17,7 +17,7 @@ from shared.files import fsync_directory
 from shared.logits import LogitSource
 from shared.progress import progress
 from stage2_student.config import StudentConfig
-from stage2_student.dataset import PackedBlocks
+from stage2_student.dataset import Block, PackedBlocks
 from stage2_student.fused import HeadLoss
 from stage2_student.losses import ChunkLoss, SoftLabels, dense_distill_
 
@@ -85,14 +85,14 @@ class DenseBlocks(PackedBlocks):
         self._first_row = np.cumsum([0, *(int(mask.sum()) for mask in masks)])
         self._row_in_doc = [np.cumsum(mask) - 1 for mask in masks]
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Block:
         """One block; positions without a target have the row of another."""
         row_T1 = np.zeros((self.block_size, 1), np.int64)
         at = 0
-        for doc, start, stop in self._block(index):
+        for doc, start, stop in self._segments(index)[1]:
             row_T1[at : at + stop - start, 0] = self._first_row[doc] + self._row_in_doc[doc][start:stop]
             at += stop - start
-        return super().__getitem__(index) | {"soft_row": torch.from_numpy(row_T1)}
+        return super().__getitem__(index) | {"soft_row": row_T1}
 
 
 class DenseLoss(HeadLoss):
@@ -116,11 +116,11 @@ class DenseLoss(HeadLoss):
         got = self._logp_NV.shape
         require(got == expected, "log-probabilities of another cache", where=path, expected=expected, got=got)
 
-    def labels(self, soft: dict[str, Tensor]) -> SoftLabels | None:
+    def labels(self, soft: dict[str, Tensor], chosen_N: Tensor) -> SoftLabels | None:
         """The numbers of the rows, where the batch has them."""
         if "soft_row" not in soft:
-            return super().labels(soft)
-        row_N1 = soft["soft_row"].flatten(0, 1)
+            return super().labels(soft, chosen_N)
+        row_N1 = soft["soft_row"].flatten(0, 1)[chosen_N]
         return DenseLabels(row_N1, row_N1, row_N1, row_N1)
 
     def chunk_(self, logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels | None) -> ChunkLoss:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from shared.model.gpt import IGNORE
 from stage2_student import fused
 from stage2_student.config import StudentConfig
-from stage2_student.fused import HeadLoss
+from tests.support.given_labels import GivenLabels
 
 N, H, V, K = 13, 8, 30, 4
 LEGAL = [
@@ -59,7 +59,7 @@ def test_fused_equals_unfused_for_every_chunk_size(monkeypatch, chunk, alpha, te
     hidden, weight, labels, soft = inputs()
     loss, kd, ce = unfused(hidden, weight, labels, soft, alpha=alpha, temperature=temperature)
     expected = torch.autograd.grad(loss, (hidden, weight))
-    out = HeadLoss(StudentConfig(alpha=alpha, temperature=temperature))(hidden, weight, labels, **soft)
+    out = GivenLabels(StudentConfig(alpha=alpha, temperature=temperature))(hidden, weight, labels, **soft)
     torch.testing.assert_close(out["loss"], loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(out["ce"], ce.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(out["kd"], kd.detach(), rtol=1e-6, atol=0)
@@ -72,7 +72,7 @@ def test_fused_equals_unfused_for_every_chunk_size(monkeypatch, chunk, alpha, te
 def test_a_tied_weight_gets_the_gradient_of_both_its_uses():
     _, weight, labels, soft = inputs()
     ids = torch.arange(N)
-    loss = HeadLoss(StudentConfig(alpha=0.7, temperature=1.5))(F.embedding(ids, weight) * 2, weight, labels, **soft)[
+    loss = GivenLabels(StudentConfig(alpha=0.7, temperature=1.5))(F.embedding(ids, weight) * 2, weight, labels, **soft)[
         "loss"
     ]
     expected = unfused(F.embedding(ids, weight) * 2, weight, labels, soft, alpha=0.7, temperature=1.5)[0]
@@ -101,7 +101,7 @@ class Repeatable(torch.autograd.Function):
 def test_gradcheck_in_float64(monkeypatch, loss, divergence, temperature):
     monkeypatch.setattr(fused, "CHUNK_ROWS", 3)
     hidden, weight, labels, soft = inputs(torch.float64, num_rows=5, num_ids=9, hidden_size=3)
-    head_loss = HeadLoss(StudentConfig(loss=loss, divergence=divergence, alpha=0.7, temperature=temperature))
+    head_loss = GivenLabels(StudentConfig(loss=loss, divergence=divergence, alpha=0.7, temperature=temperature))
     assert torch.autograd.gradcheck(
         lambda h, w: Repeatable.apply(lambda h, w: head_loss(h, w, labels, **soft)["loss"], h, w), (hidden, weight)
     )
@@ -109,7 +109,7 @@ def test_gradcheck_in_float64(monkeypatch, loss, divergence, temperature):
 
 def test_a_second_backward_pass_fails_loudly():
     hidden, weight, labels, soft = inputs()
-    loss = HeadLoss(StudentConfig(alpha=0.7))(hidden, weight, labels, **soft)["loss"]
+    loss = GivenLabels(StudentConfig(alpha=0.7))(hidden, weight, labels, **soft)["loss"]
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -117,7 +117,7 @@ def test_a_second_backward_pass_fails_loudly():
 
 def test_the_matrix_gradient_is_handed_over_not_copied():
     hidden, weight, labels, soft = inputs()
-    loss = HeadLoss(StudentConfig(alpha=0.7))(hidden, weight, labels, **soft)["loss"]
+    loss = GivenLabels(StudentConfig(alpha=0.7))(hidden, weight, labels, **soft)["loss"]
     _, saved = (tensor.data_ptr() for tensor in loss.grad_fn.next_functions[0][0].saved_tensors)
     loss.backward()
     assert weight.grad.data_ptr() == saved
@@ -128,7 +128,7 @@ def test_under_bf16_autocast_the_softmax_stays_in_float32(alpha, temperature):
     hidden, weight, labels, soft = inputs()
     expected, _, _ = unfused(hidden, weight, labels, soft, alpha=alpha, temperature=temperature)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = HeadLoss(StudentConfig(alpha=alpha, temperature=temperature))(hidden, weight, labels, **soft)["loss"]
+        loss = GivenLabels(StudentConfig(alpha=alpha, temperature=temperature))(hidden, weight, labels, **soft)["loss"]
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
     ours = torch.autograd.grad(loss, (hidden, weight))
@@ -141,7 +141,7 @@ def test_under_bf16_autocast_the_softmax_stays_in_float32(alpha, temperature):
 @pytest.mark.parametrize("number", [100, torch.tensor(100)])
 def test_the_sum_is_divided_by_the_number_of_items_in_the_window(number):
     hidden, weight, labels, soft = inputs()
-    head_loss = HeadLoss(StudentConfig(alpha=0.7, temperature=1.0))
+    head_loss = GivenLabels(StudentConfig(alpha=0.7, temperature=1.0))
     here = head_loss(hidden, weight, labels, **soft)["loss"]
     window = head_loss(hidden, weight, labels, num_items_in_batch=number, **soft)["loss"]
     torch.testing.assert_close(window * 100, here * (labels != IGNORE).sum())
@@ -151,7 +151,7 @@ def test_the_sum_is_divided_by_the_number_of_items_in_the_window(number):
 def test_blocks_without_targets_add_exactly_nothing(number):
     hidden, weight, labels, soft = inputs()
     labels = torch.full_like(labels, IGNORE)
-    loss = HeadLoss(StudentConfig(alpha=0.7, temperature=1.0))(
+    loss = GivenLabels(StudentConfig(alpha=0.7, temperature=1.0))(
         hidden, weight, labels, num_items_in_batch=number, **soft
     )["loss"]
     assert loss.item() == 0
@@ -160,7 +160,7 @@ def test_blocks_without_targets_add_exactly_nothing(number):
 
 def test_alpha_0_needs_no_soft_labels_and_only_measures_those_it_gets():
     hidden, weight, labels, soft = inputs()
-    head_loss = HeadLoss(StudentConfig(alpha=0, temperature=1.0))
+    head_loss = GivenLabels(StudentConfig(alpha=0, temperature=1.0))
     expected = F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=IGNORE)
     kd = unfused(hidden, weight, labels, soft, alpha=1.0, temperature=1.0)[1]
     theirs = torch.autograd.grad(expected, (hidden, weight))
@@ -173,7 +173,7 @@ def test_alpha_0_needs_no_soft_labels_and_only_measures_those_it_gets():
 
 def test_without_gradients_the_figures_are_the_same():
     hidden, weight, labels, soft = inputs()
-    head_loss = HeadLoss(StudentConfig(alpha=0.7, temperature=1.5))
+    head_loss = GivenLabels(StudentConfig(alpha=0.7, temperature=1.5))
     expected = head_loss(hidden, weight, labels, **soft)
     with torch.no_grad():
         out = head_loss(hidden, weight, labels, **soft)
@@ -184,4 +184,4 @@ def test_without_gradients_the_figures_are_the_same():
 def test_alpha_above_0_needs_soft_labels():
     hidden, weight, labels, _ = inputs()
     with pytest.raises(KeyError, match="soft_ids"):
-        HeadLoss(StudentConfig(alpha=0.1, temperature=1.0))(hidden, weight, labels)
+        GivenLabels(StudentConfig(alpha=0.1, temperature=1.0))(hidden, weight, labels)

@@ -1,18 +1,14 @@
-"""The pack plan holds every row of every document exactly once per epoch."""
-
-import itertools
+"""A pool's documents in blocks: every row once, no block too long, as many blocks as the rows alone say."""
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stage2_student.config import StudentConfig
-from stage2_student.order import POOL_WINDOWS, WINDOW_DOCUMENTS
-from stage2_student.packing import pack
+from stage2_student.packing import num_blocks, pack
 
 # Tokens of MBPP's 374 training documents with the demo teacher's tokenizer, the special ones included.
-MBPP_LENGTHS = np.fromstring("""
+MBPP_ROWS = np.fromstring("""
 352 122 306 83 104 132 197 170 106 303 192 201 260 154 325 213 174 162 198 253 276 340 208 74 146 85 188 306 134 318
 138 186 151 127 261 107 126 155 169 106 93 278 142 188 228 117 101 229 203 164 145 357 277 83 116 159 154 218 215
 158 350 339 178 134 176 104 121 99 296 99 200 150 104 122 136 150 111 89 124 103 127 139 135 174 179 273 150 121 333
@@ -26,55 +22,53 @@ MBPP_LENGTHS = np.fromstring("""
 293 246 109 170 160 110 152 302 151 78 139 347 194 172 108 130 230 274 100 127 229 276 141 218 96 239 276 230 218 90
 121 268 187 190 152 119 108 203 152 153 104 294 102 458 349 384 146 177 231 109 121 214 115 167 344 378 290 209 170
 119 102 156 105 228 124 110 229 135 161 99 146 188 97 102 300 90 287 153 96 254
-""", np.int64, sep=" ")  # fmt: skip
-
-lengths = st.lists(st.integers(1, 90), max_size=400)
+""", np.int64, sep=" ") - 1  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
-@given(lengths=lengths, block_size=st.integers(1, 64), seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
-@example(lengths=[], block_size=8, seed=0, epoch=0)
-@example(lengths=[1, 1], block_size=8, seed=0, epoch=0)
-@example(lengths=[9, 17, 10], block_size=8, seed=0, epoch=0)
-@example(lengths=[3] * (WINDOW_DOCUMENTS * POOL_WINDOWS + 1), block_size=8, seed=0, epoch=1)
-def test_every_row_once_and_no_block_too_long(lengths, block_size, seed, epoch):
-    lengths = np.array(lengths, np.int64)
-    blocks = pack([lengths], block_size, seed=seed, epoch=epoch)
-    seen = [np.zeros(max(n - 1, 0), np.int64) for n in lengths]
-    for block in blocks:
-        assert 0 < sum(piece.stop - piece.start for piece in block) <= block_size
-        for piece in block:
-            assert piece.start < piece.stop <= lengths[piece.doc] - 1
-            seen[piece.doc][piece.start : piece.stop] += 1
-    assert all((rows == 1).all() for rows in seen)
-    assert blocks == pack([lengths.copy()], block_size, seed=seed, epoch=epoch)
+def packed(rows, block_size, seed=0):
+    return pack(np.array(rows, np.int64), block_size, np.random.default_rng(seed))
 
 
-def test_pieces_of_a_long_document_are_as_long_as_a_block():
-    blocks = pack([np.array([26])], 10, seed=0, epoch=0)
-    assert sorted(piece for block in blocks for piece in block) == [(0, 0, 10), (0, 10, 20), (0, 20, 25)]
+@settings(max_examples=80, deadline=None)
+@given(rows=st.lists(st.integers(0, 90), max_size=300), block_size=st.integers(1, 64), seed=st.integers(0, 2**32))
+@example(rows=[], block_size=8, seed=0)
+@example(rows=[0, 0], block_size=8, seed=0)
+@example(rows=[8, 16, 9], block_size=8, seed=0)
+@example(rows=[7] * 500, block_size=10, seed=0)
+def test_every_row_once_and_no_block_too_long(rows, block_size, seed):
+    segments = packed(rows, block_size, seed)
+    seen = [np.zeros(n, np.int64) for n in rows]
+    assert len(segments.borders) - 1 == num_blocks(np.int64(sum(rows)), block_size)
+    for number in range(len(segments.borders) - 1):
+        docs, starts, stops = segments.block(number)
+        assert (stops - starts).sum() <= block_size and (stops > starts).all()
+        for doc, start, stop in zip(docs, starts, stops, strict=True):
+            seen[doc][start:stop] += 1
+    assert all((part == 1).all() for part in seen)
+    again = packed(rows, block_size, seed)
+    assert all(np.array_equal(a, b) for a, b in zip(segments, again, strict=True))
 
 
-def test_epochs_and_seeds_differ():
-    lengths = np.random.default_rng(0).integers(2, 60, 300)
-    plans = [pack([lengths], 64, seed=seed, epoch=epoch) for seed, epoch in itertools.product((0, 1), repeat=2)]
-    assert all(a != b for a, b in itertools.combinations(plans, 2))
-    assert [p.doc for block in plans[0] for p in block] != sorted(p.doc for block in plans[0] for p in block)
+def test_segments_of_a_long_document_are_as_long_as_a_block():
+    segments = packed([25], 10)
+    assert sorted(zip(segments.starts.tolist(), segments.stops.tolist(), strict=True)) == [(0, 10), (10, 20), (20, 25)]
 
 
-@pytest.mark.parametrize(("block_size", "number", "least"), [(512, 137, 135), (1024, 68, 68), (2048, 34, 34)])
-def test_less_than_two_percent_is_wasted_on_mbpp(block_size, number, least):
-    blocks = pack([MBPP_LENGTHS], block_size, seed=0, epoch=0)
-    rows = int((MBPP_LENGTHS - 1).sum())
-    assert (len(MBPP_LENGTHS), rows) == (374, 68_753)
-    assert (len(blocks), -(-rows // block_size)) == (number, least)
-    assert 1 - rows / (len(blocks) * block_size) < 0.02
-    assert StudentConfig().block_size == 512
+def test_only_what_fits_nowhere_is_cut():
+    """Two of 7 do not fit into 10 rows, and 8 blocks are to hold ten of them: two are cut, into the others' gaps."""
+    segments = packed([7] * 10, 10)
+    whole = [int(doc) for doc, a, b in zip(*segments[:3], strict=True) if b - a == 7]
+    assert (len(segments.borders) - 1, len(whole)) == (8, 8)
+    cut = sorted((int(b - a) for a, b in zip(segments.starts, segments.stops, strict=True) if b - a < 7))
+    assert sum(cut) == 14 and max(cut) == 3
 
 
-def test_reading_stays_near_in_the_cache():
-    """A pool spans few windows: while it is emitted, few shards are needed."""
-    number = WINDOW_DOCUMENTS * POOL_WINDOWS * 3
-    blocks = pack([np.full(number, 33)], 64, seed=0, epoch=0)
-    first_pool = {piece.doc // WINDOW_DOCUMENTS for block in blocks[: len(blocks) // 3] for piece in block}
-    assert len(first_pool) == POOL_WINDOWS
+@pytest.mark.parametrize(
+    ("block_size", "number", "least", "num_cuts"), [(512, 136, 135, 4), (1024, 68, 68, 0), (2048, 34, 34, 0)]
+)
+def test_one_in_a_hundred_blocks_is_spare_on_mbpp_and_hardly_a_document_is_cut(block_size, number, least, num_cuts):
+    segments = packed(MBPP_ROWS, block_size)
+    assert (len(MBPP_ROWS), int(MBPP_ROWS.sum())) == (374, 68_753)
+    assert (len(segments.borders) - 1, -(-68_753 // block_size)) == (number, least)
+    longer = int((block_size < MBPP_ROWS).sum())
+    assert len(segments.docs) == 374 + longer + num_cuts

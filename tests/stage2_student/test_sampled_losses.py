@@ -4,55 +4,64 @@ import numpy as np
 import pytest
 import torch
 
-from shared.cache.shard import SampledTargets, Targets
+from shared.cache.format import Sampling
 from stage2_student.config import StudentConfig
-from stage2_student.losses import SoftLabels, distill_
-from stage2_student.samples import sample_weights
+from stage2_student.losses import distill_
+from stage2_student.soft_labels import Decoding, NarrowRows, decode
 
 V, K, S, DRAWS = 40, 6, 8, 10_000
 
 
-def teacher(temperature):
-    """A long-tailed teacher: its logits, descending, its probabilities at T, and its cached row, once per draw."""
-    logits = np.random.default_rng(0).normal(0, 2, V)
-    logits = -np.sort(-logits)
-    p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
-    targets = Targets(
-        k=np.full(DRAWS, K),
-        ids=np.tile(np.arange(K), (DRAWS, 1)),
-        logp=np.tile(np.log(p[:K]), (DRAWS, 1)).astype(np.float32),
-        log_tail=np.full(DRAWS, np.log(p[K:].sum()), np.float32),
+def logits():
+    """A long-tailed teacher's, descending."""
+    return -np.sort(-np.random.default_rng(0).normal(0, 2, V))
+
+
+def softmax(z):
+    return np.exp(z) / np.exp(z).sum()
+
+
+def narrow_rows(z, num_entries, temperature, samples=None, drawn_at=1.0):
+    """One row as a cache has it, once per row of the samples: ids 0, 1, … with codes of their own."""
+    counts, ids = samples or (np.zeros((DRAWS, 1)), np.zeros((DRAWS, 1)))
+    number = len(ids)
+
+    def log_tail(T):
+        return torch.full((number,), float(np.log(np.exp((z[num_entries:] - z[0]) / T).sum())))
+
+    return NarrowRows(
+        ids=torch.arange(num_entries, dtype=torch.int32).repeat(number, 1),
+        codes=torch.arange(num_entries, dtype=torch.uint8).repeat(number, 1),
+        k=torch.full((number,), num_entries, dtype=torch.int32),
+        log_tail=log_tail(temperature),
+        codebook=torch.from_numpy(z[0] - z[:num_entries]).float()[None],
+        sample_ids=torch.from_numpy(ids.astype(np.int32)),
+        sample_counts=torch.from_numpy(counts.astype(np.int32)),
+        sample_margins=torch.from_numpy(np.where(counts > 0, z[0] - z[ids.astype(int)], 0)).float(),
+        sample_log_tail=log_tail(drawn_at),
     )
-    return logits, p, targets
 
 
 def draw(drawn_from, temperature):
-    """S draws per row at `temperature`, as a cache gives them."""
-    logits, p, _ = teacher(temperature)
-    p = np.where((np.arange(V) >= K) | (drawn_from == "full"), p, 0)
+    """S draws per row at `temperature`, as a cache gives them: counts and ids, the drawn ones first, ascending."""
+    p = np.where((np.arange(V) >= K) | (drawn_from == "full"), softmax(logits() / temperature), 0)
     counts_DV = np.random.default_rng(1).multinomial(S, p / p.sum(), size=DRAWS)
-    k = (counts_DV > 0).sum(1)
-    ids = np.argsort(counts_DV == 0, axis=1, kind="stable")[:, :S]  # the drawn ones first, ascending
-    counts = np.take_along_axis(counts_DV, ids, 1)
-    margins = np.where(counts > 0, logits[0] - logits[ids], 0).astype(np.float32)
-    return SampledTargets(
-        k=k, ids=ids, counts=counts, margins=margins, temperature=temperature, drawn_from=drawn_from, num=S
-    )
+    ids = np.argsort(counts_DV == 0, axis=1, kind="stable")[:, :S]
+    return np.take_along_axis(counts_DV, ids, 1), ids
 
 
 def gradients(loss, temperature, drawn_at):
     """The gradient of each draw [DRAWS, V], and the gradient of forward KL over all ids [V], in float64."""
-    _, p, soft = teacher(temperature)
-    samples = draw("tail" if loss == "hybrid" else "full", drawn_at)
-    weights = sample_weights(samples, soft, teacher(drawn_at)[2], temperature)
+    drawn_from = "tail" if loss == "hybrid" else "full"
+    rows = narrow_rows(logits(), K, temperature, draw(drawn_from, drawn_at), drawn_at)
+    sampling = Sampling(temperature=drawn_at, drawn_from=drawn_from, num=S)
+    labels = decode(rows, torch.arange(DRAWS), Decoding(temperature=temperature, sampling=sampling))
     student = torch.randn(V, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2
-    labels = SoftLabels(
-        *(torch.from_numpy(x) for x in (soft.ids, soft.logp, soft.log_tail, soft.k, samples.ids, weights))
-    )
     work = student.repeat(DRAWS, 1)
     config = StudentConfig(loss=loss, alpha=1.0, temperature=temperature)
     distill_(work, torch.zeros(DRAWS, dtype=torch.int64), labels, config)
-    return work, temperature * ((student / temperature).softmax(0) - torch.from_numpy(p))
+    p = torch.from_numpy(softmax(logits() / temperature))
+    return work, temperature * ((student / temperature).softmax(0) - p)
 
 
 @pytest.mark.parametrize(("temperature", "drawn_at"), [(1.0, 1.0), (2.0, 2.0), (1.0, 1.5), (0.5, 1.0)])
@@ -82,37 +91,20 @@ def test_ghost_is_biased_in_the_tail_alone():
 def test_weights_by_hand():
     """Two entries of logits 0 and −1, a tail of the ids of logits −2 and −3; drawn at T = 1, used at 1 and 0.5."""
     z = np.array([0.0, -1, -2, -3])
-    p, sharp = np.exp(z) / np.exp(z).sum(), np.exp(2 * z) / np.exp(2 * z).sum()
-    targets = [
-        Targets(
-            k=np.array([2, 0]),
-            ids=np.array([[0, 1], [0, 0]]),
-            logp=np.array([np.log(q[:2]), [-np.inf] * 2], np.float32),
-            log_tail=np.array([np.log(q[2:].sum()), -np.inf], np.float32),
-        )
-        for q in (p, sharp)
-    ]
-    common = {"k": np.array([2, 0]), "temperature": 1.0, "num": 4}
-    full = SampledTargets(
-        ids=np.array([[0, 3, 0, 0], [0] * 4]),
-        counts=np.array([[3, 1, 0, 0], [0] * 4]),
-        margins=np.array([[0, 3, 0, 0], [0] * 4], np.float32),
-        drawn_from="full",
-        **common,
-    )
-    tail = SampledTargets(
-        ids=np.array([[2, 3, 0, 0], [0] * 4]),
-        counts=np.array([[3, 1, 0, 0], [0] * 4]),
-        margins=np.array([[2, 3, 0, 0], [0] * 4], np.float32),
-        drawn_from="tail",
-        **common,
-    )
-    assert sample_weights(full, targets[0], targets[0], 1.0).tolist() == [[0.75, 0.25, 0, 0], [0] * 4]
-    expected = {
-        "full at 0.5": (full, [0.75 * sharp[0] / p[0], 0.25 * sharp[3] / p[3]], 0.5),
-        "tail at 1": (tail, [0.75 * p[2:].sum(), 0.25 * p[2:].sum()], 1.0),
-        "tail at 0.5": (tail, [0.75 * sharp[2] * p[2:].sum() / p[2], 0.25 * sharp[3] * p[2:].sum() / p[3]], 0.5),
-    }
-    for samples, weights, temperature in expected.values():
-        got = sample_weights(samples, targets[temperature == 0.5], targets[0], temperature)
-        np.testing.assert_allclose(got, [[*weights, 0, 0], [0] * 4], rtol=1e-6)
+    p, sharp = softmax(z), softmax(2 * z)
+
+    def weights(drawn_from, ids, temperature):
+        counts, ids = np.array([[3, 1, 0, 0], [0] * 4]), np.array([[*ids, 0, 0], [0] * 4])
+        rows = narrow_rows(z, 2, temperature, (counts, ids))
+        rows = rows._replace(k=torch.tensor([2, 0]), log_tail=torch.tensor([rows.log_tail[0], -torch.inf]))
+        sampling = Sampling(temperature=1.0, drawn_from=drawn_from, num=4)
+        return decode(rows, torch.arange(2), Decoding(temperature=temperature, sampling=sampling)).sample_weights
+
+    assert weights("full", [0, 3], 1.0).tolist() == [[0.75, 0.25, 0, 0], [0] * 4]
+    for drawn_from, ids, temperature, expected in (
+        ("full", [0, 3], 0.5, [0.75 * sharp[0] / p[0], 0.25 * sharp[3] / p[3]]),
+        ("tail", [2, 3], 1.0, [0.75 * p[2:].sum(), 0.25 * p[2:].sum()]),
+        ("tail", [2, 3], 0.5, [0.75 * sharp[2] * p[2:].sum() / p[2], 0.25 * sharp[3] * p[2:].sum() / p[3]]),
+    ):
+        got = weights(drawn_from, ids, temperature)
+        np.testing.assert_allclose(got, [[*expected, 0, 0], [0] * 4], rtol=2e-6)

@@ -21,7 +21,7 @@ from shared.cache.cli import cache as cache_command
 from shared.cache.identity import label_identity, require_same
 from shared.cache.info import cache_info
 from shared.cache.manifest import seal, unseal
-from shared.cache.reader import Cache
+from shared.cache.reader import Cache, ShardMemory
 from shared.cache.repair import repair_cache
 from shared.cache.verify import verify_cache
 from shared.cache.writer import CacheWriter
@@ -104,7 +104,7 @@ def test_documents_out_of_range(cache):
 
 
 def test_decoded_shards_are_bounded(cache):
-    opened = Cache(cache, decoded_bytes=1)
+    opened = Cache(cache, memory=ShardMemory(1))
     first, second = opened.load_shard(0), opened.load_shard(1)
     assert opened.load_shard(1) is second
     assert opened.load_shard(0) is not first

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from shared.cache.encode import encode_shard
-from shared.cache.reader import Cache
+from shared.cache.reader import Cache, ShardMemory
 from shared.cache.shard import decode_shard
 from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError
@@ -65,7 +65,7 @@ def read_and_send(cache, barrier, queue):
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_processes_read_the_same_documents_at_once(path, method):
     """The parent has shards decoded, checked and indexed when it hands its reader over, and goes on using it."""
-    cache = Cache(path, decoded_bytes=1)
+    cache = Cache(path, memory=ShardMemory(1))
     expected = read_everything(cache)
     context = multiprocessing.get_context(method)
     barrier, queue = context.Barrier(3), context.Queue()
@@ -86,7 +86,7 @@ def test_threads_read_with_a_reader_each(path):
     expected, found = read_everything(Cache(path)), {}
 
     def read(number):
-        found[number] = read_everything(Cache(path, decoded_bytes=1))
+        found[number] = read_everything(Cache(path, memory=ShardMemory(1)))
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
     for thread in threads:
