@@ -3,7 +3,6 @@
 Shapes: N rows of a chunk, S rows of a shard, K entries, G grid temperatures, M samples per row.
 """
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch
 
 from shared import tracking
 from shared.batching import plan_batches
+from shared.cache.deflate import COMPRESSOR
 from shared.cache.format import Array, ShardArrays
 from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
@@ -335,7 +335,7 @@ def capture_shards(
         "fused_head": source.notice is None,
         "devices": devices,
         "versions": versions("codedistill", "torch", "transformers", "tokenizers", "numpy", "h5py")
-        | {"zlib": zlib.ZLIB_RUNTIME_VERSION},  # it decides the bytes of gzip
+        | {"compressor": COMPRESSOR},
     }
     num_tokens = sum(len(all_segments[i].ids) for positions in shards.values() for i in positions)
     tokenizer_size = writer.build["tokenizer_size"]

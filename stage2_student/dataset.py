@@ -17,7 +17,7 @@ from shared.errors import ConfigError
 from shared.model.gpt import IGNORE
 from stage2_student.order import BlockOrder, lanes_within, largest_pool
 
-SHARD_BYTES = 512 << 20  # of memory for the shards in use, in each process that reads
+SHARD_BYTES = 640 << 20  # of memory for the shards in use, in each process that reads
 
 Block = dict[str, Array]
 

@@ -1,6 +1,6 @@
 """The order of training: which documents' rows block i of a run holds, a function of the caches, sizes and seed alone.
 
-Neighbouring shards form pools of at least `POOL_BLOCKS` blocks. An epoch's sequence is every pool once, in random
+Neighbouring shards form pools of about `POOL_BLOCKS` blocks or more. An epoch's sequence is every pool once, in random
 order, each packed anew into blocks of its own (`packing`). That sequence is cut into equally long lanes, and block i
 comes from lane i mod L: neighbouring blocks lie far apart in the cache, and whoever reads every n-th block, with n a
 divisor of L, as one of several ranks or workers does, meets the pools of its own lanes only, one after the other.
@@ -137,12 +137,12 @@ def largest_pool(doc_lengths: Array, shard_indptr: Sequence[int], block_size: in
 def _pools(doc_rows: Array, shard_indptr: Sequence[int], block_size: int) -> tuple[Array, Array, Array]:
     """Pools of neighbouring shards: first document, the one beyond the last, and rows; i64 [P] each, none of no rows.
 
-    A pool begins with the shard in which another `POOL_BLOCKS` blocks of rows begin.
+    As many shards form a pool as have `POOL_BLOCKS` blocks of rows on average.
     """
     borders = np.asarray(shard_indptr, np.int64)
     shard_rows = np.add.reduceat(doc_rows, borders[:-1], dtype=np.int64)
-    group = (np.cumsum(shard_rows) - shard_rows) // (POOL_BLOCKS * block_size)
-    begins = np.flatnonzero(np.diff(group, prepend=-1))
+    each = max(round(POOL_BLOCKS * block_size / max(shard_rows.mean(), 1)), 1)
+    begins = np.arange(0, len(shard_rows), each)
     first = borders[:-1][begins]
     stop = np.append(first[1:], borders[-1])
     rows = np.add.reduceat(shard_rows, begins)

@@ -10,11 +10,12 @@ from typing import Any
 import h5py
 import numpy as np
 
-from shared.cache.deflate import LEVEL, pack_chunk
+from shared.cache.deflate import LEVEL, inflate, pack_chunk
 from shared.cache.format import Array
 from shared.errors import CacheCorruptError, CacheFormatError
 
 CHUNK_ENTRIES = 1 << 20
+GZIP_FILTERS = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32]
 ZSTD = 32_015  # its number in the HDF Group's registry of filters
 FILTERS: dict[str, dict[str, object]] = {
     "gzip": {"compression": "gzip", "compression_opts": LEVEL},
@@ -64,7 +65,7 @@ def from_bytes(image: bytes, where: object) -> tuple[dict[str, Array], dict[str,
     """
     with _readable(where), h5py.File(h5py.h5f.open_file_image(image)) as file:
         load_filters(file)
-        arrays = {name: file[name][()] for name in file}
+        arrays = {name: _read(file[name], image) for name in file}
         attributes = {key: _plain(value) for key, value in file.attrs.items()}
     return arrays, attributes
 
@@ -80,6 +81,32 @@ def read_document_meta(path: Path) -> list[dict[str, Any]]:
         load_filters(file)
         blob, borders = file["doc_meta"][()].tobytes(), file["doc_meta_indptr"][()].tolist()
         return [json.loads(blob[start:stop]) for start, stop in itertools.pairwise(borders)]
+
+
+def _read(dataset: h5py.Dataset, image: bytes) -> Array:
+    """A data set's array. Chunks of our own filters are inflated straight from the image, several times as fast.
+
+    zlib's own checksum in each chunk covers what fletcher32 does.
+    """
+    properties = dataset.id.get_create_plist()
+    if [properties.get_filter(i)[0] for i in range(properties.get_nfilters())] != GZIP_FILTERS:
+        array: Array = dataset[()]
+        return array
+    array = np.empty(dataset.shape, dataset.dtype)
+    size, shape = dataset.dtype.itemsize, dataset.chunks
+    for number in range(dataset.id.get_num_chunks()):
+        chunk = dataset.id.get_chunk_info(number)
+        if chunk.filter_mask:
+            array = dataset[()]
+            break
+        planes = np.frombuffer(inflate(image[chunk.byte_offset : chunk.byte_offset + chunk.size - 4]), np.uint8)
+        values = np.empty(shape, dataset.dtype)
+        interleaved = values.view(np.uint8).reshape(-1, size)
+        for place, plane in enumerate(planes.reshape(size, -1)):
+            interleaved[:, place] = plane
+        first = chunk.chunk_offset[0]
+        array[first : first + shape[0]] = values[: len(array) - first]
+    return array
 
 
 @contextlib.contextmanager
