@@ -9,9 +9,11 @@ from pathlib import Path
 from data import mbpp, stdlib
 from data.hub import read_hub
 from data.records import Document, DocumentSet
-from data.tabular import Row, read_rows
+from data.tabular import Row, digest_file, read_rows
 from data.templates import chat_document, mbpp_document, prompt_document
 from shared.errors import ConfigError, require, require_range
+from shared.files import sha256_file, sha256_json
+from shared.hub import find_commit
 
 FORMS = (("prompt", "completion"), ("messages",), ("text",))  # the first that a data set has the columns of
 
@@ -40,36 +42,94 @@ def load_documents(
     """
     if limit_docs is not None:
         require_range(limit_docs, "limit_docs", at_least=1)
-    names = parse_columns(columns)
-    on_hub = dataset == "mbpp" or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and not Path(dataset).exists())
-    on_hub = on_hub and not dataset.endswith((".jsonl", ".parquet"))
-    require(revision is None or on_hub, "only a Hub data set has revisions", where=dataset, got=revision)
+    names, kind = parse_columns(columns), _kind(dataset, columns, revision)
     commit: str | None = None
-    license: str | None
-    attribution: str | None
-    if dataset == "stdlib":
-        require(not names, "stdlib has no columns", where="columns", got=columns)
-        name, commit = "stdlib", platform.python_version()
-        license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
-        documents = stdlib.read_split(split)
-    elif dataset.endswith((".jsonl", ".parquet")):
-        path = Path(dataset)
-        name, documents = _from_rows(read_rows(path), split, path.name, names)
-        license, attribution = _known_rights(name)
-    elif on_hub:
-        hub_id = mbpp.HUB_ID if dataset == "mbpp" else dataset
+    if kind == "hub":
+        hub_id = _hub_id(dataset)
         commit, stated_license, rows = read_hub(hub_id, split, revision)
+        mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns, revision=commit)
         name, documents = _from_rows(rows, split, hub_id, names)
         license, attribution = _known_rights(name)
         license = license or stated_license
         attribution = attribution or f"{hub_id}, https://huggingface.co/datasets/{hub_id}"
     else:
+        mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns)
+        if kind == "stdlib":
+            name, commit = "stdlib", platform.python_version()
+            license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
+            documents = stdlib.read_split(split)
+        else:
+            path = Path(dataset)
+            name, documents = _from_rows(read_rows(path), split, path.name, names)
+            license, attribution = _known_rights(name)
+    assert mark is not None  # the commit is known by now
+    return DocumentSet(
+        name=name,
+        split=split,
+        revision=commit,
+        license=license,
+        attribution=attribution,
+        fingerprint=mark,
+        documents=tuple(documents[:limit_docs]),
+    )
+
+
+def fingerprint(
+    dataset: str,
+    split: str,
+    *,
+    limit_docs: int | None = None,
+    columns: str | None = None,
+    revision: str | None = None,
+) -> str | None:
+    """SHA-256 of all that decides what `load_documents` gives; parses nothing, so it takes a moment.
+
+    That is: the bytes of the file or of the library, or the Hub's commit; the arguments; and the code of this package.
+    Equal fingerprints mean equal documents. Different ones mean nothing: the same documents may lie in another file.
+
+    Returns:
+        None where only reading tells the commit (a Hub data set offline).
+
+    Raises:
+        ConfigError: an unknown data set, a file that cannot be read, or the Hub cannot be reached.
+    """
+    kind, origin = _kind(dataset, columns, revision), list[str]()
+    if kind == "hub":
+        pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision)
+        commit = revision if pinned else find_commit(_hub_id(dataset), "dataset", revision)
+        if commit is None:
+            return None
+        origin = [_hub_id(dataset), commit]
+    elif kind == "stdlib":
+        origin = [platform.python_version(), stdlib.files_digest()]
+    else:
+        origin = [Path(dataset).name, digest_file(Path(dataset))]
+    code = [sha256_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return sha256_json([kind, origin, split, limit_docs, columns, code])
+
+
+def _kind(dataset: str, columns: str | None, revision: str | None) -> str:
+    """What a data set's name stands for: `stdlib`, `file` or `hub`.
+
+    Raises:
+        ConfigError: nothing that we know, or an option that such a data set does not have.
+    """
+    if dataset == "stdlib":
+        require(columns is None, "stdlib has no columns", where="columns", got=columns)
+        kind = "stdlib"
+    elif dataset.endswith((".jsonl", ".parquet")):
+        kind = "file"
+    elif dataset == mbpp.NAME or (re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and not Path(dataset).exists()):
+        kind = "hub"
+    else:
         expected = "mbpp, stdlib, FILE.jsonl, FILE.parquet or a Hub id owner/name"
         raise ConfigError("unknown data set", where="dataset", expected=expected, got=repr(dataset))
-    kept = tuple(documents[:limit_docs])
-    return DocumentSet(
-        name=name, split=split, revision=commit, license=license, attribution=attribution, documents=kept
-    )
+    require(kind == "hub" or revision is None, "only a Hub data set has revisions", where=dataset, got=revision)
+    return kind
+
+
+def _hub_id(dataset: str) -> str:
+    return mbpp.HUB_ID if dataset == mbpp.NAME else dataset
 
 
 def _known_rights(name: str) -> tuple[str | None, str | None]:

@@ -63,6 +63,7 @@ class DocumentSet:
         revision: the Hub commit, or the Python version for `stdlib`; None for local files.
         license: SPDX identifier; None where unknown.
         attribution: whom to credit, and where it is published; None where unknown.
+        fingerprint: of what they were read from (`data.load.fingerprint`).
     """
 
     name: str
@@ -70,6 +71,7 @@ class DocumentSet:
     revision: str | None
     license: str | None
     attribution: str | None
+    fingerprint: str
     documents: tuple[Document, ...]
 
     @property

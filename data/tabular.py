@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError
+from shared.files import sha256_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,19 @@ def read_rows(path: Path) -> Iterator[Row]:
             with path.open("rb") as file:
                 yield from parse_jsonl(file, path.name)
     except OSError as error:
-        raise ConfigError("cannot read a data file", where=path, got=error.strerror or error) from error
+        raise _unreadable(path, error) from error
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a data file's bytes.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[Row]:
@@ -106,6 +119,10 @@ def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[Row]:
         if not isinstance(value, dict):
             raise ConfigError("a malformed row", where=where, expected="one JSON object", got=_describe(value))
         yield Row(where, value)
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError("cannot read a data file", where=path, got=error.strerror or error)
 
 
 def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:

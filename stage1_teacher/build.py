@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.load import load_documents
+from data.load import fingerprint, load_documents
 from data.records import Document, DocumentSet
 from shared import tracking
 from shared.cache.derive import Input
@@ -36,25 +37,38 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """What is to be built.
 
     Attributes:
         config: options; out: the cache's directory.
-        files: the teacher's; data: the documents, those to be skipped among them.
+        files: the teacher's.
         skip_in: finished caches whose documents are skipped.
     """
 
     config: TeacherConfig
     out: Path
     files: ModelFiles
-    data: DocumentSet
     skip_in: tuple[Input, ...]
+
+    @functools.cached_property
+    def data(self) -> DocumentSet:
+        """The documents, those to be skipped among them; read when they are first asked for."""
+        return read_documents(self.config)
 
     def request(self) -> dict[str, Any]:
         """What was asked for, by content: `build.json` holds it, and a resume must match it."""
-        files, data = self.files, self.data
+        return self.options() | {"sources": self.sources()}
+
+    def sources(self) -> list[dict[str, Any]]:
+        """The part of the request that is known once the documents are read."""
+        data = self.data
+        return [{"name": data.name, "split": data.split, "revision": data.revision, "digest": data.digest}]
+
+    def options(self) -> dict[str, Any]:
+        """The rest of the request."""
+        files = self.files
         return {
             "teacher": {
                 "commit": files.commit,
@@ -62,7 +76,6 @@ class Task:
                 "config_digest": files.config_digest,
                 "tokenizer_files_digest": files.tokenizer_files_digest,
             },
-            "sources": [{"name": data.name, "split": data.split, "revision": data.revision, "digest": data.digest}],
             "skip_in": [cache.digest() for cache in self.skip_in],
             **{key: value for key, value in to_dict(self.config).items() if key in OPTIONS},
         }
@@ -105,6 +118,7 @@ class Task:
             "license": data.license,
             "attribution": data.attribution,
             "digest": data.digest,
+            "fingerprint": data.fingerprint,
             "num_documents": len(data.documents),
             **({"num_skipped": num_skipped} if self.skip_in else {}),
             "num_long": len(corpus.long),
@@ -138,8 +152,8 @@ def build_cache(config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = (
         CacheFormatError: labels that may not be written, such as NaN logits; or `skip_in` names no finished cache.
         CacheMismatchError: `skip_in` names a cache of another label identity.
     """
-    files, data = find_inputs(config)
-    task = Task(config=config, out=out, files=files, data=data, skip_in=tuple(map(Input.open, skip_in)))
+    files = find_teacher(config)
+    task = Task(config=config, out=out, files=files, skip_in=tuple(map(Input.open, skip_in)))
     if world_size() == 1 and _is_done(task):  # answered without loading torch
         log(f"{out} is up to date")
         return
@@ -153,24 +167,30 @@ def build_cache(config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = (
             _build(task)
 
 
-def find_inputs(config: TeacherConfig) -> tuple[ModelFiles, DocumentSet]:
-    """The teacher's files and the documents that a configuration names.
+def find_teacher(config: TeacherConfig) -> ModelFiles:
+    """The files of the teacher that a configuration names.
 
     Raises:
-        ConfigError: either is not named, or cannot be used.
+        ConfigError: teacher or data set are not named, or the teacher cannot be used.
     """
     for name in ("teacher", "dataset"):
         fix = f"pass --{name}, or set it in the configuration file"
         require(getattr(config, name), f"no {name} is named", fix=fix)
-    files = identify_model(config.teacher, config.revision)
-    documents = load_documents(
-        config.dataset,
-        config.split,
-        limit_docs=config.limit_docs,
-        columns=config.columns,
-        revision=config.dataset_revision,
-    )
-    return files, documents
+    return identify_model(config.teacher, config.revision)
+
+
+def read_documents(config: TeacherConfig) -> DocumentSet:
+    """The documents that a configuration names.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    return load_documents(config.dataset, config.split, **_selection(config))
+
+
+def _selection(config: TeacherConfig) -> dict[str, Any]:
+    """Which documents of the data set's split: arguments of `load_documents` and `fingerprint`."""
+    return {"limit_docs": config.limit_docs, "columns": config.columns, "revision": config.dataset_revision}
 
 
 def read_corpus(
@@ -201,7 +221,12 @@ def _is_done(task: Task) -> bool:
     if not is_finished(task.out) or has_leftovers(task.out):
         return False
     options = read_json(task.out / BUILD)["options"]
-    return all(options.get(key) == value for key, value in task.request().items())
+    if any(options.get(key) != value for key, value in task.options().items()):
+        return False
+    now = fingerprint(task.config.dataset, task.config.split, **_selection(task.config))
+    before = [source.get("fingerprint") for source in read_manifest(task.out)["sources"]]
+    # Documents are read only where their fingerprint leaves open whether they are the same: parsing takes seconds.
+    return (now is not None and before == [now]) or options.get("sources") == task.sources()
 
 
 def _refuse_moved(task: Task) -> None:

@@ -26,7 +26,7 @@ from shared.files import to_json
 from shared.machine import machine
 from shared.process import world_size
 from shared.progress import progress
-from stage1_teacher.build import find_inputs, read_corpus
+from stage1_teacher.build import find_teacher, read_corpus, read_documents
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import free_bytes
 from stage1_teacher.documents import Corpus, Segment, plan_shards
@@ -65,7 +65,7 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
         ConfigError: options, teacher or documents that cannot be used.
     """
     require(world_size() == 1, "`teacher plan` runs in one process", expected=1, got=f"{world_size()} processes")
-    files, documents = find_inputs(config)
+    files, documents = find_teacher(config), read_documents(config)
     tokenizer, corpus, head_width = read_corpus(config, files, documents.documents)
     segments, lengths = corpus.segments, corpus.lengths
     shards = plan_shards(lengths, config.shard_tokens)

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import humaneval
+from data import humaneval, load
 from data.humaneval import load_humaneval
-from data.load import load_documents
+from data.load import fingerprint, load_documents
 from data.records import Document, Problem
 from data.templates import humaneval_prompt
 from shared.errors import ConfigError
@@ -179,6 +179,38 @@ def test_limit(tmp_path):
     assert len(load_documents(path, "train", limit_docs=9).documents) == 5
     with pytest.raises(ConfigError, match="limit_docs; expected: at least 1; got: 0"):
         load_documents(path, "train", limit_docs=0)
+
+
+def test_a_fingerprint_is_that_of_all_that_decides_the_documents(tmp_path):
+    path = write(tmp_path, [{"text": "a"}, {"text": "b"}], "rows.jsonl")
+    read = load_documents(path, "train")
+    assert fingerprint(path, "train") == read.fingerprint
+    others = [
+        fingerprint(path, "test"),
+        fingerprint(path, "train", limit_docs=2),
+        fingerprint(path, "train", columns="text=text"),
+        fingerprint("stdlib", "train"),
+        fingerprint(write(tmp_path, [{"text": "a"}, {"text": "b"}], "more.jsonl"), "train"),
+        fingerprint(write(tmp_path, [{"text": "a"}, {"text": "c"}], "rows.jsonl"), "train"),
+    ]
+    assert len({read.fingerprint, *others}) == 7
+    write(tmp_path, [{"text": "a"}, {"text": "b"}], "rows.jsonl")
+    assert fingerprint(path, "train") == read.fingerprint
+    with pytest.raises(ConfigError, match=r"cannot read a data file; where: .*absent.jsonl"):
+        fingerprint(str(tmp_path / "absent.jsonl"), "train")
+
+
+def test_a_fingerprint_changes_with_the_code_that_reads(tmp_path, monkeypatch):
+    path = write(tmp_path, [{"text": "a"}], "rows.jsonl")
+    before = fingerprint(path, "train")
+    (tmp_path / "package").mkdir()
+    for file in Path(load.__file__).parent.glob("*.py"):
+        (tmp_path / "package" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(load, "__file__", str(tmp_path / "package/load.py"))
+    assert fingerprint(path, "train") == before
+    with (tmp_path / "package/templates.py").open("a") as code:
+        code.write("# another reader\n")
+    assert fingerprint(path, "train") != before
 
 
 def test_unknown_names(tmp_path):

@@ -69,6 +69,12 @@ def test_commits_licenses_and_rows_are_recorded(hub, warm):
     assert (cache.tokens(0)[0], cache.tokens(0)[-1]) == (0, 0)
 
 
+def test_a_second_build_asks_the_hub_for_the_data_sets_commit_and_no_more(hub, warm):
+    asked = len(hub.requests)
+    assert "up to date" in build(hub.environment(warm / "home"), warm / "cache")
+    assert [path for _, path in hub.requests[asked:] if MBPP in path] == [f"/api/datasets/{MBPP}"]
+
+
 def test_pickles_and_code_are_never_fetched(hub, warm):
     asked = {path.rpartition("/")[2] for _, path in hub.requests if "/resolve/" in path and TEACHER in path}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= asked

@@ -143,6 +143,25 @@ def test_a_second_call_finds_it_done_without_torch(teacher, rows, tmp_path):
     assert result.stdout.splitlines()[-1] == "False False"
 
 
+def test_a_finished_build_parses_no_document_again(teacher, rows, tmp_path, monkeypatch):
+    from stage1_teacher import build as module
+
+    first, _ = build(teacher, rows, tmp_path / "cache")
+    load_documents, parsed = module.load_documents, []
+
+    def count(*arguments, **options):
+        parsed.append(arguments)
+        return load_documents(*arguments, **options)
+
+    monkeypatch.setattr(module, "load_documents", count)
+    again, _ = build(teacher, rows, tmp_path / "cache")
+    assert (parsed, again.manifest) == ([], first.manifest)
+    # The same rows in other bytes: only reading them tells.
+    rows.write_text("".join(json.dumps(json.loads(line), indent=None) + " \n" for line in rows.open()))
+    again, _ = build(teacher, rows, tmp_path / "cache")
+    assert (len(parsed), again.manifest) == (1, first.manifest)
+
+
 def test_resumes_to_the_same_bytes(teacher, rows, tmp_path, monkeypatch):
     whole, _ = build(teacher, rows, tmp_path / "whole")
     from stage1_teacher import capture as module
