@@ -185,7 +185,7 @@ def _plain_documents(
     """Documents of one form, from the columns that hold its parts."""
     seen: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
-        id = row.text(id_column) if id_column else str(number)
+        id = row.id(id_column) if id_column else str(number)
         if id in seen:
             raise row.error(id_column or "id", expected="each id once", got=f"{id!r}, as {seen[id]}")
         seen[id] = row.where

@@ -40,6 +40,13 @@ class Row:
             raise self.error(field, expected="an integer", got=_describe(value))
         return value
 
+    def id(self, field: str) -> str:
+        """A document's name: a string, or an integer in digits (booleans and floats are none)."""
+        value = self._get(field)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        return _checked_text(value, f"{self.where}, field {field!r}", expected="a string or an integer")
+
     def messages(self, field: str) -> tuple[dict[str, str], ...]:
         """A chat: a list of objects with `role` and `content`, both strings."""
         value = self._get(field)
@@ -162,9 +169,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise ConfigError("cannot read a parquet file", where=path, got=error) from error
 
 
-def _checked_text(value: Any, where: str) -> str:
+def _checked_text(value: Any, where: str, expected: str = "a string") -> str:
     if not isinstance(value, str):
-        raise ConfigError("a malformed row", where=where, expected="a string", got=_describe(value))
+        raise ConfigError("a malformed row", where=where, expected=expected, got=_describe(value))
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -4,6 +4,7 @@ import gzip
 import importlib.metadata
 import json
 import sys
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,6 +151,57 @@ def test_plain_files(tmp_path):
     assert (found.name, found.revision, found.license, found.attribution) == ("pairs.jsonl", None, None, None)
     found = load_documents(write(tmp_path, [{"text": "a\rb"}, {"text": "c\n"}], "text.parquet"), "train")
     assert [(d.id, d.prompt, d.completion) for d in found.documents] == [("1", "", "a\nb\n"), ("2", "", "c\n")]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int64", "uint64", "jsonl", "dictionary"])
+def test_integers_are_ids(tmp_path, kind):
+    ids = {"int8": [7, -128], "int64": [0, -(2**63)], "jsonl": [2**64, 3], "dictionary": [5, 6]}
+    ids = ids.get(kind, [2**64 - 1, 2**53 + 1])
+    if kind == "jsonl":
+        path = write(tmp_path, [{"id": id, "text": "a"} for id in ids], "rows.jsonl")
+    else:
+        path = tmp_path / "rows.parquet"
+        column = pa.array(ids).dictionary_encode() if kind == "dictionary" else pa.array(ids, getattr(pa, kind)())
+        pq.write_table(pa.table({"id": column, "text": ["a", "b"]}), path)
+    assert [d.id for d in load_documents(str(path), "train").documents] == [str(id) for id in ids]
+
+
+@pytest.mark.parametrize(
+    ("id", "got"),
+    [(1.0, "float 1.0"), (True, "bool True"), (None, "null"), ([1], r"list \[1\]"), ({"a": 1}, "dict {'a': 1}")],
+)
+def test_other_ids_are_refused(tmp_path, id, got):
+    rows = [{"key": "x", "text": "a"}, {"key": id, "text": "b"}]
+    message = f"2, field 'key'; expected: a string or an integer; got: {got}"
+    with pytest.raises(ConfigError, match=f"rows.jsonl, line {message}"):
+        load_documents(write(tmp_path, rows, "rows.jsonl"), "train", columns="text=text,id=key")
+
+
+@pytest.mark.parametrize(
+    ("ids", "got"),
+    [
+        (pa.array([1.0]), "float 1.0"),
+        (pa.array([True]), "bool True"),
+        (pa.array([None], pa.int64()), "null"),
+        (pa.array([b"x"]), "bytes b'x'"),
+        (pa.array([Decimal(1)]), r"Decimal Decimal\('1'\)"),
+    ],
+)
+def test_other_ids_of_a_parquet_file_are_refused(tmp_path, ids, got):
+    pq.write_table(pa.table({"id": ids, "text": ["a"]}), tmp_path / "rows.parquet")
+    with pytest.raises(
+        ConfigError, match=f"rows.parquet, row 1, field 'id'; expected: a string or an integer; got: {got}"
+    ):
+        load_documents(str(tmp_path / "rows.parquet"), "train")
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, "1"), ("1", 1), (-3, "-3"), (2**64, 2**64)])
+def test_an_integer_and_its_digits_are_one_id(tmp_path, first, second):
+    path = write(tmp_path, [{"id": first, "text": "a"}, {"id": second, "text": "b"}], "rows.jsonl")
+    with pytest.raises(
+        ConfigError, match=f"line 2, field 'id'; expected: each id once; got: '{first}', as rows.jsonl, line 1"
+    ):
+        load_documents(path, "train")
 
 
 def test_plain_file_faults(tmp_path):
