@@ -1,20 +1,20 @@
-"""Rows of a data set on the Hub, pinned to the commit that its name stands for."""
+"""Data sets on the Hub, pinned to the commit that their name stands for."""
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.tabular import Row
+from data.tabular import Row, Table
 from shared.errors import ConfigError, require
 from shared.hub import explain, find_commit, read_card, stated_license
 
 CONFIGURATIONS = {"google-research-datasets/mbpp": "full"}  # of data sets with several; others have one
 
 
-def read_hub(hub_id: str, split: str, revision: str | None = None) -> tuple[str, str | None, Iterator[Row]]:
-    """The commit (40 digits), the license its card states, and the rows of one split.
+def open_hub(hub_id: str, split: str, revision: str | None = None) -> tuple[str, str | None, Table]:
+    """The commit (40 digits), the license its card states, and one split.
 
     Offline (`HF_HUB_OFFLINE=1`) these are the rows prepared last, and the commit is theirs.
 
@@ -24,7 +24,7 @@ def read_hub(hub_id: str, split: str, revision: str | None = None) -> tuple[str,
         revision: branch, tag or commit; the main branch by default.
 
     Raises:
-        ConfigError: the Hub cannot be reached, or has no such data set, revision or split.
+        ConfigError: the Hub cannot be reached, has no such data set, revision or split, or the split has no rows.
     """
     try:
         import datasets
@@ -53,8 +53,13 @@ def read_hub(hub_id: str, split: str, revision: str | None = None) -> tuple[str,
         got=prepared,
         fix="fetch it once without HF_HUB_OFFLINE=1",
     )
-    numbered = (Row(f"{hub_id}, row {number}", row) for number, row in enumerate(rows, start=1))
-    return prepared, _license(hub_id, prepared), numbered
+    require(len(rows), "an empty data set", where=f"{hub_id}, split {split!r}", expected="at least one row")
+
+    def read(columns: Collection[str]) -> Iterator[Row]:
+        chosen = rows.select_columns([name for name in rows.column_names if name in columns])
+        return (Row(f"{hub_id}, row {number}", row) for number, row in enumerate(chosen, start=1))
+
+    return prepared, _license(hub_id, prepared), Table(hub_id, tuple(rows.column_names), read)
 
 
 def _prepared_commit(rows: Any) -> str:

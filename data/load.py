@@ -1,15 +1,14 @@
 """Documents by data set name: MBPP, the standard library, a local file, a Hub id."""
 
-import itertools
 import platform
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data import mbpp, stdlib
-from data.hub import read_hub
+from data.hub import open_hub
 from data.records import Document, DocumentSet
-from data.tabular import Row, digest_file, read_rows
+from data.tabular import Row, Table, digest_file, open_table
 from data.templates import chat_document, mbpp_document, prompt_document
 from shared.errors import ConfigError, require, require_range
 from shared.files import sha256_file, sha256_json
@@ -46,9 +45,9 @@ def load_documents(
     commit: str | None = None
     if kind == "hub":
         hub_id = _hub_id(dataset)
-        commit, stated_license, rows = read_hub(hub_id, split, revision)
+        commit, stated_license, table = open_hub(hub_id, split, revision)
         mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns, revision=commit)
-        name, documents = _from_rows(rows, split, hub_id, names)
+        name, documents = _from_table(table, split, names)
         license, attribution = _known_rights(name)
         license = license or stated_license
         attribution = attribution or f"{hub_id}, https://huggingface.co/datasets/{hub_id}"
@@ -59,8 +58,7 @@ def load_documents(
             license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
             documents = stdlib.read_split(split)
         else:
-            path = Path(dataset)
-            name, documents = _from_rows(read_rows(path), split, path.name, names)
+            name, documents = _from_table(open_table(Path(dataset)), split, names)
             license, attribution = _known_rights(name)
     assert mark is not None  # the commit is known by now
     return DocumentSet(
@@ -160,23 +158,23 @@ def parse_columns(columns: str | None) -> dict[str, str]:
     return names
 
 
-def _from_rows(rows: Iterator[Row], split: str, name: str, names: Mapping[str, str]) -> tuple[str, list[Document]]:
-    """Name and documents of rows; their columns are those of the first row, or `names` where the user gives them."""
-    first = next(rows, None)
-    if first is None:
-        raise ConfigError("an empty data set", where=name, expected="at least one row")
-    rows = itertools.chain([first], rows)
-    if not names and mbpp.is_mbpp(first.fields):
-        return mbpp.NAME, mbpp.read_split(rows, split, mbpp_document)
-    form = next((form for form in FORMS if set(form) <= (names or first.fields).keys()), None)
+def _from_table(table: Table, split: str, names: Mapping[str, str]) -> tuple[str, list[Document]]:
+    """Name and documents of a table whose columns are ours, or `names` where the user gives them; reads no other."""
+    if not names and mbpp.is_mbpp(table.columns):
+        return mbpp.NAME, mbpp.read_split(table.read(mbpp.COLUMNS), split, mbpp_document)
+    form = next((form for form in FORMS if set(form) <= (names.keys() or set(table.columns))), None)
     if form is None:
         expected = "prompt and completion, or messages, or text, or MBPP's (task_id, text or prompt, code, test_list)"
-        got = ", ".join(sorted(first.fields))
-        raise ConfigError(
-            "unknown columns", where=name, expected=expected, got=got, fix="--columns prompt=THEIRS,completion=THEIRS"
-        )
-    id_column = names.get("id", "id" if "id" in first.fields else None)
-    return name, list(_plain_documents(rows, name, form, [names.get(column, column) for column in form], id_column))
+        got = ", ".join(sorted(table.columns))
+        fix = "--columns prompt=THEIRS,completion=THEIRS"
+        raise ConfigError("unknown columns", where=table.name, expected=expected, got=got, fix=fix)
+    columns = [names.get(column, column) for column in form]
+    id_column = names.get("id", "id" if "id" in table.columns else None)
+    wanted = [*columns, id_column] if id_column else columns
+    missing = ", ".join(column for column in wanted if column not in table.columns)
+    require(not missing, "a column is missing", where=table.name, expected=missing, got=", ".join(table.columns))
+    rows = table.read(wanted)
+    return table.name, list(_plain_documents(rows, table.name, form, columns, id_column))
 
 
 def _plain_documents(

@@ -4,11 +4,11 @@ import ast
 import builtins
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from data.hub import read_hub
+from data.hub import open_hub
 from data.records import Document, Problem
 from data.tabular import Row, read_rows
 from data.templates import mbpp_document, normalise
@@ -23,6 +23,7 @@ ATTRIBUTION = (
     "MBPP by J. Austin, A. Odena, M. Nye et al., Google Research: Program Synthesis with Large Language Models, 2021, "
     "arXiv:2108.07732, https://github.com/google-research/google-research/tree/master/mbpp"
 )
+COLUMNS = ("task_id", "text", "prompt", "code", "test_list", "test_setup_code", "test_imports")
 SPLITS = {
     "prompt": range(1, 11),
     "test": range(11, 511),
@@ -31,9 +32,9 @@ SPLITS = {
 }
 
 
-def is_mbpp(fields: Mapping[str, Any]) -> bool:
-    """Whether a row has MBPP's columns, full or sanitized."""
-    return {"task_id", "code", "test_list"} <= fields.keys()
+def is_mbpp(columns: Iterable[str]) -> bool:
+    """Whether a data set has MBPP's columns, full or sanitized."""
+    return {"task_id", "code", "test_list"} <= set(columns)
 
 
 def load_problems(dataset: str, split: str) -> tuple[tuple[Problem, ...], str | None]:
@@ -47,12 +48,12 @@ def load_problems(dataset: str, split: str) -> tuple[tuple[Problem, ...], str | 
         ConfigError: the Hub or the file cannot be read, a row is malformed, or the split has no rows.
     """
     if dataset == NAME:
-        commit, _, rows = read_hub(HUB_ID, split)
-        return tuple(read_split(rows, split, mbpp_problem)), commit
+        commit, _, table = open_hub(HUB_ID, split)
+        return tuple(read_split(table.read(COLUMNS), split, mbpp_problem)), commit
     expected = "mbpp, FILE.jsonl or FILE.parquet"
     known = dataset.endswith((".jsonl", ".parquet"))
     require(known, "unknown data set", where="dataset", expected=expected, got=repr(dataset))
-    return tuple(read_split(read_rows(Path(dataset)), split, mbpp_problem)), None
+    return tuple(read_split(read_rows(Path(dataset), COLUMNS), split, mbpp_problem)), None
 
 
 def read_split(rows: Iterable[Row], split: str, of_row: Callable[[Row], T]) -> list[T]:

@@ -1,15 +1,22 @@
 """Rows from JSONL and parquet files; a malformed row is refused by file, line and field."""
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import ConfigError
 from shared.files import sha256_file
+
+if TYPE_CHECKING:
+    from pyarrow import Array
+    from pyarrow.parquet import ParquetFile
+
+ROWS_AT_ONCE = 256  # of a Parquet file, so that long texts take little memory beside the documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +83,55 @@ class Row:
         return self.fields[field]
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A data set that is read when its rows are asked for.
+
+    Args:
+        name: for errors.
+        columns: the names of its columns; of JSONL the fields of its first row.
+        read: gives its rows; of a Parquet file only with these columns, where it has them.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[Collection[str]], Iterator[Row]]
+
+
+def open_table(path: Path) -> Table:
+    """A `.jsonl` or `.parquet` file as a table.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no row.
+    """
+    if path.suffix == ".parquet":
+        with _parquet(path) as file:
+            columns = tuple(file.schema_arrow.names) if file.metadata.num_rows else None
+    else:
+        first = next(read_rows(path), None)
+        columns = tuple(first.fields) if first else None
+    if columns is None:
+        raise ConfigError("an empty data set", where=path.name, expected="at least one row")
+    return Table(path.name, columns, functools.partial(read_rows, path))
+
+
+def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Row]:
     """Read a `.jsonl` or `.parquet` file row by row.
+
+    Args:
+        path: the file.
+        columns: those of a Parquet file that are wanted, where it has them; all by default. What the others hold is
+            neither read nor judged. Rows of JSONL always have all their fields.
 
     Raises:
         ConfigError: the file cannot be read, or a row is malformed.
     """
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, columns)
+        return
     try:
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path)
-        else:
-            with path.open("rb") as file:
-                yield from parse_jsonl(file, path.name)
+        with path.open("rb") as file:
+            yield from parse_jsonl(file, path.name)
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -151,22 +195,39 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator["ParquetFile"]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if len(set(names)) != len(names):
-                raise ConfigError("a column occurs twice", where=path.name, got=", ".join(names))
-            number = 0
-            for batch in file.iter_batches():
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path.name}, row {number}", fields)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            yield file
+    except pyarrow.ArrowException as error:
         raise ConfigError("cannot read a parquet file", where=path, got=error) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
+    with _parquet(path) as file:
+        names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+        if len(set(names)) != len(names):
+            raise ConfigError("a column occurs twice", where=path.name, got=", ".join(names))
+        number = 0
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
+            values = {name: _python_values(batch.column(name), f"{path.name}, column {name!r}") for name in names}
+            for at in range(batch.num_rows):
+                number += 1
+                yield Row(f"{path.name}, row {number}", {name: column[at] for name, column in values.items()})
+
+
+def _python_values(column: "Array", where: str) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError, KeyError) as error:  # no UTF-8, a date beyond Python's, an unknown time zone
+        raise ConfigError("cannot read a parquet file", where=where, got=f"{column.type}: {error}") from error
+    return values
 
 
 def _checked_text(value: Any, where: str, expected: str = "a string") -> str:

@@ -265,6 +265,71 @@ def test_a_fingerprint_changes_with_the_code_that_reads(tmp_path, monkeypatch):
     assert fingerprint(path, "train") != before
 
 
+STRANGE = {
+    "a date beyond 9999": pa.array([10_000_000, None], pa.date32()),
+    "the last second of 9999, east of Greenwich": pa.array([253_402_300_799, 0], pa.timestamp("s", tz="Asia/Tokyo")),
+    "an unknown time zone": pa.array([1, 2], pa.timestamp("us", tz="Nowhere/Here")),
+    "text that is no UTF-8": pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0])), pa.py_buffer(b"\xff")]
+    ),
+    "a map with a key twice": pa.array([[("a", 1), ("a", 2)], []], pa.map_(pa.string(), pa.int64())),
+    "bytes": pa.array([b"\xff", None]),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_a_column_that_nobody_asked_for_is_not_looked_at(tmp_path, what):
+    path, columns = tmp_path / "rows.parquet", {"id": ["a", "b"], "text": ["x = 1", "y = 2"]}
+    pq.write_table(pa.table(columns), path)
+    alone = load_documents(str(path), "train")
+    pq.write_table(pa.table(columns | {"strange": STRANGE[what], "text.more": STRANGE[what]}), path)
+    beside = load_documents(str(path), "train")
+    assert (beside.documents, beside.digest) == (alone.documents, alone.digest)
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_the_same_column_asked_for_is_one_clear_error(tmp_path, what):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["x = 1", "y = 2"], "strange": STRANGE[what]}), path)
+    for columns in ("text=strange", "text=text,id=strange"):
+        with pytest.raises(ConfigError, match=r"rows.parquet.*'strange'"):
+            load_documents(str(path), "train", columns=columns)
+
+
+def test_a_column_that_nobody_asked_for_is_not_even_read(tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"text": ["x = 1", "y = 2"], "id": [1, 2], "vectors": [[0.5] * 100] * 2})
+    pq.write_table(table, path, compression="none")
+    whole = load_documents(str(path), "train")
+    chunk = pq.read_metadata(path).row_group(0).column(2)
+    assert chunk.path_in_schema.startswith("vectors")
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(data)
+    with pytest.raises(OSError):
+        pq.read_table(path)
+    assert load_documents(str(path), "train").documents == whole.documents
+
+
+def test_columns_that_are_not_there_are_named(tmp_path):
+    rows = [{"body": "a", "id": "x", "n": 1}]
+    for name in ("rows.jsonl", "rows.parquet"):
+        path = write(tmp_path, rows, name)
+        for columns, missing in (("text=nope", "nope"), ("text=body,id=key", "key")):
+            with pytest.raises(
+                ConfigError, match=f"a column is missing; where: {name}; expected: {missing}; got: body, id, n"
+            ):
+                load_documents(path, "train", columns=columns)
+
+
+def test_a_parquet_file_without_rows_is_an_error(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    with pytest.raises(ConfigError, match=r"empty data set; where: rows.parquet"):
+        load_documents(str(path), "train")
+
+
 def test_unknown_names(tmp_path):
     for name in ("mbbp", "", str(tmp_path), "rows.csv"):
         with pytest.raises(ConfigError, match="unknown data set"):

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.tabular import read_rows
+from data.tabular import open_table, read_rows
 from shared.errors import ConfigError
 
 
@@ -115,6 +115,15 @@ def test_parquet_reads_like_jsonl(tmp_path):
         read[1].text("a")
 
 
+def test_rows_of_many_row_groups_are_read_in_order_with_the_columns_that_are_there(tmp_path):
+    table = pa.table({"a": list(range(1_000)), "b": ["x"] * 1_000, "c": [None] * 1_000})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=300)
+    rows = list(read_rows(tmp_path / "rows.parquet", ("c", "a", "absent")))
+    assert [row.fields for row in rows] == [{"a": i, "c": None} for i in range(1_000)]
+    assert [row.where for row in rows[298:302]] == [f"rows.parquet, row {i}" for i in range(299, 303)]
+    assert open_table(tmp_path / "rows.parquet").columns == ("a", "b", "c")
+
+
 def test_parquet_faults(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 and nothing more")
@@ -123,6 +132,8 @@ def test_parquet_faults(tmp_path):
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), path)
     with pytest.raises(ConfigError, match="column occurs twice"):
         fields(path)
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2]), pa.array([3])], names=["a", "a", "b"]), path)
+    assert [row.fields for row in read_rows(path, ["b"])] == [{"b": 3}]
     bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
     pq.write_table(pa.Table.from_arrays([bad], names=["a"]), path)
     with pytest.raises(ConfigError, match="cannot read a parquet file"):
