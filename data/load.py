@@ -8,7 +8,7 @@ from pathlib import Path
 from data import mbpp, stdlib
 from data.hub import open_hub
 from data.records import Document, DocumentSet
-from data.tabular import Row, Table, digest_file, open_table
+from data.tabular import FILES, SUFFIXES, Row, Table, digest_file, open_table
 from data.templates import chat_document, mbpp_document, prompt_document
 from shared.errors import ConfigError, require, require_range
 from shared.files import sha256_file, sha256_json
@@ -28,7 +28,7 @@ def load_documents(
     """Read one split of a data set.
 
     Args:
-        dataset: `mbpp`, `stdlib`, `FILE.jsonl`, `FILE.parquet` or a Hub id `owner/name`. Files and Hub data sets have
+        dataset: `mbpp`, `stdlib`, a file of one of `SUFFIXES` or a Hub id `owner/name`. Files and Hub data sets have
             MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
             where there is one.
         split: a split of that data set; a local file that is not MBPP is whatever split its user calls it.
@@ -115,12 +115,12 @@ def _kind(dataset: str, columns: str | None, revision: str | None) -> str:
     if dataset == "stdlib":
         require(columns is None, "stdlib has no columns", where="columns", got=columns)
         kind = "stdlib"
-    elif dataset.endswith((".jsonl", ".parquet")):
+    elif dataset.endswith(SUFFIXES):
         kind = "file"
     elif dataset == mbpp.NAME or (re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and not Path(dataset).exists()):
         kind = "hub"
     else:
-        expected = "mbpp, stdlib, FILE.jsonl, FILE.parquet or a Hub id owner/name"
+        expected = f"mbpp, stdlib, a Hub id owner/name, {FILES}"
         raise ConfigError("unknown data set", where="dataset", expected=expected, got=repr(dataset))
     require(kind == "hub" or revision is None, "only a Hub data set has revisions", where=dataset, got=revision)
     return kind

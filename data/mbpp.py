@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from data.hub import open_hub
 from data.records import Document, Problem
-from data.tabular import Row, read_rows
+from data.tabular import FILES, SUFFIXES, Row, read_rows
 from data.templates import mbpp_document, normalise
 from shared.errors import ConfigError, require
 
@@ -41,7 +41,7 @@ def load_problems(dataset: str, split: str) -> tuple[tuple[Problem, ...], str | 
     """The problems of one split, and the Hub's commit that they are of (None for a file).
 
     Args:
-        dataset: `mbpp` for the Hub's, or a `.jsonl` or `.parquet` file with MBPP's columns, full or sanitized.
+        dataset: `mbpp` for the Hub's, or a file of one of `SUFFIXES` with MBPP's columns, full or sanitized.
         split: a key of `SPLITS`.
 
     Raises:
@@ -50,9 +50,8 @@ def load_problems(dataset: str, split: str) -> tuple[tuple[Problem, ...], str | 
     if dataset == NAME:
         commit, _, table = open_hub(HUB_ID, split)
         return tuple(read_split(table.read(COLUMNS), split, mbpp_problem)), commit
-    expected = "mbpp, FILE.jsonl or FILE.parquet"
-    known = dataset.endswith((".jsonl", ".parquet"))
-    require(known, "unknown data set", where="dataset", expected=expected, got=repr(dataset))
+    known = dataset.endswith(SUFFIXES)
+    require(known, "unknown data set", where="dataset", expected=f"mbpp, {FILES}", got=repr(dataset))
     return tuple(read_split(read_rows(Path(dataset), COLUMNS), split, mbpp_problem)), None
 
 

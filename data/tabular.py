@@ -2,8 +2,11 @@
 
 import contextlib
 import functools
+import gzip
+import io
 import json
 import math
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from pyarrow import Array
     from pyarrow.parquet import ParquetFile
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")  # of data files
+FILES = "FILE.jsonl[.gz|.zst] or FILE.parquet"  # the same for a reader
 ROWS_AT_ONCE = 256  # of a Parquet file, so that long texts take little memory beside the documents
 
 
@@ -99,7 +104,7 @@ class Table:
 
 
 def open_table(path: Path) -> Table:
-    """A `.jsonl` or `.parquet` file as a table.
+    """A file of one of `SUFFIXES` as a table.
 
     Raises:
         ConfigError: the file cannot be read, or has no row.
@@ -116,24 +121,48 @@ def open_table(path: Path) -> Table:
 
 
 def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Row]:
-    """Read a `.jsonl` or `.parquet` file row by row.
+    """Read a file of one of `SUFFIXES` row by row; one of another name is read as JSONL.
 
     Args:
         path: the file.
-        columns: those of a Parquet file that are wanted, where it has them; all by default. What the others hold is
-            neither read nor judged. Rows of JSONL always have all their fields.
+        columns: those that are wanted, where the file has them; all by default. What others hold is not judged, and
+            of a Parquet file not even read. Rows of JSONL have all their fields.
 
     Raises:
-        ConfigError: the file cannot be read, or a row is malformed.
+        ConfigError: the file cannot be read, is damaged, or a row is malformed.
     """
     if path.suffix == ".parquet":
         yield from _read_parquet(path, columns)
         return
     try:
-        with path.open("rb") as file:
-            yield from parse_jsonl(file, path.name)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+        with open_text(path) as lines:
+            yield from parse_jsonl(lines, path.name, columns)
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise _unreadable(path, error) from error
+        fix = "fetch or write the file again"
+        raise ConfigError("a compressed file is damaged", where=path, got=error, fix=fix) from error
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[Iterable[bytes]]:
+    """The lines of a text file, decompressed where its name ends in `.gz` or `.zst`.
+
+    Raises:
+        OSError: the file cannot be read; without `errno` where its compression is damaged.
+        EOFError, zlib.error: its compression is cut off or damaged.
+    """
+    with path.open("rb") as raw:
+        if path.suffix == ".gz":
+            with gzip.GzipFile(fileobj=raw) as plain:
+                yield plain
+        elif path.suffix == ".zst":
+            from pyarrow import CompressedInputStream
+
+            with CompressedInputStream(raw, "zstd") as stream:
+                yield io.BufferedReader(stream)
+        else:
+            yield raw
 
 
 def digest_file(path: Path) -> str:
@@ -148,10 +177,11 @@ def digest_file(path: Path) -> str:
         raise _unreadable(path, error) from error
 
 
-def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[Row]:
+def parse_jsonl(lines: Iterable[bytes], name: str, columns: Collection[str] | None = None) -> Iterator[Row]:
     """Parse the lines of a JSONL file: UTF-8, one object a line, ended by LF or CRLF; blank lines are skipped.
 
-    A byte order mark at the start is dropped. Lines are cut at LF bytes only: U+2028 and U+0085 are text.
+    A byte order mark at the start is dropped. Lines are cut at LF bytes only: U+2028 and U+0085 are text. NaN and
+    Infinity are refused in the fields that `columns` names; in all by default.
     """
     for number, line in enumerate(lines, start=1):
         where = f"{name}, line {number}"
@@ -169,7 +199,11 @@ def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[Row]:
             raise ConfigError("a line is not JSON", where=where, expected="one JSON object", got=error) from error
         if not isinstance(value, dict):
             raise ConfigError("a malformed row", where=where, expected="one JSON object", got=_describe(value))
-        yield Row(where, value)
+        row = Row(where, value)
+        for field in value:
+            if (columns is None or field in columns) and not _is_finite(value[field]):
+                raise row.error(field, expected="finite numbers", got="NaN or Infinity")
+        yield row
 
 
 def _unreadable(path: Path, error: OSError) -> ConfigError:
@@ -181,18 +215,20 @@ def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     for key, value in pairs:
         if key in fields:
             raise ConfigError("a malformed row", where=f"{where}, field {key!r}", expected="each field once", got="two")
-        if not _is_finite(value):
-            raise ConfigError(
-                "a malformed row", where=f"{where}, field {key!r}", expected="finite numbers", got="NaN or Infinity"
-            )
         fields[key] = value
     return fields
 
 
 def _is_finite(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+    """Whether no number in a JSON value is NaN or Infinity."""
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list | dict):
+            stack += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, float) and not math.isfinite(value):
+            return False
+    return True
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ class TeacherConfig:
     Attributes:
         teacher: a model directory or a Hub id.
         revision: branch, tag or commit of a Hub id; the commit it stands for is recorded.
-        dataset: `mbpp`, `stdlib`, a `.jsonl` or `.parquet` file, or a Hub id.
+        dataset: `mbpp`, `stdlib`, a file (`data.tabular.SUFFIXES`), or a Hub id.
         split: the data set's split.
         dataset_revision: branch, tag or commit of a Hub data set; the commit it stands for is recorded.
         columns: the data set's names of our columns, such as `prompt=instruction,completion=output`.

@@ -138,6 +138,16 @@ def test_real_mbpp():
     assert all(d.completion.endswith("\n") and not d.completion.endswith("\n\n") for d in documents)
 
 
+@pytest.mark.parametrize("rows", [[mbpp_row(i) for i in BORDERS], [{"text": "a", "id": 7}, {"text": "b", "id": 8}]])
+def test_a_compressed_file_holds_the_same_documents(tmp_path, rows):
+    plain = load_documents(write(tmp_path, rows, "rows.jsonl"), "train")
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    read = load_documents(str(packed), "train")
+    assert read.digest == plain.digest
+    assert read.name == {"rows.jsonl": "rows.jsonl.gz", "mbpp": "mbpp"}[plain.name]
+
+
 def test_plain_files(tmp_path):
     pairs = [
         {"prompt": "def f():\r\n    ", "completion": "return 1\n\n\n", "id": "a"},
