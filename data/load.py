@@ -14,6 +14,7 @@ from shared.errors import ConfigError, require, require_range
 from shared.files import sha256_file, sha256_json
 from shared.hub import find_commit
 
+DEFAULT_CONFIGS = {mbpp.HUB_ID: mbpp.CONFIG}
 FORMS = (("prompt", "completion"), ("messages",), ("text",))  # the first that a data set has the columns of
 
 
@@ -24,6 +25,7 @@ def load_documents(
     limit_docs: int | None = None,
     columns: str | None = None,
     revision: str | None = None,
+    config: str | None = None,
 ) -> DocumentSet:
     """Read one split of a data set.
 
@@ -35,22 +37,25 @@ def load_documents(
         limit_docs: keep only the first so many documents.
         columns: what these columns are called in this data set, such as `prompt=instruction,completion=output`.
         revision: branch, tag or commit of a Hub id.
+        config: one of a Hub data set's configurations; `owner/name:config` names it too.
 
     Raises:
-        ConfigError: an unknown data set or split, a malformed row (by file, line and field), or no documents.
+        ConfigError: an unknown data set, configuration or split, a malformed row (by file, line and field), or no
+            documents.
     """
     if limit_docs is not None:
         require_range(limit_docs, "limit_docs", at_least=1)
-    names, kind = parse_columns(columns), _kind(dataset, columns, revision)
+    names = parse_columns(columns)
+    kind, place, config = _resolve(dataset, columns, revision, config)
     commit: str | None = None
     if kind == "hub":
-        hub_id = _hub_id(dataset)
-        commit, stated_license, table = open_hub(hub_id, split, revision)
-        mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns, revision=commit)
-        name, documents = _from_table(table, split, names)
+        found = open_hub(place, split, revision, config)
+        mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns, revision=found.commit, config=config)
+        commit, config = found.commit, found.config
+        name, documents = _from_table(found.table, split, names)
         license, attribution = _known_rights(name)
-        license = license or stated_license
-        attribution = attribution or f"{hub_id}, https://huggingface.co/datasets/{hub_id}"
+        license = license or found.license
+        attribution = attribution or f"{place}, https://huggingface.co/datasets/{place}"
     else:
         mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns)
         if kind == "stdlib":
@@ -58,13 +63,14 @@ def load_documents(
             license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
             documents = stdlib.read_split(split)
         else:
-            name, documents = _from_table(open_table(Path(dataset)), split, names)
+            name, documents = _from_table(open_table(Path(place)), split, names)
             license, attribution = _known_rights(name)
     assert mark is not None  # the commit is known by now
     return DocumentSet(
         name=name,
         split=split,
         revision=commit,
+        config=config,
         license=license,
         attribution=attribution,
         fingerprint=mark,
@@ -79,6 +85,7 @@ def fingerprint(
     limit_docs: int | None = None,
     columns: str | None = None,
     revision: str | None = None,
+    config: str | None = None,
 ) -> str | None:
     """SHA-256 of all that decides what `load_documents` gives; parses nothing, so it takes a moment.
 
@@ -91,43 +98,51 @@ def fingerprint(
     Raises:
         ConfigError: an unknown data set, a file that cannot be read, or the Hub cannot be reached.
     """
-    kind, origin = _kind(dataset, columns, revision), list[str]()
+    kind, place, config = _resolve(dataset, columns, revision, config)
+    origin: list[str | None]
     if kind == "hub":
         pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision)
-        commit = revision if pinned else find_commit(_hub_id(dataset), "dataset", revision)
+        commit = revision if pinned else find_commit(place, "dataset", revision)
         if commit is None:
             return None
-        origin = [_hub_id(dataset), commit]
+        origin = [place, commit, config]
     elif kind == "stdlib":
         origin = [platform.python_version(), stdlib.files_digest()]
     else:
-        origin = [Path(dataset).name, digest_file(Path(dataset))]
+        origin = [Path(place).name, digest_file(Path(place))]
     code = [sha256_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
     return sha256_json([kind, origin, split, limit_docs, columns, code])
 
 
-def _kind(dataset: str, columns: str | None, revision: str | None) -> str:
-    """What a data set's name stands for: `stdlib`, `file` or `hub`.
+def _resolve(
+    dataset: str, columns: str | None, revision: str | None, config: str | None
+) -> tuple[str, str, str | None]:
+    """What a data set's name stands for: `stdlib`, `file` or `hub`; the path or Hub id; the configuration.
 
     Raises:
         ConfigError: nothing that we know, or an option that such a data set does not have.
     """
+    kind, place = "", dataset
     if dataset == "stdlib":
         require(columns is None, "stdlib has no columns", where="columns", got=columns)
         kind = "stdlib"
     elif dataset.endswith(SUFFIXES):
         kind = "file"
-    elif dataset == mbpp.NAME or (re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and not Path(dataset).exists()):
-        kind = "hub"
-    else:
-        expected = f"mbpp, stdlib, a Hub id owner/name, {FILES}"
-        raise ConfigError("unknown data set", where="dataset", expected=expected, got=repr(dataset))
+    elif not Path(dataset).exists() and (found := re.fullmatch(r"(mbpp|[\w.-]+/[\w.-]+)(?::(.+))?", dataset)):
+        kind, place = "hub", mbpp.HUB_ID if found[1] == mbpp.NAME else found[1]
+        require(
+            None in (config, found[2]) or config == found[2],
+            "two configurations are named",
+            where=dataset,
+            got=config,
+            fix="name one",
+        )
+        config = config or found[2] or DEFAULT_CONFIGS.get(place)
+    expected = f"mbpp, stdlib, a Hub id owner/name[:config], {FILES}"
+    require(kind, "unknown data set", where="dataset", expected=expected, got=repr(dataset))
     require(kind == "hub" or revision is None, "only a Hub data set has revisions", where=dataset, got=revision)
-    return kind
-
-
-def _hub_id(dataset: str) -> str:
-    return mbpp.HUB_ID if dataset == mbpp.NAME else dataset
+    require(kind == "hub" or config is None, "only a Hub data set has configurations", where=dataset, got=config)
+    return kind, place, config
 
 
 def _known_rights(name: str) -> tuple[str | None, str | None]:

@@ -18,6 +18,7 @@ T = TypeVar("T", Document, Problem)
 
 NAME = "mbpp"
 HUB_ID = "google-research-datasets/mbpp"
+CONFIG = "full"  # of the two that the Hub has
 LICENSE = "CC-BY-4.0"
 ATTRIBUTION = (
     "MBPP by J. Austin, A. Odena, M. Nye et al., Google Research: Program Synthesis with Large Language Models, 2021, "
@@ -48,8 +49,8 @@ def load_problems(dataset: str, split: str) -> tuple[tuple[Problem, ...], str | 
         ConfigError: the Hub or the file cannot be read, a row is malformed, or the split has no rows.
     """
     if dataset == NAME:
-        commit, _, table = open_hub(HUB_ID, split)
-        return tuple(read_split(table.read(COLUMNS), split, mbpp_problem)), commit
+        found = open_hub(HUB_ID, split, config=CONFIG)
+        return tuple(read_split(found.table.read(COLUMNS), split, mbpp_problem)), found.commit
     known = dataset.endswith(SUFFIXES)
     require(known, "unknown data set", where="dataset", expected=f"mbpp, {FILES}", got=repr(dataset))
     return tuple(read_split(read_rows(Path(dataset), COLUMNS), split, mbpp_problem)), None

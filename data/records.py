@@ -61,6 +61,7 @@ class DocumentSet:
         name: the data set's name; a local file's name without its folder.
         split: the split they were taken from.
         revision: the Hub commit, or the Python version for `stdlib`; None for local files.
+        config: the configuration of a Hub data set; None for others.
         license: SPDX identifier; None where unknown.
         attribution: whom to credit, and where it is published; None where unknown.
         fingerprint: of what they were read from (`data.load.fingerprint`).
@@ -69,6 +70,7 @@ class DocumentSet:
     name: str
     split: str
     revision: str | None
+    config: str | None
     license: str | None
     attribution: str | None
     fingerprint: str

@@ -30,7 +30,7 @@ from stage1_teacher.disk import least_bytes_per_token, require_space
 from stage1_teacher.documents import Corpus, Segment, cut_documents, plan_shards
 
 LABELLING = datetime.timedelta(days=30)  # ranks may work that long before they meet again
-NAMED = ("teacher", "revision", "dataset", "dataset_revision", "split")  # recorded by commit and digest instead
+NAMED = ("teacher", "revision", "dataset", "dataset_revision", "dataset_config", "split")  # recorded with the source
 OPTIONS = (
     *("columns", "codec", "filter", "temperatures", "top_k", "top_p", "dtype", "shard_tokens", "batch_tokens"),
     *("head_rows", "max_length", "on_long", "load_in", "samples", "samples_from", "samples_temperature"),
@@ -64,7 +64,12 @@ class Task:
     def sources(self) -> list[dict[str, Any]]:
         """The part of the request that is known once the documents are read."""
         data = self.data
-        return [{"name": data.name, "split": data.split, "revision": data.revision, "digest": data.digest}]
+        source = {"name": data.name, "split": data.split, "revision": data.revision, "digest": data.digest}
+        return [source | self._configuration()]
+
+    def _configuration(self) -> dict[str, str]:
+        """Which of its configurations a Hub data set was read in; nothing for other data sets."""
+        return {"configuration": self.data.config} if self.data.config else {}
 
     def options(self) -> dict[str, Any]:
         """The rest of the request."""
@@ -115,6 +120,7 @@ class Task:
             "name": data.name,
             "split": data.split,
             "revision": data.revision,
+            **self._configuration(),
             "license": data.license,
             "attribution": data.attribution,
             "digest": data.digest,
@@ -190,7 +196,12 @@ def read_documents(config: TeacherConfig) -> DocumentSet:
 
 def _selection(config: TeacherConfig) -> dict[str, Any]:
     """Which documents of the data set's split: arguments of `load_documents` and `fingerprint`."""
-    return {"limit_docs": config.limit_docs, "columns": config.columns, "revision": config.dataset_revision}
+    return {
+        "limit_docs": config.limit_docs,
+        "columns": config.columns,
+        "revision": config.dataset_revision,
+        "config": config.dataset_config,
+    }
 
 
 def read_corpus(

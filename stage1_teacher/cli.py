@@ -14,7 +14,7 @@ from stage1_teacher.config import TeacherConfig
 
 GROUPS = {
     "Teacher": "teacher revision dtype load_in",
-    "Data": "dataset split dataset_revision columns limit_docs max_length on_long skip_in",
+    "Data": "dataset dataset_config split dataset_revision columns limit_docs max_length on_long skip_in",
     "Labels": "top_k top_p codec samples samples_from samples_temperature",
     "Cache": "out filter shard_tokens",
     "Hardware": "batch_tokens device_map gpus_per_teacher",
@@ -59,6 +59,7 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @_option("--revision", "Branch, tag or commit of a Hub id; the commit is recorded.", "REV")
 @_option("--dataset", "mbpp, stdlib, FILE.jsonl[.gz|.zst], FILE.parquet or a Hub id.", "NAME|FILE")
 @_option("--split", "The data set's split.", "NAME")
+@_option("--dataset-config", "Which of a Hub data set's configurations; also owner/name:config.", "NAME")
 @_option("--dataset-revision", "Branch, tag or commit of a Hub data set; the commit is recorded.", "REV")
 @_option("--columns", "Its columns, such as prompt=instruction,completion=output.", "OURS=THEIRS,…")
 @_option("--limit-docs", "Use only the first N documents.", "N")

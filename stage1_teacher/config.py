@@ -28,6 +28,7 @@ class TeacherConfig:
         revision: branch, tag or commit of a Hub id; the commit it stands for is recorded.
         dataset: `mbpp`, `stdlib`, a file (`data.tabular.SUFFIXES`), or a Hub id.
         split: the data set's split.
+        dataset_config: which of a Hub data set's configurations; its name is recorded.
         dataset_revision: branch, tag or commit of a Hub data set; the commit it stands for is recorded.
         columns: the data set's names of our columns, such as `prompt=instruction,completion=output`.
         limit_docs: use only the first so many documents.
@@ -54,6 +55,7 @@ class TeacherConfig:
     revision: str | None = None
     dataset: str = ""
     split: str = "train"
+    dataset_config: str | None = None
     dataset_revision: str | None = None
     columns: str | None = None
     limit_docs: int | None = None
