@@ -5,10 +5,10 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.load import fingerprint, load_documents
 from data.records import Document, DocumentSet
@@ -24,16 +24,37 @@ from shared.config import to_dict
 from shared.errors import ResumeError, require
 from shared.files import read_json, sha256_file, sha256_json, write_json
 from shared.process import is_main_process, log, rank, world_size
-from shared.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
+from shared.tokenizer import (
+    Tokenizer,
+    document_ends,
+    load_tokenizer,
+    record_ends,
+    save_tokenizer,
+    special_ids,
+    tokenizer_digest,
+)
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_space
 from stage1_teacher.documents import Corpus, Segment, cut_documents, plan_shards
+
+if TYPE_CHECKING:  # torch loads with the teacher
+    from shared.logits import LogitSource
 
 LABELLING = datetime.timedelta(days=30)  # ranks may work that long before they meet again
 NAMED = ("teacher", "revision", "dataset", "dataset_revision", "dataset_config", "split")  # recorded with the source
 OPTIONS = (
     *("columns", "codec", "filter", "temperatures", "top_k", "top_p", "dtype", "shard_tokens", "batch_tokens"),
-    *("head_rows", "max_length", "on_long", "load_in", "samples", "samples_from", "samples_temperature"),
+    *(
+        "head_rows",
+        "max_length",
+        "on_long",
+        "open_with",
+        "close_with",
+        "load_in",
+        "samples",
+        "samples_from",
+        "samples_temperature",
+    ),
 )
 
 
@@ -87,7 +108,7 @@ class Task:
 
     def identity(self, tokenizer: Tokenizer, head: str) -> dict[str, Any]:
         """Who makes the labels; `head` is the precision of the teacher's head."""
-        config, files = self.config, self.files
+        config, files, ends = self.config, self.files, document_ends(tokenizer)
         labels = {
             "temperatures": list(config.temperatures),
             "top_k": config.top_k,
@@ -95,6 +116,8 @@ class Task:
             "codec": config.codec,
             "dtype": config.dtype,
             "head": head,
+            "opening": list(ends.opening),
+            "closing": list(ends.closing),
         }
         if config.load_in:
             labels["load_in"] = config.load_in
@@ -207,12 +230,13 @@ def _selection(config: TeacherConfig) -> dict[str, Any]:
 def read_corpus(
     config: TeacherConfig, files: ModelFiles, documents: Sequence[Document]
 ) -> tuple[Tokenizer, Corpus, int]:
-    """The teacher's tokenizer, the documents' segments, and the rows of the teacher's head.
+    """The teacher's tokenizer with the documents' ends, the documents' segments, and the rows of the teacher's head.
 
     Raises:
         ConfigError: `max_length` is beyond the teacher's positions, or documents that cannot be labelled.
     """
     tokenizer = load_tokenizer(files.path)
+    record_ends(tokenizer, config.open_with, config.close_with)
     head_width, positions = head_and_positions(files.path)
     asked = config.max_length
     require(
@@ -274,6 +298,7 @@ def _build(task: Task) -> None:
     options = task.request() | {
         "tokenizer_digest": tokenizer_digest(tokenizer),
         "tokenizer_size": len(tokenizer),
+        **{end: list(tokens) for end, tokens in document_ends(tokenizer)._asdict().items()},
         "head_width": head_width,
         "num_shards": len(shards),
     }
@@ -282,7 +307,8 @@ def _build(task: Task) -> None:
         if writer is None:
             return
         with _tracked(writer, config) as run:
-            _label(task, writer, shards, corpus.segments, run)
+            report_ends = functools.partial(_report_ends, task, tokenizer, documents)
+            _label(task, writer, shards, corpus.segments, run, report_ends)
             if is_main_process():
                 _finish(task, writer, tokenizer, source, run)
 
@@ -321,7 +347,12 @@ def _opened(out: Path, options: dict[str, Any]) -> Iterator[CacheWriter | None]:
 
 
 def _label(
-    task: Task, writer: CacheWriter, shards: Sequence[range], segments: Sequence[Segment], run: tracking.Run
+    task: Task,
+    writer: CacheWriter,
+    shards: Sequence[range],
+    segments: Sequence[Segment],
+    run: tracking.Run,
+    report_ends: Callable[["LogitSource"], None],
 ) -> None:
     """Capture this rank's share of the shards that are not there yet; returns once all ranks are done."""
     from shared.distributed import agree, wait
@@ -333,7 +364,10 @@ def _label(
         log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
     mine = {shard: shards[shard] for shard in todo[rank() :: world_size()]}
     if mine:
-        capture_shards(writer, task.config, task.files, mine, segments, run)
+        first = is_main_process() and len(todo) == len(shards)
+        capture_shards(
+            writer, task.config, task.files, mine, segments, run, report_ends if first else lambda source: None
+        )
     wait()
 
 
@@ -371,6 +405,15 @@ def _report(corpus: Corpus, data: DocumentSet, num_documents: int, config: Teach
         if ids:
             others = f" and {len(ids) - 5:,} more" if len(ids) > 5 else ""
             log(f"{len(ids):,} documents {what}: {', '.join(ids[:5])}{others}")
+
+
+def _report_ends(task: Task, tokenizer: Tokenizer, documents: Sequence[Document], source: "LogitSource") -> None:
+    """Log what documents open and close with, and what that and other tokens cost the teacher."""
+    from stage1_teacher.ends import describe_ends, weigh_ends
+
+    ends = weigh_ends(source, tokenizer, documents, head_and_positions(task.files.path)[1])
+    for label, text in describe_ends(ends):
+        log(f"{label} of documents: {text}")
 
 
 # --- tracking --------------------------------------------------------------------------------------------------------

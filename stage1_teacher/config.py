@@ -42,6 +42,8 @@ class TeacherConfig:
         head_rows: rows that go through the LM head at once; their float32 logits are the largest buffer.
         max_length: longest document in tokens; None takes the teacher's own limit.
         on_long: what becomes of a longer document.
+        open_with: what a document that is no chat opens with: `auto`, `none`, `bos`, `eos` or a special token
+            (`shared.tokenizer.record_ends`); close_with: what it closes with.
         dtype: the backbone's precision. The head always runs in float32.
         device_map: where the layers go, as transformers reads it.
         gpus_per_teacher: GPUs that each process spreads its teacher over.
@@ -69,6 +71,8 @@ class TeacherConfig:
     head_rows: int = 192
     max_length: int | None = None
     on_long: Literal["split", "truncate", "drop"] = "split"
+    open_with: str = "auto"
+    close_with: str = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device_map: str = "auto"
     gpus_per_teacher: int | None = None
