@@ -21,7 +21,7 @@ from shared.cache.manifest import read_manifest
 from shared.cache.writer import CacheWriter
 from shared.checkpoints import ModelFiles, head_and_positions, identify_model
 from shared.config import to_dict
-from shared.errors import ResumeError, require
+from shared.errors import ConfigError, ResumeError, require
 from shared.files import read_json, sha256_file, sha256_json, write_json
 from shared.process import is_main_process, log, rank, world_size
 from shared.tokenizer import (
@@ -35,7 +35,7 @@ from shared.tokenizer import (
 )
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_space
-from stage1_teacher.documents import Corpus, Segment, cut_documents, plan_shards
+from stage1_teacher.documents import Corpus, Segment, cut_documents, describe_loss, plan_shards
 
 if TYPE_CHECKING:  # torch loads with the teacher
     from shared.logits import LogitSource
@@ -233,7 +233,8 @@ def read_corpus(
     """The teacher's tokenizer with the documents' ends, the documents' segments, and the rows of the teacher's head.
 
     Raises:
-        ConfigError: `max_length` is beyond the teacher's positions, or documents that cannot be labelled.
+        ConfigError: `max_length` is beyond the teacher's positions, documents that cannot be labelled, or too many that
+            the tokenizer does not restore.
     """
     tokenizer = load_tokenizer(files.path)
     record_ends(tokenizer, config.open_with, config.close_with)
@@ -248,6 +249,14 @@ def read_corpus(
     corpus = cut_documents(
         documents, tokenizer, max_length=asked or positions, on_long=config.on_long, head_width=head_width
     )
+    if len(corpus.lossy) > config.max_lossy * len(documents):
+        raise ConfigError(
+            "the tokenizer does not give documents back as they were",
+            where=files.name,
+            expected=f"at most {config.max_lossy:.0%} of {len(documents):,} documents (--max-lossy)",
+            got=f"{len(corpus.lossy):,}, such as {describe_loss(documents, corpus.lossy[0], tokenizer)}",
+            fix="take a teacher whose tokenizer keeps code as it is: the student learns only what the tokenizer keeps",
+        )
     return tokenizer, corpus, head_width
 
 

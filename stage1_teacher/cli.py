@@ -14,7 +14,7 @@ from stage1_teacher.config import TeacherConfig
 
 GROUPS = {
     "Teacher": "teacher revision dtype load_in",
-    "Data": "dataset dataset_config split dataset_revision columns limit_docs max_length on_long skip_in",
+    "Data": "dataset dataset_config split dataset_revision columns limit_docs max_length on_long max_lossy skip_in",
     "Labels": "open_with close_with top_k top_p codec samples samples_from samples_temperature",
     "Cache": "out filter shard_tokens",
     "Hardware": "batch_tokens device_map gpus_per_teacher",
@@ -74,6 +74,7 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @_option("--batch-tokens", "Most tokens per batch, padding included.", "N")
 @_option("--max-length", "Longest document in tokens; by default the teacher's positions.", "N")
 @_option("--on-long", "What becomes of longer documents.")
+@_option("--max-lossy", "Share of the documents that the tokenizer may fail to restore; 1 takes any.", "SHARE")
 @_option("--open-with", "What documents open with: auto, none, bos, eos or a special token.", "TOKEN")
 @_option("--close-with", "What documents close with.", "TOKEN")
 @_option("--dtype", "Precision of the teacher's backbone; the head runs in float32.")

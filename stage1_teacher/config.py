@@ -42,6 +42,7 @@ class TeacherConfig:
         head_rows: rows that go through the LM head at once; their float32 logits are the largest buffer.
         max_length: longest document in tokens; None takes the teacher's own limit.
         on_long: what becomes of a longer document.
+        max_lossy: share of the documents that the tokenizer may fail to give back as they were; 1 takes any.
         open_with: what a document that is no chat opens with: `auto`, `none`, `bos`, `eos` or a special token
             (`shared.tokenizer.record_ends`); close_with: what it closes with.
         dtype: the backbone's precision. The head always runs in float32.
@@ -71,6 +72,7 @@ class TeacherConfig:
     head_rows: int = 192
     max_length: int | None = None
     on_long: Literal["split", "truncate", "drop"] = "split"
+    max_lossy: float = 0.1
     open_with: str = "auto"
     close_with: str = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -87,6 +89,7 @@ class TeacherConfig:
                 require_range(value, f"TeacherConfig.{name}", at_least=least, at_most=most)
         if self.top_p is not None:
             require_range(self.top_p, "TeacherConfig.top_p", above=0, at_most=1)
+        require_range(self.max_lossy, "TeacherConfig.max_lossy", at_least=0, at_most=1)
         grid = self.temperatures
         require(
             1.0 in grid and list(grid) == sorted(set(grid)) and all(0 < t <= MAX_TEMPERATURE for t in grid),
