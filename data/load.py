@@ -1,18 +1,20 @@
 """Documents by data set name: MBPP, the standard library, a local file, a Hub id."""
 
-import itertools
 import platform
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data import mbpp, stdlib
-from data.hub import read_hub
+from data.hub import open_hub
 from data.records import Document, DocumentSet
-from data.tabular import Row, read_rows
+from data.tabular import FILES, SUFFIXES, Row, Table, digest_file, open_table
 from data.templates import chat_document, mbpp_document, prompt_document
 from shared.errors import ConfigError, require, require_range
+from shared.files import sha256_file, sha256_json
+from shared.hub import find_commit
 
+DEFAULT_CONFIGS = {mbpp.HUB_ID: mbpp.CONFIG}
 FORMS = (("prompt", "completion"), ("messages",), ("text",))  # the first that a data set has the columns of
 
 
@@ -23,53 +25,124 @@ def load_documents(
     limit_docs: int | None = None,
     columns: str | None = None,
     revision: str | None = None,
+    config: str | None = None,
 ) -> DocumentSet:
     """Read one split of a data set.
 
     Args:
-        dataset: `mbpp`, `stdlib`, `FILE.jsonl`, `FILE.parquet` or a Hub id `owner/name`. Files and Hub data sets have
+        dataset: `mbpp`, `stdlib`, a file of one of `SUFFIXES` or a Hub id `owner/name`. Files and Hub data sets have
             MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
             where there is one.
         split: a split of that data set; a local file that is not MBPP is whatever split its user calls it.
         limit_docs: keep only the first so many documents.
         columns: what these columns are called in this data set, such as `prompt=instruction,completion=output`.
         revision: branch, tag or commit of a Hub id.
+        config: one of a Hub data set's configurations; `owner/name:config` names it too.
 
     Raises:
-        ConfigError: an unknown data set or split, a malformed row (by file, line and field), or no documents.
+        ConfigError: an unknown data set, configuration or split, a malformed row (by file, line and field), or no
+            documents.
     """
     if limit_docs is not None:
         require_range(limit_docs, "limit_docs", at_least=1)
     names = parse_columns(columns)
-    on_hub = dataset == "mbpp" or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and not Path(dataset).exists())
-    on_hub = on_hub and not dataset.endswith((".jsonl", ".parquet"))
-    require(revision is None or on_hub, "only a Hub data set has revisions", where=dataset, got=revision)
+    kind, place, config = _resolve(dataset, columns, revision, config)
     commit: str | None = None
-    license: str | None
-    attribution: str | None
-    if dataset == "stdlib":
-        require(not names, "stdlib has no columns", where="columns", got=columns)
-        name, commit = "stdlib", platform.python_version()
-        license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
-        documents = stdlib.read_split(split)
-    elif dataset.endswith((".jsonl", ".parquet")):
-        path = Path(dataset)
-        name, documents = _from_rows(read_rows(path), split, path.name, names)
+    if kind == "hub":
+        found = open_hub(place, split, revision, config)
+        mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns, revision=found.commit, config=config)
+        commit, config = found.commit, found.config
+        name, documents = _from_table(found.table, split, names)
         license, attribution = _known_rights(name)
-    elif on_hub:
-        hub_id = mbpp.HUB_ID if dataset == "mbpp" else dataset
-        commit, stated_license, rows = read_hub(hub_id, split, revision)
-        name, documents = _from_rows(rows, split, hub_id, names)
-        license, attribution = _known_rights(name)
-        license = license or stated_license
-        attribution = attribution or f"{hub_id}, https://huggingface.co/datasets/{hub_id}"
+        license = license or found.license
+        attribution = attribution or f"{place}, https://huggingface.co/datasets/{place}"
     else:
-        expected = "mbpp, stdlib, FILE.jsonl, FILE.parquet or a Hub id owner/name"
-        raise ConfigError("unknown data set", where="dataset", expected=expected, got=repr(dataset))
-    kept = tuple(documents[:limit_docs])
+        mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns)
+        if kind == "stdlib":
+            name, commit = "stdlib", platform.python_version()
+            license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
+            documents = stdlib.read_split(split)
+        else:
+            name, documents = _from_table(open_table(Path(place)), split, names)
+            license, attribution = _known_rights(name)
+    assert mark is not None  # the commit is known by now
     return DocumentSet(
-        name=name, split=split, revision=commit, license=license, attribution=attribution, documents=kept
+        name=name,
+        split=split,
+        revision=commit,
+        config=config,
+        license=license,
+        attribution=attribution,
+        fingerprint=mark,
+        documents=tuple(documents[:limit_docs]),
     )
+
+
+def fingerprint(
+    dataset: str,
+    split: str,
+    *,
+    limit_docs: int | None = None,
+    columns: str | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+) -> str | None:
+    """SHA-256 of all that decides what `load_documents` gives; parses nothing, so it takes a moment.
+
+    That is: the bytes of the file or of the library, or the Hub's commit; the arguments; and the code of this package.
+    Equal fingerprints mean equal documents. Different ones mean nothing: the same documents may lie in another file.
+
+    Returns:
+        None where only reading tells the commit (a Hub data set offline).
+
+    Raises:
+        ConfigError: an unknown data set, a file that cannot be read, or the Hub cannot be reached.
+    """
+    kind, place, config = _resolve(dataset, columns, revision, config)
+    origin: list[str | None]
+    if kind == "hub":
+        pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision)
+        commit = revision if pinned else find_commit(place, "dataset", revision)
+        if commit is None:
+            return None
+        origin = [place, commit, config]
+    elif kind == "stdlib":
+        origin = [platform.python_version(), stdlib.files_digest()]
+    else:
+        origin = [Path(place).name, digest_file(Path(place))]
+    code = [sha256_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return sha256_json([kind, origin, split, limit_docs, columns, code])
+
+
+def _resolve(
+    dataset: str, columns: str | None, revision: str | None, config: str | None
+) -> tuple[str, str, str | None]:
+    """What a data set's name stands for: `stdlib`, `file` or `hub`; the path or Hub id; the configuration.
+
+    Raises:
+        ConfigError: nothing that we know, or an option that such a data set does not have.
+    """
+    kind, place = "", dataset
+    if dataset == "stdlib":
+        require(columns is None, "stdlib has no columns", where="columns", got=columns)
+        kind = "stdlib"
+    elif dataset.endswith(SUFFIXES):
+        kind = "file"
+    elif not Path(dataset).exists() and (found := re.fullmatch(r"(mbpp|[\w.-]+/[\w.-]+)(?::(.+))?", dataset)):
+        kind, place = "hub", mbpp.HUB_ID if found[1] == mbpp.NAME else found[1]
+        require(
+            None in (config, found[2]) or config == found[2],
+            "two configurations are named",
+            where=dataset,
+            got=config,
+            fix="name one",
+        )
+        config = config or found[2] or DEFAULT_CONFIGS.get(place)
+    expected = f"mbpp, stdlib, a Hub id owner/name[:config], {FILES}"
+    require(kind, "unknown data set", where="dataset", expected=expected, got=repr(dataset))
+    require(kind == "hub" or revision is None, "only a Hub data set has revisions", where=dataset, got=revision)
+    require(kind == "hub" or config is None, "only a Hub data set has configurations", where=dataset, got=config)
+    return kind, place, config
 
 
 def _known_rights(name: str) -> tuple[str | None, str | None]:
@@ -100,23 +173,23 @@ def parse_columns(columns: str | None) -> dict[str, str]:
     return names
 
 
-def _from_rows(rows: Iterator[Row], split: str, name: str, names: Mapping[str, str]) -> tuple[str, list[Document]]:
-    """Name and documents of rows; their columns are those of the first row, or `names` where the user gives them."""
-    first = next(rows, None)
-    if first is None:
-        raise ConfigError("an empty data set", where=name, expected="at least one row")
-    rows = itertools.chain([first], rows)
-    if not names and mbpp.is_mbpp(first.fields):
-        return mbpp.NAME, mbpp.read_split(rows, split, mbpp_document)
-    form = next((form for form in FORMS if set(form) <= (names or first.fields).keys()), None)
+def _from_table(table: Table, split: str, names: Mapping[str, str]) -> tuple[str, list[Document]]:
+    """Name and documents of a table whose columns are ours, or `names` where the user gives them; reads no other."""
+    if not names and mbpp.is_mbpp(table.columns):
+        return mbpp.NAME, mbpp.read_split(table.read(mbpp.COLUMNS), split, mbpp_document)
+    form = next((form for form in FORMS if set(form) <= (names.keys() or set(table.columns))), None)
     if form is None:
         expected = "prompt and completion, or messages, or text, or MBPP's (task_id, text or prompt, code, test_list)"
-        got = ", ".join(sorted(first.fields))
-        raise ConfigError(
-            "unknown columns", where=name, expected=expected, got=got, fix="--columns prompt=THEIRS,completion=THEIRS"
-        )
-    id_column = names.get("id", "id" if "id" in first.fields else None)
-    return name, list(_plain_documents(rows, name, form, [names.get(column, column) for column in form], id_column))
+        got = ", ".join(sorted(table.columns))
+        fix = "--columns prompt=THEIRS,completion=THEIRS"
+        raise ConfigError("unknown columns", where=table.name, expected=expected, got=got, fix=fix)
+    columns = [names.get(column, column) for column in form]
+    id_column = names.get("id", "id" if "id" in table.columns else None)
+    wanted = [*columns, id_column] if id_column else columns
+    missing = ", ".join(column for column in wanted if column not in table.columns)
+    require(not missing, "a column is missing", where=table.name, expected=missing, got=", ".join(table.columns))
+    rows = table.read(wanted)
+    return table.name, list(_plain_documents(rows, table.name, form, columns, id_column))
 
 
 def _plain_documents(
@@ -125,7 +198,7 @@ def _plain_documents(
     """Documents of one form, from the columns that hold its parts."""
     seen: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
-        id = row.text(id_column) if id_column else str(number)
+        id = row.id(id_column) if id_column else str(number)
         if id in seen:
             raise row.error(id_column or "id", expected="each id once", got=f"{id!r}, as {seen[id]}")
         seen[id] = row.where

@@ -4,13 +4,13 @@ import ast
 import builtins
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from data.hub import read_hub
+from data.hub import open_hub
 from data.records import Document, Problem
-from data.tabular import Row, read_rows
+from data.tabular import FILES, SUFFIXES, Row, read_rows
 from data.templates import mbpp_document, normalise
 from shared.errors import ConfigError, require
 
@@ -18,11 +18,13 @@ T = TypeVar("T", Document, Problem)
 
 NAME = "mbpp"
 HUB_ID = "google-research-datasets/mbpp"
+CONFIG = "full"  # of the two that the Hub has
 LICENSE = "CC-BY-4.0"
 ATTRIBUTION = (
     "MBPP by J. Austin, A. Odena, M. Nye et al., Google Research: Program Synthesis with Large Language Models, 2021, "
     "arXiv:2108.07732, https://github.com/google-research/google-research/tree/master/mbpp"
 )
+COLUMNS = ("task_id", "text", "prompt", "code", "test_list", "test_setup_code", "test_imports")
 SPLITS = {
     "prompt": range(1, 11),
     "test": range(11, 511),
@@ -31,28 +33,27 @@ SPLITS = {
 }
 
 
-def is_mbpp(fields: Mapping[str, Any]) -> bool:
-    """Whether a row has MBPP's columns, full or sanitized."""
-    return {"task_id", "code", "test_list"} <= fields.keys()
+def is_mbpp(columns: Iterable[str]) -> bool:
+    """Whether a data set has MBPP's columns, full or sanitized."""
+    return {"task_id", "code", "test_list"} <= set(columns)
 
 
 def load_problems(dataset: str, split: str) -> tuple[tuple[Problem, ...], str | None]:
     """The problems of one split, and the Hub's commit that they are of (None for a file).
 
     Args:
-        dataset: `mbpp` for the Hub's, or a `.jsonl` or `.parquet` file with MBPP's columns, full or sanitized.
+        dataset: `mbpp` for the Hub's, or a file of one of `SUFFIXES` with MBPP's columns, full or sanitized.
         split: a key of `SPLITS`.
 
     Raises:
         ConfigError: the Hub or the file cannot be read, a row is malformed, or the split has no rows.
     """
     if dataset == NAME:
-        commit, _, rows = read_hub(HUB_ID, split)
-        return tuple(read_split(rows, split, mbpp_problem)), commit
-    expected = "mbpp, FILE.jsonl or FILE.parquet"
-    known = dataset.endswith((".jsonl", ".parquet"))
-    require(known, "unknown data set", where="dataset", expected=expected, got=repr(dataset))
-    return tuple(read_split(read_rows(Path(dataset)), split, mbpp_problem)), None
+        found = open_hub(HUB_ID, split, config=CONFIG)
+        return tuple(read_split(found.table.read(COLUMNS), split, mbpp_problem)), found.commit
+    known = dataset.endswith(SUFFIXES)
+    require(known, "unknown data set", where="dataset", expected=f"mbpp, {FILES}", got=repr(dataset))
+    return tuple(read_split(read_rows(Path(dataset), COLUMNS), split, mbpp_problem)), None
 
 
 def read_split(rows: Iterable[Row], split: str, of_row: Callable[[Row], T]) -> list[T]:

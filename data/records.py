@@ -61,15 +61,19 @@ class DocumentSet:
         name: the data set's name; a local file's name without its folder.
         split: the split they were taken from.
         revision: the Hub commit, or the Python version for `stdlib`; None for local files.
+        config: the configuration of a Hub data set; None for others.
         license: SPDX identifier; None where unknown.
         attribution: whom to credit, and where it is published; None where unknown.
+        fingerprint: of what they were read from (`data.load.fingerprint`).
     """
 
     name: str
     split: str
     revision: str | None
+    config: str | None
     license: str | None
     attribution: str | None
+    fingerprint: str
     documents: tuple[Document, ...]
 
     @property

@@ -7,6 +7,7 @@ the body the completion. The modules are split by name, so no module is in two s
 import ast
 import hashlib
 import importlib.util
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from data.records import Document
 from data.templates import prompt_document
 from shared.errors import require
+from shared.files import sha256_file, sha256_json
 
 LICENSE = "PSF-2.0"
 ATTRIBUTION = "the Python standard library, © Python Software Foundation, https://docs.python.org/3/license.html"
@@ -36,14 +38,28 @@ def read_split(split: str, root: Path | None = None) -> list[Document]:
     require(split in SPLITS, "unknown split", where="stdlib", expected=f"one of: {', '.join(SPLITS)}", got=repr(split))
     root = root or Path(sysconfig.get_path("stdlib"))
     unique: dict[str, Document] = {}
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
-        relative = path.relative_to(root)
-        if SKIPPED.isdisjoint(relative.parts):
-            for document in _read_module(path, ".".join(relative.with_suffix("").parts).removesuffix(".__init__")):
-                unique.setdefault(" ".join((document.prompt + document.completion).split()), document)
+    for path in _modules(root):
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for document in _read_module(path, name):
+            unique.setdefault(" ".join((document.prompt + document.completion).split()), document)
     kept = [document for document in unique.values() if split_of(document.id) == split]
     require(kept, "no documented functions in the split", where=root, got=repr(split))
     return sorted(kept, key=lambda document: _hash(document.id))
+
+
+def files_digest(root: Path | None = None) -> str:
+    """SHA-256 over the names and bytes of the files that `read_split` reads; parses nothing."""
+    root = root or Path(sysconfig.get_path("stdlib"))
+    return sha256_json([[path.relative_to(root).parts, sha256_file(path)] for path in _modules(root)])
+
+
+def _modules(root: Path) -> list[Path]:
+    """The library's files, by name."""
+    found = []
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in SKIPPED]  # not entered: installed packages are thousands
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 
 def split_of(id: str) -> str:

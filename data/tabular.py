@@ -1,14 +1,27 @@
 """Rows from JSONL and parquet files; a malformed row is refused by file, line and field."""
 
+import contextlib
 import functools
+import gzip
+import io
 import json
 import math
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import ConfigError
+from shared.files import sha256_file
+
+if TYPE_CHECKING:
+    from pyarrow import Array
+    from pyarrow.parquet import ParquetFile
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")  # of data files
+FILES = "FILE.jsonl[.gz|.zst] or FILE.parquet"  # the same for a reader
+ROWS_AT_ONCE = 256  # of a Parquet file, so that long texts take little memory beside the documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +52,13 @@ class Row:
             raise self.error(field, expected="an integer", got=_describe(value))
         return value
 
+    def id(self, field: str) -> str:
+        """A document's name: a string, or an integer in digits (booleans and floats are none)."""
+        value = self._get(field)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        return _checked_text(value, f"{self.where}, field {field!r}", expected="a string or an integer")
+
     def messages(self, field: str) -> tuple[dict[str, str], ...]:
         """A chat: a list of objects with `role` and `content`, both strings."""
         value = self._get(field)
@@ -68,26 +88,100 @@ class Row:
         return self.fields[field]
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Read a `.jsonl` or `.parquet` file row by row.
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A data set that is read when its rows are asked for.
+
+    Args:
+        name: for errors.
+        columns: the names of its columns; of JSONL the fields of its first row.
+        read: gives its rows; of a Parquet file only with these columns, where it has them.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[Collection[str]], Iterator[Row]]
+
+
+def open_table(path: Path) -> Table:
+    """A file of one of `SUFFIXES` as a table.
 
     Raises:
-        ConfigError: the file cannot be read, or a row is malformed.
+        ConfigError: the file cannot be read, or has no row.
+    """
+    if path.suffix == ".parquet":
+        with _parquet(path) as file:
+            columns = tuple(file.schema_arrow.names) if file.metadata.num_rows else None
+    else:
+        first = next(read_rows(path), None)
+        columns = tuple(first.fields) if first else None
+    if columns is None:
+        raise ConfigError("an empty data set", where=path.name, expected="at least one row")
+    return Table(path.name, columns, functools.partial(read_rows, path))
+
+
+def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Row]:
+    """Read a file of one of `SUFFIXES` row by row; one of another name is read as JSONL.
+
+    Args:
+        path: the file.
+        columns: those that are wanted, where the file has them; all by default. What others hold is not judged, and
+            of a Parquet file not even read. Rows of JSONL have all their fields.
+
+    Raises:
+        ConfigError: the file cannot be read, is damaged, or a row is malformed.
+    """
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, columns)
+        return
+    try:
+        with open_text(path) as lines:
+            yield from parse_jsonl(lines, path.name, columns)
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise _unreadable(path, error) from error
+        fix = "fetch or write the file again"
+        raise ConfigError("a compressed file is damaged", where=path, got=error, fix=fix) from error
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[Iterable[bytes]]:
+    """The lines of a text file, decompressed where its name ends in `.gz` or `.zst`.
+
+    Raises:
+        OSError: the file cannot be read; without `errno` where its compression is damaged.
+        EOFError, zlib.error: its compression is cut off or damaged.
+    """
+    with path.open("rb") as raw:
+        if path.suffix == ".gz":
+            with gzip.GzipFile(fileobj=raw) as plain:
+                yield plain
+        elif path.suffix == ".zst":
+            from pyarrow import CompressedInputStream
+
+            with CompressedInputStream(raw, "zstd") as stream:
+                yield io.BufferedReader(stream)
+        else:
+            yield raw
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a data file's bytes.
+
+    Raises:
+        ConfigError: the file cannot be read.
     """
     try:
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path)
-        else:
-            with path.open("rb") as file:
-                yield from parse_jsonl(file, path.name)
+        return sha256_file(path)
     except OSError as error:
-        raise ConfigError("cannot read a data file", where=path, got=error.strerror or error) from error
+        raise _unreadable(path, error) from error
 
 
-def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[Row]:
+def parse_jsonl(lines: Iterable[bytes], name: str, columns: Collection[str] | None = None) -> Iterator[Row]:
     """Parse the lines of a JSONL file: UTF-8, one object a line, ended by LF or CRLF; blank lines are skipped.
 
-    A byte order mark at the start is dropped. Lines are cut at LF bytes only: U+2028 and U+0085 are text.
+    A byte order mark at the start is dropped. Lines are cut at LF bytes only: U+2028 and U+0085 are text. NaN and
+    Infinity are refused in the fields that `columns` names; in all by default.
     """
     for number, line in enumerate(lines, start=1):
         where = f"{name}, line {number}"
@@ -105,7 +199,15 @@ def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[Row]:
             raise ConfigError("a line is not JSON", where=where, expected="one JSON object", got=error) from error
         if not isinstance(value, dict):
             raise ConfigError("a malformed row", where=where, expected="one JSON object", got=_describe(value))
-        yield Row(where, value)
+        row = Row(where, value)
+        for field in value:
+            if (columns is None or field in columns) and not _is_finite(value[field]):
+                raise row.error(field, expected="finite numbers", got="NaN or Infinity")
+        yield row
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError("cannot read a data file", where=path, got=error.strerror or error)
 
 
 def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
@@ -113,41 +215,60 @@ def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     for key, value in pairs:
         if key in fields:
             raise ConfigError("a malformed row", where=f"{where}, field {key!r}", expected="each field once", got="two")
-        if not _is_finite(value):
-            raise ConfigError(
-                "a malformed row", where=f"{where}, field {key!r}", expected="finite numbers", got="NaN or Infinity"
-            )
         fields[key] = value
     return fields
 
 
 def _is_finite(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+    """Whether no number in a JSON value is NaN or Infinity."""
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list | dict):
+            stack += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, float) and not math.isfinite(value):
+            return False
+    return True
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator["ParquetFile"]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if len(set(names)) != len(names):
-                raise ConfigError("a column occurs twice", where=path.name, got=", ".join(names))
-            number = 0
-            for batch in file.iter_batches():
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path.name}, row {number}", fields)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            yield file
+    except pyarrow.ArrowException as error:
         raise ConfigError("cannot read a parquet file", where=path, got=error) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
-def _checked_text(value: Any, where: str) -> str:
+def _read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
+    with _parquet(path) as file:
+        names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+        if len(set(names)) != len(names):
+            raise ConfigError("a column occurs twice", where=path.name, got=", ".join(names))
+        number = 0
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
+            values = {name: _python_values(batch.column(name), f"{path.name}, column {name!r}") for name in names}
+            for at in range(batch.num_rows):
+                number += 1
+                yield Row(f"{path.name}, row {number}", {name: column[at] for name, column in values.items()})
+
+
+def _python_values(column: "Array", where: str) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError, KeyError) as error:  # no UTF-8, a date beyond Python's, an unknown time zone
+        raise ConfigError("cannot read a parquet file", where=where, got=f"{column.type}: {error}") from error
+    return values
+
+
+def _checked_text(value: Any, where: str, expected: str = "a string") -> str:
     if not isinstance(value, str):
-        raise ConfigError("a malformed row", where=where, expected="a string", got=_describe(value))
+        raise ConfigError("a malformed row", where=where, expected=expected, got=_describe(value))
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shared.errors import ConfigError, require
-from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, plain_backend
+from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, decode, plain_backend
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> Encoded:
@@ -28,9 +28,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
         swapped = swap(rendered, stand_ins)
         turns = [(len(swap(rendered[:a], stand_ins)), len(swap(rendered[:b], stand_ins))) for a, b in turns]
         ids, offsets = encode_with_stand_ins(tokenizer, swapped, stand_ins)
-        text = rendered
-        for special, stand_in in stand_ins.items():
-            text = text.replace(stand_in, special)
+        text = swapped
     else:
         text, turns = _render_chat(tokenizer, messages)
         with plain_backend(tokenizer.backend_tokenizer, special_is_text=False) as backend:
@@ -41,8 +39,26 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
         ids=ids,
         is_target=is_target,
         target_bytes=count_target_bytes(tokenizer, ids, is_target, 0, len(is_target)),
-        lossless=tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text,
+        lossless=_is_lossless(tokenizer, text, ids, offsets),
     )
+
+
+def _is_lossless(tokenizer: Tokenizer, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> bool:
+    """Whether the ids between special tokens give the text there again.
+
+    Tokenizers such as Llama's put a space before each such stretch, which their decoder takes away at the very start
+    only. Therefore each is decoded by itself, and a single space before it counts as nothing.
+    """
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    run, start = list[int](), 0
+    for id, (a, b) in [*zip(ids, offsets, strict=True), (None, (len(text), len(text)))]:
+        if id is not None and id not in special:
+            run.append(id)
+            continue
+        if decode(tokenizer, run).removeprefix(" ") != text[start:a].removeprefix(" "):
+            return False
+        run, start = [], b
+    return True
 
 
 def _stand_ins(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -1,18 +1,20 @@
 """One way to turn text into token ids, for the teacher, the student and evaluation alike."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from shared.errors import DistillError
-from shared.files import fsync_directory, sha256_json
+from shared.errors import DistillError, require
+from shared.files import fsync_directory, read_json, sha256_json
 
 Tokenizer = Any  # a transformers tokenizer with the `tokenizers` backend
+_OPENING, _CLOSING = "document_opening", "document_closing"  # keys of tokenizer_config.json that `record_ends` writes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,8 +22,8 @@ class Encoded:
     """A tokenised document.
 
     Args:
-        ids: BOS, text, EOS (BOS and EOS only where the tokenizer has them).
-        is_target: for each id whether it is a target; BOS, the prompt and the other turns of a chat are not.
+        ids: opening, text, closing (see `document_ends`); of a chat, what its template gives.
+        is_target: for each id whether it is a target; the opening, the prompt and a chat's other turns are not.
         target_bytes: UTF-8 bytes of the text that the targets spell; special tokens have none.
         lossless: whether decoding the ids gives the text again.
     """
@@ -33,7 +35,7 @@ class Encoded:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Leading ids that are not targets: BOS and the tokens that lie wholly in the prompt."""
+        """Leading ids that are not targets: the opening and the tokens that lie wholly in the prompt."""
         return self.is_target.index(True) if any(self.is_target) else len(self.ids)
 
 
@@ -90,7 +92,7 @@ def encode_document(tokenizer: Tokenizer, prompt: str, completion: str) -> Encod
     """
     text = prompt + completion
     text_ids, offsets = _encode(tokenizer, text)
-    opening, closing = _ends(tokenizer)
+    opening, closing = (tokenizer.convert_tokens_to_ids(list(end)) for end in document_ends(tokenizer))
     in_prompt = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
     num_prompt_tokens = len(opening) + in_prompt
     first_target = max(num_prompt_tokens, 1) - len(opening)  # nothing predicts a document's very first token
@@ -119,7 +121,13 @@ def count_target_bytes(
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The ids that a document with this prompt begins with (unless a token straddles its border)."""
-    return _ends(tokenizer)[0] + _encode(tokenizer, prompt)[0]
+    opening: list[int] = tokenizer.convert_tokens_to_ids(list(document_ends(tokenizer).opening))
+    return opening + _encode(tokenizer, prompt)[0]
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of plain text alone."""
+    return _encode(tokenizer, text)[0]
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -128,34 +136,108 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return text
 
 
+class Ends(NamedTuple):
+    """The special tokens that a document opens and closes with."""
+
+    opening: tuple[str, ...]
+    closing: tuple[str, ...]
+
+
+def document_ends(tokenizer: Tokenizer) -> Ends:
+    """What a document that is no chat opens and closes with: as `record_ends` wrote it, else by this rule.
+
+    - It opens with what the tokenizer itself puts before a text. Where that is nothing, it opens with BOS if that is
+      EOS too, which then stands between documents (GPT-2, StarCoder2). A BOS that the tokenizer names and never adds
+      has another use: SmolLM2-Instruct names `<|im_start|>`, which opens the turns of its chats.
+    - It closes with EOS, if there is one.
+    """
+    bos, eos, settings = tokenizer.bos_token, tokenizer.eos_token, tokenizer.init_kwargs
+    opening = settings.get(_OPENING)
+    if opening is None:
+        opening = _own_opening(tokenizer) or ([bos] if bos is not None and bos == eos else [])
+    closing = settings.get(_CLOSING)
+    if closing is None:
+        closing = [] if eos is None else [eos]
+    return Ends(tuple(opening), tuple(closing))
+
+
+def record_ends(tokenizer: Tokenizer, open_with: str = "auto", close_with: str = "auto") -> Ends:
+    """Decide what documents open and close with; `save_tokenizer` keeps it, for whoever loads the tokenizer.
+
+    Args:
+        tokenizer: changed in place.
+        open_with, close_with: `auto` (see `document_ends`), `none`, `bos`, `eos`, or a special token such as
+            `<|endoftext|>`.
+
+    Raises:
+        ConfigError: the tokenizer has no such special token.
+    """
+    by_rule = document_ends(tokenizer)
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for key, option, asked, rule in (
+        (_OPENING, "--open-with", open_with, by_rule.opening),
+        (_CLOSING, "--close-with", close_with, by_rule.closing),
+    ):
+        token = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}.get(asked, asked)
+        known = asked in ("auto", "none") or token in special
+        expected = f"auto, none, bos, eos or one of {', '.join(special[:12])}{', …' if len(special) > 12 else ''}"
+        require(known, "the tokenizer has no such special token", where=option, expected=expected, got=asked)
+        tokenizer.init_kwargs[key] = {"auto": list(rule), "none": []}.get(asked, [token])
+    return document_ends(tokenizer)
+
+
+def recorded_ends(directory: Path) -> dict[str, list[str]] | None:
+    """The `Ends` that `record_ends` wrote into a tokenizer's directory, such as a cache's; None where it did not.
+
+    Reads one JSON file, without transformers.
+    """
+    config = read_json(directory / "tokenizer_config.json")
+    known = isinstance(config, dict) and {_OPENING, _CLOSING} <= config.keys()
+    return {"opening": config[_OPENING], "closing": config[_CLOSING]} if known else None
+
+
+def adopt_ends(tokenizer: Tokenizer, ends: Mapping[str, list[str]] | None) -> None:
+    """Let documents open and close as `recorded_ends` says, unless the tokenizer itself has a record."""
+    if ends is not None:
+        tokenizer.init_kwargs.setdefault(_OPENING, ends["opening"])
+        tokenizer.init_kwargs.setdefault(_CLOSING, ends["closing"])
+
+
+def _own_opening(tokenizer: Tokenizer) -> list[str]:
+    """The special tokens that the tokenizer itself puts before a text."""
+    encoding = tokenizer.backend_tokenizer.encode("a")
+    tokens = zip(encoding.tokens, encoding.special_tokens_mask, encoding.attention_mask, strict=True)
+    real = [(token, is_special) for token, is_special, is_real in tokens if is_real]  # no padding
+    return [token for token, _ in itertools.takewhile(lambda pair: pair[1], real)]
+
+
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """The ids of `bos`, `eos`, `pad` and `unk`; None where the tokenizer has none."""
-    return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
+    """The ids of `bos` and `eos`, which documents open and close with, and of `pad` and `unk`; None for none."""
+    ends = document_ends(tokenizer)
+    ids = {"bos": ends.opening, "eos": ends.closing, "pad": [tokenizer.pad_token], "unk": [tokenizer.unk_token]}
+    return {
+        name: tokenizer.convert_tokens_to_ids(tokens[0]) if len(tokens) == 1 and tokens[0] is not None else None
+        for name, tokens in ids.items()
+    }
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """SHA-256 of everything that decides which ids a text gets and back.
 
-    That is: vocabulary, merges, normaliser, pre-tokenizer, decoder, added tokens, BOS and EOS. Truncation, padding and
-    the post-processor take no part in `encode_document`. Options that are off are left out, so that a library version
-    that adds one leaves the digest as it was.
+    That is: vocabulary, merges, normaliser, pre-tokenizer, decoder, added tokens, BOS and EOS as named. Truncation and
+    padding take no part in `encode_document`; what a document opens and closes with is recorded beside the digest
+    (`document_ends`). Options that are off are left out, so that a library version that adds one leaves the digest as
+    it was.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens")}
-    ids = special_ids(tokenizer)
-    return sha256_json(_without_off(parts) | {"bos": ids["bos"], "eos": ids["eos"]})
+    return sha256_json(_without_off(parts) | {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id})
 
 
 def _without_off(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_off(v) for k, v in value.items() if v is not None and v is not False and v != ""}
     return [_without_off(item) for item in value] if isinstance(value, list) else value
-
-
-def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    ids = special_ids(tokenizer)
-    opening, closing = ([] if id is None else [id] for id in (ids["bos"], ids["eos"]))
-    return opening, closing
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:

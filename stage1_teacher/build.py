@@ -2,14 +2,15 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data.load import load_documents
+from data.load import fingerprint, load_documents
 from data.records import Document, DocumentSet
 from shared import tracking
 from shared.cache.directory import has_leftovers, is_finished, plain_errors
@@ -20,41 +21,80 @@ from shared.cache.reader import Cache
 from shared.cache.writer import CacheWriter
 from shared.checkpoints import ModelFiles, head_and_positions, identify_model
 from shared.config import to_dict
-from shared.errors import ResumeError, require
+from shared.errors import ConfigError, ResumeError, require
 from shared.files import read_json, sha256_file, sha256_json, write_json
 from shared.process import is_main_process, log, rank, world_size
-from shared.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
+from shared.tokenizer import (
+    Tokenizer,
+    document_ends,
+    load_tokenizer,
+    record_ends,
+    save_tokenizer,
+    special_ids,
+    tokenizer_digest,
+)
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_space
-from stage1_teacher.documents import Corpus, Segment, cut_documents, plan_shards
+from stage1_teacher.documents import Corpus, Segment, cut_documents, describe_loss, plan_shards
+
+if TYPE_CHECKING:  # torch loads with the teacher
+    from shared.logits import LogitSource
 
 LABELLING = datetime.timedelta(days=30)  # ranks may work that long before they meet again
-NAMED = ("teacher", "revision", "dataset", "dataset_revision", "split")  # recorded by commit and digest instead
+NAMED = ("teacher", "revision", "dataset", "dataset_revision", "dataset_config", "split")  # recorded with the source
 OPTIONS = (
     *("columns", "codec", "filter", "temperatures", "top_k", "top_p", "dtype", "shard_tokens", "batch_tokens"),
-    *("head_rows", "max_length", "on_long", "load_in", "samples", "samples_from", "samples_temperature"),
+    *(
+        "head_rows",
+        "max_length",
+        "on_long",
+        "open_with",
+        "close_with",
+        "load_in",
+        "samples",
+        "samples_from",
+        "samples_temperature",
+    ),
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """What is to be built.
 
     Attributes:
         config: options; out: the cache's directory.
-        files: the teacher's; data: the documents, those to be skipped among them.
+        files: the teacher's.
         skip_in: finished caches whose documents are skipped.
     """
 
     config: TeacherConfig
     out: Path
     files: ModelFiles
-    data: DocumentSet
     skip_in: tuple[Cache, ...]
+
+    @functools.cached_property
+    def data(self) -> DocumentSet:
+        """The documents, those to be skipped among them; read when they are first asked for."""
+        return read_documents(self.config)
 
     def request(self) -> dict[str, Any]:
         """What was asked for, by content: `build.json` holds it, and a resume must match it."""
-        files, data = self.files, self.data
+        return self.options() | {"sources": self.sources()}
+
+    def sources(self) -> list[dict[str, Any]]:
+        """The part of the request that is known once the documents are read."""
+        data = self.data
+        source = {"name": data.name, "split": data.split, "revision": data.revision, "digest": data.digest}
+        return [source | self._configuration()]
+
+    def _configuration(self) -> dict[str, str]:
+        """Which of its configurations a Hub data set was read in; nothing for other data sets."""
+        return {"configuration": self.data.config} if self.data.config else {}
+
+    def options(self) -> dict[str, Any]:
+        """The rest of the request."""
+        files = self.files
         return {
             "teacher": {
                 "commit": files.commit,
@@ -62,14 +102,13 @@ class Task:
                 "config_digest": files.config_digest,
                 "tokenizer_files_digest": files.tokenizer_files_digest,
             },
-            "sources": [{"name": data.name, "split": data.split, "revision": data.revision, "digest": data.digest}],
             "skip_in": [cache.manifest.digest for cache in self.skip_in],
             **{key: value for key, value in to_dict(self.config).items() if key in OPTIONS},
         }
 
     def identity(self, tokenizer: Tokenizer, head: str) -> dict[str, Any]:
         """Who makes the labels; `head` is the precision of the teacher's head."""
-        config, files = self.config, self.files
+        config, files, ends = self.config, self.files, document_ends(tokenizer)
         labels = {
             "temperatures": list(config.temperatures),
             "top_k": config.top_k,
@@ -77,6 +116,8 @@ class Task:
             "codec": config.codec,
             "dtype": config.dtype,
             "head": head,
+            "opening": list(ends.opening),
+            "closing": list(ends.closing),
         }
         if config.load_in:
             labels["load_in"] = config.load_in
@@ -102,9 +143,11 @@ class Task:
             "name": data.name,
             "split": data.split,
             "revision": data.revision,
+            **self._configuration(),
             "license": data.license,
             "attribution": data.attribution,
             "digest": data.digest,
+            "fingerprint": data.fingerprint,
             "num_documents": len(data.documents),
             **({"num_skipped": num_skipped} if self.skip_in else {}),
             "num_long": len(corpus.long),
@@ -138,8 +181,8 @@ def build_cache(config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = (
         CacheFormatError: labels that may not be written, such as NaN logits; or `skip_in` names no finished cache.
         CacheMismatchError: `skip_in` names a cache of another label identity.
     """
-    files, data = find_inputs(config)
-    task = Task(config=config, out=out, files=files, data=data, skip_in=tuple(map(Cache, skip_in)))
+    files = find_teacher(config)
+    task = Task(config=config, out=out, files=files, skip_in=tuple(map(Cache, skip_in)))
     if world_size() == 1 and _is_done(task):  # answered without loading torch
         log(f"{out} is up to date")
         return
@@ -153,35 +196,48 @@ def build_cache(config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = (
             _build(task)
 
 
-def find_inputs(config: TeacherConfig) -> tuple[ModelFiles, DocumentSet]:
-    """The teacher's files and the documents that a configuration names.
+def find_teacher(config: TeacherConfig) -> ModelFiles:
+    """The files of the teacher that a configuration names.
 
     Raises:
-        ConfigError: either is not named, or cannot be used.
+        ConfigError: teacher or data set are not named, or the teacher cannot be used.
     """
     for name in ("teacher", "dataset"):
         fix = f"pass --{name}, or set it in the configuration file"
         require(getattr(config, name), f"no {name} is named", fix=fix)
-    files = identify_model(config.teacher, config.revision)
-    documents = load_documents(
-        config.dataset,
-        config.split,
-        limit_docs=config.limit_docs,
-        columns=config.columns,
-        revision=config.dataset_revision,
-    )
-    return files, documents
+    return identify_model(config.teacher, config.revision)
+
+
+def read_documents(config: TeacherConfig) -> DocumentSet:
+    """The documents that a configuration names.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    return load_documents(config.dataset, config.split, **_selection(config))
+
+
+def _selection(config: TeacherConfig) -> dict[str, Any]:
+    """Which documents of the data set's split: arguments of `load_documents` and `fingerprint`."""
+    return {
+        "limit_docs": config.limit_docs,
+        "columns": config.columns,
+        "revision": config.dataset_revision,
+        "config": config.dataset_config,
+    }
 
 
 def read_corpus(
     config: TeacherConfig, files: ModelFiles, documents: Sequence[Document]
 ) -> tuple[Tokenizer, Corpus, int]:
-    """The teacher's tokenizer, the documents' segments, and the rows of the teacher's head.
+    """The teacher's tokenizer with the documents' ends, the documents' segments, and the rows of the teacher's head.
 
     Raises:
-        ConfigError: `max_length` is beyond the teacher's positions, or documents that cannot be labelled.
+        ConfigError: `max_length` is beyond the teacher's positions, documents that cannot be labelled, or too many that
+            the tokenizer does not restore.
     """
     tokenizer = load_tokenizer(files.path)
+    record_ends(tokenizer, config.open_with, config.close_with)
     head_width, positions = head_and_positions(files.path)
     asked = config.max_length
     require(
@@ -193,6 +249,14 @@ def read_corpus(
     corpus = cut_documents(
         documents, tokenizer, max_length=asked or positions, on_long=config.on_long, head_width=head_width
     )
+    if len(corpus.lossy) > config.max_lossy * len(documents):
+        raise ConfigError(
+            "the tokenizer does not give documents back as they were",
+            where=files.name,
+            expected=f"at most {config.max_lossy:.0%} of {len(documents):,} documents (--max-lossy)",
+            got=f"{len(corpus.lossy):,}, such as {describe_loss(documents, corpus.lossy[0], tokenizer)}",
+            fix="take a teacher whose tokenizer keeps code as it is: the student learns only what the tokenizer keeps",
+        )
     return tokenizer, corpus, head_width
 
 
@@ -201,7 +265,12 @@ def _is_done(task: Task) -> bool:
     if not is_finished(task.out) or has_leftovers(task.out):
         return False
     options = read_json(task.out / BUILD)["options"]
-    return all(options.get(key) == value for key, value in task.request().items())
+    if any(options.get(key) != value for key, value in task.options().items()):
+        return False
+    now = fingerprint(task.config.dataset, task.config.split, **_selection(task.config))
+    before = [source.get("fingerprint") for source in read_manifest(task.out)["sources"]]
+    # Documents are read only where their fingerprint leaves open whether they are the same: parsing takes seconds.
+    return (now is not None and before == [now]) or options.get("sources") == task.sources()
 
 
 def _refuse_moved(task: Task) -> None:
@@ -238,6 +307,7 @@ def _build(task: Task) -> None:
     options = task.request() | {
         "tokenizer_digest": tokenizer_digest(tokenizer),
         "tokenizer_size": len(tokenizer),
+        **{end: list(tokens) for end, tokens in document_ends(tokenizer)._asdict().items()},
         "head_width": head_width,
         "num_shards": len(shards),
     }
@@ -246,7 +316,8 @@ def _build(task: Task) -> None:
         if writer is None:
             return
         with _tracked(writer, config) as run:
-            _label(task, writer, shards, corpus.segments, run)
+            report_ends = functools.partial(_report_ends, task, tokenizer, documents)
+            _label(task, writer, shards, corpus.segments, run, report_ends)
             if is_main_process():
                 _finish(task, writer, tokenizer, source, run)
 
@@ -285,7 +356,12 @@ def _opened(out: Path, options: dict[str, Any]) -> Iterator[CacheWriter | None]:
 
 
 def _label(
-    task: Task, writer: CacheWriter, shards: Sequence[range], segments: Sequence[Segment], run: tracking.Run
+    task: Task,
+    writer: CacheWriter,
+    shards: Sequence[range],
+    segments: Sequence[Segment],
+    run: tracking.Run,
+    report_ends: Callable[["LogitSource"], None],
 ) -> None:
     """Capture this rank's share of the shards that are not there yet; returns once all ranks are done."""
     from shared.distributed import agree, wait
@@ -297,7 +373,10 @@ def _label(
         log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
     mine = {shard: shards[shard] for shard in todo[rank() :: world_size()]}
     if mine:
-        capture_shards(writer, task.config, task.files, mine, segments, run)
+        first = is_main_process() and len(todo) == len(shards)
+        capture_shards(
+            writer, task.config, task.files, mine, segments, run, report_ends if first else lambda source: None
+        )
     wait()
 
 
@@ -335,6 +414,15 @@ def _report(corpus: Corpus, data: DocumentSet, num_documents: int, config: Teach
         if ids:
             others = f" and {len(ids) - 5:,} more" if len(ids) > 5 else ""
             log(f"{len(ids):,} documents {what}: {', '.join(ids[:5])}{others}")
+
+
+def _report_ends(task: Task, tokenizer: Tokenizer, documents: Sequence[Document], source: "LogitSource") -> None:
+    """Log what documents open and close with, and what that and other tokens cost the teacher."""
+    from stage1_teacher.ends import describe_ends, weigh_ends
+
+    ends = weigh_ends(source, tokenizer, documents, head_and_positions(task.files.path)[1])
+    for label, text in describe_ends(ends):
+        log(f"{label} of documents: {text}")
 
 
 # --- tracking --------------------------------------------------------------------------------------------------------

@@ -300,6 +300,7 @@ def capture_shards(
     shards: Mapping[int, range],
     all_segments: Sequence[Segment],
     run: tracking.Run,
+    loaded: Callable[[LogitSource], None] = lambda source: None,
 ) -> None:
     """Load the teacher, capture this process's shards and write them.
 
@@ -310,6 +311,7 @@ def capture_shards(
         shards: for each shard's number the places of its segments.
         all_segments: of the whole build.
         run: where figures of each shard are logged.
+        loaded: called with the teacher's logits before anything is captured.
 
     Raises:
         ConfigError: the disk cannot hold what is left, at the bytes per token of what is written.
@@ -331,6 +333,7 @@ def capture_shards(
         expected=writer.build["head_width"],
         got=source.head_width,
     )
+    loaded(source)
     extra = {
         "fused_head": source.notice is None,
         "devices": devices,

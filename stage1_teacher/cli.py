@@ -14,8 +14,8 @@ from stage1_teacher.config import TeacherConfig
 
 GROUPS = {
     "Teacher": "teacher revision dtype load_in",
-    "Data": "dataset split dataset_revision columns limit_docs max_length on_long skip_in",
-    "Labels": "top_k top_p codec samples samples_from samples_temperature",
+    "Data": "dataset dataset_config split dataset_revision columns limit_docs max_length on_long max_lossy skip_in",
+    "Labels": "open_with close_with top_k top_p codec samples samples_from samples_temperature",
     "Cache": "out filter shard_tokens",
     "Hardware": "batch_tokens device_map gpus_per_teacher",
 }
@@ -57,8 +57,9 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @teacher.command(cls=GroupedCommand, groups=GROUPS)
 @_option("--teacher", "Any causal language model: a Hub id or a directory (safetensors).", "ID|DIR")
 @_option("--revision", "Branch, tag or commit of a Hub id; the commit is recorded.", "REV")
-@_option("--dataset", "mbpp, stdlib, FILE.jsonl, FILE.parquet or a Hub id.", "NAME|FILE")
+@_option("--dataset", "mbpp, stdlib, FILE.jsonl[.gz|.zst], FILE.parquet or a Hub id.", "NAME|FILE")
 @_option("--split", "The data set's split.", "NAME")
+@_option("--dataset-config", "Which of a Hub data set's configurations; also owner/name:config.", "NAME")
 @_option("--dataset-revision", "Branch, tag or commit of a Hub data set; the commit is recorded.", "REV")
 @_option("--columns", "Its columns, such as prompt=instruction,completion=output.", "OURS=THEIRS,…")
 @_option("--limit-docs", "Use only the first N documents.", "N")
@@ -73,6 +74,9 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @_option("--batch-tokens", "Most tokens per batch, padding included.", "N")
 @_option("--max-length", "Longest document in tokens; by default the teacher's positions.", "N")
 @_option("--on-long", "What becomes of longer documents.")
+@_option("--max-lossy", "Share of the documents that the tokenizer may fail to restore; 1 takes any.", "SHARE")
+@_option("--open-with", "What documents open with: auto, none, bos, eos or a special token.", "TOKEN")
+@_option("--close-with", "What documents close with.", "TOKEN")
 @_option("--dtype", "Precision of the teacher's backbone; the head runs in float32.")
 @_option("--load-in", "Quantise the teacher's weights; needs bitsandbytes.")
 @_option("--samples", "Also draw S ids per token.", "S")

@@ -26,8 +26,9 @@ class TeacherConfig:
     Attributes:
         teacher: a model directory or a Hub id.
         revision: branch, tag or commit of a Hub id; the commit it stands for is recorded.
-        dataset: `mbpp`, `stdlib`, a `.jsonl` or `.parquet` file, or a Hub id.
+        dataset: `mbpp`, `stdlib`, a file (`data.tabular.SUFFIXES`), or a Hub id.
         split: the data set's split.
+        dataset_config: which of a Hub data set's configurations; its name is recorded.
         dataset_revision: branch, tag or commit of a Hub data set; the commit it stands for is recorded.
         columns: the data set's names of our columns, such as `prompt=instruction,completion=output`.
         limit_docs: use only the first so many documents.
@@ -41,6 +42,9 @@ class TeacherConfig:
         head_rows: rows that go through the LM head at once; their float32 logits are the largest buffer.
         max_length: longest document in tokens; None takes the teacher's own limit.
         on_long: what becomes of a longer document.
+        max_lossy: share of the documents that the tokenizer may fail to give back as they were; 1 takes any.
+        open_with: what a document that is no chat opens with: `auto`, `none`, `bos`, `eos` or a special token
+            (`shared.tokenizer.record_ends`); close_with: what it closes with.
         dtype: the backbone's precision. The head always runs in float32.
         device_map: where the layers go, as transformers reads it.
         gpus_per_teacher: GPUs that each process spreads its teacher over.
@@ -54,6 +58,7 @@ class TeacherConfig:
     revision: str | None = None
     dataset: str = ""
     split: str = "train"
+    dataset_config: str | None = None
     dataset_revision: str | None = None
     columns: str | None = None
     limit_docs: int | None = None
@@ -67,6 +72,9 @@ class TeacherConfig:
     head_rows: int = 192
     max_length: int | None = None
     on_long: Literal["split", "truncate", "drop"] = "split"
+    max_lossy: float = 0.1
+    open_with: str = "auto"
+    close_with: str = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device_map: str = "auto"
     gpus_per_teacher: int | None = None
@@ -81,6 +89,7 @@ class TeacherConfig:
                 require_range(value, f"TeacherConfig.{name}", at_least=least, at_most=most)
         if self.top_p is not None:
             require_range(self.top_p, "TeacherConfig.top_p", above=0, at_most=1)
+        require_range(self.max_lossy, "TeacherConfig.max_lossy", at_least=0, at_most=1)
         grid = self.temperatures
         require(
             1.0 in grid and list(grid) == sorted(set(grid)) and all(0 < t <= MAX_TEMPERATURE for t in grid),

@@ -7,7 +7,7 @@ from typing import Any
 from data.records import Document
 from shared.chat import encode_chat
 from shared.errors import ConfigError, require
-from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, encode_document
+from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, decode, encode_document, encode_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +95,20 @@ def cut_documents(
         got=corpus.long[:3],
     )
     return corpus
+
+
+def describe_loss(documents: Iterable[Document], id: str, tokenizer: Tokenizer) -> str:
+    """A document's id, and where its text first differs from what the tokenizer makes of its ids."""
+    document = next(document for document in documents if document.id == id)
+    if document.messages is not None:
+        return f"{id}, a chat"
+    text = document.prompt + document.completion
+    restored = decode(tokenizer, encode_text(tokenizer, text))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(text, restored, strict=False)) if a != b), min(len(text), len(restored))
+    )
+    part = slice(max(at - 10, 0), at + 20)
+    return f"{id}, where {text[part]!r} becomes {restored[part]!r}"
 
 
 def _encode(document: Document, tokenizer: Tokenizer) -> Encoded:

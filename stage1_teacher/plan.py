@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.records import Document
 from shared.batching import plan_batches
 from shared.cache.encode import encode_shard
 from shared.cache.format import Array, ShardArrays
 from shared.cache.rows import select, truncate
-from shared.checkpoints import ModelFiles, device_kinds
+from shared.checkpoints import ModelFiles, device_kinds, head_and_positions
 from shared.errors import ConfigError, require
 from shared.files import to_json
 from shared.machine import machine
 from shared.process import world_size
 from shared.progress import progress
-from stage1_teacher.build import find_inputs, read_corpus
+from shared.tokenizer import Tokenizer
+from stage1_teacher.build import find_teacher, read_corpus, read_documents
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import free_bytes
 from stage1_teacher.documents import Corpus, Segment, plan_shards
@@ -64,7 +66,7 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
         ConfigError: options, teacher or documents that cannot be used.
     """
     require(world_size() == 1, "`teacher plan` runs in one process", expected=1, got=f"{world_size()} processes")
-    files, documents = find_inputs(config)
+    files, documents = find_teacher(config), read_documents(config)
     tokenizer, corpus, head_width = read_corpus(config, files, documents.documents)
     segments, lengths = corpus.segments, corpus.lengths
     shards = plan_shards(lengths, config.shard_tokens)
@@ -76,7 +78,7 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
     cells = np.array([len(batch) * (lengths[batch[0]] - 1) for batch in batches])
     largest = [segments[i] for i in batches[int(cells.argmax())]]
     chosen = [segments[i] for i in spread_by_length(lengths, pilot_docs)]
-    pilot = run_pilot(config, files, chosen, largest, len(tokenizer))
+    pilot = run_pilot(config, files, chosen, largest, tokenizer, documents.documents)
 
     num_tokens, shard_tokens = sum(lengths), np.array([sum(lengths[i] for i in shard) for shard in shards])
     choices = weigh_choices(config, pilot, shard_tokens, len(tokenizer), head_width)
@@ -101,6 +103,7 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
         },
         "bytes": {**size, "free": free, "fits": free >= size["high"]},
         "hours": _hours_of(pilot, cells, num_tokens, len(shards), own["encode_seconds_per_token"]),
+        "ends": pilot.ends,
         "memory": pilot.memory,
         "choices": choices,
     }
@@ -148,6 +151,7 @@ class Pilot:
     seconds: Array
     load_seconds: float
     teacher: dict[str, Any]
+    ends: dict[str, Any]
     memory: dict[str, Any]
 
 
@@ -156,7 +160,8 @@ def run_pilot(
     files: ModelFiles,
     segments: Sequence[Segment],
     largest: Sequence[Segment],
-    tokenizer_size: int,
+    tokenizer: Tokenizer,
+    documents: Sequence[Document],
 ) -> Pilot:
     """Label a pilot's segments and time each batch.
 
@@ -165,7 +170,9 @@ def run_pilot(
     import torch
 
     from stage1_teacher.capture import capture_shard, load_teacher, to_arrays
+    from stage1_teacher.ends import weigh_ends
 
+    tokenizer_size = len(tokenizer)
     start = time.perf_counter()
     model, source = load_teacher(config, files)
     load_seconds = time.perf_counter() - start
@@ -197,6 +204,7 @@ def run_pilot(
             "devices": device_kinds(model),
             "threads": torch.get_num_threads(),
         },
+        ends=weigh_ends(source, tokenizer, documents, head_and_positions(files.path)[1]),
         memory={
             "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
             "head_bytes": source.head_bytes,
@@ -445,6 +453,8 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """What the plan says besides the choices of K: a label and a line each."""
+    from stage1_teacher.ends import describe_ends
+
     teacher, data, batches, pilot = plan["teacher"], plan["data"], plan["batches"], plan["pilot"]
     size, hours, memory, threads = plan["bytes"], plan["hours"], plan["memory"], plan["teacher"]["threads"]
     parameters, license = f"{teacher['parameters'] / 1e6:,.1f} M parameters", teacher["license"] or "unknown"
@@ -473,6 +483,7 @@ def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
             f"{data['long']['documents']:,} too long ({data['long']['become']}), "
             f"{data['not_restored_by_the_tokenizer']:,} not restored by the tokenizer",
         ),
+        *describe_ends(plan["ends"]),
         ("lengths", ", ".join(f"≤{b['up_to']:,}: {b['documents']:,}" for b in data["lengths"])),
         ("batches", f"{batches['batches']:,} in {batches['shards']:,} shards, {batches['padding']:.1%} padding"),
         (

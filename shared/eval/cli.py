@@ -252,8 +252,10 @@ def _evaluate_benchmark(
     from shared.eval.programs.completion import ENDS
     from shared.eval.results import BenchmarkResult
     from shared.process import is_main_process, world_size
+    from shared.tokenizer import recorded_ends
 
     model_dir = locate_model(model, cache_dir)
+    ends = recorded_ends(cache_dir / "tokenizer") if cache_dir else None
     benchmark = inputs = None
     if is_main_process():
         benchmark = load()
@@ -261,6 +263,7 @@ def _evaluate_benchmark(
             "model": model_digest(model_dir),
             "benchmark": benchmark.name,
             "problems": problems_digest(benchmark.problems[: options["limit"]]),
+            "ends": ends,
             "completion_ends": ENDS,
         }
         if is_up_to_date(out / "result.json", BenchmarkResult, inputs):
@@ -274,7 +277,9 @@ def _evaluate_benchmark(
     names = ("temperature", "top_p", "seed", "max_new_tokens", "batch_size")
     decoding = Decoding(num_samples=options.pop("samples"), **{name: options.pop(name) for name in names})
     unsafe = options.pop("unsafe_no_sandbox")
-    result = evaluate_benchmark(benchmark, model_dir, out, decoding=decoding, unsafe=unsafe, inputs=inputs, **options)
+    result = evaluate_benchmark(
+        benchmark, model_dir, out, decoding=decoding, unsafe=unsafe, inputs=inputs, ends=ends, **options
+    )
     if result:
         from shared import tracking
 

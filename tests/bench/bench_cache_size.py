@@ -22,7 +22,7 @@ from shared.cache.info import cache_info
 from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
 from shared.machine import versions
-from stage1_teacher.build import find_inputs, read_corpus
+from stage1_teacher.build import find_teacher, read_corpus, read_documents
 from stage1_teacher.capture import capture_shard, load_teacher, to_arrays
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.documents import plan_shards
@@ -38,7 +38,7 @@ PEERS = (
 def capture(teacher: str, dataset: str, split: str, shard_tokens: int) -> tuple[list[ShardArrays], int, int]:
     """The exact rows of a build, shard by shard, with the tokenizer's size and the head's width."""
     config = TeacherConfig(teacher=teacher, dataset=dataset, split=split, top_k=K, shard_tokens=shard_tokens)
-    files, documents = find_inputs(config)
+    files, documents = find_teacher(config), read_documents(config)
     tokenizer, corpus, width = read_corpus(config, files, documents.documents)
     _, source = load_teacher(config, files)
     shards = []

@@ -4,6 +4,7 @@ import gzip
 import importlib.metadata
 import json
 import sys
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import humaneval
+from data import humaneval, load
 from data.humaneval import load_humaneval
-from data.load import load_documents
+from data.load import fingerprint, load_documents
 from data.records import Document, Problem
 from data.templates import humaneval_prompt
 from shared.errors import ConfigError
@@ -137,6 +138,16 @@ def test_real_mbpp():
     assert all(d.completion.endswith("\n") and not d.completion.endswith("\n\n") for d in documents)
 
 
+@pytest.mark.parametrize("rows", [[mbpp_row(i) for i in BORDERS], [{"text": "a", "id": 7}, {"text": "b", "id": 8}]])
+def test_a_compressed_file_holds_the_same_documents(tmp_path, rows):
+    plain = load_documents(write(tmp_path, rows, "rows.jsonl"), "train")
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    read = load_documents(str(packed), "train")
+    assert read.digest == plain.digest
+    assert read.name == {"rows.jsonl": "rows.jsonl.gz", "mbpp": "mbpp"}[plain.name]
+
+
 def test_plain_files(tmp_path):
     pairs = [
         {"prompt": "def f():\r\n    ", "completion": "return 1\n\n\n", "id": "a"},
@@ -150,6 +161,57 @@ def test_plain_files(tmp_path):
     assert (found.name, found.revision, found.license, found.attribution) == ("pairs.jsonl", None, None, None)
     found = load_documents(write(tmp_path, [{"text": "a\rb"}, {"text": "c\n"}], "text.parquet"), "train")
     assert [(d.id, d.prompt, d.completion) for d in found.documents] == [("1", "", "a\nb\n"), ("2", "", "c\n")]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int64", "uint64", "jsonl", "dictionary"])
+def test_integers_are_ids(tmp_path, kind):
+    ids = {"int8": [7, -128], "int64": [0, -(2**63)], "jsonl": [2**64, 3], "dictionary": [5, 6]}
+    ids = ids.get(kind, [2**64 - 1, 2**53 + 1])
+    if kind == "jsonl":
+        path = write(tmp_path, [{"id": id, "text": "a"} for id in ids], "rows.jsonl")
+    else:
+        path = tmp_path / "rows.parquet"
+        column = pa.array(ids).dictionary_encode() if kind == "dictionary" else pa.array(ids, getattr(pa, kind)())
+        pq.write_table(pa.table({"id": column, "text": ["a", "b"]}), path)
+    assert [d.id for d in load_documents(str(path), "train").documents] == [str(id) for id in ids]
+
+
+@pytest.mark.parametrize(
+    ("id", "got"),
+    [(1.0, "float 1.0"), (True, "bool True"), (None, "null"), ([1], r"list \[1\]"), ({"a": 1}, "dict {'a': 1}")],
+)
+def test_other_ids_are_refused(tmp_path, id, got):
+    rows = [{"key": "x", "text": "a"}, {"key": id, "text": "b"}]
+    message = f"2, field 'key'; expected: a string or an integer; got: {got}"
+    with pytest.raises(ConfigError, match=f"rows.jsonl, line {message}"):
+        load_documents(write(tmp_path, rows, "rows.jsonl"), "train", columns="text=text,id=key")
+
+
+@pytest.mark.parametrize(
+    ("ids", "got"),
+    [
+        (pa.array([1.0]), "float 1.0"),
+        (pa.array([True]), "bool True"),
+        (pa.array([None], pa.int64()), "null"),
+        (pa.array([b"x"]), "bytes b'x'"),
+        (pa.array([Decimal(1)]), r"Decimal Decimal\('1'\)"),
+    ],
+)
+def test_other_ids_of_a_parquet_file_are_refused(tmp_path, ids, got):
+    pq.write_table(pa.table({"id": ids, "text": ["a"]}), tmp_path / "rows.parquet")
+    with pytest.raises(
+        ConfigError, match=f"rows.parquet, row 1, field 'id'; expected: a string or an integer; got: {got}"
+    ):
+        load_documents(str(tmp_path / "rows.parquet"), "train")
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, "1"), ("1", 1), (-3, "-3"), (2**64, 2**64)])
+def test_an_integer_and_its_digits_are_one_id(tmp_path, first, second):
+    path = write(tmp_path, [{"id": first, "text": "a"}, {"id": second, "text": "b"}], "rows.jsonl")
+    with pytest.raises(
+        ConfigError, match=f"line 2, field 'id'; expected: each id once; got: '{first}', as rows.jsonl, line 1"
+    ):
+        load_documents(path, "train")
 
 
 def test_plain_file_faults(tmp_path):
@@ -179,6 +241,103 @@ def test_limit(tmp_path):
     assert len(load_documents(path, "train", limit_docs=9).documents) == 5
     with pytest.raises(ConfigError, match="limit_docs; expected: at least 1; got: 0"):
         load_documents(path, "train", limit_docs=0)
+
+
+def test_a_fingerprint_is_that_of_all_that_decides_the_documents(tmp_path):
+    path = write(tmp_path, [{"text": "a"}, {"text": "b"}], "rows.jsonl")
+    read = load_documents(path, "train")
+    assert fingerprint(path, "train") == read.fingerprint
+    others = [
+        fingerprint(path, "test"),
+        fingerprint(path, "train", limit_docs=2),
+        fingerprint(path, "train", columns="text=text"),
+        fingerprint("stdlib", "train"),
+        fingerprint(write(tmp_path, [{"text": "a"}, {"text": "b"}], "more.jsonl"), "train"),
+        fingerprint(write(tmp_path, [{"text": "a"}, {"text": "c"}], "rows.jsonl"), "train"),
+    ]
+    assert len({read.fingerprint, *others}) == 7
+    write(tmp_path, [{"text": "a"}, {"text": "b"}], "rows.jsonl")
+    assert fingerprint(path, "train") == read.fingerprint
+    with pytest.raises(ConfigError, match=r"cannot read a data file; where: .*absent.jsonl"):
+        fingerprint(str(tmp_path / "absent.jsonl"), "train")
+
+
+def test_a_fingerprint_changes_with_the_code_that_reads(tmp_path, monkeypatch):
+    path = write(tmp_path, [{"text": "a"}], "rows.jsonl")
+    before = fingerprint(path, "train")
+    (tmp_path / "package").mkdir()
+    for file in Path(load.__file__).parent.glob("*.py"):
+        (tmp_path / "package" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(load, "__file__", str(tmp_path / "package/load.py"))
+    assert fingerprint(path, "train") == before
+    with (tmp_path / "package/templates.py").open("a") as code:
+        code.write("# another reader\n")
+    assert fingerprint(path, "train") != before
+
+
+STRANGE = {
+    "a date beyond 9999": pa.array([10_000_000, None], pa.date32()),
+    "the last second of 9999, east of Greenwich": pa.array([253_402_300_799, 0], pa.timestamp("s", tz="Asia/Tokyo")),
+    "an unknown time zone": pa.array([1, 2], pa.timestamp("us", tz="Nowhere/Here")),
+    "text that is no UTF-8": pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0])), pa.py_buffer(b"\xff")]
+    ),
+    "a map with a key twice": pa.array([[("a", 1), ("a", 2)], []], pa.map_(pa.string(), pa.int64())),
+    "bytes": pa.array([b"\xff", None]),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_a_column_that_nobody_asked_for_is_not_looked_at(tmp_path, what):
+    path, columns = tmp_path / "rows.parquet", {"id": ["a", "b"], "text": ["x = 1", "y = 2"]}
+    pq.write_table(pa.table(columns), path)
+    alone = load_documents(str(path), "train")
+    pq.write_table(pa.table(columns | {"strange": STRANGE[what], "text.more": STRANGE[what]}), path)
+    beside = load_documents(str(path), "train")
+    assert (beside.documents, beside.digest) == (alone.documents, alone.digest)
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_the_same_column_asked_for_is_one_clear_error(tmp_path, what):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["x = 1", "y = 2"], "strange": STRANGE[what]}), path)
+    for columns in ("text=strange", "text=text,id=strange"):
+        with pytest.raises(ConfigError, match=r"rows.parquet.*'strange'"):
+            load_documents(str(path), "train", columns=columns)
+
+
+def test_a_column_that_nobody_asked_for_is_not_even_read(tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"text": ["x = 1", "y = 2"], "id": [1, 2], "vectors": [[0.5] * 100] * 2})
+    pq.write_table(table, path, compression="none")
+    whole = load_documents(str(path), "train")
+    chunk = pq.read_metadata(path).row_group(0).column(2)
+    assert chunk.path_in_schema.startswith("vectors")
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(data)
+    with pytest.raises(OSError):
+        pq.read_table(path)
+    assert load_documents(str(path), "train").documents == whole.documents
+
+
+def test_columns_that_are_not_there_are_named(tmp_path):
+    rows = [{"body": "a", "id": "x", "n": 1}]
+    for name in ("rows.jsonl", "rows.parquet"):
+        path = write(tmp_path, rows, name)
+        for columns, missing in (("text=nope", "nope"), ("text=body,id=key", "key")):
+            with pytest.raises(
+                ConfigError, match=f"a column is missing; where: {name}; expected: {missing}; got: body, id, n"
+            ):
+                load_documents(path, "train", columns=columns)
+
+
+def test_a_parquet_file_without_rows_is_an_error(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    with pytest.raises(ConfigError, match=r"empty data set; where: rows.parquet"):
+        load_documents(str(path), "train")
 
 
 def test_unknown_names(tmp_path):

@@ -1,11 +1,12 @@
 """Problems to evaluate on: MBPP's rows, and files of HumanEval's form."""
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
-from data.humaneval import load_humaneval, problems_digest, read_problems
+from data.humaneval import load_humaneval, problems_digest, read_completions, read_problems
 from data.load import load_documents
 from data.mbpp import load_problems
 from data.records import Problem
@@ -94,7 +95,7 @@ def test_rows_that_are_no_problem(tmp_path, changes, message):
 
 
 def test_mbpp_is_the_hub_s_or_a_table():
-    with pytest.raises(ConfigError, match=r"expected: mbpp, FILE.jsonl or FILE.parquet; got: 'mbpp.csv'"):
+    with pytest.raises(ConfigError, match=r"expected: mbpp, FILE.jsonl\[.gz\|.zst\] or FILE.parquet; got: 'mbpp.csv'"):
         load_problems("mbpp.csv", "test")
 
 
@@ -117,13 +118,59 @@ ROW = {
 }
 
 
-def test_files_of_humaneval_s_form(tmp_path):
-    more = ROW | {"task_id": "b", "canonical_solution": None, "plus_input": [[1], []], "same_process": True}
-    problems = read_problems(write(tmp_path, [ROW, more]))
+def test_files_of_humaneval_s_form(tmp_path, capsys):
+    more = ROW | {"task_id": "b", "canonical_solution": None, "contract": "x", "same_process": True}
+    path = write(tmp_path, [ROW, more])
+    problems = read_problems(path)
     assert [(p.task_id, p.canonical_solution, p.same_process) for p in problems] == [
         ("a", None, False),
         ("b", None, True),
     ]
+    packed = tmp_path / "HumanEvalPlus-OriginFmt.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read_problems(packed) == problems
+    assert capsys.readouterr().err == ""
+
+
+def test_inputs_that_no_test_runs_are_said(tmp_path, capsys):
+    """As in HumanEvalPlus.jsonl.gz, whose `test` is HumanEval's own."""
+    rows = [ROW, ROW | {"task_id": "b", "plus_input": [[1], []]}]
+    assert len(read_problems(write(tmp_path, rows, "HumanEvalPlus.jsonl"))) == 2
+    assert "warning: HumanEvalPlus.jsonl holds HumanEval+'s inputs in plus_input" in capsys.readouterr().err
+
+
+def test_completions_continue_the_prompt_and_solutions_are_whole_programs(tmp_path):
+    rows = [
+        {"task_id": "a", "completion": " return 1", "prompt": "def f():"},
+        {"task_id": "a", "solution": "def f(): return 2", "completion": None, "_identifier": "x"},
+        {"task_id": "b", "completion": ""},
+    ]
+    path = write(tmp_path, rows, "samples.jsonl")
+    read = list(read_completions(path))
+    assert [(c.task_id, c.text, c.is_program, c.prompt, c.row.where) for c in read] == [
+        ("a", " return 1", False, "def f():", "samples.jsonl, line 1"),
+        ("a", "def f(): return 2", True, None, "samples.jsonl, line 2"),
+        ("b", "", False, None, "samples.jsonl, line 3"),
+    ]
+    packed = tmp_path / "samples.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert [c.text for c in read_completions(packed)] == [c.text for c in read]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"task_id": "a"}, "line 1, field 'completion'; expected: completion or solution; got: neither"),
+        ({"task_id": "a", "solution": None}, "expected: completion or solution; got: neither"),
+        ({"task_id": "a", "solution": "", "completion": ""}, "got: completion and solution"),
+        ({"task_id": "a", "solution": 1}, "line 1, field 'solution'; expected: a string; got: int 1"),
+        ({"task_id": 0, "solution": ""}, "line 1, field 'task_id'; expected: a string; got: int 0"),
+        ({"solution": ""}, "line 1, field 'task_id'; expected: the field in every row"),
+    ],
+)
+def test_malformed_completions_are_refused(tmp_path, row, message):
+    with pytest.raises(ConfigError, match=message):
+        list(read_completions(write(tmp_path, [row])))
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,21 @@ def test_skipped_folders_broken_files_and_duplicates(library):
     ]
 
 
+def test_the_digest_of_the_files_is_of_what_is_read(library):
+    digest = stdlib.files_digest(library)
+    (library / "sample.txt").write_text("no module")
+    (library / "test").mkdir()
+    (library / "test/a.py").write_text("x = 1\n")
+    assert stdlib.files_digest(library) == digest
+    (library / "sample.py").rename(library / "simple.py")
+    renamed = stdlib.files_digest(library)
+    (library / "simple.py").rename(library / "sample.py")
+    assert stdlib.files_digest(library) == digest
+    with (library / "sample.py").open("ab") as file:
+        file.write(b"\n")
+    assert len({digest, renamed, stdlib.files_digest(library)}) == 3
+
+
 def test_empty_and_unknown_splits(library):
     with pytest.raises(ConfigError, match="no documented functions in the split"):
         stdlib.read_split("test", library)

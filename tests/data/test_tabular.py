@@ -1,12 +1,14 @@
 """JSONL and parquet traps: each reads right or is refused by file, line and field."""
 
+import gzip
+import hashlib
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.tabular import read_rows
+from data.tabular import open_table, read_rows
 from shared.errors import ConfigError
 
 
@@ -68,6 +70,81 @@ def test_refuses_a_line_by_file_line_and_field(tmp_path, line, parts):
         assert part in str(caught.value)
 
 
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {".gz": gzip.compress, ".zst": zstd}
+LINES = b"".join(b'{"a": %d, "text": "%s"}\n' % (i, hashlib.sha256(b"%d" % i).hexdigest().encode()) for i in range(999))
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_lines_read_like_plain_ones(tmp_path, suffix):
+    plain, packed = write(tmp_path, LINES), tmp_path / f"rows.jsonl{suffix}"
+    compress = COMPRESS[suffix]
+    packed.write_bytes(compress(LINES))
+    assert fields(packed) == fields(plain)
+    assert [row.where for row in read_rows(packed)][::998] == [f"rows.jsonl{suffix}, line {n}" for n in (1, 999)]
+    assert open_table(packed).columns == ("a", "text")
+    packed.write_bytes(compress(LINES[:12_345]) + compress(LINES[12_345:]))  # as two files put together
+    assert fields(packed) == fields(plain)
+    packed.write_bytes(compress(b"\xef\xbb\xbf" + LINES[:-1].replace(b"\n", b"\r\n")))
+    assert fields(packed) == fields(plain)
+    packed.write_bytes(compress(b""))
+    assert fields(packed) == []
+    packed.write_bytes(compress(LINES + b"{"))
+    with pytest.raises(ConfigError, match=rf"a line is not JSON; where: rows.jsonl{suffix}, line 1000"):
+        fields(packed)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("length", [3, 9, 20, 5_000, -20, -8, -1])
+def test_compressed_lines_that_are_cut_off_are_refused(tmp_path, suffix, length):
+    packed = tmp_path / f"rows.jsonl{suffix}"
+    packed.write_bytes(COMPRESS[suffix](LINES)[:length])
+    with pytest.raises(
+        ConfigError, match=f"a compressed file is damaged; where: {packed}; got: .*; fix: fetch or write"
+    ):
+        fields(packed)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_damaged_compressed_lines_are_refused(tmp_path, suffix):
+    packed, data = tmp_path / f"rows.jsonl{suffix}", COMPRESS[suffix](LINES)
+    flipped = data[:5_000] + bytes([data[5_000] ^ 255]) + data[5_001:]
+    for damaged in (LINES, b"\0" + data, data + b"more", *([flipped] if suffix == ".gz" else [])):  # has a checksum
+        packed.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=f"a compressed file is damaged; where: {packed}"):
+            fields(packed)
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl.gz", "absent.jsonl.zst", "folder.jsonl.gz", "folder.jsonl"])
+def test_what_is_no_compressed_file_is_not_called_damaged(tmp_path, name):
+    (tmp_path / "folder.jsonl.gz").mkdir()
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=f"cannot read a data file; where: .*{name}; got: (No such file|Is a dir)"):
+        fields(tmp_path / name)
+
+
+def test_numbers_that_are_not_finite_are_refused_where_they_are_asked_for(tmp_path):
+    path = write(tmp_path, b'{"a": "x", "score": NaN, "more": {"b": [1e999]}}\n')
+    (row,) = read_rows(path, ["a"])
+    assert row.text("a") == "x"
+    for field in ("score", "more"):
+        with pytest.raises(ConfigError, match=f"line 1, field '{field}'; expected: finite numbers"):
+            list(read_rows(path, ["a", field]))
+
+
+def test_values_nested_deeply_are_refused_in_one_line(tmp_path):
+    for depth in (900, 990, 5_000):
+        path = write(tmp_path, b'{"a": ' + b"[" * depth + b"]" * depth + b"}")
+        with pytest.raises(ConfigError, match=r"rows.jsonl, line 1"):
+            next(read_rows(path)).text("a")
+
+
 def test_utf16_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="line 1; got: 'utf-8' codec"):
         fields(write(tmp_path, '{"a": 1}\n'.encode("utf-16")))
@@ -115,6 +192,15 @@ def test_parquet_reads_like_jsonl(tmp_path):
         read[1].text("a")
 
 
+def test_rows_of_many_row_groups_are_read_in_order_with_the_columns_that_are_there(tmp_path):
+    table = pa.table({"a": list(range(1_000)), "b": ["x"] * 1_000, "c": [None] * 1_000})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=300)
+    rows = list(read_rows(tmp_path / "rows.parquet", ("c", "a", "absent")))
+    assert [row.fields for row in rows] == [{"a": i, "c": None} for i in range(1_000)]
+    assert [row.where for row in rows[298:302]] == [f"rows.parquet, row {i}" for i in range(299, 303)]
+    assert open_table(tmp_path / "rows.parquet").columns == ("a", "b", "c")
+
+
 def test_parquet_faults(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 and nothing more")
@@ -123,6 +209,8 @@ def test_parquet_faults(tmp_path):
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), path)
     with pytest.raises(ConfigError, match="column occurs twice"):
         fields(path)
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2]), pa.array([3])], names=["a", "a", "b"]), path)
+    assert [row.fields for row in read_rows(path, ["b"])] == [{"b": 3}]
     bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
     pq.write_table(pa.Table.from_arrays([bad], names=["a"]), path)
     with pytest.raises(ConfigError, match="cannot read a parquet file"):

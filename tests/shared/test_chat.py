@@ -150,7 +150,9 @@ def test_columns_are_named_by_the_user(tmp_path):
     assert found.documents == (Document(**want | {"id": "k"}),)
     found = load_documents(path, "train", columns="text=output")
     assert found.documents == (Document(id="a", source="rows.jsonl", completion="x = 1\n"),)
-    with pytest.raises(ConfigError, match="line 1, field 'nope'; expected: the field in every row"):
+    with pytest.raises(
+        ConfigError, match=r"a column is missing; where: rows.jsonl; expected: nope; got: instruction, output"
+    ):
         load_documents(path, "train", columns="text=nope")
     for bad in (
         "",

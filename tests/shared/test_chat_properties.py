@@ -88,3 +88,19 @@ def test_what_messages_spell_is_text_and_nothing_is_lost(contents):
     assert tokenizer.decode(encoded.ids, clean_up_tokenization_spaces=False) == text
     assert [id for id in encoded.ids if id < 3] == [0, 1] * len(chat)
     assert encoded.target_bytes == sum(len(f"assistant: {turn}") for turn in contents[1::2])
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_space_that_a_tokenizer_puts_after_a_special_token_is_no_loss(kind):
+    for content in ("def f(x):\n    return x", "  abc", "<s> abc </s>"):
+        chat = [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]
+        assert encode_chat(MADE[kind], chat).lossless
+
+
+def test_what_is_lost_within_a_message_is_a_loss():
+    made = byte_level()
+    made.backend_tokenizer.normalizer = normalizers.Lowercase()
+    chats = {
+        text: [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}] for text in ("abc", "aBc")
+    }
+    assert {text: encode_chat(made, chat).lossless for text, chat in chats.items()} == {"abc": True, "aBc": False}

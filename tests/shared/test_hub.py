@@ -14,7 +14,7 @@ from data import mbpp as mbpp_data
 from data.humaneval import load_humaneval, problems_digest
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
-from tests.support.hub_contents import HUMANEVAL, MBPP, TEACHER, humaneval, mbpp, starcoder2
+from tests.support.hub_contents import HUMANEVAL, MBPP, TEACHER, humaneval, mbpp, several, starcoder2
 from tests.support.loopback_hub import Repository
 
 PROGRAM = "from shared.__main__ import main; main()"
@@ -67,6 +67,12 @@ def test_commits_licenses_and_rows_are_recorded(hub, warm):
     text = "".join(path.read_text() for path in cache.path.glob("*.json"))
     assert '"main"' not in text
     assert (cache.tokens(0)[0], cache.tokens(0)[-1]) == (0, 0)
+
+
+def test_a_second_build_asks_the_hub_for_the_data_sets_commit_and_no_more(hub, warm):
+    asked = len(hub.requests)
+    assert "up to date" in build(hub.environment(warm / "home"), warm / "cache")
+    assert [path for _, path in hub.requests[asked:] if MBPP in path] == [f"/api/datasets/{MBPP}"]
 
 
 def test_pickles_and_code_are_never_fetched(hub, warm):
@@ -152,6 +158,58 @@ def test_a_moved_branch_is_refused_and_the_old_commit_continues(hub, warm, tmp_p
         assert "the teacher has moved" in build(environment, out, *pinned, code=1)  # also when it is finished
     finally:
         model.branches["main"], rows.branches["main"] = before
+
+
+ATTEMPT = """
+from click.testing import CliRunner
+from stage1_teacher.cli import teacher
+def attempt(commands):
+    for command in commands:
+        result = CliRunner().invoke(teacher, command)
+        print(result.exception or result.stderr.splitlines()[-1], file=sys.stderr)
+import sys
+attempt"""
+
+
+def test_one_of_several_configurations_is_read_and_recorded(hub, tmp_path):
+    name, teacher = "owner/several", starcoder2_folder(tmp_path / "teacher")
+    hub.datasets[name] = Repository()
+    hub.datasets[name].commit(several())
+    common = ["build", "--teacher", teacher, "--out", tmp_path / "cache", "--dataset"]
+    commands = [
+        [*common, name],
+        [*common, name, "--dataset-config", "c"],
+        [*common, f"{name}:a", "--dataset-config", "b"],
+        [*common, "stdlib", "--dataset-config", "b"],
+        [*common, name, "--dataset-config", "b", "--split", "tarin"],
+        [*common, name, "--dataset-config", "b"],
+        [*common, f"{name}:b"],
+        [*common, f"{name}:a"],
+    ]
+    said = run(hub.environment(tmp_path / "home"), program=f"{ATTEMPT}({[list(map(str, c)) for c in commands]})")
+    none, unknown, two, local, split, built, again, other = [
+        line for line in said.splitlines() if "Warning" not in line and "unauthenticated" not in line
+    ]
+    fix = "fix: --dataset-config NAME, or owner/name:NAME"
+    assert none == f"the data set has several configurations; where: {name}; expected: one of: a, b; {fix}"
+    assert unknown == f"the data set has no such configuration; where: {name}; expected: one of: a, b; got: c; {fix}"
+    assert two == f"two configurations are named; where: {name}:a; got: b; fix: name one"
+    assert local == "only a Hub data set has configurations; where: stdlib; got: b"
+    assert "Unknown split" in split and "train" in split
+    assert built.startswith("labelling: 16 tokens")
+    assert again.endswith("is up to date")
+    assert "the cache was begun with other sources" in other
+    cache = Cache(tmp_path / "cache")
+    (source,) = cache.manifest["sources"]
+    assert (source["name"], source["configuration"], source["num_documents"]) == (name, "b", 2)
+    assert [cache.meta(document)["id"] for document in range(2)] == ["10", "11"]
+    offline = hub.environment(tmp_path / "home", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    commands = [[*common, f"{name}:b"], [*common, f"{name}:c"]]
+    said = run(offline, program=f"{ATTEMPT}({[list(map(str, c)) for c in commands]})")
+    assert (
+        "cache is up to date\nnot in the local Hub cache (HF_HUB_OFFLINE=1); where: owner/several, configuration 'c'"
+        in said
+    )
 
 
 ABSENT = """

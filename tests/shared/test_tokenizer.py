@@ -2,28 +2,35 @@
 
 import errno
 import json
+import re
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from shared.errors import DistillError
+from shared.errors import ConfigError, DistillError
 from shared.tokenizer import (
+    adopt_ends,
     decode,
+    document_ends,
     encode_document,
     encode_prompt,
+    encode_text,
     load_tokenizer,
+    record_ends,
+    recorded_ends,
     save_tokenizer,
     special_ids,
     tokenizer_digest,
 )
 
+SPECIAL = [("<|bos|>", 0), ("<|eos|>", 1)]
 CORPUS = ["def f(x):\n    return x\n", "def g(y):\n    return y + 12\n", "class A:\n    x = 34\n"] * 3
 
 
-def train(**special):
-    """A byte-level BPE with digits split."""
+def train(*, opening="<|bos|>", **special):
+    """A byte-level BPE with digits split, which puts a special token before a text as Llama's does."""
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -39,6 +46,8 @@ def train(**special):
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
+    if opening:
+        backend.post_processor = processors.TemplateProcessing(single=f"{opening} $A", special_tokens=SPECIAL)
     names = special or {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
@@ -63,26 +72,110 @@ def test_a_document_is_bos_text_eos(tokenizer):
 
 
 def test_only_the_ends_that_exist_are_added():
-    eos_alone = train(eos_token="<|eos|>")
+    eos_alone = train(opening=None, eos_token="<|eos|>")
     document = encode_document(eos_alone, "", "x\n")
     assert document.ids[-1] == 1
     assert 0 not in document.ids
     assert document.num_prompt_tokens == 0
     assert document.target_bytes == 1  # nothing predicts the first token, so its byte is no target
     assert encode_prompt(eos_alone, "") == []
-    neither = train(pad_token="<|eos|>")
+    neither = train(opening=None, pad_token="<|eos|>")
     assert encode_document(neither, "x", "\n").ids == encode_prompt(neither, "x\n")
 
 
-def test_a_post_processor_never_adds_a_second_bos(tokenizer):
-    doubled = train()
-    doubled.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)]
-    )
-    assert doubled("x").input_ids[0] == 0
-    assert encode_document(doubled, "x", "\n").ids == encode_document(tokenizer, "x", "\n").ids
-    assert encode_prompt(doubled, "x") == encode_prompt(tokenizer, "x")
-    assert doubled("x").input_ids[0] == 0  # and it is still there for others
+def template(single):
+    """A tokenizer that makes this of a text; `$A` is the text."""
+    made = train(opening=None)
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=SPECIAL)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("single", "opening"),
+    [
+        ("<|bos|> $A", [0]),
+        ("<|bos|> $A <|eos|>", [0]),
+        ("<|eos|> <|bos|> $A", [1, 0]),
+        ("<|eos|> $A", [1]),
+        ("$A <|eos|>", []),
+        ("$A", []),
+    ],
+)
+def test_a_document_opens_with_what_the_tokenizer_itself_puts_before_a_text(single, opening):
+    made = template(single)
+    text = made("x\n", add_special_tokens=False).input_ids
+    assert made("x\n").input_ids[: len(opening)] == opening
+    for _ in range(2):
+        assert encode_document(made, "x", "\n").ids == [*opening, *text, 1]  # never twice
+        assert encode_prompt(made, "x") == [*opening, *text[:-1]]
+        assert made("x\n").input_ids[: len(opening)] == opening  # and it is still there for others
+        made.backend_tokenizer.enable_padding(length=20, direction="left")  # as a saved tokenizer may ask for
+        made.backend_tokenizer.enable_truncation(3)
+
+
+def test_a_bos_that_is_never_added_opens_a_document_only_where_it_is_eos_too():
+    """SmolLM2-Instruct names `<|im_start|>` as BOS, which opens a turn; StarCoder2's one token stands between texts."""
+    turns = train(opening=None, bos_token="<|bos|>", eos_token="<|eos|>")
+    assert document_ends(turns) == ((), ("<|eos|>",))
+    assert special_ids(turns) == {"bos": None, "eos": 1, "pad": None, "unk": None}
+    assert encode_prompt(turns, "x") == encode_text(turns, "x")
+    between = train(opening=None, bos_token="<|eos|>", eos_token="<|eos|>")
+    assert document_ends(between) == (("<|eos|>",), ("<|eos|>",))
+    assert encode_document(between, "x", "\n").ids == [1, *encode_text(between, "x\n"), 1]
+    assert document_ends(train(opening=None, bos_token="<|bos|>")) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("open_with", "close_with", "opening", "closing"),
+    [
+        ("auto", "auto", [0], [1]),
+        ("none", "none", [], []),
+        ("eos", "bos", [1], [0]),
+        ("bos", "eos", [0], [1]),
+        ("<|eos|>", "none", [1], []),
+    ],
+)
+def test_recorded_ends_are_those_of_whoever_loads_the_tokenizer(tmp_path, open_with, close_with, opening, closing):
+    made, digest = train(), tokenizer_digest(train())
+    ends = record_ends(made, open_with, close_with)
+    document = encode_document(made, "def f(x):", "\n    return x\n")
+    text = encode_text(made, "def f(x):\n    return x\n")
+    assert document.ids == opening + text + closing
+    assert document.num_prompt_tokens == len(opening) + len(encode_text(made, "def f(x):"))
+    assert document.target_bytes == len("\n    return x\n")
+    assert tokenizer_digest(made) == digest  # the vocabulary is the same
+    save_tokenizer(made, tmp_path)
+    for loaded in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert document_ends(loaded) == ends
+        assert encode_prompt(loaded, "def f(x):") == opening + encode_text(loaded, "def f(x):")
+        assert record_ends(loaded) == ends  # a recorded choice is the rule from then on
+        assert (special_ids(loaded)["bos"], special_ids(loaded)["eos"]) == (*(opening or [None]), *(closing or [None]))
+    assert recorded_ends(tmp_path) == {"opening": list(ends.opening), "closing": list(ends.closing)}
+
+
+def test_ends_are_adopted_where_there_is_no_record(tmp_path):
+    save_tokenizer(train(), tmp_path)
+    assert recorded_ends(tmp_path) is None
+    teacher, student = load_tokenizer(tmp_path), load_tokenizer(tmp_path)
+    record_ends(student, "none", "none")
+    for made in (teacher, student):
+        adopt_ends(made, None)
+    assert document_ends(teacher) == (("<|bos|>",), ("<|eos|>",))
+    for made in (teacher, student):
+        adopt_ends(made, {"opening": ["<|eos|>"], "closing": ["<|bos|>"]})
+    assert document_ends(teacher) == (("<|eos|>",), ("<|bos|>",))
+    assert document_ends(student) == ((), ())
+
+
+@pytest.mark.parametrize("token", ["<|nope|>", "x", "", "BOS"])
+def test_a_token_that_is_not_special_is_refused(token):
+    message = "no such special token; where: {}; expected: auto, none, bos, eos or one of <|bos|>, <|eos|>; got: {}"
+    with pytest.raises(ConfigError, match=re.escape(message.format("--open-with", token).strip())):
+        record_ends(train(), token)
+    with pytest.raises(ConfigError, match=re.escape(message.format("--close-with", token).strip())):
+        record_ends(train(), "auto", token)
+    with pytest.raises(ConfigError, match="--open-with"):
+        record_ends(train(opening=None, eos_token="<|eos|>"), "bos")
 
 
 @pytest.mark.parametrize("text", ["<|bos|>", "a <|eos|> b", "<|eos|><|eos|>\n"])

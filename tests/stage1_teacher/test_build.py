@@ -143,6 +143,25 @@ def test_a_second_call_finds_it_done_without_torch(teacher, rows, tmp_path):
     assert result.stdout.splitlines()[-1] == "False False"
 
 
+def test_a_finished_build_parses_no_document_again(teacher, rows, tmp_path, monkeypatch):
+    from stage1_teacher import build as module
+
+    first, _ = build(teacher, rows, tmp_path / "cache")
+    load_documents, parsed = module.load_documents, []
+
+    def count(*arguments, **options):
+        parsed.append(arguments)
+        return load_documents(*arguments, **options)
+
+    monkeypatch.setattr(module, "load_documents", count)
+    again, _ = build(teacher, rows, tmp_path / "cache")
+    assert (parsed, again.manifest) == ([], first.manifest)
+    # The same rows in other bytes: only reading them tells.
+    rows.write_text("".join(json.dumps(json.loads(line), indent=None) + " \n" for line in rows.open()))
+    again, _ = build(teacher, rows, tmp_path / "cache")
+    assert (len(parsed), again.manifest) == (1, first.manifest)
+
+
 def test_resumes_to_the_same_bytes(teacher, rows, tmp_path, monkeypatch):
     whole, _ = build(teacher, rows, tmp_path / "whole")
     from stage1_teacher import capture as module
@@ -202,6 +221,63 @@ def test_long_documents_are_split_at_the_models_positions(teacher, tmp_path):
     assert [part["part"] for part in parts] == list(range(parts[0]["parts"]))
     with pytest.raises(ConfigError, match="beyond the teacher's positions"):
         build(teacher, path, tmp_path / "more", "--max-length", "65")
+
+
+def lower_case(tokenizer):
+    """As uncased BERT has it."""
+    import copy
+
+    from tokenizers import normalizers
+
+    made = copy.deepcopy(tokenizer)
+    made.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return made
+
+
+def word_piece(_):
+    """Words without what was between them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(special_tokens=["[UNK]"], show_progress=False)
+    backend.train_from_iterator(["X = 0123456789 # task y"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+
+
+@pytest.mark.parametrize(
+    ("make", "texts", "got"),
+    [
+        (lower_case, ["x = 3\n"] * 18 + ["X = 3\n"] * 3, r"3, such as 19, where 'X = 3\n' becomes 'x = 3\n'"),
+        (word_piece, ["task y\nX = 3\n"] * 2, r"2, such as 1, where 'task y\nX = 3\n' becomes 'task y X = 3'"),
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_refused_unless_asked_for(tokenizer, tmp_path, make, texts, got):
+    made = make(tokenizer)
+    teacher, rows = save_teacher(tmp_path / "teacher", made, width=len(made)), tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(ConfigError) as caught:
+        build(teacher, rows, tmp_path / "cache")
+    expected = f"expected: at most 10% of {len(texts)} documents (--max-lossy); got: {got}; fix: "
+    assert f"does not give documents back as they were; where: teacher; {expected}" in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+    cache, result = build(teacher, rows, tmp_path / "cache", "--max-lossy", "1", "--top-k", "5")
+    num_lossy = int(got.partition(",")[0])
+    assert cache.manifest["sources"][0]["num_lossy"] == num_lossy
+    assert f"{num_lossy} documents not restored by the tokenizer" in result.stderr
+    with pytest.raises(ConfigError, match=r"TeacherConfig.max_lossy; expected: at least 0, at most 1; got: 1.5"):
+        build(teacher, rows, tmp_path / "cache", "--max-lossy", "1.5")
+
+
+def test_a_few_documents_may_be_lossy(tokenizer, tmp_path):
+    made, rows = lower_case(tokenizer), tmp_path / "rows.jsonl"
+    teacher = save_teacher(tmp_path / "teacher", made, width=len(made))
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["x = 3"] * 18 + ["X = 3"] * 2))
+    cache, _ = build(teacher, rows, tmp_path / "cache", "--top-k", "5")
+    assert cache.manifest["sources"][0]["num_lossy"] == 2  # of 20, which is the share that is taken
+    with pytest.raises(ConfigError, match=r"at most 0% of 20 documents .*got: 2, such as 19"):
+        build(teacher, rows, tmp_path / "none", "--max-lossy", "0")
 
 
 def test_nan_logits_are_refused_by_document_and_position(rows, tmp_path, tokenizer):

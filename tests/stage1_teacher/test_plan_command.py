@@ -79,7 +79,7 @@ def test_the_plan_as_text_and_on_a_terminal(teacher, rows, tmp_path):  # noqa: F
     more = ["--top-p", "0.9", "--samples", "4"]
     result = CliRunner().invoke(command, list(map(str, ["plan", *arguments, *more])))
     assert result.exit_code == 0, result.output
-    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines()[:10])
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines()[:12])
     assert lines["data"].startswith("rows.jsonl train: 20 documents, ")
     assert "(torchrun sets OMP_NUM_THREADS=1" in lines["device"]
     assert "it fits" in lines["size"]

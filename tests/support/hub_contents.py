@@ -55,6 +55,17 @@ def mbpp() -> dict[str, bytes]:
     return files | {"README.md": "\n".join([*card, "---", "# Dataset Card", ""]).encode()}
 
 
+def several() -> dict[str, bytes]:
+    """Two configurations, neither the default; integers as ids, and a column that Python cannot hold."""
+    columns = {"id": pa.int64(), "text": pa.string(), "day": pa.date32()}
+    files, card = {}, ["---", "configs:"]
+    for first, name in ((0, "a"), (10, "b")):
+        rows = [{"id": first + i, "text": f"{name} = {i}", "day": 10_000_000} for i in range(2)]
+        files[f"{name}/train.parquet"] = _parquet(rows, columns)
+        card += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {name}/train.parquet"]
+    return files | {"README.md": "\n".join([*card, "---", ""]).encode()}
+
+
 def humaneval(problems=None) -> dict[str, bytes]:
     """The published layout, with the published problems by default."""
     from dataclasses import asdict

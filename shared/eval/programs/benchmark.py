@@ -27,6 +27,7 @@ from shared.eval.sandbox.runner import Candidate, Sandbox, Verdict, open_sandbox
 from shared.files import replace_files, to_json
 from shared.options import command_line
 from shared.process import log
+from shared.tokenizer import adopt_ends, document_ends
 
 PATIENCE = datetime.timedelta(days=30)  # ranks may generate that long before they meet again
 REPORTED_K = (1, 10, 100)
@@ -44,6 +45,7 @@ def evaluate_benchmark(
     dtype: str,
     allow_host_reads: bool,
     unsafe: bool,
+    ends: Mapping[str, list[str]] | None = None,
 ) -> BenchmarkResult | None:
     """Score a model's completions, in one process or in several under torchrun, of which rank 0 scores.
 
@@ -63,6 +65,7 @@ def evaluate_benchmark(
         dtype: one of `checkpoints.DTYPES`.
         allow_host_reads: run programs even where they can read the host's files.
         unsafe: run programs without isolation.
+        ends: what prompts open with, where the model's tokenizer has no record of it (`tokenizer.recorded_ends`).
 
     Returns:
         What result.json holds; None on ranks other than 0, or where it is up to date.
@@ -75,9 +78,11 @@ def evaluate_benchmark(
             sandbox = _sandbox(benchmark.name, allow_host_reads=allow_host_reads, unsafe=unsafe)
         problems = _shared([] if benchmark is None else benchmark.problems[:limit])
         model, tokenizer = load_model(model_dir, dtype)
+        adopt_ends(tokenizer, ends)
         settings = {
             "problems_sha256": problems_digest(problems),
             "model_sha256": model_digest(model_dir, tokenizer),
+            "opening": list(document_ends(tokenizer).opening),
             "eos_token_ids": eos_ids(model, tokenizer),
             "completion_ends": ENDS,
             "dtype": dtype_name(model),

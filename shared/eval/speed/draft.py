@@ -186,7 +186,7 @@ def evaluate_draft(
 
 
 def _load_pair(teacher_dir: Path, student_dir: Path, dtype: str) -> tuple[Any, Any, Tokenizer]:
-    """Teacher, student and the tokenizer that both have."""
+    """Teacher, student, and the tokenizer that both have, as the student has it."""
     teacher, tokenizer = load_model(teacher_dir, dtype)
     student, other = load_model(student_dir, dtype)
     digests = [tokenizer_digest(each) for each in (tokenizer, other)]
@@ -201,7 +201,7 @@ def _load_pair(teacher_dir: Path, student_dir: Path, dtype: str) -> tuple[Any, A
     for model, directory in ((teacher, teacher_dir), (student, student_dir)):
         is_recurrent = getattr(model, "_is_stateful", False)
         require(not is_recurrent, "a model with a recurrent state cannot take tokens back", where=directory)
-    return teacher, student, tokenizer
+    return teacher, student, other  # the student's knows what its cache's documents open with
 
 
 def _requests(
