@@ -1,5 +1,6 @@
 """An exported student as the draft of a larger model of the same tokenizer."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -30,7 +31,7 @@ def test_a_killed_export_leaves_nothing_behind_once_another_is_made(tmp_path, mo
     run, exports = run_of(tmp_path, monkeypatch), tmp_path / "exports"
     code = (
         "import os, shutil, signal, sys; from pathlib import Path; from stage2_student.export import export\n"
-        "shutil.copy = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "shutil.copyfile = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "export(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(run), str(exports / "student")], timeout=120)
@@ -38,6 +39,31 @@ def test_a_killed_export_leaves_nothing_behind_once_another_is_made(tmp_path, mo
     assert len(list(exports.iterdir())) == 1
     assert CliRunner().invoke(student, ["export", str(run), "--out", str(exports / "student")]).exit_code == 0
     assert [path.name for path in exports.iterdir()] == ["student"]
+
+
+def test_only_what_the_run_made_is_exported_and_only_as_training_ended(tmp_path, monkeypatch):
+    run = run_of(tmp_path, monkeypatch)
+    for stray in ("consolidated.safetensors", "modeling.py", "pytorch_model.bin"):
+        (run / stray).write_bytes(b"{}")
+    assert CliRunner().invoke(student, ["export", str(run), "--out", str(tmp_path / "one")]).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "lineage.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    again = CliRunner().invoke(student, ["export", str(tmp_path / "one"), "--out", str(tmp_path / "two")])
+    assert "not a finished training run" in str(again.exception)
+
+    weights = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(weights[:-4] + bytes(4))
+    altered = CliRunner().invoke(student, ["export", str(run), "--out", str(tmp_path / "two")])
+    assert "not those that training ended with" in str(altered.exception)
+    assert hashlib.sha256(weights).hexdigest() in str(altered.exception)
+    (run / "model.safetensors").write_bytes(weights)
+    (run / "model-00001-of-00001.safetensors").write_bytes(weights)
+    (run / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00001.safetensors"}}')
+    both = CliRunner().invoke(student, ["export", str(run), "--out", str(tmp_path / "two")])
+    assert "got: model.safetensors and model-00001-of-00001.safetensors" in str(both.exception)
+    assert not (tmp_path / "two").exists()
 
 
 def test_assisted_generation_takes_an_export_as_draft_and_gives_the_teachers_greedy_text(tmp_path, monkeypatch):
