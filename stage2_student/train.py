@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from shared.machine import machine, versions
 from shared.model.gpt import GPT, GPTConfig
 from shared.options import command_line
 from shared.process import log, rank, world_size
-from shared.tokenizer import load_tokenizer, special_ids
+from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from stage2_student.checkpoint import (
     RUN_FORMAT,
     RUN_VERSION,
@@ -493,10 +492,11 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 def _write_student(weights: Mapping[str, Tensor], sizes: GPTConfig, cache: Cache, out: Path) -> None:
     """The run folder as a transformers directory; the weights last."""
-    for file in cache.tokenizer_path.iterdir():
-        shutil.copyfile(file, out / file.name)  # content alone: the cache may be read-only
-    ids = special_ids(load_tokenizer(cache.tokenizer_path))
+    tokenizer = load_tokenizer(cache.tokenizer_path)
+    save_tokenizer(tokenizer, out)
+    ids = special_ids(tokenizer)
     special = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
-    write_json(out / "config.json", sizes.to_dict() | special | {"dtype": "float32"})
+    dtype = {"dtype": "float32", "torch_dtype": "float32"}  # its names in transformers 5 and earlier
+    write_json(out / "config.json", sizes.to_dict() | special | dtype)
     write_json(out / "generation_config.json", special)
     write_bytes(out / WEIGHTS, to_safetensors(dict(weights), metadata={"format": "pt"}))
