@@ -57,6 +57,8 @@ def replace_files(folder: Path, files: Mapping[str, bytes | None]) -> None:
 def publish_folder(out: Path) -> Iterator[Path]:
     """A new folder that stands at `out` once the block ends, whole, also after a power cut; or not at all.
 
+    Its files have the mode that the umask gives.
+
     The folder is made beside `out`, in a scratch folder (its parent) that the block may use too and that is removed
     either way. What killed processes of this machine left beside `out` is removed first.
 
@@ -73,8 +75,7 @@ def publish_folder(out: Path) -> Iterator[Path]:
         yield folder
         for parent, _, names in os.walk(folder):
             for name in names:
-                with Path(parent, name).open("rb") as file:
-                    os.fsync(file.fileno())
+                settle_file(Path(parent, name))
             fsync_directory(Path(parent))
         folder.rename(out)
         fsync_directory(out.parent)
@@ -95,6 +96,16 @@ def remove_abandoned(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         except (PermissionError, OverflowError):
             pass  # another user's process, or no number of a process
+
+
+def settle_file(path: Path) -> None:
+    """Make a file that a library has written durable, with the mode that the umask gives: safetensors writes 0600."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    if path.stat().st_mode & 0o7777 != 0o666 & ~mask:  # only its owner may change it
+        path.chmod(0o666 & ~mask)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def fsync_directory(path: Path) -> None:

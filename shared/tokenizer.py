@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DistillError
-from shared.files import fsync_directory, read_json, sha256_json, write_json
+from shared.files import fsync_directory, read_json, settle_file, sha256_json, write_json
 
 # Keys of a tokenizer_config.json that say how it was loaded, or name code that is not beside it.
 _NOT_KEPT = ("backend", "is_local", "local_files_only", "auto_map")
@@ -82,8 +82,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     config = directory / "tokenizer_config.json"
     write_json(config, _for_any_reader(read_json(config)))
     for name in written:
-        with Path(name).open("rb") as file:
-            os.fsync(file.fileno())
+        settle_file(Path(name))
     fsync_directory(directory)
 
 

@@ -125,10 +125,8 @@ def _convert(gguf: Path, made: Path) -> None:
 
 
 def _finish(made: Path) -> None:
-    """Set plain file modes (safetensors are written 0600) and record where every file comes from."""
+    """Record where every file comes from."""
     files = sorted(path for path in made.iterdir() if path.is_file())
-    for path in files:
-        path.chmod(0o644)
     provenance = {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "license": LICENSE,
@@ -138,7 +136,6 @@ def _finish(made: Path) -> None:
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files},
     }
     write_json(made / PROVENANCE, provenance)
-    (made / PROVENANCE).chmod(0o644)
 
 
 def _check(out: Path) -> None:
