@@ -10,7 +10,7 @@ from data.tabular import Row, read_rows
 from shared.cache.documents import MASS_TOLERANCE
 from shared.cache.writer import CacheWriter
 from shared.errors import CacheFormatError, ConfigError, require
-from shared.files import sha256_file
+from shared.files import output_path, sha256_file
 from shared.process import log
 from shared.progress import progress
 from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
@@ -100,6 +100,7 @@ def import_cache(
         ConfigError: a malformed row, with file, line and field, or rows of the next token's own entry only.
         ResumeError: `out` was begun with other options or from another file.
     """
+    out = output_path(out)
     loaded = load_tokenizer(tokenizer)
     size, digest = len(loaded), tokenizer_digest(loaded)
     survey = _survey(file, size)

@@ -18,6 +18,20 @@ from shared.errors import ConfigError
 _SCRATCH = ".tmp-"
 
 
+def output_path(path: Path) -> Path:
+    """A path to write to, with a name and a parent of its own: `.` and `..` have none that `Path` knows.
+
+    Raises:
+        ConfigError: it is not UTF-8, and the tokenizers library opens no such path.
+    """
+    path = path if path.name not in ("", "..") else path.resolve()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("a path to write to is not UTF-8", where="--out", got=ascii(str(path))) from error
+    return path
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that `path` holds either its old content or all of `data`, also after a power cut.
 
@@ -65,6 +79,7 @@ def publish_folder(out: Path) -> Iterator[Path]:
     Raises:
         OSError: `out` is there and is no empty folder.
     """
+    out = output_path(out)
     remove_abandoned(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}{_SCRATCH}{platform.node()}-{os.getpid()}-"

@@ -21,7 +21,7 @@ from shared.cache.writer import CacheWriter
 from shared.checkpoints import ModelFiles, head_and_positions, identify_model
 from shared.config import to_dict
 from shared.errors import ResumeError, require
-from shared.files import read_json, sha256_file, sha256_json, write_json
+from shared.files import output_path, read_json, sha256_file, sha256_json, write_json
 from shared.process import is_main_process, log, rank, world_size
 from shared.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
 from stage1_teacher.config import TeacherConfig
@@ -139,6 +139,7 @@ def build_cache(config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = (
         CacheMismatchError: `skip_in` names a cache of another label identity.
     """
     files, data = find_inputs(config)
+    out = output_path(out)
     task = Task(config=config, out=out, files=files, data=data, skip_in=tuple(map(Input.open, skip_in)))
     if world_size() == 1 and _is_done(task):  # answered without loading torch
         log(f"{out} is up to date")

@@ -6,7 +6,7 @@ from typing import Any
 
 from shared.checkpoints import WEIGHTS, tokenizer_files, weight_files
 from shared.errors import ResumeError, require
-from shared.files import publish_folder, read_json, sha256_file, write_bytes, write_json
+from shared.files import output_path, publish_folder, read_json, sha256_file, write_bytes, write_json
 from shared.process import log
 from stage2_student.checkpoint import RUN_FORMAT, RUN_VERSION
 from stage2_student.config import SIZES
@@ -22,6 +22,7 @@ def export(run: Path, out: Path) -> None:
         ConfigError: `run` is no finished run, or its weights are not those that training ended with.
         ResumeError: `out` exists and is not empty.
     """
+    out = output_path(out)
     record = read_json(run / "run.json") if (run / "run.json").exists() else {}
     is_finished = [record.get(key) for key in ("format", "version", "state")] == [RUN_FORMAT, RUN_VERSION, "finished"]
     fix = "finish it with `codedistill student train`"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from shared.checkpoints import WEIGHTS
 from shared.config import to_dict
 from shared.distributed import agree, joined
 from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
-from shared.files import read_json, sha256_file, sha256_json, write_bytes, write_json
+from shared.files import output_path, read_json, sha256_file, sha256_json, write_bytes, write_json
 from shared.machine import machine, versions
 from shared.model.gpt import GPT, GPTConfig
 from shared.options import command_line
@@ -99,6 +100,7 @@ def train(
         PeerEndedError: another process of the run has ended.
         Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; a checkpoint was saved.
     """
+    out = output_path(out)
     if (config.loss == "dense") != (teacher_logprobs is not None):
         raise ConfigError("loss=dense and --teacher-logprobs belong together", got=f"loss={config.loss}")
     with joined(), contextlib.ExitStack() as held:
@@ -448,8 +450,12 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
     """What HF `Trainer` is told.
 
     Raises:
-        ConfigError: transformers refuses them.
+        ConfigError: transformers refuses them, or the environment asks accelerate for something else.
     """
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        wanted = os.environ.get(name, "")
+        require(wanted.lower() in ("", "0", "n", "no", "f", "false", "off"), "students train under DDP and FSDP only",
+                where=name, got=wanted, fix=f"unset {name}, or start `accelerate launch` without it")  # fmt: skip
     options: dict[str, Any] = dict(
         output_dir=str(out),
         **{name: getattr(config, name) for name in PASSED_ON},
@@ -477,6 +483,10 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
         arguments = TrainingArguments(**options)
     except (ValueError, TypeError) as error:
         raise ConfigError("transformers refuses these training arguments", got=error) from error
+    ours = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
+    require(arguments.mixed_precision == ours, "the environment and the config differ in the precision of training",
+            where="ACCELERATE_MIXED_PRECISION", expected=ours, got=arguments.mixed_precision,
+            fix="unset it, or set bf16 or fp16 in the config")  # fmt: skip
     if arguments.fsdp and not torch.accelerator.is_available():
         raise ConfigError("FSDP needs accelerators", where="fsdp", got="a processor alone",
                           fix="leave it out: under torchrun the processes then average gradients (DDP)")  # fmt: skip
