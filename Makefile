@@ -75,8 +75,12 @@ teacher: setup ## fetch the demo teacher; any other is loaded by its Hub id or d
 	$(or $(FETCH),@echo "$(TEACHER) is loaded by name")
 
 BUILD = $(DISTILL) teacher build --config stage1_teacher/configs/$(PROFILE).toml --teacher $(TEACHER)
+# What measures the teacher after hours of labelling is tried on one problem before, while there is no cache yet.
+TRIAL = $(if $(wildcard $(ART)/cache-train/manifest.json),,WANDB_MODE=disabled $(DISTILL) eval $1 --out $(ART)/trial/$2)
 cache: setup ## stage 1: cache the teacher's top-k logits, and measure the teacher
 	$(FETCH)
+	$(call TRIAL,humaneval --model $(TEACHER) $(HUMANEVAL) --limit 1 --max-new-tokens 8,humaneval)
+	$(call TRIAL,latency --model teacher=$(TEACHER) --prompt-tokens 8 --new-tokens 1 --repeats 1,latency.json)
 	$(BUILD) $(DATASET:%=--dataset %) --split train $(DOCS_TRAIN_$(PROFILE)) --out $(ART)/cache-train
 	$(BUILD) $(VALIDATION_DATASET:%=--dataset %) --split validation $(DOCS_VALIDATION_$(PROFILE)) --out $(ART)/cache-validation
 	$(DISTILL) eval fidelity --model $(TEACHER) --cache $(ART)/cache-validation --out $(EVAL)/teacher/fidelity.json

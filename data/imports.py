@@ -10,7 +10,8 @@ from data.tabular import Row, read_rows
 from shared.cache.documents import MASS_TOLERANCE
 from shared.cache.writer import CacheWriter
 from shared.errors import CacheFormatError, ConfigError, require
-from shared.files import sha256_file
+from shared.files import output_path, sha256_file
+from shared.process import log
 from shared.progress import progress
 from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
 
@@ -28,9 +29,10 @@ class Recorded:
         id: the document's.
         tokens: n token ids.
         loss_mask: n values, 1 where the next token is a target.
-        rows: n − 1 lists of (id, logprob), the most likely first.
+        rows: n − 1 lists of (id, logprob), the most likely first; vLLM's may hold the next token on top of the k most
+            likely (see `without_extra`).
         gold_logprobs: n − 1, of the next tokens; NaN where the row does not tell.
-        has_own: whether a row may hold the next token on top of the most likely ones, as vLLM's do.
+        gold_ranks: n − 1, ids that are as likely as the next token or more, itself included; None where unknown.
     """
 
     where: str
@@ -39,7 +41,36 @@ class Recorded:
     loss_mask: list[int]
     rows: list[list[tuple[int, float]]]
     gold_logprobs: list[float]
-    has_own: bool
+    gold_ranks: list[int | None]
+
+    def may_end_in_extra(self, row: int) -> bool:
+        """Whether a row holds the next token and nothing less likely, so that it may be there on top of the k."""
+        return self.gold_logprobs[row] == self.rows[row][-1][1]
+
+    def possible_k(self) -> frozenset[int]:
+        """The k that its request may have had: each row holds k entries, or k + 1 where the last is the extra one.
+
+        Empty for rows that no one k explains; two where every row may end in an extra entry.
+        """
+        lengths = {len(row) for row in self.rows}
+        plain = {len(row) for at, row in enumerate(self.rows) if not self.may_end_in_extra(at)}
+        candidates = lengths | {length - 1 for length in lengths}
+        return frozenset(k for k in candidates if lengths <= {k, k + 1} and plain <= {k})
+
+    def without_extra(self, k: int | None) -> list[list[tuple[int, float]]]:
+        """The rows without the next token's entry where it comes on top of the k most likely.
+
+        The number of entries tells. A rank does not: it counts every id that is as likely, so a tie at the k-th place
+        lifts it above k. Where k is unknown, the entry stays only if its rank proves that the row holds all ids as
+        likely as it.
+        """
+        rows = []
+        for at, row in enumerate(self.rows):
+            is_in_place = self.gold_ranks[at] == len(row) if k is None else len(row) == k
+            if self.may_end_in_extra(at) and not is_in_place:
+                row = [entry for entry in row if entry[0] != self.tokens[at + 1]]
+            rows.append(row)
+        return rows
 
 
 def import_cache(
@@ -66,13 +97,14 @@ def import_cache(
         codec, compression, shard_tokens: as for `teacher build`.
 
     Raises:
-        ConfigError: a malformed row, with file, line and field.
+        ConfigError: a malformed row, with file, line and field, or rows of the next token's own entry only.
         ResumeError: `out` was begun with other options or from another file.
     """
+    out = output_path(out)
     loaded = load_tokenizer(tokenizer)
     size, digest = len(loaded), tokenizer_digest(loaded)
-    num_documents, longest = _survey(file, size)
-    kept = top_k or longest
+    survey = _survey(file, size)
+    kept = top_k or survey.longest
     labels = {"temperatures": [1.0], "top_k": kept, "codec": codec}
     file_digest = sha256_file(file)
     build = {
@@ -96,12 +128,22 @@ def import_cache(
     with CacheWriter(out, build) as writer:
         if writer.finished:
             return
-        with progress("importing", num_documents, "documents") as bar:
+        num_rows = num_extra = num_cut = 0
+        with progress("importing", survey.num_documents, "documents") as bar:
             for document in read_recorded(file, size):
-                _add(writer, document, kept, file.name)
+                rows = survey.without_extra(document)
+                num_rows += len(rows)
+                num_extra += sum(len(before) - len(row) for before, row in zip(document.rows, rows, strict=True))
+                num_cut += sum(max(len(row) - kept, 0) for row in rows)
+                _add(writer, document, [row[:kept] for row in rows], file.name)
                 bar.advance(1)
+        if num_extra:
+            log(f"{file.name}: {num_extra:,} of {num_rows:,} rows held the next token on top of the most likely ids; "
+                "that entry is left out, and counts as the teacher's likelihood")  # fmt: skip
+        if num_cut:
+            log(f"{file.name}: {num_cut:,} entries beyond --top-k {kept} are left out")
         save_tokenizer(loaded, out / "tokenizer")
-        writer.finish(identity, [source | {"num_documents": num_documents}])
+        writer.finish(identity, [source | {"num_documents": survey.num_documents}])
 
 
 def _declared_teacher(name: str) -> dict[str, str | None]:
@@ -109,16 +151,55 @@ def _declared_teacher(name: str) -> dict[str, str | None]:
     return {"name": name, "commit": None, "license": None, "weights_digest": declared, "config_digest": declared}
 
 
-def _survey(file: Path, tokenizer_size: int) -> tuple[int, int]:
-    """The number of documents, and the entries of the longest row, without vLLM's extra entry for the next token."""
-    num_documents, shortest, longest, has_own = 0, math.inf, 1, True
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Survey:
+    """What a file holds.
+
+    Args:
+        num_documents: of the file.
+        certain: every k that some document's rows prove (see `Recorded.possible_k`).
+        longest: entries of the longest row, without the extra one.
+    """
+
+    num_documents: int
+    certain: frozenset[int]
+    longest: int
+
+    def without_extra(self, document: Recorded) -> list[list[tuple[int, float]]]:
+        """A document's rows; its own entries tell k, and where they leave two, the file's other documents.
+
+        Raises:
+            ConfigError: nothing is left of a row.
+        """
+        rows = document.without_extra(_only(document.possible_k(), self.certain))
+        if [] in rows:
+            raise ConfigError(
+                "a row holds the next token's own entry only",
+                where=f"{document.where}, field 'prompt_logprobs[{rows.index([]) + 1}]'",
+                expected="the most likely ids beside it",
+                fix="record with prompt_logprobs=K, K of at least 1",
+            )
+        return rows
+
+
+def _survey(file: Path, tokenizer_size: int) -> _Survey:
+    num_documents, certain, seen = 0, frozenset[int](), set()
     for document in read_recorded(file, tokenizer_size):
         num_documents += 1
-        lengths, has_own = [len(row) for row in document.rows], has_own and document.has_own
-        shortest, longest = min([shortest, *lengths]), max([longest, *lengths])
+        possible = document.possible_k()
+        if len(possible) == 1:
+            certain |= possible
+        else:
+            seen.add((possible, max(map(len, document.without_extra(None)), default=0)))
     require(num_documents, "an empty data set", where=file, expected="at least one row")
-    # vLLM records k entries, and k + 1 where the next token ranks last: that one is not among the k.
-    return num_documents, longest - 1 if has_own and longest == shortest + 1 else longest
+    unproven = {length if (k := _only(possible, certain)) is None else k for possible, length in seen}
+    return _Survey(num_documents=num_documents, certain=certain, longest=max({1} | certain | unproven))
+
+
+def _only(possible: frozenset[int], certain: frozenset[int]) -> int | None:
+    """The one k that a document's rows leave, or the file's other documents do; None where more than one is left."""
+    left = possible if len(possible) == 1 else possible & certain
+    return next(iter(left)) if len(left) == 1 else None
 
 
 def read_recorded(file: Path, tokenizer_size: int) -> Iterator[Recorded]:
@@ -139,15 +220,16 @@ def read_recorded(file: Path, tokenizer_size: int) -> Iterator[Recorded]:
         if not tokens:
             raise row.error(field, expected="at least one token id", got="none")
         id = row.fields.get("id")
-        has_own = "prompt_logprobs" in row.fields
-        if has_own:
-            rows, gold = _vllm(row, tokens, tokenizer_size)
+        is_vllm = "prompt_logprobs" in row.fields
+        if is_vllm:
+            rows, gold, ranks = _vllm(row, tokens, tokenizer_size)
         else:
-            rows, gold = _lists(row, tokens, tokenizer_size)
+            rows = _lists(row, tokens, tokenizer_size)
+            gold, ranks = [math.nan] * len(rows), [None] * len(rows)
         for at, entries in enumerate(rows):
             mass = math.fsum(math.exp(logprob) for _, logprob in entries)
             if mass > 1 + MASS_TOLERANCE:
-                name = f"prompt_logprobs[{at + 1}]" if has_own else f"top_values[{at}]"
+                name = f"prompt_logprobs[{at + 1}]" if is_vllm else f"top_values[{at}]"
                 raise row.error(name, expected="probabilities that add up to 1 at most", got=f"{mass:.4f}")
         mask = _loss_mask(row, len(tokens))
         yield Recorded(
@@ -157,12 +239,11 @@ def read_recorded(file: Path, tokenizer_size: int) -> Iterator[Recorded]:
             loss_mask=mask,
             rows=rows,
             gold_logprobs=gold,
-            has_own=has_own,
+            gold_ranks=ranks,
         )
 
 
-def _add(writer: CacheWriter, document: Recorded, top_k: int, name: str) -> None:
-    rows = [row[:top_k] for row in document.rows]
+def _add(writer: CacheWriter, document: Recorded, rows: list[list[tuple[int, float]]], name: str) -> None:
     try:
         writer.add_document(
             document.tokens,
@@ -177,10 +258,15 @@ def _add(writer: CacheWriter, document: Recorded, top_k: int, name: str) -> None
         raise ConfigError(error.what, where=where, expected=error.expected, got=error.got) from error
 
 
-def _vllm(row: Row, tokens: list[int], size: int) -> tuple[list[list[tuple[int, float]]], list[float]]:
+def _vllm(
+    row: Row, tokens: list[int], size: int
+) -> tuple[list[list[tuple[int, float]]], list[float], list[int | None]]:
     """vLLM's `prompt_logprobs`: null first, then for each token {id: {"logprob", "rank", …}} of what could stand there.
 
     The token that does stand there is always among them, with its rank, also where that is beyond the top-k.
+
+    Returns:
+        The rows, and of the next tokens the log-probabilities and the ranks.
     """
     positions = row.fields["prompt_logprobs"]
     field = "prompt_logprobs"
@@ -189,7 +275,9 @@ def _vllm(row: Row, tokens: list[int], size: int) -> tuple[list[list[tuple[int, 
         raise row.error(field, expected=f"a list of {len(tokens)} positions, one for each token", got=got)
     if positions[0] is not None:
         raise row.error(f"{field}[0]", expected="null: nothing predicts the first token", got="entries")
-    rows, gold = [], []
+    rows: list[list[tuple[int, float]]] = []
+    gold: list[float] = []
+    ranks: list[int | None] = []
     for at, entries in enumerate(positions[1:], start=1):
         place = f"{field}[{at}]"
         if not isinstance(entries, dict) or not entries:
@@ -206,15 +294,14 @@ def _vllm(row: Row, tokens: list[int], size: int) -> tuple[list[list[tuple[int, 
             known.append((rank, int(key), _logprob(row, f"{place}.{key}.logprob", value.get("logprob"))))
         if len({id for _, id, _ in known}) < len(known):
             raise row.error(place, expected="each token id once", got="one of them in two spellings")
-        gold.append(next((logprob for _, id, logprob in known if id == tokens[at]), math.nan))
-        known.sort(key=lambda entry: (-entry[2], entry[1]))
-        # The next token's own entry comes on top of the k: where its rank is beyond the row's length, it is the extra.
-        known = [entry for entry in known if entry[1] != tokens[at] or (entry[0] or 0) <= len(known)]
-        rows.append([(id, logprob) for _, id, logprob in known])
-    return rows, gold
+        rank, logprob = next(((r, lp) for r, id, lp in known if id == tokens[at]), (None, math.nan))
+        gold.append(logprob)
+        ranks.append(rank)
+        rows.append(sorted(((id, lp) for _, id, lp in known), key=lambda entry: (-entry[1], entry[0])))
+    return rows, gold, ranks
 
 
-def _lists(row: Row, tokens: list[int], size: int) -> tuple[list[list[tuple[int, float]]], list[float]]:
+def _lists(row: Row, tokens: list[int], size: int) -> list[list[tuple[int, float]]]:
     """DistillKit's uncompressed rows: `token_ids` and `top_values`, [n or n − 1][k]; row t is for token t + 1."""
     columns = {}
     for field in ("token_ids", "top_values"):
@@ -226,12 +313,14 @@ def _lists(row: Row, tokens: list[int], size: int) -> tuple[list[list[tuple[int,
     rows = []
     for at, (ids, values) in enumerate(zip(columns["token_ids"], columns["top_values"], strict=True)):
         known = _integers(row, f"token_ids[{at}]", ids, size)
+        if not known:
+            raise row.error(f"token_ids[{at}]", expected="at least one id", got="none")
         if not isinstance(values, list) or len(values) != len(known):
             got = len(values) if isinstance(values, list) else repr(values)[:60]
             raise row.error(f"top_values[{at}]", expected=f"as many values as ids, {len(known)}", got=got)
         pairs = [(id, _logprob(row, f"top_values[{at}]", value)) for id, value in zip(known, values, strict=True)]
         rows.append(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
-    return rows, [math.nan] * len(rows)
+    return rows
 
 
 def _loss_mask(row: Row, n: int) -> list[int]:

@@ -2,11 +2,18 @@
 
 import os
 import signal
+import sys
 from types import FrameType
 
 
 def main() -> None:
-    """Run the command line; a signal that comes while it is still being imported ends it at once, in one line."""
+    """Run the command line; a signal that comes while it is still being imported ends it at once, in one line.
+
+    In a locale without UTF-8, names of files would be read as other text: Python then starts again in its UTF-8 mode.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # for child processes too
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for number, status, word in ((signal.SIGINT, 130, b"interrupted\n"), (signal.SIGTERM, 143, b"terminated\n")):
 
         def leave(signum: int, frame: FrameType | None, status: int = status, word: bytes = word) -> None:

@@ -118,7 +118,6 @@ def identify_model(name: str, revision: str | None = None) -> ModelFiles:
     path, commit = find_model(name, revision)
     hub_id = name if commit else None
     card = read_card(path / "README.md") if (path / "README.md").is_file() else {}
-    tokenizer_files = {file for pattern in _TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()}
     return ModelFiles(
         path=path,
         name=hub_id or path.resolve().name,
@@ -127,23 +126,37 @@ def identify_model(name: str, revision: str | None = None) -> ModelFiles:
         attribution=_attribution(card, hub_id),
         weights_digest=weights_digest(path),
         config_digest=sha256_file(path / "config.json"),
-        tokenizer_files_digest=sha256_json(_digests(path, tokenizer_files)),
+        tokenizer_files_digest=sha256_json(_digests(path, tokenizer_files(path))),
     )
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a model's tokenizer, by name."""
+    return sorted({file for pattern in _TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()})
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The files that transformers loads a model's weights from, by name: one, or those of the index.
 
     Raises:
-        ConfigError: a file is missing, or transformers would load other weights than these.
+        ConfigError: a file is missing, transformers would load other weights than these, or the folder holds two sets
+            of weights.
     """
     index = directory / WEIGHTS_INDEX
-    names = [WEIGHTS]
-    if not (directory / WEIGHTS).is_file() and index.is_file():  # transformers prefers the one file
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError("the index of the weights cannot be read", where=index, got=repr(error)) from error
+    shards = _indexed_files(index) if index.is_file() else []
+    names = shards or [WEIGHTS]
+    if (directory / WEIGHTS).is_file():
+        names = [WEIGHTS]
+        # transformers loads the one file, vLLM what the index names. An index whose files are gone is only a leftover.
+        seconds = [name for name in shards if name != WEIGHTS and (directory / name).is_file()]
+        require(
+            not seconds,
+            "the folder holds two sets of weights",
+            where=directory,
+            expected=f"{WEIGHTS}, or the files that {WEIGHTS_INDEX} names",
+            got=f"{WEIGHTS} and {', '.join(seconds)}",
+            fix="remove those that are not the model's: readers differ in which they load",
+        )
     missing = [name for name in ["config.json", *names] if not (directory / name).is_file()]
     require(
         not missing,
@@ -164,6 +177,17 @@ def weight_files(directory: Path) -> list[Path]:
         fix="load it with transformers, merge an adapter, and save it with save_pretrained",
     )
     return [directory / name for name in names]
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The file names in an index of weights, at least one."""
+    content = read_json(index)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    names = set(files.values()) if isinstance(files, dict) else set()
+    known = bool(names) and all(isinstance(name, str) and not Path(name).is_absolute() for name in names)
+    require(known, "the index of the weights cannot be read", where=index,
+            expected="file names by tensor in weight_map", got=repr(files)[:60])  # fmt: skip
+    return sorted(names)
 
 
 def weights_digest(directory: Path) -> str:
@@ -225,7 +249,8 @@ def load_frozen(directory: Path, dtype: str = "auto", *, load_in: str | None = N
             `max_memory`.
 
     Raises:
-        ConfigError: bitsandbytes is missing, or the directory holds no model that transformers can load.
+        ConfigError: bitsandbytes is missing, or the directory holds no model that transformers can load, or not all of
+            one: transformers would draw at random what is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -236,16 +261,24 @@ def load_frozen(directory: Path, dtype: str = "auto", *, load_in: str | None = N
     if load_in:
         placement["quantization_config"] = quantization_config(load_in, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(directory),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
             **placement,
         )
-    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         raise ConfigError("cannot load the model", where=directory, got=f"{type(error).__name__}: {error}") from error
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        files = ", ".join(file.name for file in weight_files(directory))
+        raise ConfigError("the files lack weights of the model", where=directory, expected=f"all of them in {files}",
+                          got=f"no {missing[0]}, {len(missing)} missing in all",
+                          fix="copy or fetch the folder again")  # fmt: skip
     return model.eval().requires_grad_(False)
 
 

@@ -18,6 +18,20 @@ from shared.errors import ConfigError
 _SCRATCH = ".tmp-"
 
 
+def output_path(path: Path) -> Path:
+    """A path to write to, with a name and a parent of its own: `.` and `..` have none that `Path` knows.
+
+    Raises:
+        ConfigError: it is not UTF-8, and the tokenizers library opens no such path.
+    """
+    path = path if path.name not in ("", "..") else path.resolve()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("a path to write to is not UTF-8", where="--out", got=ascii(str(path))) from error
+    return path
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that `path` holds either its old content or all of `data`, also after a power cut.
 
@@ -57,12 +71,15 @@ def replace_files(folder: Path, files: Mapping[str, bytes | None]) -> None:
 def publish_folder(out: Path) -> Iterator[Path]:
     """A new folder that stands at `out` once the block ends, whole, also after a power cut; or not at all.
 
+    Its files have the mode that the umask gives.
+
     The folder is made beside `out`, in a scratch folder (its parent) that the block may use too and that is removed
     either way. What killed processes of this machine left beside `out` is removed first.
 
     Raises:
         OSError: `out` is there and is no empty folder.
     """
+    out = output_path(out)
     remove_abandoned(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}{_SCRATCH}{platform.node()}-{os.getpid()}-"
@@ -73,8 +90,7 @@ def publish_folder(out: Path) -> Iterator[Path]:
         yield folder
         for parent, _, names in os.walk(folder):
             for name in names:
-                with Path(parent, name).open("rb") as file:
-                    os.fsync(file.fileno())
+                settle_file(Path(parent, name))
             fsync_directory(Path(parent))
         folder.rename(out)
         fsync_directory(out.parent)
@@ -95,6 +111,16 @@ def remove_abandoned(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         except (PermissionError, OverflowError):
             pass  # another user's process, or no number of a process
+
+
+def settle_file(path: Path) -> None:
+    """Make a file that a library has written durable, with the mode that the umask gives: safetensors writes 0600."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    if path.stat().st_mode & 0o7777 != 0o666 & ~mask:  # only its owner may change it
+        path.chmod(0o666 & ~mask)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def fsync_directory(path: Path) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shared.errors import DistillError, require
-from shared.files import fsync_directory, read_json, sha256_json
+from shared.files import fsync_directory, read_json, settle_file, sha256_json, write_json
 
+# Keys of a tokenizer_config.json that say how it was loaded, or name code that is not beside it.
+_NOT_KEPT = ("backend", "is_local", "local_files_only", "auto_map")
 Tokenizer = Any  # a transformers tokenizer with the `tokenizers` backend
 _OPENING, _CLOSING = "document_opening", "document_closing"  # keys of tokenizer_config.json that `record_ends` writes
 
@@ -61,28 +63,41 @@ def load_tokenizer(path_or_id: str | Path, revision: str = "main") -> Tokenizer:
     if not tokenizer.is_fast:
         expected = "a tokenizer with a `tokenizers` backend (tokenizer.json)"
         raise DistillError("unusable tokenizer", where=path_or_id, expected=expected, got=type(tokenizer).__name__)
-    for key in ("local_files_only", "is_local"):  # where it came from; `save_pretrained` would write it
-        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Write the tokenizer's files; `load_tokenizer(directory)` gives the same digest.
 
+    `AutoTokenizer` of transformers 4 and 5 reads them too, and gives the same ids.
+
     Raises:
         OSError: the system refuses, as on a full disk.
     """
     try:
-        tokenizer.save_pretrained(str(directory))
+        written = tokenizer.save_pretrained(str(directory))
     except Exception as error:  # the tokenizers library raises no narrower one for what the system refuses
         refusal = re.search(r"\(os error (\d+)\)", str(error))
         if refusal is None:
             raise
         raise OSError(int(refusal[1]), os.strerror(int(refusal[1])), str(directory)) from error
-    for file in directory.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
+    config = directory / "tokenizer_config.json"
+    write_json(config, _for_any_reader(read_json(config)))
+    for name in written:
+        settle_file(Path(name))
     fsync_directory(directory)
+
+
+def _for_any_reader(config: dict[str, Any]) -> dict[str, Any]:
+    """A `tokenizer_config.json` with which transformers 4 and 5 both give the ids of `tokenizer.json`.
+
+    `PreTrainedTokenizerFast` is the class that both take `tokenizer.json` as it is for; transformers 5 names it
+    differently. It also gives a list another name than transformers 4 knows, and reads the older name as well.
+    """
+    config = {key: value for key, value in config.items() if key not in _NOT_KEPT}
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def encode_document(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shared.files import output_path
 from shared.process import log, rank
 
 INIT_SECONDS = 8.0
@@ -115,6 +116,7 @@ def record_evaluation(kind: str, out: Path, result: Mapping[str, Any]) -> None:
     """
     context = ("settings", "model", "teacher", "student", "cache", "dtype", "device", "machine", "versions")
     group = out.resolve().parent.name
+    out = output_path(out)
     with start(
         f"eval-{kind}",
         name=f"{group} {kind}",

@@ -22,7 +22,7 @@ from shared.cache.writer import CacheWriter
 from shared.checkpoints import ModelFiles, head_and_positions, identify_model
 from shared.config import to_dict
 from shared.errors import ConfigError, ResumeError, require
-from shared.files import read_json, sha256_file, sha256_json, write_json
+from shared.files import output_path, read_json, sha256_file, sha256_json, write_json
 from shared.process import is_main_process, log, rank, world_size
 from shared.tokenizer import (
     Tokenizer,
@@ -182,6 +182,7 @@ def build_cache(config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = (
         CacheMismatchError: `skip_in` names a cache of another label identity.
     """
     files = find_teacher(config)
+    out = output_path(out)
     task = Task(config=config, out=out, files=files, skip_in=tuple(map(Cache, skip_in)))
     if world_size() == 1 and _is_done(task):  # answered without loading torch
         log(f"{out} is up to date")
@@ -268,7 +269,7 @@ def _is_done(task: Task) -> bool:
     if any(options.get(key) != value for key, value in task.options().items()):
         return False
     now = fingerprint(task.config.dataset, task.config.split, **_selection(task.config))
-    before = [source.get("fingerprint") for source in read_manifest(task.out)["sources"]]
+    before = [source.get("fingerprint") for source in read_manifest(task.out).sources]
     # Documents are read only where their fingerprint leaves open whether they are the same: parsing takes seconds.
     return (now is not None and before == [now]) or options.get("sources") == task.sources()
 

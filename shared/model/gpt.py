@@ -62,16 +62,17 @@ class GPTConfig:
         return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """The `config.json` of the same model as a `Starcoder2ForCausalLM`."""
-        sizes = dataclasses.asdict(self)
-        rope_theta = sizes.pop("rope_theta")
-        return sizes | {
+        """The `config.json` of the same model as a `Starcoder2ForCausalLM`.
+
+        transformers 5 reads `rope_parameters`, earlier versions and other readers `rope_theta`.
+        """
+        return dataclasses.asdict(self) | {
             "architectures": ["Starcoder2ForCausalLM"],
             "model_type": "starcoder2",
             "hidden_act": "gelu_pytorch_tanh",
             "use_bias": True,
             "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
             "sliding_window": None,
             "attention_dropout": 0.0,
             "residual_dropout": 0.0,

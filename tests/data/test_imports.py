@@ -122,6 +122,111 @@ def test_rows_of_unequal_lengths_and_any_id(tokenizer, tmp_path):
     assert verify_cache(cache.path) == []
 
 
+LOGPROBS = (-0.5, -1.5, -2.5, -3.5)
+TOP = (10, 20, 30, 40)
+
+
+def entries(ids=TOP, *, extra=None, ranks=(1, 2, 3, 4), extra_logprob=-6.0, extra_rank=9):
+    """A position of vLLM's with k = len(ids), and one entry more where the next token is outside."""
+    found = {str(i): {"logprob": lp, "rank": r} for i, lp, r in zip(ids, LOGPROBS, ranks, strict=False)}
+    return found | ({str(extra): {"logprob": extra_logprob, "rank": extra_rank}} if extra else {})
+
+
+INSIDE = {"id": "inside", "prompt_token_ids": [5, 10, 20], "prompt_logprobs": [None, entries(), entries()]}
+TIED = entries(ranks=(1, 2, 3, 5))  # the 4th ties with an id that was cut: vLLM's rank counts both
+
+
+@pytest.mark.parametrize(
+    ("rows", "lengths", "printed"),
+    [
+        pytest.param(
+            [{"prompt_token_ids": [5, 10, 40, 50], "prompt_logprobs": [None, entries(), TIED, entries(extra=50)]}],
+            [[4, 4, 4, 0]],
+            "1 of 3 rows",
+            id="a tie beside a row with the extra entry",
+        ),
+        pytest.param(
+            [INSIDE, {"prompt_token_ids": [5, 40], "prompt_logprobs": [None, TIED]}],
+            [[4, 4, 0], [4, 0]],
+            None,
+            id="a tie in a document that leaves two k, which another document decides",
+        ),
+        pytest.param(
+            [INSIDE, {"prompt_token_ids": [5, 50], "prompt_logprobs": [None, entries(extra=50)]}],
+            [[4, 4, 0], [4, 0]],
+            "1 of 3 rows",
+            id="an extra entry in a document that leaves two k, which another document decides",
+        ),
+        pytest.param(
+            [{"prompt_token_ids": [5, 50, 60], "prompt_logprobs": [None, entries(extra=50), entries(extra=60)]}],
+            [[4, 4, 0]],
+            "2 of 2 rows",
+            id="a file in which every row has the extra entry",
+        ),
+        pytest.param(
+            [{"prompt_token_ids": [5, 40, 40], "prompt_logprobs": [None, entries(), entries()]}],
+            [[4, 4, 0]],
+            None,
+            id="a file in which every next token is the last of its row by rank",
+        ),
+        pytest.param(
+            [
+                INSIDE,
+                {"prompt_token_ids": [5, 10, 50],
+                 "prompt_logprobs": [None, entries((10, 20)), entries((10, 20), extra=50)]},
+            ],
+            [[4, 4, 0], [2, 2, 0]],
+            "1 of 4 rows",
+            id="two documents of unequal k",
+        ),
+        pytest.param(
+            [
+                {"prompt_token_ids": [5, 10, 7],
+                 "prompt_logprobs": [None, entries(), entries(extra=7, extra_logprob=-3.5, extra_rank=6)]},
+            ],
+            [[4, 4, 0]],
+            "1 of 2 rows",
+            id="an extra entry that ties with the last of the k, and has the smaller id",
+        ),
+        pytest.param(
+            [
+                {"prompt_token_ids": [5, 10, 10, 30],
+                 "prompt_logprobs": [None, entries((10,)), entries((10, 20, 30)), entries((10, 20, 30))]},
+            ],
+            [[1, 3, 3, 0]],
+            None,
+            id="rows that no one k explains",
+        ),
+    ],
+)  # fmt: skip
+def test_vllms_extra_entry_is_known_by_the_number_of_entries(tokenizer, tmp_path, capsys, rows, lengths, printed):
+    import_cache(write(tmp_path / "rows.jsonl", rows), tmp_path / "c", tokenizer=str(tokenizer), teacher_name="t")
+    cache = Cache(tmp_path / "c")
+    assert cache.manifest["top_k"] == max(max(of_document) for of_document in lengths)
+    for number, of_document in enumerate(lengths):
+        targets = cache.targets(number, 1.0)
+        assert targets.k.tolist() == of_document
+        for row, length in enumerate(of_document):
+            assert targets.ids[row][:length].tolist() == list(TOP[:length])
+    lines = capsys.readouterr().err.splitlines()
+    said = [line.partition(" held")[0] for line in lines if "on top of the most likely ids" in line]
+    assert said == ([f"rows.jsonl: {printed}"] if printed else [])
+    gold = [
+        p[str(t)]["logprob"]
+        for r in rows
+        for t, p in zip(r["prompt_token_ids"][1:], r["prompt_logprobs"][1:], strict=True)
+    ]
+    assert cache.statistics["teacher_nll_all_nats"] == pytest.approx(-np.mean(gold), rel=1e-6)
+
+
+def test_entries_beyond_the_top_k_asked_for_are_counted(tokenizer, tmp_path):
+    rows = [INSIDE, {"prompt_token_ids": [5, 10, 50], "prompt_logprobs": [None, entries(), entries(extra=50)]}]
+    done = run(write(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path / "c", "--top-k", "3")
+    assert "rows.jsonl: 1 of 4 rows held the next token" in done.stderr
+    assert "rows.jsonl: 4 entries beyond --top-k 3 are left out" in done.stderr
+    assert Cache(tmp_path / "c").targets(1, 1.0).k.tolist() == [3, 3, 0]
+
+
 ROW = {"prompt_token_ids": [5, 6], "prompt_logprobs": [None, {"6": {"logprob": -0.5, "rank": 1}}]}
 
 
@@ -155,6 +260,11 @@ def changed(**fields):
             changed(prompt_logprobs=[None, {"6": {"logprob": -0.1}, "7": {"logprob": -0.1}}]),
             r"\[1\]'.*add up to 1.*got: 1\.8097",
         ),
+        (
+            changed(prompt_logprobs=[None, {"6": {"logprob": -3, "rank": 7}}]),
+            r"own entry only.*line 2, field 'prompt_logprobs\[1\]'.*K of at least 1",
+        ),
+        ({"input_ids": [5, 6], "token_ids": [[]], "top_values": [[]]}, r"token_ids\[0\]'.*at least one id; got: none"),
         (changed(loss_mask=[1]), r"'loss_mask'; expected: 2 values"),
         (changed(prompt_tokens=3), r"'prompt_tokens'; expected: 0 to 2; got: 3"),
         ({"input_ids": [5, 6]}, "'token_ids'; expected: a list of 1 rows for 2 tokens"),

@@ -44,12 +44,14 @@ def make(folder, *arguments):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()).removeprefix(f"{DISTILL} ") for line in lines if line.startswith(DISTILL)]
+    commands = [" ".join(line.split()) for line in lines if f"{DISTILL} " in line]
+    return [command.replace(f"{DISTILL} ", "", 1) for command in commands]
 
 
 def test_all_runs_every_step_in_order(folder):
     verbs = [" ".join(command.split()[:2]) for command in make(folder, "all")]
-    teacher = ["teacher build"] * 2 + ["eval fidelity", "eval humaneval", "eval latency", "cache attach"]
+    trial, builds = ["WANDB_MODE=disabled eval"] * 2, ["teacher build"] * 2
+    teacher = [*trial, *builds, "eval fidelity", "eval humaneval", "eval latency", "cache attach"]
     students = ["student train"] * 2 + ["eval fidelity", "eval humaneval"] * 2 + ["eval latency", "eval report"]
     assert verbs == teacher + students
     demo = make(folder, "all", "PROFILE=demo")
@@ -59,15 +61,25 @@ def test_all_runs_every_step_in_order(folder):
 
 def test_the_caches_take_the_teacher_and_data_that_are_named(folder):
     profile = "--config stage1_teacher/configs/starcoder2.toml --teacher x/y"
-    commands = make(folder, "cache", "TEACHER=x/y", "DATASET=a.jsonl", "VALIDATION_DATASET=b.jsonl", "ART=out")
+    commands = make(folder, "cache", "TEACHER=x/y", "DATASET=a.jsonl", "VALIDATION_DATASET=b.jsonl", "ART=out",
+                    "HUMANEVAL=--limit 9")  # fmt: skip
+    trial, timing = "WANDB_MODE=disabled eval", "--prompt-tokens 8 --new-tokens 1 --repeats 1"
     assert commands == [
+        f"{trial} humaneval --model x/y --limit 9 --limit 1 --max-new-tokens 8 --out out/trial/humaneval",
+        f"{trial} latency --model teacher=x/y {timing} --out out/trial/latency.json",
         f"teacher build {profile} --dataset a.jsonl --split train --out out/cache-train",
         f"teacher build {profile} --dataset b.jsonl --split validation --out out/cache-validation",
         "eval fidelity --model x/y --cache out/cache-validation --out out/eval/teacher/fidelity.json",
-        "eval humaneval --model x/y --cache out/cache-train --out out/eval/teacher/humaneval",
+        "eval humaneval --model x/y --cache out/cache-train --out out/eval/teacher/humaneval --limit 9",
         "eval latency --model teacher=x/y --cache out/cache-train --out out/eval/teacher/latency.json",
         "cache attach out/cache-train --teacher-eval out/eval/teacher",
     ]
+
+
+def test_a_teacher_whose_cache_is_finished_is_not_tried_again(folder):
+    touch(folder / PROFILE / "cache-train" / "manifest.json")
+    assert make(folder, "cache")[0].startswith("teacher build ")
+    assert make(folder, "cache", "ART=elsewhere")[0].startswith("WANDB_MODE=disabled eval humaneval ")
 
 
 def test_the_baseline_is_the_distilled_student_with_alpha_0(folder):

@@ -9,6 +9,7 @@ from transformers import Starcoder2Config, Starcoder2ForCausalLM
 from shared.checkpoints import (
     identify_model,
     load_frozen,
+    load_model,
     quantization_config,
     weight_bytes,
     weight_files,
@@ -56,27 +57,90 @@ def test_sharded_weights_are_those_of_the_index(model):
         identify_model(str(model))
 
 
+def save(folder, seed, **options):
+    """A model of Starcoder2's architecture, its weights drawn from a seed."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    Starcoder2ForCausalLM(Starcoder2Config(**sizes, num_attention_heads=2)).save_pretrained(folder, **options)
+    return folder
+
+
+def equal(one, other):
+    ours, theirs = (load_frozen(path, "float32").state_dict() for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_what_is_digested_is_what_transformers_loads(tmp_path):
-    """Beside an index the one file wins; a file that nothing names takes no part."""
+    """A file that nothing names takes no part, nor does an index whose files are gone."""
+    one, several = save(tmp_path / "one", 1), save(tmp_path / "several", 2, max_shard_size="4KB")
+    alone, split = weights_digest(one), weights_digest(several)
+    assert len(weight_files(several)) > 1 and not equal(one, several)
+    clean = shutil.copytree(several, tmp_path / "clean")
+    shutil.copy(one / "model.safetensors", several / "consolidated.safetensors")
+    assert (weights_digest(several), equal(several, clean)) == (split, True)
+    index = json.loads((several / "model.safetensors.index.json").read_text())
+    left = shutil.copytree(one, tmp_path / "left")
+    (left / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert (weights_digest(left), equal(left, one)) == (alone, True)
+    assert weight_bytes(left) == (one / "model.safetensors").stat().st_size
+    (left / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
+    assert (weights_digest(left), equal(left, one)) == (alone, True)
 
-    def save(folder, seed, **options):
-        torch.manual_seed(seed)
-        config = Starcoder2Config(
-            vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-        )
-        Starcoder2ForCausalLM(config).save_pretrained(folder, **options)
 
-    save(tmp_path / "one", 1)
-    save(tmp_path / "several", 2, max_shard_size="4KB")
-    alone, split = weights_digest(tmp_path / "one"), weights_digest(tmp_path / "several")
-    both = tmp_path / "several"
-    assert len(weight_files(both)) > 1
-    shutil.copy(tmp_path / "one/model.safetensors", both)
-    shutil.copy(tmp_path / "one/model.safetensors", both / "consolidated.safetensors")
-    loaded, one = (load_frozen(path, "float32").state_dict() for path in (both, tmp_path / "one"))
-    assert all(torch.equal(loaded[name], one[name]) for name in one)
-    assert weights_digest(both) == alone != split
-    assert weight_bytes(both) == (both / "model.safetensors").stat().st_size
+@pytest.mark.parametrize("left", ["all", "one"])
+def test_two_sets_of_weights_are_refused_by_name(tmp_path, left):
+    """As in a folder that was saved into twice: transformers loads the one file, vLLM what the index names."""
+    both = save(tmp_path / "both", 2, max_shard_size="4KB")
+    shards = [file.name for file in weight_files(both)]
+    shutil.copy(save(tmp_path / "one", 1) / "model.safetensors", both)
+    if left == "one":
+        for name in shards[1:]:
+            (both / name).unlink()
+    for look in (weights_digest, load_frozen, load_model, lambda folder: identify_model(str(folder))):
+        with pytest.raises(ConfigError, match="two sets of weights") as caught:
+            look(both)
+        assert caught.value.got == f"model.safetensors and {', '.join(shards if left == 'all' else shards[:1])}"
+    (both / "model.safetensors").unlink()
+    if left == "all":
+        assert weights_digest(both) == weights_digest(save(tmp_path / "again", 2, max_shard_size="4KB"))
+
+
+def test_a_model_with_weights_missing_is_refused_instead_of_drawn_at_random(tmp_path):
+    """As with an index that does not name a shard beside it."""
+    several = save(tmp_path / "several", 2, max_shard_size="4KB")
+    index = json.loads((several / "model.safetensors.index.json").read_text())
+    lost = index["weight_map"].pop("model.norm.weight")
+    kept = {name: file for name, file in index["weight_map"].items() if file != lost}
+    num_lost = len(index["weight_map"]) - len(kept) + 1
+    (several / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": kept}))
+    with pytest.raises(ConfigError, match=rf"lack weights of the model.*got: no model\..*, {num_lost} missing in all"):
+        load_frozen(several, "float32")
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ("{}", "None"),
+        ('{"weight_map": {}}', "{}"),
+        ('{"weight_map": {"x": 1}}', "{'x': 1}"),
+        ('{"weight_map": {"x": "/a"}}', "{'x': '/a'}"),
+        ("[]", "None"),
+    ],
+)
+def test_an_index_that_names_no_files_is_refused(model, content, got):
+    (model / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ConfigError, match="the index of the weights cannot be read") as caught:
+        weight_files(model)
+    assert caught.value.got == got
+
+
+def test_an_index_that_only_transformers_refuses_is_one_error(tmp_path):
+    several = save(tmp_path / "several", 2, max_shard_size="4KB")
+    index = json.loads((several / "model.safetensors.index.json").read_text())
+    (several / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
+    with pytest.raises(ConfigError, match=r"cannot load the model.*KeyError: 'metadata'"):
+        load_frozen(several, "float32")
 
 
 def test_a_model_that_loads_more_than_its_safetensors_is_refused(model):

@@ -200,7 +200,7 @@ def test_one_of_several_configurations_is_read_and_recorded(hub, tmp_path):
     assert again.endswith("is up to date")
     assert "the cache was begun with other sources" in other
     cache = Cache(tmp_path / "cache")
-    (source,) = cache.manifest["sources"]
+    (source,) = cache.manifest.sources
     assert (source["name"], source["configuration"], source["num_documents"]) == (name, "b", 2)
     assert [cache.meta(document)["id"] for document in range(2)] == ["10", "11"]
     offline = hub.environment(tmp_path / "home", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")

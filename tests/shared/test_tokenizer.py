@@ -329,3 +329,26 @@ def test_a_full_disk_is_a_system_error(tmp_path):
     with pytest.raises(OSError, match="No space left on device") as error:
         save_tokenizer(Full(), tmp_path)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path))
+
+
+def test_what_is_saved_names_nothing_that_older_readers_do_not_know(tokenizer, tmp_path):
+    """tests/soak/test_older_transformers.py loads such files with transformers 4."""
+    tokenizer = train(bos_token="<|bos|>", eos_token="<|eos|>", additional_special_tokens=["<fim>"])
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    remote = {"auto_map": {"AutoTokenizer": ["there.Tokenizer", None]}, "is_local": False, "local_files_only": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | remote))
+    again = load_tokenizer(tmp_path)
+    (tmp_path / "again").mkdir()
+    save_tokenizer(again, tmp_path / "again")
+    assert config == json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert config == {
+        "additional_special_tokens": ["<fim>"],
+        "bos_token": "<|bos|>",
+        "eos_token": "<|eos|>",
+        "model_max_length": 10**30 + 19884624838656,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    assert again.extra_special_tokens == ["<fim>"]
+    assert tokenizer_digest(again) == tokenizer_digest(tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path)("def f<fim>").input_ids == tokenizer("def f<fim>").input_ids

@@ -264,7 +264,7 @@ def test_a_tokenizer_that_loses_text_is_refused_unless_asked_for(tokenizer, tmp_
     assert not (tmp_path / "cache").exists()
     cache, result = build(teacher, rows, tmp_path / "cache", "--max-lossy", "1", "--top-k", "5")
     num_lossy = int(got.partition(",")[0])
-    assert cache.manifest["sources"][0]["num_lossy"] == num_lossy
+    assert cache.manifest.sources[0]["num_lossy"] == num_lossy
     assert f"{num_lossy} documents not restored by the tokenizer" in result.stderr
     with pytest.raises(ConfigError, match=r"TeacherConfig.max_lossy; expected: at least 0, at most 1; got: 1.5"):
         build(teacher, rows, tmp_path / "cache", "--max-lossy", "1.5")
@@ -275,7 +275,7 @@ def test_a_few_documents_may_be_lossy(tokenizer, tmp_path):
     teacher = save_teacher(tmp_path / "teacher", made, width=len(made))
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["x = 3"] * 18 + ["X = 3"] * 2))
     cache, _ = build(teacher, rows, tmp_path / "cache", "--top-k", "5")
-    assert cache.manifest["sources"][0]["num_lossy"] == 2  # of 20, which is the share that is taken
+    assert cache.manifest.sources[0]["num_lossy"] == 2  # of 20, which is the share that is taken
     with pytest.raises(ConfigError, match=r"at most 0% of 20 documents .*got: 2, such as 19"):
         build(teacher, rows, tmp_path / "none", "--max-lossy", "0")
 

@@ -33,9 +33,11 @@ def pinned(tmp_path, monkeypatch):
 
 def test_makes_the_folder_once(tmp_path, pinned, capsys, monkeypatch):
     out = tmp_path / "teachers" / "demo"
+    mask = os.umask(0o027)
     demo.fetch_demo(out, pinned)
+    os.umask(mask)
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.safetensors", "provenance.json"]
-    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
     assert [path.name for path in out.parent.iterdir()] == ["demo"]
     provenance = json.loads((out / "provenance.json").read_text())
     assert provenance["license"] == "Apache-2.0"

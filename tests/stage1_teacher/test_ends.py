@@ -119,11 +119,11 @@ def test_the_ends_are_part_of_the_labels_and_of_the_resume(chatty, rows, tmp_pat
     assert turns[auto] == [encode_text(made, "# task 0")[0], made.convert_tokens_to_ids(TURN_END)]
     assert turns[named] == [0, 0]
     assert len(named.tokens(0)) == len(auto.tokens(0)) + 1
-    labels = [cache.manifest["identity"]["labels"] for cache in (auto, named)]
+    labels = [cache.manifest.identity["labels"] for cache in (auto, named)]
     assert [(each["opening"], each["closing"]) for each in labels] == [([], [TURN_END]), ([END], [END])]
     assert auto.label_identity != named.label_identity
-    assert auto.manifest["identity"]["tokenizer"]["digest"] == named.manifest["identity"]["tokenizer"]["digest"]
-    assert [c.manifest["identity"]["tokenizer"]["bos"] for c in (auto, named)] == [None, 0]
+    assert auto.manifest.identity["tokenizer"]["digest"] == named.manifest.identity["tokenizer"]["digest"]
+    assert [c.manifest.identity["tokenizer"]["bos"] for c in (auto, named)] == [None, 0]
     assert document_ends(load_tokenizer(named.tokenizer_path)) == ((END,), (END,))
     opening, closing = (line for line in result.stderr.splitlines() if " of documents: " in line)
     assert opening.startswith("opening of documents: none ") and f"({TURN} " in opening

@@ -185,6 +185,19 @@ def test_another_tokenizer_is_refused(cache, copy, tmp_path):
     assert train(cache, tmp_path / "run", "--init-from", copy) is None
 
 
+def test_two_sets_of_weights_are_refused_by_name(cache, copy, tmp_path):
+    AutoModelForCausalLM.from_pretrained(copy).save_pretrained(tmp_path / "new", max_shard_size="20KB")
+    shards = sorted(file.name for file in (tmp_path / "new").glob("model-*"))
+    shutil.copytree(tmp_path / "new", copy, dirs_exist_ok=True)
+    error = train(cache, tmp_path / "run", "--init-from", copy)
+    assert f"got: model.safetensors and {', '.join(shards)}" in error
+    assert not (tmp_path / "run").exists()
+    for name in shards:  # the index alone is a leftover
+        (copy / name).unlink()
+    assert train(cache, tmp_path / "run", "--init-from", copy) is None
+    assert record_of(tmp_path / "run")["init_from"]["weights_sha256"] == sha256_file(copy / "model.safetensors")
+
+
 def test_what_holds_no_weights_is_refused(cache, copy, tmp_path):
     assert "cannot read a file" in train(cache, tmp_path / "run", "--init-from", tmp_path / "nowhere")
     (copy / "model.safetensors").write_bytes(b"no header")

@@ -1,14 +1,23 @@
 """Batched generation, greedy or sampled."""
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from shared.errors import ConfigError
 from shared.tokenizer import Tokenizer, decode, encode_prompt, special_ids
@@ -103,6 +112,33 @@ def prepare(
     return Request(ids=ids, max_new_tokens=limit, finished=finished)
 
 
+def caches_by_token(model: Any) -> bool:
+    """Whether the cache holds each token of each row by itself, as attention's does.
+
+    Only then can rows leave a batch, and tokens be taken back. A recurrent state (Mamba, linear attention) is of all
+    tokens at once, and not every such model leaves padding out of it.
+    """
+    if getattr(model, "_is_stateful", False):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+def require_generation(model: Any, tokenizer: Tokenizer, request: Request) -> None:
+    """Try a few tokens, before the work of hours begins.
+
+    Raises:
+        ConfigError: transformers cannot generate with this model here.
+    """
+    try:
+        generate_batch(model, tokenizer, [replace(request, max_new_tokens=min(request.max_new_tokens, 3))])
+    except Exception as error:  # models raise many unrelated types here
+        got = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            "transformers cannot generate with this model", where=type(model).__name__, got=got
+        ) from error
+
+
 def plan_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
     """The indices of each batch's requests: sorted by length, longest first, ties in order."""
     order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].ids), index))
@@ -116,8 +152,14 @@ def generate_batch(
     """Continue prompts with the most likely token at every step, or with drawn ones; one generation each, in order.
 
     Prompts are padded on the left, where attention masks and positions leave the padding out: in float32 the result
-    does not depend on the batch. Between segments of a few tokens, rows that are done leave the batch and the KV cache.
-    Nothing of the model directory's own generation config has any effect.
+    does not depend on the batch. Every few tokens, rows that are done leave the batch and the KV cache. Nothing of the
+    model directory's own generation config has any effect.
+
+    Args:
+        model: a transformers model.
+        tokenizer: the model's own.
+        requests: one only where the model does not cache by token (see `caches_by_token`).
+        sampling: None for greedy.
     """
     width = max(len(request.ids) for request in requests)
     # Padding is masked, so any id serves; 0 exists in every vocabulary.
@@ -127,7 +169,8 @@ def generate_batch(
     mask_BT = torch.tensor(mask, device=model.device)
     drawing = _Drawing(requests, sampling, width, model.device) if sampling else None
     eos = eos_ids(model, tokenizer)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if caches_by_token(model) else None
+    assert cache or len(requests) == 1
     rows = list(range(len(requests)))  # which request each row of the batch continues
     done: dict[int, Generation] = {}
     while rows:
@@ -135,47 +178,69 @@ def generate_batch(
         config = GenerationConfig(
             do_sample=False,
             num_beams=1,
-            max_new_tokens=min(_SEGMENT_TOKENS, min(requests[row].max_new_tokens for row in rows) - made),
+            max_new_tokens=min(requests[row].max_new_tokens for row in rows) - made,
             eos_token_id=eos or None,
             pad_token_id=0,
             use_cache=True,
         )
+        ends = functools.partial(_ends, tokenizer, [requests[row] for row in rows], width, eos)
         with _own_config(model, config):
             ids_BT = model.generate(
                 ids_BT,
                 attention_mask=mask_BT,
-                past_key_values=cache,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([drawing] if drawing else []),
+                stopping_criteria=StoppingCriteriaList([_SomeRowEnds(ends, ids_BT.shape[1])]),
+                **({"past_key_values": cache} if cache else {}),
             )
         mask_BT = torch.nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
         keep = []
-        for position, (row, new_ids) in enumerate(zip(rows, ids_BT[:, width:].tolist(), strict=True)):
-            new_ids = _until_eos(new_ids[: requests[row].max_new_tokens], eos)
-            text = decode(tokenizer, new_ids)
-            if new_ids[-1] in eos:
-                reason = "eos"
-            elif requests[row].finished(text):
-                reason = "finished"
-            elif len(new_ids) == requests[row].max_new_tokens:
-                reason = "length"
-            else:
+        for position, (row, end) in enumerate(zip(rows, ends(ids_BT), strict=True)):
+            if end is None:
                 keep.append(position)
-                continue
-            done[row] = Generation(
-                text=text,
-                finish_reason=reason,
-                num_prompt_tokens=len(requests[row].ids),
-                num_new_tokens=len(new_ids),
-            )
+            else:
+                done[row] = end
         if keep and len(keep) < len(rows):
             index = torch.tensor(keep, device=model.device)
             ids_BT, mask_BT = ids_BT[index], mask_BT[index]
+            assert cache
             cache.batch_select_indices(index)
             if drawing:
                 drawing.uniforms_BT = drawing.uniforms_BT[index]
         rows = [rows[position] for position in keep]
     return [done[row] for row in range(len(requests))]
+
+
+def _ends(
+    tokenizer: Tokenizer, requests: Sequence[Request], width: int, eos: list[int], ids_BT: Tensor
+) -> list[Generation | None]:
+    """Each row's generation, from column `width` on, where it has ended; None where it goes on."""
+    ended: list[Generation | None] = []
+    for request, new_ids in zip(requests, ids_BT[:, width:].tolist(), strict=True):
+        new_ids = _until_eos(new_ids[: request.max_new_tokens], eos)
+        text, reason = decode(tokenizer, new_ids), None
+        if new_ids[-1] in eos:
+            reason = "eos"
+        elif request.finished(text):
+            reason = "finished"
+        elif len(new_ids) == request.max_new_tokens:
+            reason = "length"
+        sizes = {"num_prompt_tokens": len(request.ids), "num_new_tokens": len(new_ids)}
+        ended.append(Generation(text=text, finish_reason=reason, **sizes) if reason else None)
+    return ended
+
+
+class _SomeRowEnds(StoppingCriteria):
+    """Stops the whole batch where some row has ended, looking every few tokens."""
+
+    def __init__(self, ends: Callable[[Tensor], Sequence[object]], start: int) -> None:
+        self.ends, self.start = ends, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """The same for every row, [B]."""
+        is_due = (input_ids.shape[1] - self.start) % _SEGMENT_TOKENS == 0
+        stops = is_due and any(end is not None for end in self.ends(input_ids))
+        return torch.full((len(input_ids),), stops, dtype=torch.bool, device=input_ids.device)
 
 
 class _Drawing(LogitsProcessor):

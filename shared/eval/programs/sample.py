@@ -15,7 +15,16 @@ from data.templates import humaneval_prompt
 from shared.distributed import agree
 from shared.errors import ConfigError
 from shared.eval.programs.completion import Ending, ending_after
-from shared.eval.programs.generate import Request, Sampling, generate_batch, plan_batches, prepare, special_texts
+from shared.eval.programs.generate import (
+    Request,
+    Sampling,
+    caches_by_token,
+    generate_batch,
+    plan_batches,
+    prepare,
+    require_generation,
+    special_texts,
+)
 from shared.files import write_bytes
 from shared.process import log, rank, world_size
 from shared.progress import progress
@@ -88,9 +97,11 @@ def complete(
     """Complete every problem: one line per sample, by problem, with its settings.
 
     Batches follow from problems and decoding alone, and each is made by one rank, so neither an interruption nor the
-    number of processes changes a completion. Every rank saves a batch's lines as soon as it is made, in a part of its
-    own, `completions.rank-N.jsonl`; the caller writes all lines as `completions.jsonl` and then removes the parts.
-    Lines of either that have the same settings are reused. `completions.jsonl` itself is not changed.
+    number of processes changes a completion. A model with a recurrent state completes one prompt at a time.
+
+    Every rank saves a batch's lines as soon as it is made, in a part of its own, `completions.rank-N.jsonl`; the caller
+    writes all lines as `completions.jsonl` and then removes the parts. Lines of either that have the same settings are
+    reused. `completions.jsonl` itself is not changed.
 
     Args:
         model: a transformers model.
@@ -105,7 +116,7 @@ def complete(
         empty completions with the finish reason `REFUSED` and a `reason`.
 
     Raises:
-        ConfigError: the model can continue none of the prompts.
+        ConfigError: the model can continue none of the prompts, or transformers cannot generate with it.
         PeerEndedError: another rank has ended (through `shared.distributed.joined`).
     """
     settings = {**decoding.to_dict(), **settings}
@@ -115,12 +126,14 @@ def complete(
     prepared, refused = _prepare(model, tokenizer, prompts, ends, decoding.max_new_tokens)
     keys = [(task_id, sample) for task_id in prepared for sample in range(decoding.num_samples)]
     requests = [replace(prepared[task_id], seed=f"{decoding.seed}/{task_id}/{sample}") for task_id, sample in keys]
-    batches = plan_batches(requests, decoding.batch_size)
+    batches = plan_batches(requests, decoding.batch_size if caches_by_token(model) else 1)
 
     kept = _resume(out, keys, settings) if rank() == 0 else {}
     if kept:
         log(f"{out}: {len(kept):,} of {len(keys):,} completions are there already")
     missing = agree([any(keys[index] not in kept for index in batch) for batch in batches])
+    if any(missing):
+        require_generation(model, tokenizer, requests[0])
     mine = [batch for batch, is_missing in zip(batches, missing, strict=True) if is_missing][rank() :: world_size()]
     own_file = out / f"completions.rank-{rank()}.jsonl"
     start, num_tokens = time.monotonic(), 0

@@ -19,9 +19,9 @@ from transformers import DynamicCache
 
 from shared.cache.format import Array
 from shared.checkpoints import describe_model, dtype_name, load_model
-from shared.errors import require
+from shared.errors import ConfigError, require
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
-from shared.eval.programs.generate import eos_ids
+from shared.eval.programs.generate import caches_by_token, eos_ids
 from shared.eval.programs.problems import read_prompts
 from shared.eval.results import Draft, Equality, ModelFacts
 from shared.eval.speed.latency import now
@@ -149,7 +149,7 @@ def evaluate_draft(
     requests = _requests(prompts, tokenizer, (teacher, student), new_tokens)
     eos = eos_ids(teacher, tokenizer)
     both = _BothWays(teacher=teacher, student=student, eos=eos, draft_tokens=draft_tokens)
-    both.run(requests[0], drafts_first=False)  # warm-up
+    _warm_up(both, requests[0])
     rounds = both.rounds(requests, repeats)
     equality = {dtype_name(teacher): compare_tokens(names, rounds[-1])}
     described = [ModelFacts(**describe_model(*pair)) for pair in ((teacher, teacher_dir), (student, student_dir))]
@@ -199,8 +199,8 @@ def _load_pair(teacher_dir: Path, student_dir: Path, dtype: str) -> tuple[Any, A
         fix="draft with a student that was distilled from this teacher",
     )
     for model, directory in ((teacher, teacher_dir), (student, student_dir)):
-        is_recurrent = getattr(model, "_is_stateful", False)
-        require(not is_recurrent, "a model with a recurrent state cannot take tokens back", where=directory)
+        what = "a model with a recurrent state cannot take tokens back"
+        require(caches_by_token(model), what, where=directory, expected="a cache of attention only")
     return teacher, student, other  # the student's knows what its cache's documents open with
 
 
@@ -223,6 +223,16 @@ def _requests(
         )
         requests.append((ids, room))
     return requests
+
+
+def _warm_up(both: "_BothWays", request: tuple[list[int], int]) -> None:
+    """Run both ways once, which also tells whether they can be run."""
+    try:
+        both.run(request, drafts_first=False)
+    except Exception as error:  # models raise many unrelated types here
+        names = f"{type(both.teacher).__name__} and {type(both.student).__name__}"
+        got = f"{type(error).__name__}: {error}"
+        raise ConfigError("these models cannot draft for each other", where=names, got=got) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

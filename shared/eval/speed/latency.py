@@ -1,5 +1,6 @@
 """How fast models are, and what that takes: all models in one process, their repeats interleaved."""
 
+import inspect
 import math
 import os
 import statistics
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from shared.checkpoints import describe_model, load_model
-from shared.errors import require
+from shared.errors import ConfigError, require
 from shared.eval.results import BatchTiming, Latency, Timing, TimingSettings
 from shared.progress import progress
 
@@ -61,12 +62,13 @@ def measure_latency(
         `tokens_per_second_per_watt` (tokens per joule of decoding). What is unknown is None, with a reason.
 
     Raises:
-        ConfigError: the tokens asked for exceed a model's positions.
+        ConfigError: the tokens asked for exceed a model's positions, or a model does not decode from a cache.
     """
     start, load_before = time.monotonic(), os.getloadavg()[0]
     models = {name: load_model(directory, dtype)[0] for name, directory in model_dirs.items()}
     for name, model in models.items():
         _require_positions(name, model, prompt_tokens + new_tokens)
+        _require_decoding(name, model)
     device = next(iter(models.values())).device
     meter = energy_meter(device)
     growth, times = _rounds(models, prompt_tokens, new_tokens, repeats, meter)
@@ -111,6 +113,23 @@ def _require_positions(name: str, model: Any, tokens: int) -> None:
         expected=f"<= {positions}",
         got=tokens,
     )
+
+
+def _require_decoding(name: str, model: Any) -> None:
+    """Refuse a model that transformers cannot decode with step by step, before anything is timed."""
+    try:
+        time_once(model, 1, 1, 1, "not counted")
+    except Exception as error:  # models raise many unrelated types here
+        got = f"{type(error).__name__}: {error}"
+        expected = "decode steps from a cache that its prefill returns"
+        raise ConfigError("this model cannot be timed", where=name, expected=expected, got=got) from error
+
+
+def _cache_name(model: Any) -> str:
+    """What a model calls its cache, in its arguments and its outputs; that depends on model and version."""
+    arguments = inspect.signature(model.forward).parameters
+    names = ("cache", "past_key_values", "cache_params", "state")
+    return next((name for name in names if name in arguments), names[0])
 
 
 def _rounds(
@@ -188,6 +207,7 @@ def time_once(model: Any, batch_size: int, prompt_tokens: int, new_tokens: int, 
     """One prefill and `new_tokens` greedy decode steps after it, each step until the device is done."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, prompt_tokens)
+    cache_name = _cache_name(model)
     prompt_BT = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
     start = now(model)
     output = model(prompt_BT, use_cache=True, logits_to_keep=1)
@@ -195,7 +215,7 @@ def time_once(model: Any, batch_size: int, prompt_tokens: int, new_tokens: int, 
     times = [now(model)]
     joules = None if isinstance(meter, str) else meter()
     for _ in range(new_tokens):
-        output = model(token_BT, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token_BT, use_cache=True, **{cache_name: output[cache_name]})
         token_BT = output.logits[:, -1:].argmax(-1)
         times.append(now(model))
     return Timed(

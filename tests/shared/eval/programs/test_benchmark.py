@@ -25,7 +25,7 @@ from shared.eval.sandbox.runner import Verdict, open_sandbox
 from shared.files import read_json
 from shared.process import own_command
 from tests.support.cache_faults import file_size_limit
-from tests.support.eval_models import save_model
+from tests.support.eval_models import save_model, save_recurrent
 from tests.support.hub_contents import mbpp_row
 from tests.support.report_fixture import verdict, write_benchmark
 from tests.support.wandb_runs import wandb_runs, wandb_summary
@@ -399,3 +399,12 @@ def test_without_walls_the_result_says_not_run(model, tmp_path, monkeypatch):
     said = evaluate("humaneval", model, tmp_path, *few).stderr
     assert "2 of 2 completions are there already" in said
     assert result_of(tmp_path)["pass_at_1"] == 0.0
+
+
+def test_a_recurrent_teacher_is_scored(tmp_path):
+    """Rows that end at different times are none of its batches' concern."""
+    model = save_recurrent(tmp_path / "model", "Mamba")
+    evaluate("humaneval", model, tmp_path / "out", "--limit", "5", "--max-new-tokens", "40", "--batch-size", "4")
+    result = read_json(tmp_path / "out" / "result.json")
+    assert (result["num_problems"], result["settings"]["batch_size"]) == (5, 4)
+    assert {line["task_id"] for line in read(tmp_path / "out")} == {f"HumanEval/{i}" for i in range(5)}

@@ -10,9 +10,18 @@ from tokenizers import AddedToken
 
 from shared.checkpoints import load_model
 from shared.errors import ConfigError
-from shared.eval.programs.generate import Sampling, eos_ids, generate_batch, plan_batches, prepare, special_texts
+from shared.eval.programs.generate import (
+    Sampling,
+    caches_by_token,
+    eos_ids,
+    generate_batch,
+    plan_batches,
+    prepare,
+    require_generation,
+    special_texts,
+)
 from shared.tokenizer import decode, encode_prompt
-from tests.support.eval_models import save_model
+from tests.support.eval_models import RECURRENT, save_model, save_recurrent
 
 PROMPTS = ["def add(a, b):", "for", "x = 1\nwhile x < 100:\n    x = x + add(x, x)", "print(name)", "a", "return b + a"]
 
@@ -56,6 +65,35 @@ def test_greedy_is_the_same_at_every_batch_size(loaded, batch_size):
     assert [g.text for g in made] == [decode(tokenizer, ids) for ids in expected]
     assert [g.num_new_tokens for g in made] == [len(ids) for ids in expected]
     assert len({g.text for g in made}) > 1
+
+
+@pytest.mark.parametrize("architecture", sorted(RECURRENT))
+def test_a_recurrent_model_writes_what_it_writes_without_a_cache(architecture, tmp_path):
+    """Mamba and its like alone and beside attention, linear attention, convolutions, and caches of a model's own."""
+    model, tokenizer = load_model(save_recurrent(tmp_path, architecture))
+    assert not caches_by_token(model)
+    prompts, steps = PROMPTS[:3], 20
+    made = generate(model, tokenizer, prompts, batch_size=1, steps=steps)
+    expected = [by_hand(model, tokenizer, prompt, steps, lambda logits: int(logits.argmax())) for prompt in prompts]
+    assert [g.text for g in made] == [decode(tokenizer, ids) for ids in expected]
+    assert [g.num_new_tokens for g in made] == [len(ids) for ids in expected]
+    ended = generate(model, tokenizer, prompts[:1], batch_size=1, steps=steps, finished=lambda text: len(text) > 0)
+    assert [g.num_new_tokens for g in ended] == [min(16, len(expected[0]))]
+
+
+def test_a_model_that_cannot_generate_says_so_before_any_work(loaded, monkeypatch):
+    model, tokenizer = loaded
+    request = prepare(model, tokenizer, "for", max_new_tokens=40, finished=lambda text: False)
+    require_generation(model, tokenizer, request)
+
+    def forward(self, **_):
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(
+        ConfigError, match=r"cannot generate with this model.*Starcoder2ForCausalLM; got: TypeError: no su"
+    ):
+        require_generation(model, tokenizer, request)
 
 
 def drawer(seed, temperature, top_p):

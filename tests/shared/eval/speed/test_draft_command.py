@@ -13,7 +13,7 @@ from shared.errors import ConfigError
 from shared.eval.results import Equality
 from shared.eval.speed.draft import decode_plain, decode_with_draft, evaluate_draft
 from shared.tokenizer import encode_prompt
-from tests.support.eval_models import save_model
+from tests.support.eval_models import save_model, save_recurrent
 
 PROMPTS = ["def add(a, b):", "for", "x = 1\nwhile x < 100:\n    x = x + add(x, x)", "print(name)", "a", "return b + a"]
 OPTIONS = {"prompts_file": None, "limit": None, "new_tokens": 12, "draft_tokens": 3, "repeats": 1, "dtype": "float32"}
@@ -208,6 +208,15 @@ def test_what_cannot_be_drafted_is_refused(teacher, student, prompts, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ConfigError, match="no prompts"):
         evaluate_draft(teacher, student, **OPTIONS | {"prompts_file": tmp_path / "empty.jsonl"})
+
+
+@pytest.mark.parametrize("architecture", ["Mamba", "Qwen3Next", "Lfm2"])
+def test_a_recurrent_teacher_or_student_cannot_take_tokens_back(student, prompts, tmp_path, architecture):
+    recurrent = save_recurrent(tmp_path, architecture)
+    for pair in ((recurrent, student), (student, recurrent)):
+        with pytest.raises(ConfigError, match="a model with a recurrent state cannot take tokens back") as caught:
+            evaluate_draft(*pair, **OPTIONS | {"prompts_file": prompts})
+        assert caught.value.where == recurrent
 
 
 def test_a_student_of_fewer_positions_ends_the_drafts_not_the_model(teacher, prompts, tmp_path):
