@@ -19,10 +19,10 @@ from shared.cache.identity import require_same_labels
 from shared.cache.manifest import read_manifest
 from shared.cache.writer import CacheWriter
 from shared.checkpoints import ModelFiles, head_and_positions, identify_model
-from shared.config import to_dict
 from shared.errors import ResumeError, require
 from shared.files import read_json, sha256_file, sha256_json, write_json
 from shared.process import is_main_process, log, rank, world_size
+from shared.records import to_dict
 from shared.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, special_ids, tokenizer_digest
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_space

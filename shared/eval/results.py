@@ -1,13 +1,10 @@
 """What evaluations write, and read back, as types."""
 
-import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from shared.errors import ConfigError
+from shared import records
 from shared.files import read_json
 from shared.machine import machine, versions
 
@@ -34,16 +31,21 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON data."""
-        return dataclasses.asdict(self)
+        return records.to_dict(self)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a result.
+        """Read a result's file; see `from_dict`."""
+        return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
+    def from_dict(cls, value: Any, where: str) -> Self:
+        """A result from JSON data; keys of other versions are passed over.
 
         Raises:
-            ConfigError: the file cannot be read or is not such a result; names file and key.
+            ConfigError: it is no such result; names `where` and the key.
         """
-        return from_dict(cls, read_json(path), str(path))
+        return records.from_dict(cls, value, where=where, strict=False, fix="run the command that writes it again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,55 +271,3 @@ class Proof:
 
     variants: list[Variant]
     summary: list[str]
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-T = typing.TypeVar("T")
-
-
-def from_dict(cls: type[T], value: Any, where: str) -> T:
-    """A dataclass from JSON data; other keys than its fields are passed over.
-
-    Args:
-        cls: its fields are numbers, text, lists and dicts of them, dataclasses, `Any`, or None beside one of these.
-        value: what JSON gave.
-        where: file, and key in it, for errors.
-
-    Raises:
-        ConfigError: a field without a default is missing, or has a value of another type.
-    """
-    if not isinstance(value, dict):
-        raise _wrong(cls, value, where)
-    hints, fields = typing.get_type_hints(cls), {}
-    for each in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if each.name in value:
-            fields[each.name] = _convert(hints[each.name], value[each.name], f"{where}, {each.name}")
-        elif each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
-            raise ConfigError("a result lacks a key", where=where, expected=each.name,
-                              fix="run the command that writes it again")  # fmt: skip
-    return cls(**fields)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(next(a for a in arguments if a is not types.NoneType), value, where)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where)
-    if origin is list and isinstance(value, list):
-        return [_convert(arguments[0], item, where) for item in value]
-    if origin is dict and isinstance(value, dict):
-        return {key: _convert(arguments[1], item, f"{where}, {key}") for key, item in value.items()}
-    if hint is float and type(value) is int:
-        return value
-    if origin is None and type(value) is hint:
-        return value
-    raise _wrong(hint, value, where)
-
-
-def _wrong(hint: Any, value: Any, where: str) -> ConfigError:
-    expected = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
-    return ConfigError("a result of another form", where=where, expected=expected, got=f"{value!r:.60}")

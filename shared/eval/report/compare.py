@@ -19,7 +19,7 @@ from shared.cache.format import Array
 from shared.errors import ConfigError, require
 from shared.eval.bootstrap import percentile_interval, resample_sums
 from shared.eval.report.provenance import REPORT_FORMAT
-from shared.eval.results import BatchTiming, BenchmarkResult, Fidelity, Latency, ModelFacts, Result, from_dict
+from shared.eval.results import BatchTiming, BenchmarkResult, Fidelity, Latency, ModelFacts, Result
 from shared.files import read_json
 
 LEAST_UNITS = 10  # a bootstrap over fewer is too narrow to be believed
@@ -313,7 +313,7 @@ def _report_rows(a: Any, b: Any) -> tuple[list[Row], list[str]]:
                 if recorded != [None, None]:
                     left_out.append(f"{name}: {kind} is in one report only")
                 continue
-            results: list[Any] = [from_dict(cls, each, f"{name}, {kind}") for each in recorded]
+            results: list[Any] = [cls.from_dict(each, f"{name}, {kind}") for each in recorded]
             try:
                 rows += _rows_of(results, name, [side[name]["outcomes"].get(kind, {}) for side in models])
             except ConfigError as error:

@@ -25,10 +25,11 @@ from shared.eval.report.tables import (
     score_reason,
     signed,
 )
-from shared.eval.results import BenchmarkResult, Draft, Fidelity, Latency, Proof, from_dict
+from shared.eval.results import BenchmarkResult, Draft, Fidelity, Latency, Proof
 from shared.files import read_json, replace_files, sha256_file, to_json
 from shared.machine import machine, versions
 from shared.process import log
+from shared.records import from_dict
 
 PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib", "jinja2")
 RESULT_FILES = ("fidelity.json", "latency.json", "draft.json", *(f"{key}/result.json" for key in BENCHMARKS))
@@ -132,7 +133,7 @@ def collect(
         models=models,
         logs=logs,
         caches=cache_entries,
-        proof=(from_dict(Proof, raw, str(proof_file)), raw) if raw else None,
+        proof=(from_dict(Proof, raw, where=str(proof_file), strict=False), raw) if raw else None,
         prompts=_prompts(models, folders, files),
         files=files.files,
     )

@@ -14,7 +14,7 @@ from shared.errors import ConfigError
 from shared.eval.cli import evaluate
 from shared.eval.report.report import build_report, collect
 from shared.eval.report.tables import FIGURES, count, ratio_text
-from shared.eval.results import Fidelity, from_dict
+from shared.eval.results import Fidelity
 from tests.support.report_fixture import (
     MACHINE,
     write,
@@ -455,11 +455,11 @@ def test_a_result_of_another_form_is_refused_by_file_and_key(tmp_path, key, valu
 
 def test_a_result_that_lacks_a_key_is_refused_and_others_are_passed_over(tmp_path):
     value = json.loads(write_fidelity(tmp_path, "student_kd").read_text())
-    result = from_dict(Fidelity, value | {"from_a_later_version": 1}, "here")
+    result = Fidelity.from_dict(value | {"from_a_later_version": 1}, "here")
     assert result.to_dict() == value
     del value["kl_kind"]
     with pytest.raises(ConfigError, match="here; expected: kl_kind"):
-        from_dict(Fidelity, value, "here")
+        Fidelity.from_dict(value, "here")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"nll_nats": NaN}', '{"nll_nats": 1e999}'])
