@@ -224,10 +224,15 @@ class BenchmarkResult(Result):
     generation_seconds: float
     scoring_seconds: float
 
+    @property
+    def unsafe(self) -> bool:
+        """Whether programs were run without a sandbox."""
+        return bool((self.settings.get("sandbox") or {}).get("unsafe_no_sandbox"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """A figure over seeds."""
+    """A figure over seeds: `seeds` has the figure of each, in the order of all variants."""
 
     mean: float
     sd: float | None
@@ -236,38 +241,71 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """A difference over paired seeds; `significant`: whether the interval excludes 0."""
+    """Of n paired differences: mean, 95 % interval of the mean, and two-sided p-value of a mean of 0.
+
+    `significant`: whether the interval excludes 0.
+    """
 
     difference: float
     ci95: Interval
+    p: float
     significant: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgainstBaseline(PairedDifference):
-    """A variant's test NLL and KL minus those of cross-entropy, in nats; `p_holm` is of the NLL."""
+class Comparison(PairedDifference):
+    """`setting` − `versus`, seed by seed: the difference of the NLL and, in `kl`, of the KL, in nats per target.
 
+    `p_holm` is the p-value of the NLL, corrected for all comparisons of the experiment.
+    """
+
+    setting: str
+    versus: str
     p_holm: float
     kl: PairedDifference
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One way to train a student; `versus_ce` is None for cross-entropy itself."""
+class ProofVariant:
+    """One way to train a student, and what came of it on the test set, in nats per target.
+
+    Args:
+        k: entries of a row that it uses; None where it uses none, or all ids.
+        epochs: the best one in the search; `epochs_by_seed` that of each confirming run.
+        versus_ce: the comparison with the first variant; None for itself.
+    """
 
     name: str
     loss: str
     k: int | None
+    alpha: float
+    temperature: float
+    label_smoothing: float
     learning_rate: float
     epochs: float
+    epochs_by_seed: list[int]
     test_nll: Spread
     test_kl: Spread
-    versus_ce: AgainstBaseline | None
+    versus_ce: Comparison | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proof:
-    """`student proof`: what the report shows of it."""
+class Proof(Result):
+    """`student proof`: variants of a student over paired seeds.
 
-    variants: list[Variant]
+    Args:
+        comparisons: all that the experiment asks for.
+        summary: what they show, in sentences.
+        settings: fixed settings, grid, seeds and caches.
+        search, runs: figures of the runs that settings were chosen by, and of those that confirm.
+    """
+
+    format: str = "codedistill-proof"
+    version: int = 1
+    variants: list[ProofVariant]
+    comparisons: list[Comparison]
     summary: list[str]
+    settings: dict[str, Any]
+    search: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+    seconds: float

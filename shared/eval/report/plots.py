@@ -1,4 +1,4 @@
-"""The report's plots, each drawn twice: for a light and for a dark page."""
+"""Plots of the report, each drawn for a light and for a dark page; the proof and sweeps draw by the same functions."""
 
 import base64
 import io
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 from cycler import cycler
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from shared.eval.report.tables import Model
-from shared.eval.results import Interval, Proof
+from shared.eval.report.tables import Measured, Model
+from shared.eval.results import Proof
 
 
 def _theme(ink: str, rule: str, *series: str) -> dict[str, Any]:
@@ -50,27 +51,30 @@ class Plot:
     """One drawing: the heading above it, a caption below it, and what it shows in words.
 
     Args:
-        images: data URIs of the SVG by theme, `light` and `dark`.
+        draw: draws it into an empty figure.
+        size: width and height in inches.
     """
 
     title: str
-    caption: str
-    alt: str
-    images: Mapping[str, str]
+    draw: Callable[[Figure], None]
+    caption: str = ""
+    alt: str = ""
+    size: tuple[float, float] = (WIDTH, HEIGHT)
 
-
-def _plot(
-    draw: Callable[[Figure], None], *, title: str, caption: str, alt: str, width: float = WIDTH, height: float = HEIGHT
-) -> Plot:
-    images = {}
-    for name, theme in THEMES.items():
+    def svg(self, theme: str = "light", *, transparent: bool = False) -> bytes:
+        """The drawing as SVG; equal data gives equal bytes."""
         buffer = io.BytesIO()
-        with matplotlib.rc_context(STYLE | theme | {"svg.hashsalt": title}):  # equal data gives equal bytes
-            figure = Figure(figsize=(width, height), layout="constrained")
-            draw(figure)
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        images[name] = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Plot(title=title, caption=caption, alt=alt, images=images)
+        with matplotlib.rc_context(STYLE | THEMES[theme] | {"svg.hashsalt": self.title}):
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(figure)
+            figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None, "Creator": None})
+        return buffer.getvalue()
+
+    @property
+    def images(self) -> dict[str, str]:
+        """Data URIs of the drawing by theme, for a page of that theme."""
+        drawings = {theme: base64.b64encode(self.svg(theme, transparent=True)).decode() for theme in THEMES}
+        return {theme: f"data:image/svg+xml;base64,{drawing}" for theme, drawing in drawings.items()}
 
 
 def _colour(index: int) -> str:
@@ -88,6 +92,17 @@ def _interval(interval: Sequence[float] | None, sign: str = "") -> str:
     return f" ({interval[0]:{sign}.3f} to {interval[1]:{sign}.3f})" if interval else ""
 
 
+Line = tuple[str, Sequence[tuple[float, float]], dict[str, Any]]  # label, points, style
+
+
+def _draw_lines(axes: Axes, lines: Sequence[Line], legend: str, **settings: Any) -> None:
+    for label, points, style in lines:
+        axes.plot(*zip(*points, strict=True), label=_plain(label), **style)
+    axes.set(**settings)
+    axes.grid(axis="y")
+    axes.legend(fontsize=8, loc=legend)  # type: ignore[call-overload]  # one of matplotlib's places
+
+
 def training_plot(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str, caption: str) -> Plot | None:
     """Draw one logged loss against the step, with its held-out counterpart `eval_<key>` where there is one.
 
@@ -97,33 +112,29 @@ def training_plot(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, tit
         title: the heading.
         caption: what the reader should know.
     """
-    lines: list[tuple[str, list[tuple[int, float]], dict[str, Any], str]] = []
+    lines: list[Line] = []
+    words = []
     for index, (label, records) in enumerate(logs.items(), 1):
         train, held_out = _series(records, key), _series(records, f"eval_{key}")
-        colour = _colour(index)
         if train:
-            words = f"{label}: from {train[0][1]:.2f} to {train[-1][1]:.2f} in training"
-            lines.append((label, train, {"color": colour, "alpha": 0.45 if held_out else 1}, words))
+            lines.append((label, train, {"color": _colour(index), "alpha": 0.45 if held_out else 1}))
+            words.append(f"{label}: from {train[0][1]:.2f} to {train[-1][1]:.2f} in training")
         if held_out:
-            name = f"{label}, held out"
-            words = f"{name}: {held_out[-1][1]:.2f} at the end"
-            lines.append((name, held_out, {"color": colour, "marker": "o", "markersize": 3}, words))
+            lines.append((f"{label}, held out", held_out, {"color": _colour(index), "marker": "o", "markersize": 3}))
+            words.append(f"{label}, held out: {held_out[-1][1]:.2f} at the end")
     if not lines:
         return None
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for label, points, style, _ in lines:
-            axes.plot(*zip(*points, strict=True), label=_plain(label), **style)
-        axes.set(xlabel="optimizer step", ylabel="nats per token")
-        axes.grid(axis="y")
-        axes.legend(fontsize=8)
-
-    alt = f"{title} by step. {'; '.join(words for *_, words in lines)}."
-    return _plot(draw, title=title, caption=caption, alt=alt)
+    return Plot(
+        title=title,
+        caption=caption,
+        alt=f"{title} by step. {'; '.join(words)}.",
+        draw=lambda figure: _draw_lines(
+            figure.subplots(), lines, "best", xlabel="optimizer step", ylabel="nats per token"
+        ),
+    )
 
 
-def _series(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, value) where the key was logged; of a step logged again after a resume, the last."""
     return sorted({r["step"]: r[key] for r in records if r.get(key) is not None and "step" in r}.items())
 
@@ -134,45 +145,41 @@ def mass_plot(caches: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Plot |
     Args:
         caches: by the cache's name, {temperature: {"mean", "p1", "p10"}}, shares in [0, 1].
     """
-    if not caches:
+    lines: list[Line] = []
+    words, ticks = [], set()
+    for index, (name, masses) in enumerate(caches.items(), 1):
+        known = sorted((float(T), mass) for T, mass in masses.items() if mass["mean"] is not None)
+        means, tenths = ([(T, mass[key]) for T, mass in known] for key in ("mean", "p10"))
+        lines.append((name, means, {"color": _colour(index), "marker": "o", "markersize": 3.5}))
+        lines.append((f"{name}, 10th percentile", tenths, {"color": _colour(index), "linestyle": ":"}))
+        words.append(f"{name}: " + ", ".join(f"{mean:.3f} at T={T:g}" for T, mean in means))
+        ticks |= {T for T, _ in known}
+    if not ticks:
         return None
-    points = {
-        name: sorted((float(T), mass) for T, mass in masses.items() if mass["mean"] is not None)
-        for name, masses in caches.items()
-    }
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for index, (name, row) in enumerate(points.items(), 1):
-            x, colour = [T for T, _ in row], _colour(index)
-            axes.plot(x, [m["mean"] for _, m in row], color=colour, marker="o", markersize=3.5, label=_plain(name))
-            axes.plot(x, [m["p10"] for _, m in row], color=colour, linestyle=":",
-                      label=f"{_plain(name)}, 10th percentile")  # fmt: skip
-            axes.set_xticks(x)
-        axes.set(xlabel="temperature T", ylabel="mass inside the top-k", ylim=(0, 1.03))
-        axes.grid(axis="y")
-        axes.legend(fontsize=8, loc="lower left")
-
-    words = [f"{name}: " + ", ".join(f"{m['mean']:.3f} at T={T:g}" for T, m in row) for name, row in points.items()]
-    return _plot(
-        draw,
+    return Plot(
         title="Teacher mass captured by the cache",
         caption="Mean over tokens of the probability that the cached ids hold; the rest is one tail value.",
         alt=f"Captured mass by temperature. {'; '.join(words)}.",
-    )
+        draw=lambda figure: _draw_lines(
+            figure.subplots(), lines, "lower left", xticks=sorted(ticks), ylim=(0, 1.03),
+            xlabel="temperature T", ylabel="mass inside the top-k",
+        ),
+    )  # fmt: skip
 
 
 def fidelity_plot(models: Sequence[Model]) -> Plot | None:
     """Draw held-out NLL and KL to the teacher as bars with their 95 % intervals."""
     panels = {"heldout_nll_nats": "NLL, nats per token", "kl_to_teacher_nats": "KL to the teacher, nats per token"}
-    panels = {key: name for key, name in panels.items() if any(model.value(key) is not None for model in models)}
-    if not panels:
+    figures = {name: [model.measured(key) for model in models] for key, name in panels.items()}
+    figures = {name: measured for name, measured in figures.items() if any(m.value is not None for m in measured)}
+    if not figures:
         return None
 
     def draw(figure: Figure) -> None:
-        for axes, (key, name) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
-            for row, model in enumerate(models):
-                _bar(axes, row, model.value(key), model.interval(key))
+        panels = figure.subplots(len(figures), 1, squeeze=False)[:, 0]
+        for axes, (name, measured) in zip(panels, figures.items(), strict=True):
+            for row, each in enumerate(measured):
+                _bar(axes, row, each)
             axes.set_yticks(range(len(models)), [_plain(model.label) for model in models])
             axes.invert_yaxis()
             axes.set_title(name)
@@ -183,28 +190,28 @@ def fidelity_plot(models: Sequence[Model]) -> Plot | None:
             axes.spines["bottom"].set_visible(False)
 
     words = [
-        f"{model.label} {name}: {value:.3f}{_interval(model.interval(key))}"
-        for key, name in panels.items()
-        for model in models
-        if (value := model.value(key)) is not None
+        f"{model.label} {name}: {each.value:.3f}{_interval(each.ci95)}"
+        for name, measured in figures.items()
+        for model, each in zip(models, measured, strict=True)
+        if each.value is not None
     ]
-    return _plot(
-        draw,
+    return Plot(
         title="Held-out NLL and KL to the teacher",
         caption="Lower is better in both: NLL against the text, KL against the teacher's distribution. "
         "Lines: 95% intervals over documents, where known.",
         alt=f"Bars. {'; '.join(words)}.",
-        height=len(panels) * (0.55 + 0.3 * max(len(models), 3)),
+        draw=draw,
+        size=(WIDTH, len(figures) * (0.55 + 0.3 * max(len(models), 3))),
     )
 
 
-def _bar(axes: Axes, row: int, value: float | None, interval: Interval | None) -> None:
-    end = value or 0
+def _bar(axes: Axes, row: int, measured: Measured) -> None:
+    end = measured.value or 0
     axes.barh(row, end, color=_colour(row), height=0.62)
-    if interval:
-        axes.plot(interval, (row, row), color=rcParams["text.color"], linewidth=1)
-        end = max(end, interval[1])
-    text = "not measured" if value is None else f"{value:.3f}"
+    if measured.ci95:
+        axes.plot(measured.ci95, (row, row), color=rcParams["text.color"], linewidth=1)
+        end = max(end, measured.ci95[1])
+    text = "not measured" if measured.value is None else f"{measured.value:.3f}"
     axes.annotate(text, (end, row), (3, 0), textcoords="offset points", va="center")
 
 
@@ -212,20 +219,18 @@ def tradeoff_plot(models: Sequence[Model]) -> Plot | None:
     """Draw speed against quality, with the size as the disc's area, of the models timed on the teacher's machine."""
     keys = ("decode_tokens_per_second", "heldout_nll_nats", "parameters")
     home = models[0].latency.machine if models[0].latency else None
-    found = [
-        (index, model.label, *values)
-        for index, model in enumerate(models)
-        if model.latency and model.latency.machine == home
-        and None not in (values := [model.value(key) for key in keys])
-    ]  # fmt: skip
-    points: list[tuple[int, str, float, float, float]] = [tuple(point) for point in found]  # type: ignore[misc]
+    points: list[tuple[int, str, list[float]]] = []
+    for index, model in enumerate(models):
+        values = [value for key in keys if (value := model.value(key)) is not None]
+        if model.latency and model.latency.machine == home and len(values) == len(keys):
+            points.append((index, model.label, values))
     if len(points) < 2:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        largest = max(parameters for *_, parameters in points)
-        for index, label, speed, nll, parameters in points:
+        largest = max(parameters for *_, (_, _, parameters) in points)
+        for index, label, (speed, nll, parameters) in points:
             area, colour = max(1500 * parameters / largest, 20), _colour(index)
             axes.scatter(speed, nll, s=area, color=colour, alpha=0.8, linewidths=0)
             axes.plot([], [], color=colour, marker="o", linestyle="", markersize=5,
@@ -239,80 +244,83 @@ def tradeoff_plot(models: Sequence[Model]) -> Plot | None:
 
     words = [
         f"{label}: {speed:,.1f} tokens per second, NLL {nll:.3f}, {parameters:,} parameters"
-        for _, label, speed, nll, parameters in points
+        for _, label, (speed, nll, parameters) in points
     ]
-    return _plot(
-        draw,
+    return Plot(
         title="Size, speed and quality",
         caption="A disc's area is the number of parameters. All speeds are from one machine.",
         alt=f"Scatter plot. {'; '.join(words)}.",
+        draw=draw,
     )
 
 
 def calibration_plot(models: Sequence[Model]) -> Plot | None:
     """Draw how often the most likely id is right against how sure the model is of it."""
-    curves = [
-        (index, model.label, [
-            (b.confidence, b.accuracy, b.count) for b in model.fidelity.ece_bins
-            if b.confidence is not None and b.accuracy is not None
-        ])
-        for index, model in enumerate(models)
-        if model.fidelity and model.value("ece") is not None
-    ]  # fmt: skip
+    curves: list[tuple[Line, list[int]]] = []
+    words = []
+    for index, model in enumerate(models):
+        if model.fidelity is None or model.value("ece") is None:
+            continue
+        bins = [(b.confidence, b.accuracy, b.count) for b in model.fidelity.ece_bins
+                if b.confidence is not None and b.accuracy is not None]  # fmt: skip
+        counts = [count for *_, count in bins]
+        points = [(sure, right) for sure, right, _ in bins]
+        curves.append(((model.label, points, {"color": _colour(index)}), counts))
+        sure, right = (float(np.average([point[i] for point in points], weights=counts)) for i in (0, 1))
+        words.append(f"{model.label}: on average {sure:.0%} sure, {right:.0%} right")
     if not curves:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot((0, 1), (0, 1), color=rcParams["text.color"], linestyle=":", linewidth=0.8)
-        for index, label, bins in curves:
-            x, y, counts = zip(*bins, strict=True)
-            axes.plot(x, y, color=_colour(index), label=_plain(label))
-            axes.scatter(x, y, s=[4 + 60 * n / sum(counts) for n in counts], color=_colour(index), linewidths=0)
-        axes.set(xlabel="probability of the most likely token", ylabel="share that is the text's token",
-                 xlim=(0, 1), ylim=(0, 1))  # fmt: skip
-        axes.grid()
-        axes.legend(fontsize=8, loc="upper left")
+        for (_, points, style), counts in curves:
+            sizes = [4 + 60 * count / sum(counts) for count in counts]
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=sizes, linewidths=0, **style)
+        axes.grid(axis="x")
+        _draw_lines(axes, [line for line, _ in curves], "upper left", xlim=(0, 1), ylim=(0, 1),
+                    xlabel="probability of the most likely token", ylabel="share that is the text's token")  # fmt: skip
 
-    words = []
-    for _, label, bins in curves:
-        total = sum(n for *_, n in bins)
-        sure, right = (sum(b[part] * b[2] for b in bins) / total for part in (0, 1))
-        words.append(f"{label}: on average {sure:.0%} sure, {right:.0%} right")
-    return _plot(
-        draw,
+    return Plot(
         title="Calibration on held-out text",
         caption="On the dotted line a model is as often right as it is sure; below it, it is too sure. "
         "A dot's size is its share of tokens.",
         alt=f"Reliability curves. {'; '.join(words)}.",
+        draw=draw,
     )
 
 
 def proof_plot(proof: Proof) -> Plot | None:
-    """Draw each variant's difference from cross-entropy on the test set with its paired interval over seeds."""
-    known = [(variant.name, variant.versus_ce) for variant in proof.variants if variant.versus_ce]
-    if not known:
+    """Draw each variant's paired differences from the first one in test NLL and KL, seed by seed and with intervals."""
+    baseline, *_ = proof.variants
+    rows = [(variant, variant.versus_ce) for variant in proof.variants if variant.versus_ce]
+    if not rows:
         return None
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.axvline(0, color=rcParams["text.color"], linewidth=0.8)
-        for row, (_, versus) in enumerate(known):
-            colour = "C1" if versus.significant else "C0"
-            axes.plot(versus.ci95, (row, row), color=colour)
-            axes.plot(versus.difference, row, color=colour, marker="o", markersize=4)
-        axes.set_yticks(range(len(known)), [_plain(name) for name, _ in known])
+        panels = {"test_nll": "test NLL", "test_kl": "KL to the teacher"}
+        for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+            axes.axvline(0, color=rcParams["text.color"], linewidth=0.8)
+            for row, (variant, versus) in enumerate(rows):
+                paired = versus if key == "test_nll" else versus.kl
+                colour = "C1" if paired.significant else "C0"
+                axes.plot(paired.ci95, (row, row), color=colour)
+                seeds = np.subtract(getattr(variant, key).seeds, getattr(baseline, key).seeds)
+                axes.plot(seeds, [row] * len(seeds), "o", color=colour, markersize=3, alpha=0.5)
+                axes.plot(paired.difference, row, "|", color=colour, markersize=9, markeredgewidth=2)
+            axes.set_xlabel(f"{label} − that of {_plain(baseline.name)}, nats per token")
+            axes.grid(axis="x")
+            axes.margins(y=0.12)
+        axes.set_yticks(range(len(rows)), [_plain(variant.name) for variant, _ in rows])
         axes.invert_yaxis()
-        axes.margins(y=0.12)
-        axes.set(xlabel="test NLL minus cross-entropy's, nats per token (left is better)")
-        axes.grid(axis="x")
 
-    words = [f"{name}: {versus.difference:+.3f}{_interval(versus.ci95, '+')}" for name, versus in known]
-    return _plot(
-        draw,
+    words = [f"{variant.name}: {versus.difference:+.3f}{_interval(versus.ci95, '+')}" for variant, versus in rows]
+    return Plot(
         title="Against cross-entropy, over paired seeds",
-        caption="Dots: mean over seeds; lines: 95% paired t-interval. Grey where the interval holds 0.",
-        alt=f"Differences to cross-entropy. {'; '.join(words)}.",
-        width=1.2 * WIDTH,
-        height=0.9 + 0.28 * len(known),
+        caption="Left is better. Marks: mean over seeds; dots: each seed; lines: 95% paired t-intervals, grey if they "
+        "hold 0.",
+        alt=f"Differences of the test NLL to cross-entropy. {'; '.join(words)}.",
+        draw=draw,
+        size=(8.4, 1.2 + 0.34 * len(rows)),
     )

@@ -10,26 +10,25 @@ from typing import Any
 from shared.errors import ConfigError, require
 from shared.eval.report.compare import read_outcomes
 from shared.eval.report.provenance import REPORT_FORMAT, Files
-from shared.eval.report.summary import Differences, differences, facts, roles
+from shared.eval.report.summary import differences, facts, roles
 from shared.eval.report.tables import (
     BENCHMARKS,
     FIGURES,
     LABELS,
     SHARES,
+    Benchmark,
     Model,
     cards,
     comparison_rows,
     is_sampled,
     proof_rows,
     ratio_to_teacher,
-    score_reason,
     signed,
 )
 from shared.eval.results import BenchmarkResult, Draft, Fidelity, Latency, Proof
 from shared.files import read_json, replace_files, sha256_file, to_json
 from shared.machine import machine, versions
 from shared.process import log
-from shared.records import from_dict
 
 PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib", "jinja2")
 RESULT_FILES = ("fidelity.json", "latency.json", "draft.json", *(f"{key}/result.json" for key in BENCHMARKS))
@@ -45,7 +44,6 @@ class Collected:
         models: teacher first.
         logs: training logs by label.
         caches: what their manifests say.
-        proof: as typed and as recorded; None without one.
         prompts: the first prompts, and what the models write after them.
         files: see `Files`.
     """
@@ -53,7 +51,7 @@ class Collected:
     models: Sequence[Model]
     logs: Mapping[str, list[dict[str, Any]]]
     caches: Sequence[dict[str, Any]]
-    proof: tuple[Proof, dict[str, Any]] | None
+    proof: Proof | None
     prompts: Sequence[dict[str, Any]]
     files: Mapping[str, dict[str, Any]]
 
@@ -128,12 +126,11 @@ def collect(
                                  "codedistill student train, as for run.json")
         for model in models if model.name in runs
     }  # fmt: skip
-    raw = files.record(proof_file, "variants over several seeds", "codedistill student proof") if proof_file else None
     return Collected(
         models=models,
         logs=logs,
         caches=cache_entries,
-        proof=(from_dict(Proof, raw, where=str(proof_file), strict=False), raw) if raw else None,
+        proof=files.result(proof_file, Proof, "variants over several seeds") if proof_file else None,
         prompts=_prompts(models, folders, files),
         files=files.files,
     )
@@ -188,37 +185,36 @@ def _model(name: str, folder: Path, run_dir: Path | None, together: Latency | No
         draft=files.result(folder / "draft.json", Draft, "speculative decoding"),
         benchmarks=results,
         outcomes=outcomes,
-        run=(files.record(run_dir / "run.json", "how the student was trained") if run_dir else None) or {},
+        run=files.record(run_dir / "run.json", "how the student was trained") if run_dir else {},
     )
 
 
 def _prompts(models: Sequence[Model], folders: Mapping[str, Path], files: Files) -> list[dict[str, Any]]:
-    """HumanEval's first prompts, and the first sample of teacher, student and baseline after each."""
-    shown = [model for model in (models[0], *roles(models)) if model and "humaneval" in model.benchmarks]
-    written: dict[str, dict[str, dict[str, Any]]] = {}
+    """The first prompts of the first benchmark, and the first sample of teacher, student and baseline after each."""
+    key, shown = "humaneval", [model for model in (models[0], *roles(models)) if model]
+    written: dict[str, dict[str, dict[str, Any]]] = {}  # by label and problem
     for model in shown:
-        file = folders[model.name] / "humaneval" / "completions.jsonl"
-        command = model.benchmarks["humaneval"].command
-        lines = files.lines(file, "HumanEval, what the models write", command)
-        written[model.name] = {line["task_id"]: line for line in lines if line["sample"] == 0}
-    common = (
-        [task for task in written[shown[0].name] if all(task in found for found in written.values())] if shown else []
-    )
+        if result := model.benchmarks.get(key):
+            file = folders[model.name] / key / "completions.jsonl"
+            lines = files.lines(file, f"{result.benchmark}, what the models write", result.command)
+            written[model.label] = {line["task_id"]: line for line in lines if line["sample"] == 0}
+    first: dict[str, Any] = next(iter(written.values()), {})
     return [
         {
+            "benchmark": next(model.benchmarks[key].benchmark for model in shown if key in model.benchmarks),
             "task_id": task,
-            "prompt": written[shown[0].name][task]["prompt"],
+            "prompt": first[task]["prompt"],
             "answers": [
                 {
                     "label": model.label,
-                    "text": written[model.name][task]["completion"],
-                    "passed": model.outcomes.get("humaneval", {}).get(task, {}).get("passed"),
+                    "text": written[model.label][task]["completion"],
+                    "passed": model.outcomes.get(key, {}).get(task, {}).get("passed"),
                 }
-                for model in shown
+                for model in shown if model.label in written
             ],
         }
-        for task in common[:NUM_PROMPTS]
-    ]
+        for task in [task for task in first if all(task in tasks for tasks in written.values())][:NUM_PROMPTS]
+    ]  # fmt: skip
 
 
 def _cache(path: Path, files: Files) -> dict[str, Any]:
@@ -243,10 +239,12 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         collected: see `collect`.
         out_dir: made if absent.
     """
-    models, found = collected.models, differences(collected.models)
+    from shared.eval.report.plots import proof_plot
+
+    models, teacher, proof = collected.models, collected.models[0], collected.proof
+    found = differences(models)
     render = _renderer()
-    typed_proof, raw_proof = collected.proof or (None, None)
-    given = facts(models, found, collected.caches, typed_proof)
+    given = facts(models, found, collected.caches, proof)
 
     def sentences(name: str) -> list[str]:
         """A template's paragraphs, each on one line."""
@@ -257,9 +255,13 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "version": 1,
         "headline": sentences("headline") or ["Nothing has been measured yet."],
         "background": sentences("background"),
-        "models": {model.name: _model_json(model, models[0]) for model in models},
-        "differences": [_difference_json(each) for each in found],
-        "proof": raw_proof,
+        "models": {model.name: _model_json(model, teacher) for model in models},
+        "differences": [
+            {"student": pair.student.name, "baseline": pair.baseline.name,
+             "rows": [dataclasses.asdict(row) for row in pair.rows], "reasons": list(pair.reasons)}
+            for pair in found
+        ],
+        "proof": proof and proof.to_dict(),
         "prompts": collected.prompts,
         "caveats": sentences("caveats"),
         "caches": collected.caches,
@@ -267,43 +269,30 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "inputs": collected.inputs,
         "machine": machine(),
         "versions": versions(*PACKAGES),
-    }
-    from shared.eval.report.plots import proof_plot
-
-    pages = {
-        f"report.{suffix}": render(
-            f"report.{suffix}.j2",
-            report=report,
-            cards=cards(models, models[0]),
-            rows=comparison_rows(models, models[0]),
-            plots=_plots(collected) if suffix == "html" else [],
-            proof_rows=proof_rows(typed_proof) if typed_proof else [],
-            proof_plot=proof_plot(typed_proof) if typed_proof and suffix == "html" else None,
-        ).encode(errors="backslashreplace")
-        for suffix in ("md", "html")
-    }
-    report["pages"] = {name: hashlib.sha256(data).hexdigest() for name, data in pages.items()}
+    }  # fmt: skip
+    shown = {"report": report, "cards": cards(models, teacher), "rows": comparison_rows(models, teacher),
+             "proof_rows": proof_rows(proof) if proof else []}  # fmt: skip
+    drawn = {"plots": _plots(collected), "proof_plot": proof and proof_plot(proof)}
+    pages = {"report.md": render("report.md.j2", **shown), "report.html": render("report.html.j2", **shown, **drawn)}
+    contents = {name: text.encode(errors="backslashreplace") for name, text in pages.items()}
+    report["pages"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     out_dir.mkdir(parents=True, exist_ok=True)
-    replace_files(out_dir, pages | {"report.json": to_json(report).encode()})
+    replace_files(out_dir, contents | {"report.json": to_json(report).encode()})
     return report
 
 
 def _model_json(model: Model, teacher: Model) -> dict[str, Any]:
     """A model's figures, each None with a reason where it is missing, and the results that they come from."""
-    reasons = {key: reason for key in FIGURES if (reason := model.reason(key))}
-    for key in BENCHMARKS:
-        result = model.benchmarks.get(key)
-        if result is None or result.pass_at_1 is None:
-            reasons[key] = score_reason(model, key, "pass_at_1")
-    results = {"fidelity": model.fidelity, "latency": model.latency, "draft": model.draft, **model.benchmarks}
+    figures = {key: model.measured(key) for key in FIGURES}
+    scores = {key: model.score(Benchmark(key, model.title(key))) for key in BENCHMARKS}
     return {
         "label": model.label,
-        **{key: model.value(key) for key in FIGURES},
-        "ci95": {key: interval for key in FIGURES if (interval := model.interval(key))},
+        **{key: each.value for key, each in figures.items()},
+        "ci95": {key: each.ci95 for key, each in figures.items() if each.ci95},
         **{key: _score_json(model.benchmarks.get(key)) for key in BENCHMARKS},
-        "reasons": reasons,
+        "reasons": {key: each.reason for key, each in (figures | scores).items() if each.reason},
         "ratios_to_teacher": {key: ratio_to_teacher(key, model, teacher) for key, f in FIGURES.items() if f.less},
-        "results": {key: result.to_dict() for key, result in results.items() if result} | {"run": dict(model.run)},
+        "results": {kind: result.to_dict() for kind, result in model.results.items()} | {"run": dict(model.run)},
         "outcomes": model.outcomes,
     }
 
@@ -312,13 +301,8 @@ def _score_json(result: BenchmarkResult | None) -> dict[str, Any]:
     """A benchmark's figures; empty where it was not run."""
     if result is None:
         return {}
-    keys = ("pass_at_1", "ci95", "num_problems", "pass_at_k", "pass_at_k_ci95", *SHARES)
+    keys = ("benchmark", "pass_at_1", "ci95", "num_problems", "pass_at_k", "pass_at_k_ci95", *SHARES)
     return {key: getattr(result, key) for key in keys} | {"sampled": is_sampled(result)}
-
-
-def _difference_json(pair: Differences) -> dict[str, Any]:
-    rows = [dataclasses.asdict(row) for row in pair.rows]
-    return {"student": pair.student.name, "baseline": pair.baseline.name, "rows": rows, "reasons": list(pair.reasons)}
 
 
 def _plots(collected: Collected) -> list[Any]:

@@ -1,21 +1,48 @@
 """The report's figures, tables, and the text forms of both."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.eval.report.compare import Outcomes
-from shared.eval.results import BatchTiming, BenchmarkResult, Draft, Fidelity, Latency, ModelFacts, Proof, Timing
+from shared.eval.results import (
+    BenchmarkResult,
+    Draft,
+    Fidelity,
+    Interval,
+    Latency,
+    PairedDifference,
+    Proof,
+    Result,
+    Spread,
+    Timing,
+)
 
 BASELINE = "student_ce"
 LABELS = {"teacher": "Teacher", "student_kd": "Distilled student", BASELINE: "Cross-entropy baseline"}
-BENCHMARKS = {"humaneval": "HumanEval", "mbpp": "MBPP"}
+BENCHMARKS = {"humaneval": "HumanEval", "mbpp": "MBPP"}  # a result's folder → the benchmark if no result names another
 SHARES = {
     "share_parses": "programs that parse",
     "share_runs": "programs that run",
     "share_some_assert": "programs that pass an assert",
 }
 NOT_HELD_OUT = "not held out: the model was scored on documents that it was trained on"
+
+
+class Benchmark(NamedTuple):
+    """A benchmark by the folder of its results and the name that they give it."""
+
+    key: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A model's figure with its 95 % interval where known; None, with the reason, where it is not known."""
+
+    value: float | None = None
+    ci95: Interval | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +53,7 @@ class Model:
         name: of its folder of results.
         label: for the reader.
         fidelity, latency, draft: see `shared.eval.results`; the latency may hold other models too.
-        benchmarks: by `humaneval` or `mbpp`; `outcomes` of each problem likewise.
+        benchmarks: by folder, see `BENCHMARKS`; `outcomes` of each problem likewise.
         run: a student's run.json; empty where there is none.
         cached_nll: the teacher's NLL as a cache recorded it, if the teacher itself was not scored.
     """
@@ -62,41 +89,69 @@ class Model:
         """The label at the beginning of a sentence."""
         return f"The {self.label.lower()}" if self.label in LABELS.values() else self.label
 
+    @property
+    def results(self) -> dict[str, Result]:
+        """All results, by kind."""
+        found = {"fidelity": self.fidelity, "latency": self.latency, "draft": self.draft, **self.benchmarks}
+        return {kind: result for kind, result in found.items() if result}
+
     def value(self, key: str) -> float | None:
-        """A figure by its key in `FIGURES`; None where `reason` says why."""
-        figure, part = FIGURES[key], self._part(key)
-        if key == "heldout_nll_nats" and self.cached_nll is not None and part is None:
-            return self.cached_nll
-        if part is None or (isinstance(part, Fidelity) and part.seen_in_training):
-            return None
-        value: float | None = getattr(part, figure.path)
-        return value
+        """A figure by its key in `FIGURES`; None where it is not known."""
+        return self.measured(key).value
 
-    def reason(self, key: str) -> str | None:
-        """Why a figure is None."""
-        if self.value(key) is not None:
-            return None
-        part = self._part(key)
+    def measured(self, key: str) -> Measured:
+        """A figure by its key in `FIGURES`."""
+        figure = FIGURES[key]
+        part = self._part(figure.part)
         if part is None:
-            return f"not measured: there is no {FIGURES[key].file} for this model"
-        if isinstance(part, Fidelity):
-            return NOT_HELD_OUT if part.seen_in_training else part.reasons.get(FIGURES[key].path, "unknown")
-        reasons: Mapping[str, str] = getattr(part, "reasons", {})
-        return reasons.get(FIGURES[key].path, "unknown")
+            if key == "heldout_nll_nats" and self.cached_nll is not None:
+                return Measured(self.cached_nll)
+            return Measured(reason=f"not measured: there is no {PARTS[figure.part][0]} for this model")
+        if part is self.fidelity and self.fidelity.seen_in_training:
+            return Measured(reason=NOT_HELD_OUT)
+        value: float | None = getattr(part, figure.name)
+        if value is None:
+            return Measured(reason=getattr(part, "reasons", {}).get(figure.name, "unknown"))
+        return Measured(value, getattr(part, "ci95", {}).get(figure.name))
 
-    def interval(self, key: str) -> list[float] | None:
-        """A figure's 95 % interval."""
-        intervals: Mapping[str, list[float] | None] = getattr(self._part(key), "ci95", {})
-        return intervals.get(FIGURES[key].path) if self.value(key) is not None else None
+    def title(self, key: str) -> str:
+        """The name of the benchmark in a folder."""
+        return self.benchmarks[key].benchmark if key in self.benchmarks else BENCHMARKS[key]
 
-    def _part(self, key: str) -> Fidelity | ModelFacts | BatchTiming | Draft | None:
+    def result_of(self, benchmark: Benchmark) -> BenchmarkResult | None:
+        """The model's result of this benchmark."""
+        result = self.benchmarks.get(benchmark.key)
+        return result if result and result.benchmark == benchmark.title else None
+
+    def score(self, benchmark: Benchmark, name: str = "pass_at_1", k: str = "") -> Measured:
+        """A benchmark's figure by its name in the result; pass@k for a given k."""
+        result = self.result_of(benchmark)
+        if result is None:
+            other = self.benchmarks.get(benchmark.key)
+            why = f"{benchmark.key}/result.json is of {other.benchmark}" if other else ""
+            return Measured(reason=f"not measured: {why or f'there is no {benchmark.key}/result.json for this model'}")
+        value, ci95 = getattr(result, name), result.ci95 if name == "pass_at_1" else None
+        if k:
+            value, ci95 = (result.pass_at_k or {}).get(k), (result.pass_at_k_ci95 or {}).get(k)
+        return Measured(value, ci95, None if value is not None else result.reasons.get(name, "unknown"))
+
+    def _part(self, part: str) -> Any:
         """The part of the results that holds a figure."""
-        figure, timing = FIGURES[key], self.timing
-        if figure.batch:
-            return timing.batches.get(figure.batch) if timing else None
-        sizes = timing or (self.fidelity.model if self.fidelity else None)
-        parts = {"sizes": sizes, "timing": timing, "fidelity": self.fidelity, "draft": self.draft}
-        return parts[figure.part]
+        timing = self.timing
+        if part.startswith("batch "):
+            return timing and timing.batches.get(part.removeprefix("batch "))
+        sizes = timing or (self.fidelity and self.fidelity.model)
+        return {"sizes": sizes, "timing": timing, "fidelity": self.fidelity, "draft": self.draft}[part]
+
+
+PARTS = {  # of the results → the file that holds it, and the heading of its figures
+    "sizes": ("latency.json or fidelity.json", "Size"),
+    "timing": ("latency.json", "Size"),
+    "batch 1": ("latency.json", "Speed"),
+    "batch 8": ("latency.json", "Speed"),
+    "fidelity": ("fidelity.json", "Held-out text"),
+    "draft": ("draft.json", "As the teacher's draft"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,61 +159,45 @@ class Figure:
     """A row of the comparison: where a figure is found and how it is shown.
 
     Args:
-        part: of the results: `sizes`, `timing`, `fidelity` or `draft`.
-        path: the figure's name there.
+        part: one of `PARTS`.
+        name: the figure's name there.
         label: of the row.
         form: a format specification.
         scale: factor before it is shown.
-        less: what a ratio to the teacher below 1 means; no ratio where empty.
-        more: what one above 1 means.
+        less, more: what a ratio to the teacher below 1 means, and one above 1; no ratio where empty.
         always: whether the row stands even where no model has the figure.
-        batch: batch size of a time.
     """
 
     part: str
-    path: str
+    name: str
     label: str
     form: str = ".3f"
     scale: float = 1
     less: str = ""
     more: str = ""
     always: bool = False
-    batch: str = ""
-
-    @property
-    def file(self) -> str:
-        """The result file."""
-        files = {"sizes": "latency.json or fidelity.json", "timing": "latency.json"}
-        return files.get(self.part, f"{self.part}.json")
 
     @property
     def group(self) -> str:
         """The heading that the row stands under."""
-        if self.part == "sizes" or self.more == "larger":
-            return "Size"
-        return {"fidelity": "Held-out text", "timing": "Speed", "draft": "As the teacher's draft"}[self.part]
-
-    @property
-    def is_time(self) -> bool:
-        """Whether it holds only for one machine."""
-        return self.less in ("faster", "slower")
+        return "Size" if self.more == "larger" else PARTS[self.part][1]
 
     def text(self, value: float) -> str:
         """A value as the reader sees it."""
-        return count(value) if self.path == "parameters" else f"{value * self.scale:{self.form}}"
+        return count(value) if self.name == "parameters" else f"{value * self.scale:{self.form}}"
 
 
 _SIZE: dict[str, Any] = {"less": "smaller", "more": "larger"}
 _MB: dict[str, Any] = _SIZE | {"form": ",.1f", "scale": 1e-6}
 _MS: dict[str, Any] = {"form": ",.1f", "less": "faster", "more": "slower"}
-_RATE: dict[str, Any] = {"form": ",.1f", "less": "slower", "more": "faster", "batch": "1"}
+_RATE: dict[str, Any] = {"form": ",.1f", "less": "slower", "more": "faster"}
 _SHARE: dict[str, Any] = {"form": ".1%"}
 FIGURES = {  # the report's key → the row
     "parameters": Figure("sizes", "parameters", "Parameters", always=True, **_SIZE),
     "embedding_share": Figure("sizes", "embedding_share", "Parameters in embeddings and output head", **_SHARE),
     "bytes": Figure("sizes", "bytes", "Weights on disk, MB", always=True, **_MB),
     "memory_bytes": Figure("timing", "memory_bytes", "Weights in memory, MB", **_MB),
-    "peak_bytes": Figure("timing", "peak_bytes", "Peak memory, MB ↓", **_MB, batch="1"),
+    "peak_bytes": Figure("batch 1", "peak_bytes", "Peak memory, MB ↓", **_MB),
     "heldout_nll_nats": Figure("fidelity", "nll_nats", "Held-out NLL, nats per token ↓", always=True),
     "heldout_bits_per_byte": Figure("fidelity", "bits_per_byte", "Held-out bits per byte ↓", always=True),
     "kl_to_teacher_nats": Figure("fidelity", "kl_to_teacher_nats", "KL to the teacher, nats per token ↓", always=True),
@@ -166,30 +205,24 @@ FIGURES = {  # the report's key → the row
     "top1_agreement": Figure("fidelity", "top1_agreement", "Top-1 agreement with the teacher ↑", always=True, **_SHARE),
     "top5_agreement": Figure("fidelity", "top5_agreement", "Top-5 agreement with the teacher ↑", **_SHARE),
     "ece": Figure("fidelity", "ece", "Expected calibration error ↓"),
-    "prefill_ms": Figure("timing", "prefill_ms", "Prefill, ms ↓", always=True, **_MS, batch="1"),
-    "decode_tokens_per_second": Figure(
-        "timing", "decode_tokens_per_second", "Decode, tokens per second ↑", always=True, **_RATE
-    ),
+    "prefill_ms": Figure("batch 1", "prefill_ms", "Prefill, ms ↓", always=True, **_MS),
+    "decode_tokens_per_second": Figure("batch 1", "decode_tokens_per_second", "Decode, tokens per second ↑",
+                                       always=True, **_RATE),
     **{
-        f"decode_ms_{key}_batch_{batch}": Figure(
-            "timing", f"decode_ms_{key}", f"Decode step, batch {batch}, {label}, ms ↓", **_MS, batch=batch
-        )
-        for batch in ("1", "8")
-        for key, label in (("p50", "median"), ("p95", "p95"))
+        f"decode_ms_{key}_batch_{batch}": Figure(f"batch {batch}", f"decode_ms_{key}",
+                                                 f"Decode step, batch {batch}, {label}, ms ↓", **_MS)
+        for batch in (1, 8) for key, label in (("p50", "median"), ("p95", "p95"))
     },
-    "tokens_per_second_per_watt": Figure(
-        "timing", "tokens_per_second_per_watt", "Decode, tokens per second per watt ↑", **_RATE
-    ),
+    "tokens_per_second_per_watt": Figure("batch 1", "tokens_per_second_per_watt",
+                                         "Decode, tokens per second per watt ↑", **_RATE),
     "acceptance_rate": Figure("draft", "acceptance_rate", "Drafted tokens kept ↑", **_SHARE),
-    "mean_accepted_length": Figure(
-        "draft", "mean_accepted_length", "Drafted tokens kept per pass of the teacher ↑", ".2f"
-    ),
+    "mean_accepted_length": Figure("draft", "mean_accepted_length", "Drafted tokens kept per pass of the teacher ↑",
+                                   ".2f"),
     "draft_speedup": Figure("draft", "speedup", "Speed-up of the teacher ↑", ".2f"),
-}
-CARDS = {  # what the page opens with: key of a figure, or a benchmark → title, unit
+}  # fmt: skip
+CARDS = {  # what the page opens with: key of a figure → title, unit; the first benchmark's card stands third
     "parameters": ("Size", "parameters"),
     "decode_tokens_per_second": ("Speed", "tokens per second ↑"),
-    "humaneval": ("HumanEval", "pass@1 ↑"),
     "heldout_nll_nats": ("Held-out NLL", "nats per token ↓"),
     "kl_to_teacher_nats": ("KL to the teacher", "nats per token ↓"),
     "top1_agreement": ("Top-1 agreement", "with the teacher ↑"),
@@ -216,66 +249,81 @@ class TableRow:
 
 def ratio_to_teacher(key: str, model: Model, teacher: Model) -> float | None:
     """A figure over the teacher's; None where one is missing, or times come from different machines."""
-    value, teachers = model.value(key), teacher.value(key)
-    if not FIGURES[key].less or not value or not teachers:
+    figure, value, teachers = FIGURES[key], model.value(key), teacher.value(key)
+    if not figure.less or not value or not teachers:
         return None
     machines = [m.latency.machine if m.latency else None for m in (model, teacher)]
-    return None if FIGURES[key].is_time and machines[0] != machines[1] else value / teachers
-
-
-def cell(key: str, model: Model, teacher: Model) -> Cell:
-    """A model's figure with its 95 % interval and what it is against the teacher's."""
-    figure, value, notes = FIGURES[key], model.value(key), []
-    if value is None:
-        return Cell(value=None, reason=model.reason(key))
-    if interval := model.interval(key):
-        notes.append("–".join(format(bound * figure.scale, figure.form) for bound in interval))
-    ratio, teachers = ratio_to_teacher(key, model, teacher), teacher.value(key)
-    if model is not teacher and ratio is not None:
-        notes.append(ratio_text(ratio, figure.less, figure.more))
-    elif model is not teacher and key == "heldout_nll_nats" and teachers is not None:
-        notes.append(signed(value - teachers))
-    return Cell(value=figure.text(value), notes=notes)
+    return None if figure.less in ("faster", "slower") and machines[0] != machines[1] else value / teachers
 
 
 def cards(models: Sequence[Model], teacher: Model) -> list[tuple[str, str, list[tuple[str, Cell]]]]:
     """The six figures that the page opens with: title, unit, and each model's label and cell."""
-
-    def of(key: str, model: Model) -> Cell:
-        return _solved_cell(model, key) if key in BENCHMARKS else cell(key, model, teacher)
-
-    return [(title, unit, [(m.label, of(key, m)) for m in models]) for key, (title, unit) in CARDS.items()]
+    made = [
+        (title, unit, [(model.label, _cell(key, model, teacher)) for model in models])
+        for key, (title, unit) in CARDS.items()
+    ]
+    first = benchmarks_of(models)[0]
+    solved = [(model.label, _score_cell(model, first)) for model in models]
+    return [*made[:2], (first.title, "pass@1 ↑", solved), *made[2:]]
 
 
 def comparison_rows(models: Sequence[Model], teacher: Model) -> list[TableRow]:
     """The comparison of all models."""
     rows = [
-        TableRow(group=figure.group, label=figure.label, cells=[cell(key, model, teacher) for model in models])
+        TableRow(group=figure.group, label=figure.label, cells=[_cell(key, model, teacher) for model in models])
         for key, figure in FIGURES.items()
         if figure.always or any(model.value(key) is not None for model in models)
     ]
     if any(model.draft for model in models):
         rows.append(TableRow(group="As the teacher's draft", label="Output equal to plain greedy decoding",
                              cells=[_equality_cell(model) for model in models]))  # fmt: skip
-    return rows + [row for key in BENCHMARKS for row in _benchmark_rows(models, key)]
+    return rows + [row for benchmark in benchmarks_of(models) for row in _benchmark_rows(models, benchmark)]
+
+
+def _cell(key: str, model: Model, teacher: Model) -> Cell:
+    """A model's figure with its 95 % interval and what it is against the teacher's."""
+    figure, measured, notes = FIGURES[key], model.measured(key), []
+    if measured.value is None:
+        return Cell(value=None, reason=measured.reason)
+    if measured.ci95:
+        notes.append("–".join(format(bound * figure.scale, figure.form) for bound in measured.ci95))
+    ratio, teachers = ratio_to_teacher(key, model, teacher), teacher.value(key)
+    if model is not teacher and ratio is not None:
+        notes.append(ratio_text(ratio, figure.less, figure.more))
+    elif model is not teacher and key == "heldout_nll_nats" and teachers is not None:
+        notes.append(signed(measured.value - teachers))
+    return Cell(value=figure.text(measured.value), notes=notes)
 
 
 def _equality_cell(model: Model) -> Cell:
     """Whether decoding with the model's drafts gave the teacher's own tokens."""
     if model.draft is None:
-        return Cell(value=None, reason=model.reason("acceptance_rate"))
+        return Cell(value=None, reason=model.measured("acceptance_rate").reason)
     parts = [f"{dtype} {part.num_equal}/{part.num_prompts}" for dtype, part in model.draft.equality.items()]
     return Cell(value="yes" if model.draft.equal_to_greedy else ", ".join(parts))
 
 
-def solved(model: Model, benchmark: str) -> str | None:
+# --- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def benchmarks_of(models: Sequence[Model]) -> list[Benchmark]:
+    """The benchmarks that models were given; HumanEval where none was in its folder."""
+    found = [
+        Benchmark(key, model.benchmarks[key].benchmark)
+        for key in BENCHMARKS for model in models if key in model.benchmarks
+    ]  # fmt: skip
+    absent = [] if found and found[0].key == "humaneval" else [Benchmark("humaneval", BENCHMARKS["humaneval"])]
+    return list(dict.fromkeys(absent + found))
+
+
+def solved(model: Model, benchmark: Benchmark) -> str | None:
     """Problems solved of problems run, such as "0/164", or pass@1 where samples were drawn; None where not measured."""
-    result = model.benchmarks.get(benchmark)
-    if result is None or result.pass_at_1 is None:
+    result, pass_at_1 = model.result_of(benchmark), model.score(benchmark).value
+    if result is None or pass_at_1 is None:
         return None
-    if is_sampled(result):
-        return f"{result.pass_at_1:.1%}"
-    return f"{round(result.pass_at_1 * result.num_problems)}/{result.num_problems}"
+    return (
+        f"{pass_at_1:.1%}" if is_sampled(result) else f"{round(pass_at_1 * result.num_problems)}/{result.num_problems}"
+    )
 
 
 def is_sampled(result: BenchmarkResult) -> bool:
@@ -283,85 +331,60 @@ def is_sampled(result: BenchmarkResult) -> bool:
     return result.settings.get("decoding") != "greedy"
 
 
-def score_reason(model: Model, benchmark: str, key: str) -> str:
-    """Why a benchmark's figure is None."""
-    result = model.benchmarks.get(benchmark)
-    if result is None:
-        return f"not measured: there is no {benchmark}/result.json for this model"
-    return result.reasons.get(key, "unknown")
+def _score_cell(model: Model, benchmark: Benchmark, name: str = "pass_at_1", k: str = "") -> Cell:
+    score = model.score(benchmark, name, k)
+    if score.value is None:
+        return Cell(value=None, reason=score.reason)
+    text = solved(model, benchmark) if name == "pass_at_1" else f"{score.value:.1%}"
+    return Cell(value=text, notes=[f"{score.ci95[0]:.1%}–{score.ci95[1]:.1%}"] if score.ci95 else [])
 
 
-def _percents(interval: Sequence[float] | None) -> list[str]:
-    return [f"{interval[0]:.1%}–{interval[1]:.1%}"] if interval else []
-
-
-def _solved_cell(model: Model, benchmark: str) -> Cell:
-    text, result = solved(model, benchmark), model.benchmarks.get(benchmark)
-    if text is None or result is None:
-        return Cell(value=None, reason=score_reason(model, benchmark, "pass_at_1"))
-    return Cell(value=text, notes=_percents(result.ci95))
-
-
-def _benchmark_rows(models: Sequence[Model], key: str) -> list[TableRow]:
+def _benchmark_rows(models: Sequence[Model], benchmark: Benchmark) -> list[TableRow]:
     """Solved problems, further pass@k, and how far programs that fail got."""
-    results = [model.benchmarks.get(key) for model in models]
-    known = [result for result in results if result]
-    if not known and key != "humaneval":
-        return []
+    results = [result for model in models if (result := model.result_of(benchmark))]
+    first = " pass@1" if any(map(is_sampled, results)) else " solved (greedy pass@1)"
+    ks = sorted({int(k) for result in results for k in result.pass_at_k or {}} - {1})
+    rows = [(first, "pass_at_1", ""), *((f" pass@{k}", "pass_at_k", str(k)) for k in ks)]
+    rows += [(f": {label}", name, "") for name, label in SHARES.items()
+             if any(getattr(result, name) is not None for result in results)]  # fmt: skip
+    return [
+        TableRow(group="Programs written", label=f"{benchmark.title}{label} ↑",
+                 cells=[_score_cell(model, benchmark, name, k) for model in models])
+        for label, name, k in rows
+    ]  # fmt: skip
 
-    def row(label: str, make: Callable[[BenchmarkResult], Cell], figure: str) -> TableRow:
-        absent = [Cell(value=None, reason=score_reason(model, key, figure)) for model in models]
-        cells = [make(result) if result else none for result, none in zip(results, absent, strict=True)]
-        return TableRow(group="Programs written", label=f"{BENCHMARKS[key]}{label} ↑", cells=cells)
 
-    def at_k(k: str) -> Callable[[BenchmarkResult], Cell]:
-        def make(result: BenchmarkResult) -> Cell:
-            value = (result.pass_at_k or {}).get(k)
-            interval = (result.pass_at_k_ci95 or {}).get(k)
-            return Cell(value=None) if value is None else Cell(value=f"{value:.1%}", notes=_percents(interval))
-
-        return make
-
-    def share(name: str) -> Callable[[BenchmarkResult], Cell]:
-        def make(result: BenchmarkResult) -> Cell:
-            value = getattr(result, name)
-            return Cell(value=None if value is None else f"{value:.1%}", reason=result.reasons.get(name))
-
-        return make
-
-    title = "pass@1" if any(map(is_sampled, known)) else "solved (greedy pass@1)"
-    rows = [TableRow(group="Programs written", label=f"{BENCHMARKS[key]} {title} ↑",
-                     cells=[_solved_cell(model, key) for model in models])]  # fmt: skip
-    ks = sorted({int(k) for result in known for k in result.pass_at_k or {}} - {1})
-    rows += [row(f" pass@{k}", at_k(str(k)), "pass_at_k") for k in ks]
-    shares = {name: label for name, label in SHARES.items() if any(getattr(r, name) is not None for r in known)}
-    return rows + [row(f": {label}", share(name), name) for name, label in shares.items()]
+# --- text forms ------------------------------------------------------------------------------------------------------
 
 
 def proof_rows(proof: Proof) -> list[dict[str, str]]:
     """The proof's variants as text."""
-    rows = []
-    for variant in proof.variants:
-        versus, settings = variant.versus_ce, {"loss": variant.loss, "K": variant.k, "lr": variant.learning_rate}
-        settings["epochs"] = f"{variant.epochs:g}"
-        differences = (versus, versus.kl) if versus else ()
-        texts = [f"{signed(d.difference)} ({signed(d.ci95[0])} to {signed(d.ci95[1])})" for d in differences]
-        spreads = [f"{s.mean:.3f}" + ("" if s.sd is None else f" ± {s.sd:.3f}")
-                   for s in (variant.test_nll, variant.test_kl)]  # fmt: skip
-        rows.append({
+    return [
+        {
             "name": variant.name,
-            "settings": ", ".join(f"{label} {value}" for label, value in settings.items() if value is not None),
-            "nll": spreads[0],
-            "kl": spreads[1],
-            "nll_difference": texts[0] if versus else "–",
-            "kl_difference": texts[1] if versus else "–",
-            "p": f"{versus.p_holm:.2g}" if versus else "–",
-            "significant": ("yes" if versus.significant else "no") if versus else "–",
-        })  # fmt: skip
-    return rows
+            "settings": ", ".join(
+                f"{label} {value}"
+                for label, value in (("loss", variant.loss), ("K", variant.k), ("lr", variant.learning_rate),
+                                     ("epochs", f"{variant.epochs:g}"))
+                if value is not None
+            ),
+            "nll": _spread(variant.test_nll),
+            "kl": _spread(variant.test_kl),
+            "nll_difference": _difference(variant.versus_ce),
+            "kl_difference": _difference(variant.versus_ce and variant.versus_ce.kl),
+            "p": f"{variant.versus_ce.p_holm:.2g}" if variant.versus_ce else "–",
+            "significant": ("yes" if variant.versus_ce.significant else "no") if variant.versus_ce else "–",
+        }
+        for variant in proof.variants
+    ]  # fmt: skip
 
 
-# --- text forms ------------------------------------------------------------------------------------------------------
+def _spread(spread: Spread) -> str:
+    return f"{spread.mean:.3f}" + ("" if spread.sd is None else f" ± {spread.sd:.3f}")
+
+
+def _difference(paired: PairedDifference | None) -> str:
+    return f"{signed(paired.difference)} ({' to '.join(map(signed, paired.ci95))})" if paired else "–"
 
 
 def signed(value: float, form: str = "+.3f") -> str:

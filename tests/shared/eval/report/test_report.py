@@ -53,7 +53,8 @@ def test_every_figure_arrives_in_report_json(full):
     assert student["embedding_share"] == 0.4857
     assert [student[key] for key in KEYS] == [5_181_312, 20_733_040, 4.631, 1.873, 2.482, 0.331, 9.8, 214.6]
     assert student["humaneval"] == {
-        "pass_at_1": 0.0, "num_problems": 164, "ci95": [0.0, 0.0229], "share_parses": 141 / 164,
+        "benchmark": "HumanEval", "pass_at_1": 0.0, "num_problems": 164, "ci95": [0.0, 0.0229],
+        "share_parses": 141 / 164,
         "share_runs": 141 / 164, "share_some_assert": 0.0, "pass_at_k": {"1": 0.0},
         "pass_at_k_ci95": {"1": [0.0, 0.0229]}, "sampled": False,
     }  # fmt: skip
@@ -174,6 +175,7 @@ def test_the_first_prompts_are_shown_with_what_the_models_write(full):
     root, report = full
     assert [prompt["task_id"] for prompt in report["prompts"]] == ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
     assert report["prompts"][0] == {
+        "benchmark": "HumanEval",
         "task_id": "HumanEval/0",
         "prompt": "def f(x):  # HumanEval/0",
         "answers": [
