@@ -77,7 +77,7 @@ def evaluate_benchmark(
         model, tokenizer = load_model(model_dir, dtype)
         settings = {
             "problems_sha256": problems_digest(problems),
-            "model_sha256": model_digest(model_dir, tokenizer),
+            "model_sha256": model_digest(model_dir),
             "eos_token_ids": eos_ids(model, tokenizer),
             "completion_ends": ENDS,
             "dtype": dtype_name(model),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.checkpoints import WEIGHTS, model_digest
 from shared.errors import ConfigError, require
 from shared.eval.report.compare import read_outcomes
 from shared.eval.report.provenance import REPORT_FORMAT, Files
@@ -61,6 +62,7 @@ class Collected:
         return {
             "codedistill": versions("codedistill")["codedistill"],
             "models": [model.name for model in self.models],
+            "runs": {model.name: model.run_digest for model in self.models if model.run_digest},
             "files": {name: file["sha256"] for name, file in self.files.items()},
         }
 
@@ -186,6 +188,7 @@ def _model(name: str, folder: Path, run_dir: Path | None, together: Latency | No
         benchmarks=results,
         outcomes=outcomes,
         run=files.record(run_dir / "run.json", "how the student was trained") if run_dir else {},
+        run_digest=model_digest(run_dir) if run_dir and (run_dir / WEIGHTS).is_file() else None,
     )
 
 
@@ -287,6 +290,7 @@ def _model_json(model: Model, teacher: Model) -> dict[str, Any]:
     scores = {key: model.score(Benchmark(key, model.title(key))) for key in BENCHMARKS}
     return {
         "label": model.label,
+        "digests": model.digests,
         **{key: each.value for key, each in figures.items()},
         "ci95": {key: each.ci95 for key, each in figures.items() if each.ci95},
         **{key: _score_json(model.benchmarks.get(key)) for key in BENCHMARKS},

@@ -54,7 +54,7 @@ class Model:
         label: for the reader.
         fidelity, latency, draft: see `shared.eval.results`; the latency may hold other models too.
         benchmarks: by folder, see `BENCHMARKS`; `outcomes` of each problem likewise.
-        run: a student's run.json; empty where there is none.
+        run: a student's run.json; empty where there is none. `run_digest` is the digest of the model in its folder.
         cached_nll: the teacher's NLL as a cache recorded it, if the teacher itself was not scored.
     """
 
@@ -66,6 +66,7 @@ class Model:
     benchmarks: Mapping[str, BenchmarkResult] = field(default_factory=dict)
     outcomes: Mapping[str, Outcomes] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
+    run_digest: str | None = None
     cached_nll: float | None = None
 
     @property
@@ -94,6 +95,15 @@ class Model:
         """All results, by kind."""
         found = {"fidelity": self.fidelity, "latency": self.latency, "draft": self.draft, **self.benchmarks}
         return {kind: result for kind, result in found.items() if result}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of the model by the kind of result that records it; `run` is that of the run's folder now."""
+        found = {"run": self.run_digest}
+        for kind, result in self.results.items():
+            of = result.inputs
+            found[kind] = of.get("models", {}).get(self.name) or of.get("student") or of.get("model")
+        return {kind: digest for kind, digest in found.items() if digest}
 
     def value(self, key: str) -> float | None:
         """A figure by its key in `FIGURES`; None where it is not known."""
@@ -133,7 +143,8 @@ class Model:
         value, ci95 = getattr(result, name), result.ci95 if name == "pass_at_1" else None
         if k:
             value, ci95 = (result.pass_at_k or {}).get(k), (result.pass_at_k_ci95 or {}).get(k)
-        return Measured(value, ci95, None if value is not None else result.reasons.get(name, "unknown"))
+        unknown = f"fewer than {k} samples of each problem" if k else "unknown"
+        return Measured(value, ci95, None if value is not None else result.reasons.get(name, unknown))
 
     def _part(self, part: str) -> Any:
         """The part of the results that holds a figure."""
