@@ -225,6 +225,11 @@ class BenchmarkResult(Result):
     scoring_seconds: float
 
     @property
+    def is_sampled(self) -> bool:
+        """Whether its completions were drawn, and not greedy."""
+        return self.settings.get("decoding") != "greedy"
+
+    @property
     def unsafe(self) -> bool:
         """Whether programs were run without a sandbox."""
         return bool((self.settings.get("sandbox") or {}).get("unsafe_no_sandbox"))

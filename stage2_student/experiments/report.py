@@ -139,7 +139,7 @@ def run_plot(rows: Sequence[Row]) -> Plot | None:
                 known = [row for row in scored if key in row.swept and getattr(row, name) is not None]
                 _draw_points(axes, [(row.swept[key], getattr(row, name)) for row in known])
 
-    return Plot(title="Runs", draw=draw, size=(3.4 * len(keys) + 0.6, 5.2))
+    return Plot(draw=draw, size=(3.4 * len(keys) + 0.6, 5.2))
 
 
 def _draw_points(axes: Axes, points: list[tuple[Any, float]]) -> None:

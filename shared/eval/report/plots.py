@@ -1,4 +1,7 @@
-"""Plots of the report, each drawn for a light and for a dark page; the proof and sweeps draw by the same functions."""
+"""Plots of the report, each drawn for a light and for a dark page; the proof and sweeps draw by the same functions.
+
+The page's template has their headings and captions.
+"""
 
 import base64
 import io
@@ -28,43 +31,35 @@ THEMES = {
     "dark": _theme("#e6e8eb", "#34383e", "#9aa1ab", "#7db0ff", "#f0a35e", "#6fcfa3", "#c9a0e0", "#f08ca0"),
 }
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "grid.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-}
+    "svg.fonttype": "none", "svg.hashsalt": "codedistill", "font.size": 9, "lines.linewidth": 1.4,
+    "axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False, "grid.linewidth": 0.6,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+}  # fmt: skip
 NUM_STUDENT_COLOURS = 5
 WIDTH, HEIGHT = 4.4, 3.0  # inches; small, so that text stays readable on a narrow page
+
+Line = tuple[str, Sequence[tuple[float, float]], dict[str, Any]]  # label, points, style
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plot:
-    """One drawing: the heading above it, a caption below it, and what it shows in words.
+    """One drawing.
 
     Args:
         draw: draws it into an empty figure.
+        alt: what it shows, in words.
         size: width and height in inches.
     """
 
-    title: str
     draw: Callable[[Figure], None]
-    caption: str = ""
     alt: str = ""
     size: tuple[float, float] = (WIDTH, HEIGHT)
 
     def svg(self, theme: str = "light", *, transparent: bool = False) -> bytes:
         """The drawing as SVG; equal data gives equal bytes."""
         buffer = io.BytesIO()
-        with matplotlib.rc_context(STYLE | THEMES[theme] | {"svg.hashsalt": self.title}):
+        with matplotlib.rc_context(STYLE | THEMES[theme]):
             figure = Figure(figsize=self.size, layout="constrained")
             self.draw(figure)
             figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None, "Creator": None})
@@ -75,6 +70,32 @@ class Plot:
         """Data URIs of the drawing by theme, for a page of that theme."""
         drawings = {theme: base64.b64encode(self.svg(theme, transparent=True)).decode() for theme in THEMES}
         return {theme: f"data:image/svg+xml;base64,{drawing}" for theme, drawing in drawings.items()}
+
+
+def report_plots(
+    models: Sequence[Model],
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+    caches: Sequence[Mapping[str, Any]],
+    proof: Proof | None,
+) -> dict[str, Plot]:
+    """The report's plots for which there is data, by name.
+
+    Args:
+        models: teacher first.
+        logs: by label of the students, in the report's order, the records of `training_log.jsonl`.
+        caches: manifests.
+        proof: what `student proof` wrote.
+    """
+    plots = {
+        "fidelity": fidelity_plot(models),
+        "tradeoff": tradeoff_plot(models),
+        "ce": training_plot(logs, "ce"),
+        "kd": training_plot(logs, "kd"),
+        "calibration": calibration_plot(models),
+        "mass": mass_plot(caches),
+        "proof": proof_plot(proof) if proof else None,
+    }
+    return {name: plot for name, plot in plots.items() if plot}
 
 
 def _colour(index: int) -> str:
@@ -92,9 +113,6 @@ def _interval(interval: Sequence[float] | None, sign: str = "") -> str:
     return f" ({interval[0]:{sign}.3f} to {interval[1]:{sign}.3f})" if interval else ""
 
 
-Line = tuple[str, Sequence[tuple[float, float]], dict[str, Any]]  # label, points, style
-
-
 def _draw_lines(axes: Axes, lines: Sequence[Line], legend: str, **settings: Any) -> None:
     for label, points, style in lines:
         axes.plot(*zip(*points, strict=True), label=_plain(label), **style)
@@ -103,15 +121,8 @@ def _draw_lines(axes: Axes, lines: Sequence[Line], legend: str, **settings: Any)
     axes.legend(fontsize=8, loc=legend)  # type: ignore[call-overload]  # one of matplotlib's places
 
 
-def training_plot(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str, caption: str) -> Plot | None:
-    """Draw one logged loss against the step, with its held-out counterpart `eval_<key>` where there is one.
-
-    Args:
-        logs: by label of the students, in the report's order, the records of `training_log.jsonl`.
-        key: the loss, in nats per token.
-        title: the heading.
-        caption: what the reader should know.
-    """
+def training_plot(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> Plot | None:
+    """Draw a loss in nats per token against the step, with its held-out counterpart `eval_<key>` where there is one."""
     lines: list[Line] = []
     words = []
     for index, (label, records) in enumerate(logs.items(), 1):
@@ -122,16 +133,11 @@ def training_plot(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, tit
         if held_out:
             lines.append((f"{label}, held out", held_out, {"color": _colour(index), "marker": "o", "markersize": 3}))
             words.append(f"{label}, held out: {held_out[-1][1]:.2f} at the end")
-    if not lines:
-        return None
-    return Plot(
-        title=title,
-        caption=caption,
-        alt=f"{title} by step. {'; '.join(words)}.",
-        draw=lambda figure: _draw_lines(
-            figure.subplots(), lines, "best", xlabel="optimizer step", ylabel="nats per token"
-        ),
-    )
+
+    def draw(figure: Figure) -> None:
+        _draw_lines(figure.subplots(), lines, "best", xlabel="optimizer step", ylabel="nats per token")
+
+    return Plot(draw=draw, alt=f"Loss by step. {'; '.join(words)}.") if lines else None
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -139,50 +145,42 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float,
     return sorted({r["step"]: r[key] for r in records if r.get(key) is not None and "step" in r}.items())
 
 
-def mass_plot(caches: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Plot | None:
-    """Draw the teacher's probability mass inside the cached rows by temperature.
-
-    Args:
-        caches: by the cache's name, {temperature: {"mean", "p1", "p10"}}, shares in [0, 1].
-    """
+def mass_plot(caches: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """Draw the teacher's probability mass inside the cached rows by temperature, as manifests have it."""
     lines: list[Line] = []
     words, ticks = [], set()
-    for index, (name, masses) in enumerate(caches.items(), 1):
+    for index, cache in enumerate(caches, 1):
+        masses = (cache.get("statistics") or {}).get("captured_mass", {})
         known = sorted((float(T), mass) for T, mass in masses.items() if mass["mean"] is not None)
-        means, tenths = ([(T, mass[key]) for T, mass in known] for key in ("mean", "p10"))
-        lines.append((name, means, {"color": _colour(index), "marker": "o", "markersize": 3.5}))
-        lines.append((f"{name}, 10th percentile", tenths, {"color": _colour(index), "linestyle": ":"}))
-        words.append(f"{name}: " + ", ".join(f"{mean:.3f} at T={T:g}" for T, mean in means))
-        ticks |= {T for T, _ in known}
-    if not ticks:
-        return None
-    return Plot(
-        title="Teacher mass captured by the cache",
-        caption="Mean over tokens of the probability that the cached ids hold; the rest is one tail value.",
-        alt=f"Captured mass by temperature. {'; '.join(words)}.",
-        draw=lambda figure: _draw_lines(
-            figure.subplots(), lines, "lower left", xticks=sorted(ticks), ylim=(0, 1.03),
-            xlabel="temperature T", ylabel="mass inside the top-k",
-        ),
-    )  # fmt: skip
+        if known:
+            means, tenths = ([(T, mass[key]) for T, mass in known] for key in ("mean", "p10"))
+            name, colour = cache["name"], _colour(index)
+            lines.append((name, means, {"color": colour, "marker": "o", "markersize": 3.5}))
+            lines.append((f"{name}, 10th percentile", tenths, {"color": colour, "linestyle": ":"}))
+            words.append(f"{name}: " + ", ".join(f"{mean:.3f} at T={T:g}" for T, mean in means))
+            ticks |= {T for T, _ in known}
+
+    def draw(figure: Figure) -> None:
+        _draw_lines(figure.subplots(), lines, "lower left", xticks=sorted(ticks), ylim=(0, 1.03),
+                    xlabel="temperature T", ylabel="mass inside the top-k")  # fmt: skip
+
+    return Plot(draw=draw, alt=f"Captured mass by temperature. {'; '.join(words)}.") if lines else None
 
 
 def fidelity_plot(models: Sequence[Model]) -> Plot | None:
     """Draw held-out NLL and KL to the teacher as bars with their 95 % intervals."""
-    panels = {"heldout_nll_nats": "NLL, nats per token", "kl_to_teacher_nats": "KL to the teacher, nats per token"}
-    figures = {name: [model.measured(key) for model in models] for key, name in panels.items()}
-    figures = {name: measured for name, measured in figures.items() if any(m.value is not None for m in measured)}
-    if not figures:
-        return None
+    titles = {"heldout_nll_nats": "NLL, nats per token", "kl_to_teacher_nats": "KL to the teacher, nats per token"}
+    panels = {title: [model.measured(key) for model in models] for key, title in titles.items()}
+    panels = {title: bars for title, bars in panels.items() if any(bar.value is not None for bar in bars)}
 
     def draw(figure: Figure) -> None:
-        panels = figure.subplots(len(figures), 1, squeeze=False)[:, 0]
-        for axes, (name, measured) in zip(panels, figures.items(), strict=True):
-            for row, each in enumerate(measured):
-                _bar(axes, row, each)
+        all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axes, (title, bars) in zip(all_axes, panels.items(), strict=True):
+            for row, bar in enumerate(bars):
+                _draw_bar(axes, row, bar)
             axes.set_yticks(range(len(models)), [_plain(model.label) for model in models])
             axes.invert_yaxis()
-            axes.set_title(name)
+            axes.set_title(title)
             axes.margins(x=0.18)
             axes.set_xlim(left=0)
             axes.tick_params(axis="y", length=0)
@@ -190,28 +188,22 @@ def fidelity_plot(models: Sequence[Model]) -> Plot | None:
             axes.spines["bottom"].set_visible(False)
 
     words = [
-        f"{model.label} {name}: {each.value:.3f}{_interval(each.ci95)}"
-        for name, measured in figures.items()
-        for model, each in zip(models, measured, strict=True)
-        if each.value is not None
+        f"{model.label} {title}: {bar.value:.3f}{_interval(bar.ci95)}"
+        for title, bars in panels.items()
+        for model, bar in zip(models, bars, strict=True)
+        if bar.value is not None
     ]
-    return Plot(
-        title="Held-out NLL and KL to the teacher",
-        caption="Lower is better in both: NLL against the text, KL against the teacher's distribution. "
-        "Lines: 95% intervals over documents, where known.",
-        alt=f"Bars. {'; '.join(words)}.",
-        draw=draw,
-        size=(WIDTH, len(figures) * (0.55 + 0.3 * max(len(models), 3))),
-    )
+    size = (WIDTH, len(panels) * (0.55 + 0.3 * max(len(models), 3)))
+    return Plot(draw=draw, alt=f"Bars. {'; '.join(words)}.", size=size) if panels else None
 
 
-def _bar(axes: Axes, row: int, measured: Measured) -> None:
-    end = measured.value or 0
+def _draw_bar(axes: Axes, row: int, bar: Measured) -> None:
+    end = bar.value or 0
     axes.barh(row, end, color=_colour(row), height=0.62)
-    if measured.ci95:
-        axes.plot(measured.ci95, (row, row), color=rcParams["text.color"], linewidth=1)
-        end = max(end, measured.ci95[1])
-    text = "not measured" if measured.value is None else f"{measured.value:.3f}"
+    if bar.ci95:
+        axes.plot(bar.ci95, (row, row), color=rcParams["text.color"], linewidth=1)
+        end = max(end, bar.ci95[1])
+    text = "not measured" if bar.value is None else f"{bar.value:.3f}"
     axes.annotate(text, (end, row), (3, 0), textcoords="offset points", va="center")
 
 
@@ -224,8 +216,6 @@ def tradeoff_plot(models: Sequence[Model]) -> Plot | None:
         values = [value for key in keys if (value := model.value(key)) is not None]
         if model.latency and model.latency.machine == home and len(values) == len(keys):
             points.append((index, model.label, values))
-    if len(points) < 2:
-        return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -246,57 +236,40 @@ def tradeoff_plot(models: Sequence[Model]) -> Plot | None:
         f"{label}: {speed:,.1f} tokens per second, NLL {nll:.3f}, {parameters:,} parameters"
         for _, label, (speed, nll, parameters) in points
     ]
-    return Plot(
-        title="Size, speed and quality",
-        caption="A disc's area is the number of parameters. All speeds are from one machine.",
-        alt=f"Scatter plot. {'; '.join(words)}.",
-        draw=draw,
-    )
+    return Plot(draw=draw, alt=f"Scatter plot. {'; '.join(words)}.") if len(points) > 1 else None
 
 
 def calibration_plot(models: Sequence[Model]) -> Plot | None:
     """Draw how often the most likely id is right against how sure the model is of it."""
-    curves: list[tuple[Line, list[int]]] = []
+    lines: list[Line] = []
+    counts: list[list[int]] = []
     words = []
     for index, model in enumerate(models):
-        if model.fidelity is None or model.value("ece") is None:
-            continue
-        bins = [(b.confidence, b.accuracy, b.count) for b in model.fidelity.ece_bins
-                if b.confidence is not None and b.accuracy is not None]  # fmt: skip
-        counts = [count for *_, count in bins]
-        points = [(sure, right) for sure, right, _ in bins]
-        curves.append(((model.label, points, {"color": _colour(index)}), counts))
-        sure, right = (float(np.average([point[i] for point in points], weights=counts)) for i in (0, 1))
-        words.append(f"{model.label}: on average {sure:.0%} sure, {right:.0%} right")
-    if not curves:
-        return None
+        bins = model.fidelity.ece_bins if model.fidelity and model.value("ece") is not None else []
+        points = [(b.confidence, b.accuracy) for b in bins if b.confidence is not None and b.accuracy is not None]
+        if points:
+            lines.append((model.label, points, {"color": _colour(index)}))
+            counts.append([b.count for b in bins if b.count])
+            sure, right = np.average(points, axis=0, weights=counts[-1])
+            words.append(f"{model.label}: on average {sure:.0%} sure, {right:.0%} right")
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot((0, 1), (0, 1), color=rcParams["text.color"], linestyle=":", linewidth=0.8)
-        for (_, points, style), counts in curves:
-            sizes = [4 + 60 * count / sum(counts) for count in counts]
-            x, y = zip(*points, strict=True)
-            axes.scatter(x, y, s=sizes, linewidths=0, **style)
         axes.grid(axis="x")
-        _draw_lines(axes, [line for line, _ in curves], "upper left", xlim=(0, 1), ylim=(0, 1),
-                    xlabel="probability of the most likely token", ylabel="share that is the text's token")  # fmt: skip
+        _draw_lines(axes, lines, "upper left", xlim=(0, 1), ylim=(0, 1), xlabel="probability of the most likely token",
+                    ylabel="share that is the text's token")  # fmt: skip
+        for (_, points, style), weights in zip(lines, counts, strict=True):
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=[4 + 60 * n / sum(weights) for n in weights], linewidths=0, **style)
 
-    return Plot(
-        title="Calibration on held-out text",
-        caption="On the dotted line a model is as often right as it is sure; below it, it is too sure. "
-        "A dot's size is its share of tokens.",
-        alt=f"Reliability curves. {'; '.join(words)}.",
-        draw=draw,
-    )
+    return Plot(draw=draw, alt=f"Reliability curves. {'; '.join(words)}.") if lines else None
 
 
 def proof_plot(proof: Proof) -> Plot | None:
     """Draw each variant's paired differences from the first one in test NLL and KL, seed by seed and with intervals."""
-    baseline, *_ = proof.variants
+    baseline = proof.variants[0]
     rows = [(variant, variant.versus_ce) for variant in proof.variants if variant.versus_ce]
-    if not rows:
-        return None
 
     def draw(figure: Figure) -> None:
         panels = {"test_nll": "test NLL", "test_kl": "KL to the teacher"}
@@ -316,11 +289,5 @@ def proof_plot(proof: Proof) -> Plot | None:
         axes.invert_yaxis()
 
     words = [f"{variant.name}: {versus.difference:+.3f}{_interval(versus.ci95, '+')}" for variant, versus in rows]
-    return Plot(
-        title="Against cross-entropy, over paired seeds",
-        caption="Left is better. Marks: mean over seeds; dots: each seed; lines: 95% paired t-intervals, grey if they "
-        "hold 0.",
-        alt=f"Differences of the test NLL to cross-entropy. {'; '.join(words)}.",
-        draw=draw,
-        size=(8.4, 1.2 + 0.34 * len(rows)),
-    )
+    alt = f"Differences of the test NLL to cross-entropy. {'; '.join(words)}."
+    return Plot(draw=draw, alt=alt, size=(8.4, 1.2 + 0.34 * len(rows))) if rows else None

@@ -9,23 +9,11 @@ from typing import Any
 
 from shared.checkpoints import WEIGHTS, model_digest
 from shared.errors import ConfigError, require
+from shared.eval.report import tables
 from shared.eval.report.compare import read_outcomes
 from shared.eval.report.provenance import REPORT_FORMAT, Files
 from shared.eval.report.summary import differences, facts, roles
-from shared.eval.report.tables import (
-    BENCHMARKS,
-    FIGURES,
-    LABELS,
-    SHARES,
-    Benchmark,
-    Model,
-    cards,
-    comparison_rows,
-    is_sampled,
-    proof_rows,
-    ratio_to_teacher,
-    signed,
-)
+from shared.eval.report.tables import BENCHMARKS, FIGURES, LABELS, SHARES, Model
 from shared.eval.results import BenchmarkResult, Draft, Fidelity, Latency, Proof
 from shared.files import read_json, replace_files, sha256_file, to_json
 from shared.machine import machine, versions
@@ -34,6 +22,7 @@ from shared.process import log
 PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib", "jinja2")
 RESULT_FILES = ("fidelity.json", "latency.json", "draft.json", *(f"{key}/result.json" for key in BENCHMARKS))
 BULKY = ("per_document", "per_prompt", "ece_bins", "outcomes", "definitions")  # in report.json, not on the page
+PAGES = ("report.md", "report.html")
 NUM_PROMPTS = 3
 
 
@@ -70,7 +59,7 @@ class Collected:
         """Whether a whole report of the same inputs is there; says so where it is."""
         try:
             report = read_json(out / "report.json")
-            pages = {name: sha256_file(out / name) for name in ("report.md", "report.html")}
+            pages = {name: sha256_file(out / name) for name in PAGES}
             same = (report["inputs"], report["pages"]) == (self.inputs, pages)
         except (ConfigError, OSError, KeyError, TypeError):
             return False
@@ -242,12 +231,10 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         collected: see `collect`.
         out_dir: made if absent.
     """
-    from shared.eval.report.plots import proof_plot
+    from shared.eval.report.plots import report_plots
 
-    models, teacher, proof = collected.models, collected.models[0], collected.proof
-    found = differences(models)
-    render = _renderer()
-    given = facts(models, found, collected.caches, proof)
+    models, proof, pairs = collected.models, collected.proof, differences(collected.models)
+    render, given = _renderer(), facts(models, pairs, collected.caches, proof)
 
     def sentences(name: str) -> list[str]:
         """A template's paragraphs, each on one line."""
@@ -258,12 +245,8 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "version": 1,
         "headline": sentences("headline") or ["Nothing has been measured yet."],
         "background": sentences("background"),
-        "models": {model.name: _model_json(model, teacher) for model in models},
-        "differences": [
-            {"student": pair.student.name, "baseline": pair.baseline.name,
-             "rows": [dataclasses.asdict(row) for row in pair.rows], "reasons": list(pair.reasons)}
-            for pair in found
-        ],
+        "models": {model.name: _model_json(model, models[0]) for model in models},
+        "differences": pairs,
         "proof": proof and proof.to_dict(),
         "prompts": collected.prompts,
         "caveats": sentences("caveats"),
@@ -272,67 +255,39 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "inputs": collected.inputs,
         "machine": machine(),
         "versions": versions(*PACKAGES),
-    }  # fmt: skip
-    shown = {"report": report, "cards": cards(models, teacher), "rows": comparison_rows(models, teacher),
-             "proof_rows": proof_rows(proof) if proof else []}  # fmt: skip
-    drawn = {"plots": _plots(collected), "proof_plot": proof and proof_plot(proof)}
-    pages = {"report.md": render("report.md.j2", **shown), "report.html": render("report.html.j2", **shown, **drawn)}
-    contents = {name: text.encode(errors="backslashreplace") for name, text in pages.items()}
-    report["pages"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    }
+    shown = {"report": report, "cards": tables.cards(models), "rows": tables.comparison_rows(models),
+             "proof_rows": tables.proof_rows(proof) if proof else [],
+             "plots": report_plots(models, collected.logs, collected.caches, proof)}  # fmt: skip
+    pages = {name: render(f"{name}.j2", **shown).encode(errors="backslashreplace") for name in PAGES}
+    report["pages"] = {name: hashlib.sha256(page).hexdigest() for name, page in pages.items()}
     out_dir.mkdir(parents=True, exist_ok=True)
-    replace_files(out_dir, contents | {"report.json": to_json(report).encode()})
+    replace_files(out_dir, pages | {"report.json": to_json(report).encode()})
     return report
 
 
 def _model_json(model: Model, teacher: Model) -> dict[str, Any]:
     """A model's figures, each None with a reason where it is missing, and the results that they come from."""
-    figures = {key: model.measured(key) for key in FIGURES}
-    scores = {key: model.score(Benchmark(key, model.title(key))) for key in BENCHMARKS}
+    measured = {key: model.measured(key) for key in FIGURES}
+    scores = {key: model.score(model.benchmark(key)) for key in BENCHMARKS}
     return {
         "label": model.label,
         "digests": model.digests,
-        **{key: each.value for key, each in figures.items()},
-        "ci95": {key: each.ci95 for key, each in figures.items() if each.ci95},
-        **{key: _score_json(model.benchmarks.get(key)) for key in BENCHMARKS},
-        "reasons": {key: each.reason for key, each in (figures | scores).items() if each.reason},
-        "ratios_to_teacher": {key: ratio_to_teacher(key, model, teacher) for key, f in FIGURES.items() if f.less},
+        **{key: each.value for key, each in measured.items()},
+        "ci95": {key: each.ci95 for key, each in measured.items() if each.ci95},
+        **{key: _score_json(model.benchmarks[key]) if key in model.benchmarks else {} for key in BENCHMARKS},
+        "reasons": {key: each.reason for key, each in (measured | scores).items() if each.reason},
+        "ratios_to_teacher": {
+            key: tables.ratio_to_teacher(key, model, teacher) for key, f in FIGURES.items() if f.less
+        },
         "results": {kind: result.to_dict() for kind, result in model.results.items()} | {"run": dict(model.run)},
         "outcomes": model.outcomes,
     }
 
 
-def _score_json(result: BenchmarkResult | None) -> dict[str, Any]:
-    """A benchmark's figures; empty where it was not run."""
-    if result is None:
-        return {}
+def _score_json(result: BenchmarkResult) -> dict[str, Any]:
     keys = ("benchmark", "pass_at_1", "ci95", "num_problems", "pass_at_k", "pass_at_k_ci95", *SHARES)
-    return {key: getattr(result, key) for key in keys} | {"sampled": is_sampled(result)}
-
-
-def _plots(collected: Collected) -> list[Any]:
-    """The plots for which there is data."""
-    from shared.eval.report.plots import calibration_plot, fidelity_plot, mass_plot, tradeoff_plot, training_plot
-
-    masses = {
-        cache["name"]: cache["statistics"]["captured_mass"]
-        for cache in collected.caches
-        if "captured_mass" in (cache.get("statistics") or {})
-    }
-    plots = [
-        fidelity_plot(collected.models),
-        tradeoff_plot(collected.models),
-        training_plot(
-            collected.logs, "ce", "Training: cross-entropy to the text",
-            "The baseline is trained only on this loss, the distilled student also on the teacher's distribution.",
-        ),
-        training_plot(
-            collected.logs, "kd", "Training: divergence from the teacher",
-            "The distance to the cached distribution; the baseline is not trained on it.",
-        ),
-        calibration_plot(collected.models),
-        mass_plot(masses),
-    ]  # fmt: skip
-    return [plot for plot in plots if plot is not None]
+    return {key: getattr(result, key) for key in keys} | {"sampled": result.is_sampled}
 
 
 def _renderer() -> Callable[..., str]:
@@ -346,16 +301,21 @@ def _renderer() -> Callable[..., str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: dict[str, Any] = {
+    environment.globals |= {
+        "count": tables.count,
+        "signed": tables.signed,
+        "ratio_words": tables.ratio_words,
+        "zip": zip,
+    }
+    environment.filters |= {
         "pretty": lambda value: to_json(value).rstrip(),
-        "slim": lambda results: {key: {k: v for k, v in result.items() if k not in BULKY}
-                                 for key, result in results.items()},
+        "slim": lambda results: {kind: {key: value for key, value in result.items() if key not in BULKY}
+                                 for kind, result in results.items()},
         "figure": lambda value, row: "–" if value is None else format(value, ".1%" if row["is_share"] else ".3f"),
         "signed": _signed,
         "judged": lambda row: "not told apart" if row["verdict"] == "noise" else row["verdict"],
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|"),
     }  # fmt: skip
-    environment.filters |= filters
     return lambda name, **given: environment.get_template(name).render(**given)
 
 
@@ -363,4 +323,4 @@ def _signed(value: float | None, row: Mapping[str, Any]) -> str:
     """A difference between two figures; that of shares in percentage points."""
     if value is None:
         return "–"
-    return f"{signed(100 * value, '+.1f')} pp" if row["is_share"] else signed(value)
+    return f"{tables.signed(100 * value, '+.1f')} pp" if row["is_share"] else tables.signed(value)

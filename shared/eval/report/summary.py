@@ -2,25 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import ConfigError
-from shared.eval.report.compare import FIDELITY, Row, result_rows
-from shared.eval.report.tables import (
-    BASELINE,
-    BENCHMARKS,
-    FIGURES,
-    NOT_HELD_OUT,
-    Model,
-    benchmarks_of,
-    count,
-    is_sampled,
-    ratio_text,
-    ratio_to_teacher,
-    signed,
-    solved,
-)
+from shared.eval.report.compare import Row, result_rows
+from shared.eval.report.tables import BASELINE, BENCHMARKS, NOT_HELD_OUT, Model, benchmarks_of
 from shared.eval.results import Proof
 
 FULL_SIZES = {"HumanEval": 164, "MBPP": 500}
@@ -38,27 +24,17 @@ def roles(models: Sequence[Model]) -> tuple[Model | None, Model | None]:
     return student, None if baseline is student else baseline
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Differences:
-    """A student against its baseline: the judged rows, and why a result has none."""
+def differences(models: Sequence[Model]) -> list[dict[str, Any]]:
+    """Every student against the baseline, on the same documents and problems.
 
-    student: Model
-    baseline: Model
-    rows: Sequence[Row]
-    reasons: Sequence[str]
-
-    def of(self, key: str) -> Row | None:
-        """The row of a fidelity figure, by its name in `FIGURES`."""
-        label = FIDELITY[FIGURES[key].name][0]
-        return next((row for row in self.rows if row.figure == label), None)
-
-
-def differences(models: Sequence[Model]) -> list[Differences]:
-    """Every student against the baseline, on the same documents and problems."""
+    Returns:
+        Of each pair the names `student` and `baseline`, the judged `rows`, and the `reasons` why a result has none.
+    """
     _, baseline = roles(models)
     found = []
-    for model in [m for m in models if baseline and m is not baseline and m.name != "teacher"]:
-        assert baseline is not None
+    for model in models if baseline else []:
+        if baseline is None or model is baseline or model.name == "teacher":
+            continue
         rows: list[Row] = []
         reasons = []
         for kind in ("fidelity", *BENCHMARKS):
@@ -67,7 +43,8 @@ def differences(models: Sequence[Model]) -> list[Differences]:
             except ConfigError as error:
                 reasons.append(f"{kind}: {error}")
         if rows or reasons:
-            found.append(Differences(student=model, baseline=baseline, rows=rows, reasons=reasons))
+            as_data = [dataclasses.asdict(row) for row in rows]
+            found.append({"student": model.name, "baseline": baseline.name, "rows": as_data, "reasons": reasons})
     return found
 
 
@@ -79,42 +56,35 @@ def _judged(baseline: Model, model: Model, kind: str) -> list[Row]:
     if len(results) < 2 or not_held_out:
         return []
     rows = result_rows(results, [side.outcomes.get(kind, {}) for side in sides])
-    title = f"{model.benchmarks[kind].benchmark}: " if kind in BENCHMARKS else ""
+    title = f"{model.benchmark(kind).title}: " if kind in BENCHMARKS else ""
     return [dataclasses.replace(row, figure=title + row.figure) for row in rows if row.verdict != "unknown"]
 
 
 def facts(
-    models: Sequence[Model], found: Sequence[Differences], caches: Sequence[Mapping[str, Any]], proof: Proof | None
+    models: Sequence[Model],
+    pairs: Sequence[Mapping[str, Any]],
+    caches: Sequence[Mapping[str, Any]],
+    proof: Proof | None,
 ) -> dict[str, Any]:
     """What the templates of the sentences are given."""
     student, baseline = roles(models)
-    teacher = next(model for model in models if model.name == "teacher")
-    best = [variant for variant in proof.variants if variant.loss == "ghost" and variant.versus_ce] if proof else []
-
-    def ratio(key: str) -> str | None:
-        value = ratio_to_teacher(key, student, teacher) if student else None
-        return None if value is None else ratio_text(value, FIGURES[key].less, FIGURES[key].more)
-
+    ghosts = [variant for variant in proof.variants if variant.loss == "ghost" and variant.versus_ce] if proof else []
+    paired = [row for pair in pairs if student and pair["student"] == student.name for row in pair["rows"]]
     return {
         "models": models,
-        "teacher": teacher,
+        "teacher": models[0],
         "student": student,
         "baseline": baseline,
-        "paired": next((each for each in found if each.student is student), None),
+        "paired": {row["figure"]: row for row in paired},
         "manifest": next((cache for cache in caches if "sources" in cache), None),
         "proof": proof,
-        "best": max(best, key=lambda variant: variant.k or 0, default=None),
+        "best": max(ghosts, key=lambda variant: variant.k or 0, default=None),
         "benchmarks": benchmarks_of(models),
+        "results_of": lambda benchmark: [result for model in models if (result := model.result_of(benchmark))],
         "full_sizes": FULL_SIZES,
         "too_few_prompts": TOO_FEW_PROMPTS,
         "other_settings": _other_settings(student, baseline) if student and baseline else [],
         "machines": list(dict.fromkeys(_machine(m.latency.machine) for m in models if m.latency)),
-        "ratio": ratio,
-        "results_of": lambda benchmark: [result for model in models if (result := model.result_of(benchmark))],
-        "count": count,
-        "signed": signed,
-        "solved": solved,
-        "is_sampled": is_sampled,
     }
 
 

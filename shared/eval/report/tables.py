@@ -1,22 +1,12 @@
-"""The report's figures, tables, and the text forms of both."""
+"""The report's models, figures and tables, and the text forms of all."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from shared.eval import results
 from shared.eval.report.compare import Outcomes
-from shared.eval.results import (
-    BenchmarkResult,
-    Draft,
-    Fidelity,
-    Interval,
-    Latency,
-    PairedDifference,
-    Proof,
-    Result,
-    Spread,
-    Timing,
-)
+from shared.eval.results import BenchmarkResult, Fidelity, Interval, Latency, Result
 
 BASELINE = "student_ce"
 LABELS = {"teacher": "Teacher", "student_kd": "Distilled student", BASELINE: "Cross-entropy baseline"}
@@ -29,20 +19,19 @@ SHARES = {
 NOT_HELD_OUT = "not held out: the model was scored on documents that it was trained on"
 
 
-class Benchmark(NamedTuple):
-    """A benchmark by the folder of its results and the name that they give it."""
-
-    key: str
-    title: str
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(NamedTuple):
     """A model's figure with its 95 % interval where known; None, with the reason, where it is not known."""
 
     value: float | None = None
     ci95: Interval | None = None
     reason: str | None = None
+
+
+class Benchmark(NamedTuple):
+    """A benchmark by the folder of its results and the name that they give it."""
+
+    key: str
+    title: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,23 +51,12 @@ class Model:
     label: str
     fidelity: Fidelity | None = None
     latency: Latency | None = None
-    draft: Draft | None = None
+    draft: results.Draft | None = None
     benchmarks: Mapping[str, BenchmarkResult] = field(default_factory=dict)
     outcomes: Mapping[str, Outcomes] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
     run_digest: str | None = None
     cached_nll: float | None = None
-
-    @property
-    def timing(self) -> Timing | None:
-        """The model's own part of `latency`."""
-        return self.latency.models.get(self.name) if self.latency else None
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The configuration that a student was trained with."""
-        config: Mapping[str, Any] = self.run.get("config") or {}
-        return config
 
     @property
     def in_text(self) -> str:
@@ -88,7 +66,18 @@ class Model:
     @property
     def the(self) -> str:
         """The label at the beginning of a sentence."""
-        return f"The {self.label.lower()}" if self.label in LABELS.values() else self.label
+        return f"The {self.in_text}" if self.label in LABELS.values() else self.label
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration that a student was trained with."""
+        config: Mapping[str, Any] = self.run.get("config") or {}
+        return config
+
+    @property
+    def timing(self) -> results.Timing | None:
+        """The model's own part of `latency`."""
+        return self.latency.models.get(self.name) if self.latency else None
 
     @property
     def results(self) -> dict[str, Result]:
@@ -111,40 +100,17 @@ class Model:
 
     def measured(self, key: str) -> Measured:
         """A figure by its key in `FIGURES`."""
-        figure = FIGURES[key]
-        part = self._part(figure.part)
+        figure, part = FIGURES[key], self._part(FIGURES[key].part)
+        if part is None and key == "heldout_nll_nats" and self.cached_nll is not None:
+            return Measured(self.cached_nll)
         if part is None:
-            if key == "heldout_nll_nats" and self.cached_nll is not None:
-                return Measured(self.cached_nll)
             return Measured(reason=f"not measured: there is no {PARTS[figure.part][0]} for this model")
-        if part is self.fidelity and self.fidelity.seen_in_training:
+        if isinstance(part, Fidelity) and part.seen_in_training:
             return Measured(reason=NOT_HELD_OUT)
         value: float | None = getattr(part, figure.name)
         if value is None:
             return Measured(reason=getattr(part, "reasons", {}).get(figure.name, "unknown"))
         return Measured(value, getattr(part, "ci95", {}).get(figure.name))
-
-    def title(self, key: str) -> str:
-        """The name of the benchmark in a folder."""
-        return self.benchmarks[key].benchmark if key in self.benchmarks else BENCHMARKS[key]
-
-    def result_of(self, benchmark: Benchmark) -> BenchmarkResult | None:
-        """The model's result of this benchmark."""
-        result = self.benchmarks.get(benchmark.key)
-        return result if result and result.benchmark == benchmark.title else None
-
-    def score(self, benchmark: Benchmark, name: str = "pass_at_1", k: str = "") -> Measured:
-        """A benchmark's figure by its name in the result; pass@k for a given k."""
-        result = self.result_of(benchmark)
-        if result is None:
-            other = self.benchmarks.get(benchmark.key)
-            why = f"{benchmark.key}/result.json is of {other.benchmark}" if other else ""
-            return Measured(reason=f"not measured: {why or f'there is no {benchmark.key}/result.json for this model'}")
-        value, ci95 = getattr(result, name), result.ci95 if name == "pass_at_1" else None
-        if k:
-            value, ci95 = (result.pass_at_k or {}).get(k), (result.pass_at_k_ci95 or {}).get(k)
-        unknown = f"fewer than {k} samples of each problem" if k else "unknown"
-        return Measured(value, ci95, None if value is not None else result.reasons.get(name, unknown))
 
     def _part(self, part: str) -> Any:
         """The part of the results that holds a figure."""
@@ -153,6 +119,35 @@ class Model:
             return timing and timing.batches.get(part.removeprefix("batch "))
         sizes = timing or (self.fidelity and self.fidelity.model)
         return {"sizes": sizes, "timing": timing, "fidelity": self.fidelity, "draft": self.draft}[part]
+
+    def benchmark(self, key: str) -> Benchmark:
+        """The benchmark in a folder."""
+        return Benchmark(key, self.benchmarks[key].benchmark if key in self.benchmarks else BENCHMARKS[key])
+
+    def result_of(self, benchmark: Benchmark) -> BenchmarkResult | None:
+        """The model's result of this benchmark."""
+        return self.benchmarks.get(benchmark.key) if self.benchmark(benchmark.key) == benchmark else None
+
+    def score(self, benchmark: Benchmark, name: str = "pass_at_1", k: str = "") -> Measured:
+        """A benchmark's figure by its name in the result; pass@k for a given k."""
+        result, other = self.result_of(benchmark), self.benchmark(benchmark.key)
+        if result is None:
+            why = f"there is no {benchmark.key}/result.json for this model"
+            why = why if other == benchmark else f"{benchmark.key}/result.json is of {other.title}"
+            return Measured(reason=f"not measured: {why}")
+        value, ci95 = getattr(result, name), result.ci95 if name == "pass_at_1" else None
+        if k:
+            value, ci95 = (result.pass_at_k or {}).get(k), (result.pass_at_k_ci95 or {}).get(k)
+        unknown = f"fewer than {k} samples of each problem" if k else "unknown"
+        return Measured(value, ci95, None if value is not None else result.reasons.get(name, unknown))
+
+    def solved(self, benchmark: Benchmark) -> str | None:
+        """Problems solved of problems run, such as "0/164", or pass@1 of samples; None where not measured."""
+        result, pass_at_1 = self.result_of(benchmark), self.score(benchmark).value
+        if result is None or pass_at_1 is None:
+            return None
+        count = f"{round(pass_at_1 * result.num_problems)}/{result.num_problems}"
+        return f"{pass_at_1:.1%}" if result.is_sampled else count
 
 
 PARTS = {  # of the results → the file that holds it, and the heading of its figures
@@ -231,7 +226,7 @@ FIGURES = {  # the report's key → the row
                                    ".2f"),
     "draft_speedup": Figure("draft", "speedup", "Speed-up of the teacher ↑", ".2f"),
 }  # fmt: skip
-CARDS = {  # what the page opens with: key of a figure → title, unit; the first benchmark's card stands third
+CARDS = {  # what the page opens with, beside the first benchmark: key of a figure → title, unit
     "parameters": ("Size", "parameters"),
     "decode_tokens_per_second": ("Speed", "tokens per second ↑"),
     "heldout_nll_nats": ("Held-out NLL", "nats per token ↓"),
@@ -240,8 +235,7 @@ CARDS = {  # what the page opens with: key of a figure → title, unit; the firs
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
+class Cell(NamedTuple):
     """One model's figure: its text, None where not measured, with the reason; `notes` stand under it."""
 
     value: str | None
@@ -249,13 +243,114 @@ class Cell:
     reason: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TableRow:
+class TableRow(NamedTuple):
     """A row of the comparison, a cell per model."""
 
     group: str
     label: str
     cells: Sequence[Cell]
+
+
+def cards(models: Sequence[Model]) -> list[TableRow]:
+    """The six figures that the page opens with, as rows whose group is the unit."""
+    rows = [TableRow(unit, title, [_cell(key, model, models[0]) for model in models])
+            for key, (title, unit) in CARDS.items()]  # fmt: skip
+    first = benchmarks_of(models)[0]
+    rows.insert(2, TableRow("pass@1 ↑", first.title, [_score_cell(model, first) for model in models]))
+    return rows
+
+
+def comparison_rows(models: Sequence[Model]) -> list[TableRow]:
+    """The comparison of all models, the teacher first."""
+    rows = [
+        TableRow(figure.group, figure.label, [_cell(key, model, models[0]) for model in models])
+        for key, figure in FIGURES.items()
+        if figure.always or any(model.value(key) is not None for model in models)
+    ]
+    if any(model.draft for model in models):
+        cells = [_equality_cell(model) for model in models]
+        rows.append(TableRow("As the teacher's draft", "Output equal to plain greedy decoding", cells))
+    return rows + [row for benchmark in benchmarks_of(models) for row in _benchmark_rows(models, benchmark)]
+
+
+def _cell(key: str, model: Model, teacher: Model) -> Cell:
+    """A model's figure with its 95 % interval and what it is against the teacher's."""
+    figure, (value, ci95, reason), teachers = FIGURES[key], model.measured(key), teacher.value(key)
+    if value is None:
+        return Cell(None, reason=reason)
+    notes = ["–".join(format(bound * figure.scale, figure.form) for bound in ci95)] if ci95 else []
+    if model is not teacher and (words := ratio_words(key, model, teacher)):
+        notes.append(words)
+    elif model is not teacher and key == "heldout_nll_nats" and teachers is not None:
+        notes.append(signed(value - teachers))
+    return Cell(figure.text(value), notes)
+
+
+def _equality_cell(model: Model) -> Cell:
+    """Whether decoding with the model's drafts gave the teacher's own tokens."""
+    if model.draft is None:
+        return Cell(None, reason=model.measured("acceptance_rate").reason)
+    parts = [f"{dtype} {part.num_equal}/{part.num_prompts}" for dtype, part in model.draft.equality.items()]
+    return Cell("yes" if model.draft.equal_to_greedy else ", ".join(parts))
+
+
+def benchmarks_of(models: Sequence[Model]) -> list[Benchmark]:
+    """The benchmarks that models were given; HumanEval where none was in its folder."""
+    found = [model.benchmark(key) for key in BENCHMARKS for model in models if key in model.benchmarks]
+    absent = [] if found and found[0].key == "humaneval" else [Benchmark("humaneval", BENCHMARKS["humaneval"])]
+    return list(dict.fromkeys(absent + found))
+
+
+def _benchmark_rows(models: Sequence[Model], benchmark: Benchmark) -> list[TableRow]:
+    """Solved problems, further pass@k, and how far programs that fail got."""
+    found = [result for model in models if (result := model.result_of(benchmark))]
+    solved = " pass@1" if any(result.is_sampled for result in found) else " solved (greedy pass@1)"
+    ks = sorted({int(k) for result in found for k in result.pass_at_k or {}} - {1})
+    figures = [(solved, "pass_at_1", ""), *((f" pass@{k}", "pass_at_k", str(k)) for k in ks)]
+    figures += [(f": {label}", name, "") for name, label in SHARES.items()
+                if any(getattr(result, name) is not None for result in found)]  # fmt: skip
+    return [
+        TableRow("Programs written", f"{benchmark.title}{label} ↑",
+                 [_score_cell(model, benchmark, name, k) for model in models])
+        for label, name, k in figures
+    ]  # fmt: skip
+
+
+def _score_cell(model: Model, benchmark: Benchmark, name: str = "pass_at_1", k: str = "") -> Cell:
+    value, ci95, reason = model.score(benchmark, name, k)
+    if value is None:
+        return Cell(None, reason=reason)
+    text = model.solved(benchmark) if name == "pass_at_1" else f"{value:.1%}"
+    return Cell(text, ["–".join(f"{bound:.1%}" for bound in ci95)] if ci95 else [])
+
+
+def proof_rows(proof: results.Proof) -> list[dict[str, str]]:
+    """The proof's variants as text."""
+
+    def spread(figure: results.Spread) -> str:
+        return f"{figure.mean:.3f}" + ("" if figure.sd is None else f" ± {figure.sd:.3f}")
+
+    def difference(paired: results.PairedDifference) -> str:
+        return f"{signed(paired.difference)} ({' to '.join(map(signed, paired.ci95))})"
+
+    rows = []
+    for each in proof.variants:
+        versus, settings = each.versus_ce, {"loss": each.loss, "K": each.k, "lr": each.learning_rate}
+        settings["epochs"] = f"{each.epochs:g}"
+        rows.append({
+            "name": each.name,
+            "settings": ", ".join(f"{label} {value}" for label, value in settings.items() if value is not None),
+            "nll": spread(each.test_nll),
+            "kl": spread(each.test_kl),
+            "nll_difference": difference(versus) if versus else "–",
+            "kl_difference": difference(versus.kl) if versus else "–",
+            "p": f"{versus.p_holm:.2g}" if versus else "–",
+            "significant": "–" if versus is None else "yes" if versus.significant else "no",
+        })  # fmt: skip
+    return rows
+
+
+# --- text forms ------------------------------------------------------------------------------------------------------
 
 
 def ratio_to_teacher(key: str, model: Model, teacher: Model) -> float | None:
@@ -267,140 +362,10 @@ def ratio_to_teacher(key: str, model: Model, teacher: Model) -> float | None:
     return None if figure.less in ("faster", "slower") and machines[0] != machines[1] else value / teachers
 
 
-def cards(models: Sequence[Model], teacher: Model) -> list[tuple[str, str, list[tuple[str, Cell]]]]:
-    """The six figures that the page opens with: title, unit, and each model's label and cell."""
-    made = [
-        (title, unit, [(model.label, _cell(key, model, teacher)) for model in models])
-        for key, (title, unit) in CARDS.items()
-    ]
-    first = benchmarks_of(models)[0]
-    solved = [(model.label, _score_cell(model, first)) for model in models]
-    return [*made[:2], (first.title, "pass@1 ↑", solved), *made[2:]]
-
-
-def comparison_rows(models: Sequence[Model], teacher: Model) -> list[TableRow]:
-    """The comparison of all models."""
-    rows = [
-        TableRow(group=figure.group, label=figure.label, cells=[_cell(key, model, teacher) for model in models])
-        for key, figure in FIGURES.items()
-        if figure.always or any(model.value(key) is not None for model in models)
-    ]
-    if any(model.draft for model in models):
-        rows.append(TableRow(group="As the teacher's draft", label="Output equal to plain greedy decoding",
-                             cells=[_equality_cell(model) for model in models]))  # fmt: skip
-    return rows + [row for benchmark in benchmarks_of(models) for row in _benchmark_rows(models, benchmark)]
-
-
-def _cell(key: str, model: Model, teacher: Model) -> Cell:
-    """A model's figure with its 95 % interval and what it is against the teacher's."""
-    figure, measured, notes = FIGURES[key], model.measured(key), []
-    if measured.value is None:
-        return Cell(value=None, reason=measured.reason)
-    if measured.ci95:
-        notes.append("–".join(format(bound * figure.scale, figure.form) for bound in measured.ci95))
-    ratio, teachers = ratio_to_teacher(key, model, teacher), teacher.value(key)
-    if model is not teacher and ratio is not None:
-        notes.append(ratio_text(ratio, figure.less, figure.more))
-    elif model is not teacher and key == "heldout_nll_nats" and teachers is not None:
-        notes.append(signed(measured.value - teachers))
-    return Cell(value=figure.text(measured.value), notes=notes)
-
-
-def _equality_cell(model: Model) -> Cell:
-    """Whether decoding with the model's drafts gave the teacher's own tokens."""
-    if model.draft is None:
-        return Cell(value=None, reason=model.measured("acceptance_rate").reason)
-    parts = [f"{dtype} {part.num_equal}/{part.num_prompts}" for dtype, part in model.draft.equality.items()]
-    return Cell(value="yes" if model.draft.equal_to_greedy else ", ".join(parts))
-
-
-# --- benchmarks ------------------------------------------------------------------------------------------------------
-
-
-def benchmarks_of(models: Sequence[Model]) -> list[Benchmark]:
-    """The benchmarks that models were given; HumanEval where none was in its folder."""
-    found = [
-        Benchmark(key, model.benchmarks[key].benchmark)
-        for key in BENCHMARKS for model in models if key in model.benchmarks
-    ]  # fmt: skip
-    absent = [] if found and found[0].key == "humaneval" else [Benchmark("humaneval", BENCHMARKS["humaneval"])]
-    return list(dict.fromkeys(absent + found))
-
-
-def solved(model: Model, benchmark: Benchmark) -> str | None:
-    """Problems solved of problems run, such as "0/164", or pass@1 where samples were drawn; None where not measured."""
-    result, pass_at_1 = model.result_of(benchmark), model.score(benchmark).value
-    if result is None or pass_at_1 is None:
-        return None
-    return (
-        f"{pass_at_1:.1%}" if is_sampled(result) else f"{round(pass_at_1 * result.num_problems)}/{result.num_problems}"
-    )
-
-
-def is_sampled(result: BenchmarkResult) -> bool:
-    """Whether its completions were drawn, and not greedy."""
-    return result.settings.get("decoding") != "greedy"
-
-
-def _score_cell(model: Model, benchmark: Benchmark, name: str = "pass_at_1", k: str = "") -> Cell:
-    score = model.score(benchmark, name, k)
-    if score.value is None:
-        return Cell(value=None, reason=score.reason)
-    text = solved(model, benchmark) if name == "pass_at_1" else f"{score.value:.1%}"
-    return Cell(value=text, notes=[f"{score.ci95[0]:.1%}–{score.ci95[1]:.1%}"] if score.ci95 else [])
-
-
-def _benchmark_rows(models: Sequence[Model], benchmark: Benchmark) -> list[TableRow]:
-    """Solved problems, further pass@k, and how far programs that fail got."""
-    results = [result for model in models if (result := model.result_of(benchmark))]
-    first = " pass@1" if any(map(is_sampled, results)) else " solved (greedy pass@1)"
-    ks = sorted({int(k) for result in results for k in result.pass_at_k or {}} - {1})
-    rows = [(first, "pass_at_1", ""), *((f" pass@{k}", "pass_at_k", str(k)) for k in ks)]
-    rows += [(f": {label}", name, "") for name, label in SHARES.items()
-             if any(getattr(result, name) is not None for result in results)]  # fmt: skip
-    return [
-        TableRow(group="Programs written", label=f"{benchmark.title}{label} ↑",
-                 cells=[_score_cell(model, benchmark, name, k) for model in models])
-        for label, name, k in rows
-    ]  # fmt: skip
-
-
-# --- text forms ------------------------------------------------------------------------------------------------------
-
-
-def proof_rows(proof: Proof) -> list[dict[str, str]]:
-    """The proof's variants as text."""
-    return [
-        {
-            "name": variant.name,
-            "settings": ", ".join(
-                f"{label} {value}"
-                for label, value in (("loss", variant.loss), ("K", variant.k), ("lr", variant.learning_rate),
-                                     ("epochs", f"{variant.epochs:g}"))
-                if value is not None
-            ),
-            "nll": _spread(variant.test_nll),
-            "kl": _spread(variant.test_kl),
-            "nll_difference": _difference(variant.versus_ce),
-            "kl_difference": _difference(variant.versus_ce and variant.versus_ce.kl),
-            "p": f"{variant.versus_ce.p_holm:.2g}" if variant.versus_ce else "–",
-            "significant": ("yes" if variant.versus_ce.significant else "no") if variant.versus_ce else "–",
-        }
-        for variant in proof.variants
-    ]  # fmt: skip
-
-
-def _spread(spread: Spread) -> str:
-    return f"{spread.mean:.3f}" + ("" if spread.sd is None else f" ± {spread.sd:.3f}")
-
-
-def _difference(paired: PairedDifference | None) -> str:
-    return f"{signed(paired.difference)} ({' to '.join(map(signed, paired.ci95))})" if paired else "–"
-
-
-def signed(value: float, form: str = "+.3f") -> str:
-    """A difference with its sign; minus is a minus, not a hyphen."""
-    return format(value, form).replace("-", "−")
+def ratio_words(key: str, model: Model, teacher: Model) -> str | None:
+    """The ratio to the teacher in words."""
+    ratio = ratio_to_teacher(key, model, teacher)
+    return None if ratio is None else ratio_text(ratio, FIGURES[key].less, FIGURES[key].more)
 
 
 def ratio_text(ratio: float, less: str, more: str) -> str:
@@ -409,6 +374,11 @@ def ratio_text(ratio: float, less: str, more: str) -> str:
         return f"no {more}"
     factor = max(ratio, 1 / ratio)
     return f"{factor:{',.0f' if factor >= 10 else '.2g'}}× {less if ratio < 1 else more}"
+
+
+def signed(value: float, form: str = "+.3f") -> str:
+    """A difference with its sign; minus is a minus, not a hyphen."""
+    return format(value, form).replace("-", "−")
 
 
 def count(value: float) -> str:
