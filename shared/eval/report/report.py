@@ -257,7 +257,7 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "versions": versions(*PACKAGES),
     }
     shown = {"report": report, "cards": tables.cards(models), "rows": tables.comparison_rows(models),
-             "proof_rows": tables.proof_rows(proof) if proof else [],
+             "proof": proof,
              "plots": report_plots(models, collected.logs, collected.caches, proof)}  # fmt: skip
     pages = {name: render(f"{name}.j2", **shown).encode(errors="backslashreplace") for name in PAGES}
     report["pages"] = {name: hashlib.sha256(page).hexdigest() for name, page in pages.items()}
@@ -301,12 +301,8 @@ def _renderer() -> Callable[..., str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {
-        "count": tables.count,
-        "signed": tables.signed,
-        "ratio_words": tables.ratio_words,
-        "zip": zip,
-    }
+    texts = (tables.count, tables.signed, tables.ratio_words, tables.spread_text, tables.paired_text)
+    environment.globals |= {"zip": zip} | {text.__name__: text for text in texts}
     environment.filters |= {
         "pretty": lambda value: to_json(value).rstrip(),
         "slim": lambda results: {kind: {key: value for key, value in result.items() if key not in BULKY}

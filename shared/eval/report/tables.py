@@ -324,32 +324,6 @@ def _score_cell(model: Model, benchmark: Benchmark, name: str = "pass_at_1", k: 
     return Cell(text, ["–".join(f"{bound:.1%}" for bound in ci95)] if ci95 else [])
 
 
-def proof_rows(proof: results.Proof) -> list[dict[str, str]]:
-    """The proof's variants as text."""
-
-    def spread(figure: results.Spread) -> str:
-        return f"{figure.mean:.3f}" + ("" if figure.sd is None else f" ± {figure.sd:.3f}")
-
-    def difference(paired: results.PairedDifference) -> str:
-        return f"{signed(paired.difference)} ({' to '.join(map(signed, paired.ci95))})"
-
-    rows = []
-    for each in proof.variants:
-        versus, settings = each.versus_ce, {"loss": each.loss, "K": each.k, "lr": each.learning_rate}
-        settings["epochs"] = f"{each.epochs:g}"
-        rows.append({
-            "name": each.name,
-            "settings": ", ".join(f"{label} {value}" for label, value in settings.items() if value is not None),
-            "nll": spread(each.test_nll),
-            "kl": spread(each.test_kl),
-            "nll_difference": difference(versus) if versus else "–",
-            "kl_difference": difference(versus.kl) if versus else "–",
-            "p": f"{versus.p_holm:.2g}" if versus else "–",
-            "significant": "–" if versus is None else "yes" if versus.significant else "no",
-        })  # fmt: skip
-    return rows
-
-
 # --- text forms ------------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +353,16 @@ def ratio_text(ratio: float, less: str, more: str) -> str:
 def signed(value: float, form: str = "+.3f") -> str:
     """A difference with its sign; minus is a minus, not a hyphen."""
     return format(value, form).replace("-", "−")
+
+
+def spread_text(spread: results.Spread) -> str:
+    """Mean and standard deviation."""
+    return f"{spread.mean:.3f}" + ("" if spread.sd is None else f" ± {spread.sd:.3f}")
+
+
+def paired_text(paired: results.PairedDifference | None) -> str:
+    """A paired difference with its interval."""
+    return f"{signed(paired.difference)} ({' to '.join(map(signed, paired.ci95))})" if paired else "–"
 
 
 def count(value: float) -> str:
