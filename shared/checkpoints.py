@@ -14,7 +14,7 @@ from shared.errors import ConfigError, require
 from shared.files import read_json, sha256_file, sha256_json
 from shared.hub import fetch_model, read_card, stated_license
 from shared.process import local_rank, log
-from shared.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
+from shared.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -200,10 +200,14 @@ def weights_sha256(digests: list[str]) -> str:
     return digests[0] if len(digests) == 1 else sha256_json(digests)
 
 
-def model_digest(directory: Path, tokenizer: Tokenizer) -> str:
-    """SHA-256 over what decides what a model writes: weights, configuration and tokenizer."""
-    files = [directory / "config.json", *weight_files(directory)]
-    return sha256_json([[path.name, sha256_file(path)] for path in files] + [tokenizer_digest(tokenizer)])
+def model_digest(directory: Path) -> str:
+    """SHA-256 over the files that decide what a model says: weights, configuration and tokenizer.
+
+    Raises:
+        ConfigError: it is no model directory.
+    """
+    files = identify_model(str(directory))
+    return sha256_json([files.weights_digest, files.config_digest, files.tokenizer_files_digest])
 
 
 def _digests(directory: Path, files: Iterable[Path]) -> dict[str, str]:

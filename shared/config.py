@@ -1,18 +1,13 @@
 """Configuration as data: frozen dataclasses hold the defaults, TOML and `key=value` override them."""
 
-import contextlib
-import dataclasses
-import difflib
-import enum
-import math
 import tomllib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shared.errors import ConfigError, require
+from shared.errors import ConfigError
+from shared.records import convert, nearest
 
 C = TypeVar("C")
 
@@ -33,15 +28,13 @@ def load_config(cls: type[C], *layers: Mapping[str, Any]) -> C:
         for key, value in layer.items():
             if key not in hints:
                 raise unknown_key(key, hints, cls.__name__)
-            values[key] = convert(value, hints[key], f"{cls.__name__}.{key}")
+            values[key] = convert(value, hints[key], where=f"{cls.__name__}.{key}")
     return cls(**values)
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     """The error for a key that is none of the known ones; it names the nearest of them."""
-    near = difflib.get_close_matches(key, known, n=1)
-    fix = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(sorted(known))}"
-    return ConfigError(f"unknown configuration key {key!r}", where=where, fix=fix)
+    return ConfigError(f"unknown configuration key {key!r}", where=where, fix=nearest(key, known))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -71,41 +64,3 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             value = text.strip()
         values[key.strip()] = value
     return values
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved config as plain JSON data."""
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config).items()}
-
-
-def convert(value: Any, hint: Any, where: str) -> Any:
-    """Return a TOML value as a type hint says; int widens to float and list to tuple, nothing else is coerced.
-
-    Raises:
-        ConfigError: a value of another type, naming `where`.
-    """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        expected = " | ".join(map(str, arguments))
-        require(value in arguments, "a value that is not allowed", where=where, expected=expected, got=repr(value))
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        *options, last = (option for option in arguments if option is not type(None))
-        for option in options:
-            with contextlib.suppress(ConfigError):
-                return convert(value, option, where)
-        return convert(value, last, where)
-    hint = origin or hint
-    if hint is tuple and isinstance(value, list | tuple):
-        return tuple(convert(item, arguments[0], where) for item in value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and is_number:
-        require(math.isfinite(value), "a value that is not finite", where=where, expected="a finite number", got=value)
-        return float(value)
-    fits = hint is Any or isinstance(value, str if issubclass(hint, enum.Enum) else hint)
-    fits = fits and not (hint is int and isinstance(value, bool))
-    expected, got = getattr(hint, "__name__", str(hint)), f"{value!r} ({type(value).__name__})"
-    require(fits, "a value of the wrong type", where=where, expected=expected, got=got)
-    return value

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, require
 
 _SCRATCH = ".tmp-"
 
@@ -158,6 +158,27 @@ def read_json(path: Path) -> Any:
         raise ConfigError("cannot read a file", where=path, got=error.strerror) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError("a file is not valid JSON", where=path, got=error) from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSONL, without a last line that a kill cut short.
+
+    Raises:
+        ConfigError: the file is missing, or a line is no JSON object.
+    """
+    records = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("cannot read a file", where=path, got=error) from error
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line, parse_constant=_refuse_constant, parse_float=_finite)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("a line is not valid JSON", where=f"{path}, line {number}", got=error) from error
+        require(isinstance(record, dict), "a line is no JSON object", where=f"{path}, line {number}", got=line[:80])
+        records.append(record)
+    return records
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -65,7 +65,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 
 @functools.cache
-def _fields(cls: Any) -> dict[str, tuple[Any, bool]]:
+def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
     """Hint of each field, and whether it must be given."""
     hints, missing = typing.get_type_hints(cls), dataclasses.MISSING
     fields = [each for each in dataclasses.fields(cls) if each.init]
@@ -85,7 +85,7 @@ class _Reading:
     def record(self, cls: type[T], value: Any, path: str) -> T:
         if not isinstance(value, Mapping):
             raise self.refusal(cls, value, path)
-        fields, given = _fields(typing.cast(Any, cls)), {}
+        fields, given = _fields(typing.cast(type, cls)), {}
         unknown = [key for key in value if key not in fields] if self.strict else []
         if unknown:
             at = self.at(_join(path, unknown[0]))
@@ -140,17 +140,14 @@ class _Reading:
         return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
     def at(self, path: str) -> str:
-        return f"{self.where}, {path}" if path else self.where
+        return f"{self.where}, {path}" if path and path[0] != "[" else f"{self.where}{path}"
 
     def refusal(self, hint: Any, value: Any, path: str) -> DistillError:
-        what, origin, got = (
-            "a value of the wrong type",
-            typing.get_origin(hint),
-            f"{value!r:.60} ({type(value).__name__})",
-        )
+        what, origin = "a value of the wrong type", typing.get_origin(hint)
         expected = hint.__name__ if isinstance(hint, type) and origin is None else str(hint)
         if origin is typing.Literal:
             what, expected = "a value that is not allowed", " | ".join(map(str, typing.get_args(hint)))
+        got = f"{value!r:.60} ({type(value).__name__})"
         return self.error(what, where=self.at(path), expected=expected, got=got, fix=self.fix)
 
 

@@ -20,10 +20,10 @@ from shared.cache.manifest import read_manifest, read_record
 from shared.cache.reader import Cache
 from shared.cache.writer import CacheWriter
 from shared.checkpoints import ModelFiles, head_and_positions, identify_model
-from shared.config import to_dict
 from shared.errors import ConfigError, ResumeError, require
 from shared.files import output_path, read_json, sha256_file, sha256_json, write_json
 from shared.process import is_main_process, log, rank, world_size
+from shared.records import to_dict
 from shared.tokenizer import (
     Tokenizer,
     document_ends,

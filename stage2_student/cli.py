@@ -217,7 +217,7 @@ def proof(cache: Path, validation: Path, test: Path, config: Path, teacher: Path
     from stage2_student.experiments.proof import prove
 
     result = prove(config, cache, validation, test, out, teacher=teacher, jobs=jobs)
-    click.echo("\n".join(result["summary"]))
+    click.echo("\n".join(result.summary))
 
 
 @student.command()

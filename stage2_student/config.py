@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from shared.cache.reader import Cache
-from shared.config import convert, load_config, unknown_key
+from shared.config import load_config, unknown_key
 from shared.errors import CacheMismatchError, ConfigError, require, require_range
 from shared.model.gpt import PRESETS, GPTConfig
+from shared.records import convert
 
 # Arguments that codedistill sets itself, or that would undo what it promises, and what to use instead.
 FIXED: dict[str, str | None] = dict.fromkeys((
@@ -223,8 +224,8 @@ def student_config(*layers: Mapping[str, Any]) -> StudentConfig:
         if key in ours:
             own[key] = value
         elif key in theirs:
-            where = f"TrainingArguments.{key}"
-            training[key] = value if key == "fsdp" and isinstance(value, bool) else convert(value, theirs[key], where)
+            hint = bool if key == "fsdp" and isinstance(value, bool) else theirs[key]
+            training[key] = convert(value, hint, where=f"TrainingArguments.{key}")
         else:
             raise unknown_key(key, ours | theirs.keys() - FIXED.keys(), "StudentConfig")
     return load_config(StudentConfig, own, {"training": training})

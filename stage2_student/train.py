@@ -21,7 +21,6 @@ from shared import tracking
 from shared.cache.identity import require_same
 from shared.cache.reader import Cache
 from shared.checkpoints import WEIGHTS
-from shared.config import to_dict
 from shared.distributed import agree, joined
 from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
 from shared.files import output_path, read_json, sha256_file, sha256_json, write_bytes, write_json
@@ -30,6 +29,7 @@ from shared.machine import machine, versions
 from shared.model.gpt import GPT, GPTConfig
 from shared.options import command_line
 from shared.process import log, rank, world_size
+from shared.records import to_dict
 from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from stage2_student.checkpoint import (
     RUN_FORMAT,

@@ -59,8 +59,8 @@ def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype:
 
     NLL of the text, KL to the teacher, agreement and calibration, with 95 % intervals over documents.
     """
-    from shared.checkpoints import locate_model
-    from shared.eval.inputs import cache_digest, is_up_to_date, model_digest
+    from shared.checkpoints import locate_model, model_digest
+    from shared.eval.inputs import cache_digest, is_up_to_date
     from shared.eval.results import Fidelity
 
     model_dir = locate_model(model, cache_dir)
@@ -104,8 +104,8 @@ def latency(models: tuple[tuple[str, str], ...], cache_dir: Path | None, out: Pa
     """
     if len(dict(models)) < len(models):
         raise click.UsageError("two models have the same name")
-    from shared.checkpoints import locate_model
-    from shared.eval.inputs import is_up_to_date, model_digest, timing_place
+    from shared.checkpoints import locate_model, model_digest
+    from shared.eval.inputs import is_up_to_date, timing_place
     from shared.eval.results import Latency
 
     located = {name: locate_model(model, cache_dir) for name, model in models}
@@ -142,8 +142,8 @@ def draft(teacher: str, student: str, out: Path, cache_dir: Path | None, **optio
 
     Speculative decoding: acceptance, speed-up, and a check of every token against plain greedy decoding.
     """
-    from shared.checkpoints import locate_model
-    from shared.eval.inputs import is_up_to_date, model_digest, timing_place
+    from shared.checkpoints import locate_model, model_digest
+    from shared.eval.inputs import is_up_to_date, timing_place
     from shared.eval.programs.problems import read_prompts
     from shared.eval.results import Draft
     from shared.files import sha256_json
@@ -247,8 +247,8 @@ def _evaluate_benchmark(
 ) -> None:
     """Run one benchmark, which rank 0 loads, unless its result is up to date."""
     from data.humaneval import problems_digest
-    from shared.checkpoints import locate_model
-    from shared.eval.inputs import is_up_to_date, model_digest
+    from shared.checkpoints import locate_model, model_digest
+    from shared.eval.inputs import is_up_to_date
     from shared.eval.programs.completion import ENDS
     from shared.eval.results import BenchmarkResult
     from shared.process import is_main_process, world_size

@@ -9,22 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.manifest import read_manifest
-from shared.checkpoints import identify_model
 from shared.errors import ConfigError
 from shared.eval.results import BenchmarkResult, Result
-from shared.files import sha256_file, sha256_json
+from shared.files import sha256_file
 from shared.machine import machine
 from shared.process import log
-
-
-def model_digest(directory: Path) -> str:
-    """SHA-256 over the files that decide what a model says: weights, configuration and tokenizer.
-
-    Raises:
-        ConfigError: it is no model directory.
-    """
-    files = identify_model(str(directory))
-    return sha256_json([files.weights_digest, files.config_digest, files.tokenizer_files_digest])
 
 
 def cache_digest(directory: Path) -> str:

@@ -1,13 +1,10 @@
 """What evaluations write, and read back, as types."""
 
-import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from shared.errors import ConfigError
+from shared import records
 from shared.files import read_json
 from shared.machine import machine, versions
 
@@ -34,16 +31,21 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON data."""
-        return dataclasses.asdict(self)
+        return records.to_dict(self)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a result.
+        """Read a result's file; see `from_dict`."""
+        return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
+    def from_dict(cls, value: Any, where: str) -> Self:
+        """A result from JSON data; keys of other versions are passed over.
 
         Raises:
-            ConfigError: the file cannot be read or is not such a result; names file and key.
+            ConfigError: it is no such result; names `where` and the key.
         """
-        return from_dict(cls, read_json(path), str(path))
+        return records.from_dict(cls, value, where=where, strict=False, fix="run the command that writes it again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,10 +224,20 @@ class BenchmarkResult(Result):
     generation_seconds: float
     scoring_seconds: float
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its completions were drawn, and not greedy."""
+        return self.settings.get("decoding") != "greedy"
+
+    @property
+    def unsafe(self) -> bool:
+        """Whether programs were run without a sandbox."""
+        return bool((self.settings.get("sandbox") or {}).get("unsafe_no_sandbox"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """A figure over seeds."""
+    """A figure over seeds: `seeds` has the figure of each, in the order of all variants."""
 
     mean: float
     sd: float | None
@@ -234,90 +246,71 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """A difference over paired seeds; `significant`: whether the interval excludes 0."""
+    """Of n paired differences: mean, 95 % interval of the mean, and two-sided p-value of a mean of 0.
+
+    `significant`: whether the interval excludes 0.
+    """
 
     difference: float
     ci95: Interval
+    p: float
     significant: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgainstBaseline(PairedDifference):
-    """A variant's test NLL and KL minus those of cross-entropy, in nats; `p_holm` is of the NLL."""
+class Comparison(PairedDifference):
+    """`setting` − `versus`, seed by seed: the difference of the NLL and, in `kl`, of the KL, in nats per target.
 
+    `p_holm` is the p-value of the NLL, corrected for all comparisons of the experiment.
+    """
+
+    setting: str
+    versus: str
     p_holm: float
     kl: PairedDifference
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One way to train a student; `versus_ce` is None for cross-entropy itself."""
+class ProofVariant:
+    """One way to train a student, and what came of it on the test set, in nats per target.
+
+    Args:
+        k: entries of a row that it uses; None where it uses none, or all ids.
+        epochs: the best one in the search; `epochs_by_seed` that of each confirming run.
+        versus_ce: the comparison with the first variant; None for itself.
+    """
 
     name: str
     loss: str
     k: int | None
+    alpha: float
+    temperature: float
+    label_smoothing: float
     learning_rate: float
     epochs: float
+    epochs_by_seed: list[int]
     test_nll: Spread
     test_kl: Spread
-    versus_ce: AgainstBaseline | None
+    versus_ce: Comparison | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proof:
-    """`student proof`: what the report shows of it."""
-
-    variants: list[Variant]
-    summary: list[str]
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-T = typing.TypeVar("T")
-
-
-def from_dict(cls: type[T], value: Any, where: str) -> T:
-    """A dataclass from JSON data; other keys than its fields are passed over.
+class Proof(Result):
+    """`student proof`: variants of a student over paired seeds.
 
     Args:
-        cls: its fields are numbers, text, lists and dicts of them, dataclasses, `Any`, or None beside one of these.
-        value: what JSON gave.
-        where: file, and key in it, for errors.
-
-    Raises:
-        ConfigError: a field without a default is missing, or has a value of another type.
+        comparisons: all that the experiment asks for.
+        summary: what they show, in sentences.
+        settings: fixed settings, grid, seeds and caches.
+        search, runs: figures of the runs that settings were chosen by, and of those that confirm.
     """
-    if not isinstance(value, dict):
-        raise _wrong(cls, value, where)
-    hints, fields = typing.get_type_hints(cls), {}
-    for each in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if each.name in value:
-            fields[each.name] = _convert(hints[each.name], value[each.name], f"{where}, {each.name}")
-        elif each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
-            raise ConfigError("a result lacks a key", where=where, expected=each.name,
-                              fix="run the command that writes it again")  # fmt: skip
-    return cls(**fields)
 
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(next(a for a in arguments if a is not types.NoneType), value, where)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where)
-    if origin is list and isinstance(value, list):
-        return [_convert(arguments[0], item, where) for item in value]
-    if origin is dict and isinstance(value, dict):
-        return {key: _convert(arguments[1], item, f"{where}, {key}") for key, item in value.items()}
-    if hint is float and type(value) is int:
-        return value
-    if origin is None and type(value) is hint:
-        return value
-    raise _wrong(hint, value, where)
-
-
-def _wrong(hint: Any, value: Any, where: str) -> ConfigError:
-    expected = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
-    return ConfigError("a result of another form", where=where, expected=expected, got=f"{value!r:.60}")
+    format: str = "codedistill-proof"
+    version: int = 1
+    variants: list[ProofVariant]
+    comparisons: list[Comparison]
+    summary: list[str]
+    settings: dict[str, Any]
+    search: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+    seconds: float

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.config import load_config, read_toml, to_dict
+from shared.config import load_config, read_toml
 from shared.errors import ConfigError, DistillError, require
 from shared.files import sha256_json
+from shared.records import to_dict
 from stage2_student.config import StudentConfig, student_config
 
 MAX_NAME_BYTES = 120  # file systems allow 255, and the names of logs and temporary files are longer

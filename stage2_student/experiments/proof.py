@@ -17,17 +17,19 @@ import numpy as np
 from shared.cache.identity import require_same
 from shared.cache.reader import Cache
 from shared.errors import ConfigError, require
-from shared.files import read_json, write_bytes, write_json
-from shared.machine import machine, versions
+from shared.eval.report.plots import proof_plot
+from shared.eval.results import Comparison, Proof, ProofVariant, Spread
+from shared.files import read_json, read_json_lines, write_bytes, write_json
+from shared.machine import versions
+from shared.options import command_line
 from shared.process import log
 from stage2_student.experiments.dense import write_dense
 from stage2_student.experiments.grid import Experiment, Run, read_experiment
-from stage2_student.experiments.report import interval_plot, proof_page, sentences
+from stage2_student.experiments.report import proof_page, sentences
 from stage2_student.experiments.runner import Inputs, Row, Runner, locked
-from stage2_student.experiments.statistics import Comparison, compare_settings
+from stage2_student.experiments.statistics import compare_settings
 from stage2_student.train import identify
 
-FORMAT, VERSION = "codedistill-proof", 1
 RESULT = "proof.json"
 # Evaluate and save at the end of each epoch, and end with the weights of the epoch with the lowest validation NLL.
 BEST_EPOCH = {
@@ -38,7 +40,7 @@ BEST_EPOCH = {
 
 def prove(
     config: Path, train: Path, validation: Path, test: Path, out: Path, *, teacher: Path | None = None, jobs: int = 1
-) -> dict[str, Any]:
+) -> Proof:
     """Search, confirm and compare, and write `proof.{json,md,svg}`. What is finished is kept.
 
     Args:
@@ -49,7 +51,7 @@ def prove(
         jobs: runs trained at once (see `Runner`).
 
     Returns:
-        What `proof.json` holds (see `summarise_proof`).
+        What `proof.json` holds.
 
     Raises:
         ConfigError: the experiment, or caches that do not go with it.
@@ -85,10 +87,11 @@ def prove(
             "caches": {name: identify(cache) | {"documents": cache.num_documents, "tokens": cache.num_tokens}
                        for name, cache in caches.items()},
         }  # fmt: skip
-        result, comparisons = summarise_proof(experiment, settings, searched, runs)
-        write_bytes(out / "proof.md", proof_page(result, comparisons).encode())
-        write_bytes(out / "proof.svg", interval_plot(_by_variant(runs), comparisons))
-        write_json(out / RESULT, result)
+        result = summarise_proof(experiment, settings, searched, runs)
+        write_bytes(out / "proof.md", proof_page(result).encode())
+        if plot := proof_plot(result):
+            write_bytes(out / "proof.svg", plot.svg())
+        write_json(out / RESULT, result.to_dict())
     return result
 
 
@@ -105,18 +108,10 @@ def choose(experiment: Experiment, searched: Sequence[Mapping[str, Any]]) -> dic
 def summarise_proof(
     experiment: Experiment,
     settings: Mapping[str, Any],
-    searched: Sequence[Mapping[str, Any]],
-    runs: Sequence[Mapping[str, Any]],
-) -> tuple[dict[str, Any], list[Comparison]]:
-    """The proof's result, from the figures of its runs, and its comparisons.
-
-    Returns:
-        `variants`: of each `name`, `loss`, `k`, `alpha`, `temperature`, the chosen `learning_rate` and `epochs` (the
-        best one in the search; each seed's own in `epochs_by_seed`), `test_nll` and `test_kl` with `mean`, `sd` and
-        `seeds`, and `versus_ce`: the paired difference from the first variant, null for itself. `comparisons`: all that
-        the experiment asks for, with `difference`, `ci95`, `significant` (the interval excludes 0), `p`, `p_holm` over
-        all of them and the same of the KL under `kl`. `summary`: sentences. `settings`, `search`, `runs`, `seconds`,
-        `versions`, `machine`. NLL and KL are in nats per target.
+    searched: list[dict[str, Any]],
+    runs: list[dict[str, Any]],
+) -> Proof:
+    """The proof's result, from the figures of its runs.
 
     Raises:
         ConfigError: runs of one seed that did not begin alike.
@@ -125,46 +120,49 @@ def summarise_proof(
     versus = {variant.name: variant.versus for variant in experiment.variants}
     comparisons = compare_settings(_by_variant(runs), versus)
     baseline = experiment.variants[0].name
-    against_baseline = {row.setting: row.to_dict() for row in comparisons if row.versus == baseline}
-    variants = [
-        _describe_variant([run for run in runs if run["swept"]["variant"] == name], searched, settings["top_k"])
-        | {"name": name, "versus_ce": against_baseline.get(name)}
-        for name in versus
-    ]
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "variants": variants,
-        "comparisons": [row.to_dict() for row in comparisons],
-        "summary": sentences(comparisons, len(experiment.seeds)),
-        "settings": dict(settings),
-        "search": list(searched),
-        "runs": list(runs),
-        "seconds": round(sum(run["seconds"] for run in [*searched, *runs]), 1),
-        "versions": versions("codedistill", "torch", "transformers", "accelerate", "numpy", "h5py"),
-        "machine": machine(),
-    }, comparisons
+    against_baseline = {row.setting: row for row in comparisons if row.versus == baseline}
+    return Proof(
+        command=command_line(),
+        versions=versions("codedistill", "torch", "transformers", "accelerate", "numpy", "h5py"),
+        variants=[
+            _describe_variant(name, [run for run in runs if run["swept"]["variant"] == name], searched,
+                              settings["top_k"], against_baseline.get(name))
+            for name in versus
+        ],
+        comparisons=comparisons,
+        summary=sentences(comparisons, len(experiment.seeds)),
+        settings=dict(settings),
+        search=searched,
+        runs=runs,
+        seconds=round(sum(run["seconds"] for run in [*searched, *runs]), 1),
+    )  # fmt: skip
 
 
 def _describe_variant(
-    runs: Sequence[Mapping[str, Any]], searched: Sequence[Mapping[str, Any]], top_k: int
-) -> dict[str, Any]:
+    name: str,
+    runs: Sequence[Mapping[str, Any]],
+    searched: Sequence[Mapping[str, Any]],
+    top_k: int,
+    versus_ce: Comparison | None,
+) -> ProofVariant:
     """What a variant is and what its runs reached."""
     config, chosen = runs[0]["config"], {key: value for key, value in runs[0]["swept"].items() if key != "seed"}
     distils = config["alpha"] > 0
-    return {
-        "loss": config["loss"] if distils else "cross-entropy",
-        "k": (config["k"] or top_k) if distils and config["loss"] != "dense" else None,
+    return ProofVariant(
+        name=name,
+        loss=config["loss"] if distils else "cross-entropy",
+        k=(config["k"] or top_k) if distils and config["loss"] != "dense" else None,
         **{key: config[key] for key in ("alpha", "temperature", "label_smoothing", "learning_rate")},
-        "epochs": next(trial["best_epoch"] for trial in searched if trial["swept"] == chosen),
-        "epochs_by_seed": [run["best_epoch"] for run in runs],
-        "test_nll": _over_seeds([run["nll_nats"] for run in runs]),
-        "test_kl": _over_seeds([run["kl_to_teacher_nats"] for run in runs]),
-    }
+        epochs=next(trial["best_epoch"] for trial in searched if trial["swept"] == chosen),
+        epochs_by_seed=[run["best_epoch"] for run in runs],
+        test_nll=_over_seeds([run["nll_nats"] for run in runs]),
+        test_kl=_over_seeds([run["kl_to_teacher_nats"] for run in runs]),
+        versus_ce=versus_ce,
+    )
 
 
-def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)), "seeds": list(values)}
+def _over_seeds(values: Sequence[float]) -> Spread:
+    return Spread(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)), seeds=list(values))
 
 
 def _by_variant(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, tuple[float, float]]]:
@@ -189,8 +187,7 @@ def _train(runner: Runner, teacher: Path | None) -> list[dict[str, Any]]:
 
 def _figures(run: Run, row: Row, folder: Path) -> dict[str, Any]:
     record = read_json(folder / "run.json")
-    logged = map(json.loads, (folder / "training_log.jsonl").read_text().splitlines())
-    nll_nats = [entry["eval_ce"] for entry in logged if "eval_ce" in entry]
+    nll_nats = [entry["eval_ce"] for entry in read_json_lines(folder / "training_log.jsonl") if "eval_ce" in entry]
     return dataclasses.asdict(row) | {
         "config": record["config"],
         "validation_nll_nats": nll_nats,

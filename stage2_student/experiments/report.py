@@ -1,16 +1,17 @@
 """An experiment's runs and comparisons as Markdown tables, sentences and plots."""
 
-import contextlib
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from shared.eval.report.plots import Plot
+from shared.eval.results import Comparison, PairedDifference, Proof
 from stage2_student.experiments.runner import Row
-from stage2_student.experiments.statistics import Comparison, Paired
 
 PANELS = {"nll_nats": "validation NLL, nats per token", "kl_to_teacher_nats": "KL to the teacher, nats per token"}
-BLUE, DARK, GREY = "#2050a0", "#102850", "#808080"
 
 
 def rank_rows(rows: Sequence[Row]) -> list[Row]:
@@ -46,7 +47,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
     return aligned_table(
         ["setting", "versus", "NLL", "95 %", "p", "p (Holm)", "KL", "95 %"],
         [
-            [row.setting, row.versus, *_difference(row.nll), f"{row.nll.p:.2g}", f"{row.p_holm:.2g}",
+            [row.setting, row.versus, *_difference(row), f"{row.p:.2g}", f"{row.p_holm:.2g}",
              *_difference(row.kl)]
             for row in comparisons
         ],
@@ -66,13 +67,13 @@ def sentences(comparisons: Sequence[Comparison], num_seeds: int) -> list[str]:
     """What the comparisons show, the null results included, and what they do not show."""
     found = []
     for row in comparisons:
-        low, high = row.nll.ci95
+        low, high = row.ci95
         verdict = f"no difference from {row.versus} shown"
-        if row.nll.significant:
-            verdict = f"{'lower' if row.nll.difference < 0 else 'higher'} test NLL than {row.versus}"
+        if row.significant:
+            verdict = f"{'lower' if row.difference < 0 else 'higher'} test NLL than {row.versus}"
             verdict += "" if row.p_holm < 0.05 else " (not after Holm's correction)"
         found.append(
-            f"{row.setting}: {verdict}: {row.nll.difference:+.4f} nats per target, 95 % [{low:+.4f}, {high:+.4f}]."
+            f"{row.setting}: {verdict}: {row.difference:+.4f} nats per target, 95 % [{low:+.4f}, {high:+.4f}]."
         )
     count = len(comparisons)
     return [
@@ -84,16 +85,15 @@ def sentences(comparisons: Sequence[Comparison], num_seeds: int) -> list[str]:
     ]
 
 
-def proof_page(result: Mapping[str, Any], comparisons: Sequence[Comparison]) -> str:
+def proof_page(proof: Proof) -> str:
     """A proof in Markdown: what it shows, every variant and every comparison, and what it was made from."""
-    settings = result["settings"]
-    caches = settings["caches"]
+    caches = proof.settings["caches"]
     variants = aligned_table(
         ["variant", "learning rate", "epochs", "test NLL", "sd", "test KL", "sd"],
         [
-            [variant["name"], f"{variant['learning_rate']:g}", f"{variant['epochs']}",
-             *(f"{variant[key][value]:.4f}" for key in ("test_nll", "test_kl") for value in ("mean", "sd"))]
-            for variant in result["variants"]
+            [variant.name, f"{variant.learning_rate:g}", f"{variant.epochs}",
+             *(f"{value:.4f}" for spread in (variant.test_nll, variant.test_kl) for value in (spread.mean, spread.sd))]
+            for variant in proof.variants
         ],
     )  # fmt: skip
     sources = aligned_table(
@@ -104,24 +104,24 @@ def proof_page(result: Mapping[str, Any], comparisons: Sequence[Comparison]) -> 
             for name, cache in caches.items()
         ],
     )  # fmt: skip
-    seeds = ", ".join(map(str, settings["seeds"]))
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    seeds = ", ".join(map(str, proof.settings["seeds"]))
+    versions = ", ".join(f"{name} {version}" for name, version in proof.versions.items())
     return "\n".join([
         "# The proof\n",
-        *(f"- {sentence}" for sentence in result["summary"]),
+        *(f"- {sentence}" for sentence in proof.summary),
         "\nNLL of the text and KL(teacher‖student), K+1 partition at T = 1, in nats per target of the test cache; "
         f"mean and standard deviation over seeds {seeds}.\n",
         variants,
         "Paired differences, setting − versus, with Student's 95 % intervals; bold where the interval excludes 0.\n",
-        comparison_table(comparisons),
+        comparison_table(proof.comparisons),
         sources,
-        f"Labels `{caches['train']['label_identity'][:16]}`; {result['seconds'] / 60:.0f} minutes of training in all "
-        f"on {result['machine']['processor']} ({result['machine']['cores']} cores); {versions}.\n",
+        f"Labels `{caches['train']['label_identity'][:16]}`; {proof.seconds / 60:.0f} minutes of training in all "
+        f"on {proof.machine['processor']} ({proof.machine['cores']} cores); {versions}.\n",
     ])  # fmt: skip
 
 
-def run_plot(rows: Sequence[Row]) -> bytes | None:
-    """Draw NLL and KL against each swept setting, every run a point, the best of each value joined; SVG.
+def run_plot(rows: Sequence[Row]) -> Plot | None:
+    """NLL and KL against each swept setting, every run a point, the best of each value joined.
 
     None where no run has figures.
     """
@@ -129,66 +129,29 @@ def run_plot(rows: Sequence[Row]) -> bytes | None:
     scored = [row for row in rows if row.nll_nats is not None]
     if not scored:
         return None
-    with _figure(width=3.4 * len(keys) + 0.6, height=5.2) as (figure, svg):
+
+    def draw(figure: Figure) -> None:
         grid = figure.subplots(len(PANELS), len(keys), squeeze=False, sharey="row")
         for axes_row, (name, label) in zip(grid, PANELS.items(), strict=True):
             axes_row[0].set_ylabel(label)
             for axes, key in zip(axes_row, keys, strict=True):
                 axes.set_xlabel(key)
-                points = [(row.swept[key], getattr(row, name)) for row in scored if key in row.swept]
-                points = [(x, y) for x, y in points if y is not None]
-                if points:
-                    _draw_points(axes, points)
-    return svg.getvalue()
+                known = [row for row in scored if key in row.swept and getattr(row, name) is not None]
+                _draw_points(axes, [(row.swept[key], getattr(row, name)) for row in known])
+
+    return Plot(draw=draw, size=(3.4 * len(keys) + 0.6, 5.2))
 
 
-def _draw_points(axes: Any, points: list[tuple[Any, float]]) -> None:
+def _draw_points(axes: Axes, points: list[tuple[Any, float]]) -> None:
     is_numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x, _ in points)
     if not is_numeric:
         points = [(str(x), y) for x, y in points]
     best = {x: min(y for other, y in points if other == x) for x, _ in points}
     order = sorted(best)
-    axes.plot(order, [best[x] for x in order], color=BLUE, linewidth=1)
-    axes.scatter([x for x, _ in points], [y for _, y in points], color=BLUE, s=18)
-    if is_numeric and min(order) > 0 and max(order) >= 10 * min(order):
+    axes.plot(order, [best[x] for x in order], color="C1", linewidth=1)
+    axes.scatter([x for x, _ in points], [y for _, y in points], color="C1", s=18)
+    if order and is_numeric and order[0] > 0 and order[-1] >= 10 * order[0]:
         axes.set_xscale("log")
-
-
-def interval_plot(figures: Mapping[str, Mapping[int, tuple[float, float]]], comparisons: Sequence[Comparison]) -> bytes:
-    """Draw each setting's paired differences from the first one in NLL and KL, seed by seed and with intervals; SVG.
-
-    Args:
-        figures: NLL and KL by setting and seed; the first setting is the baseline.
-        comparisons: those of the settings.
-    """
-    baseline = next(iter(figures))
-    against = [row for row in comparisons if row.versus == baseline]
-    with _figure(width=8.4, height=1.2 + 0.34 * len(against)) as (figure, svg):
-        panels = figure.subplots(1, 2, sharey=True)
-        for i, (axes, label) in enumerate(zip(panels, ("test NLL", "KL to the teacher"), strict=True)):
-            axes.axvline(0, color=GREY, linewidth=0.8)
-            for y, row in zip(range(len(against), 0, -1), against, strict=True):
-                paired = (row.nll, row.kl)[i]
-                axes.plot(paired.ci95, [y, y], color=BLUE, linewidth=2)
-                each = [value[i] - figures[baseline][seed][i] for seed, value in figures[row.setting].items()]
-                axes.plot(each, [y] * len(each), "o", color=BLUE, markersize=3, alpha=0.5)
-                axes.plot([paired.difference], [y], "|", color=DARK, markersize=10, markeredgewidth=2)
-            axes.set_yticks(range(len(against), 0, -1), [row.setting for row in against])
-            axes.set_xlabel(f"{label} − that of {baseline}, nats per target")
-    return svg.getvalue()
-
-
-@contextlib.contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
-    """A figure, and where its SVG is written at the end; equal drawings have equal bytes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    svg = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "experiment", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, svg
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
 
 
 def _swept_keys(rows: Sequence[Row]) -> list[str]:
@@ -200,7 +163,7 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _difference(paired: Paired) -> list[str]:
+def _difference(paired: PairedDifference) -> list[str]:
     low, high = paired.ci95
     mean = f"{paired.difference:+.4f}"
     return [f"**{mean}**" if paired.significant else mean, f"{low:+.4f} to {high:+.4f}"]

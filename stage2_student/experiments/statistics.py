@@ -3,50 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from shared.eval.results import Comparison, PairedDifference
+
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Paired:
-    """Of n paired differences: mean, 95 % interval of the mean, and two-sided p-value of a mean of 0."""
-
-    difference: float
-    ci95: tuple[float, float]
-    p: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes 0."""
-        return not self.ci95[0] <= 0 <= self.ci95[1]
-
-    def to_dict(self) -> dict[str, object]:
-        """As JSON data."""
-        return dataclasses.asdict(self) | {"ci95": list(self.ci95), "significant": self.significant}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """`setting` − `versus`, seed by seed, in nats per target.
-
-    Attributes:
-        nll, kl: the paired differences of both figures.
-        p_holm: the p-value of `nll`, corrected for all comparisons of the experiment.
-    """
-
-    setting: str
-    versus: str
-    nll: Paired
-    kl: Paired
-    p_holm: float
-
-    def to_dict(self) -> dict[str, object]:
-        """As JSON data: the figures of NLL at the top, those of KL under `kl`."""
-        names = {"setting": self.setting, "versus": self.versus}
-        return names | self.nll.to_dict() | {"p_holm": self.p_holm, "kl": self.kl.to_dict()}
 
 
 def compare_settings(
@@ -69,27 +31,24 @@ def compare_settings(
     ]
     outcomes = []
     for ours, theirs in pairs:
-        seeds = [seed for seed in figures[ours] if seed in figures[theirs]]
-        outcomes.append([
-            paired_difference([figures[ours][seed][i] for seed in seeds], [figures[theirs][seed][i] for seed in seeds])
-            for i in range(2)
-        ])  # fmt: skip
+        common = [(figures[ours][seed], figures[theirs][seed]) for seed in figures[ours] if seed in figures[theirs]]
+        outcomes.append([paired_difference(*np.array(common)[:, :, figure].T) for figure in (0, 1)])
     corrected = holm([nll.p for nll, _ in outcomes])
     return [
-        Comparison(setting=ours, versus=theirs, nll=nll, kl=kl, p_holm=p)
+        Comparison(**dataclasses.asdict(nll), setting=ours, versus=theirs, p_holm=p, kl=kl)
         for (ours, theirs), (nll, kl), p in zip(pairs, outcomes, corrected, strict=True)
     ]
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> PairedDifference:
     """`ours` − `theirs`, paired in order; at least two pairs."""
     differences = np.subtract(ours, theirs)
     n, mean = len(differences), float(differences.mean())
     error = float(differences.std(ddof=1)) / math.sqrt(n)
     reach = quantile(0.95, n - 1) * error
-    if error == 0:
-        return Paired(difference=mean, ci95=(mean, mean), p=float(mean == 0))
-    return Paired(difference=mean, ci95=(mean - reach, mean + reach), p=1 - within(abs(mean) / error, n - 1))
+    p = 1 - within(abs(mean) / error, n - 1) if error else float(mean == 0)
+    low, high = mean - reach, mean + reach
+    return PairedDifference(difference=mean, ci95=[low, high], p=p, significant=not low <= 0 <= high)
 
 
 def within(t: float, degrees: int) -> float:

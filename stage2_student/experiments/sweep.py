@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import require
+from shared.eval.results import Comparison
 from shared.files import read_json, write_bytes, write_json
 from shared.process import log
+from shared.records import to_dict
 from stage2_student.experiments.grid import Experiment, read_experiment
 from stage2_student.experiments.report import comparison_table, rank_rows, run_plot, run_table
 from stage2_student.experiments.runner import Inputs, Row, Runner, locked
-from stage2_student.experiments.statistics import Comparison, compare_settings
+from stage2_student.experiments.statistics import compare_settings
 
 RESULT = "sweep.json"
 
@@ -55,15 +57,14 @@ def _write(experiment: Experiment, rows: Sequence[Row], out: Path) -> str:
         "format": "codedistill-sweep",
         "version": 1,
         "runs": [dataclasses.asdict(row) for row in rows],
-        "comparisons": [comparison.to_dict() for comparison in comparisons],
+        "comparisons": [to_dict(comparison) for comparison in comparisons],
     })  # fmt: skip
     text = run_table(rows)
     if comparisons:
         text += f"\nPaired over seeds, setting − versus, nats per target:\n\n{comparison_table(comparisons)}"
     write_bytes(out / "sweep.md", f"# {out.resolve().name}\n\n{text}".encode())
-    drawing = run_plot(rows)
-    if drawing:
-        write_bytes(out / "sweep.svg", drawing)
+    if plot := run_plot(rows):
+        write_bytes(out / "sweep.svg", plot.svg())
     return text
 
 

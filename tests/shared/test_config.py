@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from shared.config import load_config, parse_assignments, read_toml, to_dict
+from shared.config import load_config, parse_assignments, read_toml
 from shared.errors import ConfigError
 
 
@@ -71,7 +71,3 @@ def test_toml_files(tmp_path):
         read_toml(tmp_path / "bad.toml")
     with pytest.raises(ConfigError, match="No such file"):
         read_toml(tmp_path / "none.toml")
-
-
-def test_a_config_is_plain_json_data():
-    assert to_dict(Example())["grid"] == [1.0]

@@ -1,4 +1,4 @@
-"""Files that belong together are replaced together; folders appear whole."""
+"""Files that belong together are replaced together; folders appear whole; JSONL is read strictly."""
 
 import os
 import signal
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.files import publish_folder, replace_files
+from shared.errors import ConfigError
+from shared.files import publish_folder, read_json_lines, replace_files
 from tests.support.cache_faults import file_size_limit
 
 
@@ -85,3 +86,23 @@ def test_what_a_killed_process_left_is_removed_and_a_living_one_s_kept(tmp_path)
     with publish_folder(tmp_path / "out"):
         pass
     assert sorted(tmp_path.iterdir()) == sorted([living, tmp_path / "out"])
+
+
+def test_lines_of_json_are_read_without_a_last_one_that_a_kill_cut(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": "\u2028"}\n{"a":')
+    assert read_json_lines(tmp_path / "a.jsonl") == [{"a": 1}, {"a": "\u2028"}]
+
+
+@pytest.mark.parametrize("content", [b"{\n", b"[]\n", b'{"a": NaN}\n', b'{"a": 1e999}\n', b"\n"])
+def test_a_broken_line_of_json_is_refused_by_its_number(tmp_path, content):
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" + content)
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 2"):
+        read_json_lines(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"\xff\n", None])
+def test_a_file_of_lines_that_cannot_be_read_is_refused(tmp_path, content):
+    if content:
+        (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cannot read a file; where: .*a\.jsonl"):
+        read_json_lines(tmp_path / "a.jsonl")

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import stage2_student.train
-from shared.config import to_dict
+from shared.records import to_dict
 from stage2_student.cli import student
 
 

@@ -168,26 +168,32 @@ def write_draft(root: Path, name: str, **changes) -> Path:
 def write_proof(root: Path) -> Path:
     """What `student proof` writes, with a plain, a better and a worse variant."""
 
+    def paired(difference, half):
+        low, high = difference - half, difference + half
+        found = low > 0 or high < 0
+        return {"difference": difference, "ci95": [low, high], "p": 0.001 if found else 0.2, "significant": found}
+
     def variant(name, loss, nll, difference, half):
-        low, high = (0, 0) if difference is None else (difference - half, difference + half)
         return {
-            "name": name, "loss": loss, "k": None if loss == "ce" else 64, "learning_rate": 1.2e-3, "epochs": 2,
+            "name": name, "loss": loss, "k": None if loss == "ce" else 64, "alpha": 0.7, "temperature": 1.0,
+            "label_smoothing": 0.0, "learning_rate": 1.2e-3, "epochs": 2, "epochs_by_seed": [2] * 5,
             "test_nll": {"mean": nll, "sd": 0.011, "seeds": [nll - 0.01, nll, nll + 0.01, nll, nll]},
             "test_kl": {"mean": nll - 2, "sd": 0.014, "seeds": [nll - 2] * 5},
-            "versus_ce": difference and {
-                "difference": difference, "ci95": [low, high], "significant": low > 0 or high < 0,
-                "p_holm": 0.002 if low > 0 or high < 0 else 0.31,
-                "kl": {"difference": 2 * difference, "ci95": [2 * low, 2 * high], "significant": low > 0 or high < 0},
+            "versus_ce": difference and paired(difference, half) | {
+                "setting": name, "versus": "cross-entropy", "kl": paired(2 * difference, 2 * half),
+                "p_holm": 0.002 if paired(difference, half)["significant"] else 0.31,
             },
         }  # fmt: skip
 
-    return write(root / "proof" / "proof.json", {
+    return write(root / "proof" / "proof.json", origin("student proof --out proof") | {
+        "format": "codedistill-proof", "version": 1,
         "variants": [variant("cross-entropy", "ce", 5.331, None, 0),
-                 variant("ghost K=64", "ghost", 5.082, -0.249, 0.021),
-                 variant("label smoothing", "ce", 5.342, 0.011, 0.018),
-                 variant("truncated K=64", "truncated", 5.404, 0.073, 0.03)],
+                     variant("ghost K=64", "ghost", 5.082, -0.249, 0.021),
+                     variant("label smoothing", "ce", 5.342, 0.011, 0.018),
+                     variant("truncated K=64", "truncated", 5.404, 0.073, 0.03)],
+        "comparisons": [],
         "summary": ["Over five paired seeds, ghost K=64 has a test NLL 0.249 nats per token below cross-entropy."],
-        "settings": {"seeds": 5},
+        "settings": {"seeds": [1, 2, 3, 4, 5]}, "search": [], "runs": [], "seconds": 60.0,
     })  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def evaluate_benchmark(
         adopt_ends(tokenizer, ends)
         settings = {
             "problems_sha256": problems_digest(problems),
-            "model_sha256": model_digest(model_dir, tokenizer),
+            "model_sha256": model_digest(model_dir),
             "opening": list(document_ends(tokenizer).opening),
             "eos_token_ids": eos_ids(model, tokenizer),
             "completion_ends": ENDS,

@@ -5,7 +5,6 @@ at 95 % on its own, so about one in twenty unchanged figures seems changed.
 """
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from shared.cache.format import Array
 from shared.errors import ConfigError, require
 from shared.eval.bootstrap import percentile_interval, resample_sums
 from shared.eval.report.provenance import REPORT_FORMAT
-from shared.eval.results import BatchTiming, BenchmarkResult, Fidelity, Latency, ModelFacts, Result, from_dict
-from shared.files import read_json
+from shared.eval.results import BenchmarkResult, Fidelity, Interval, Latency, Result
+from shared.files import read_json, read_json_lines
 
 LEAST_UNITS = 10  # a bootstrap over fewer is too narrow to be believed
 FIDELITY = {  # figure → its label, the sum per document it is made of, and whether higher is better
@@ -45,6 +44,9 @@ PROBLEM_SETTINGS = ("decoding", "samples", "temperature", "top_p", "max_new_toke
 KINDS: dict[str, type[Result]] = {
     "fidelity": Fidelity, "latency": Latency, "humaneval": BenchmarkResult, "mbpp": BenchmarkResult
 }  # fmt: skip
+ONLY_IN: dict[str, tuple[str, type[Result]]] = {  # a key that only this kind of result has
+    "kl_kind": ("fidelity", Fidelity), "models": ("latency", Latency), "pass_at_1": ("benchmark", BenchmarkResult)
+}  # fmt: skip
 VERDICTS = ("worse", "better", "changed", "unknown", "noise")
 
 Outcomes = Mapping[str, Mapping[str, int]]  # problem → samples, and how many of them did what
@@ -68,12 +70,17 @@ class Row:
     b: float | None
     model: str | None = None
     difference: float | None = None
-    ci95: list[float] | None = None
+    ci95: Interval | None = None
     p_value: float | None = None
     verdict: str = "unknown"
     how: str = ""
     method: str = ""
     is_share: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether both values are known and nothing has judged them."""
+        return self.verdict == "unknown" and self.difference is not None
 
     def judge(self, significant: bool, *, higher_is_better: bool) -> None:
         """Set the verdict of a difference that is known."""
@@ -91,39 +98,52 @@ def compare_files(a: Path, b: Path) -> dict[str, Any]:
         ConfigError: files that are no results, of two kinds, or that cannot be compared; it says what differs.
     """
     values = [read_json(path) for path in (a, b)]
-    kinds = [_kind_of(value, path) for value, path in zip(values, (a, b), strict=True)]
-    require(kinds[0] == kinds[1], "results of two kinds", where=f"{a} and {b}", expected=kinds[0], got=kinds[1])
+    (kind, cls), (other, _) = (_kind_of(value, path) for value, path in zip(values, (a, b), strict=True))
+    require(kind == other, "results of two kinds", where=f"{a} and {b}", expected=kind, got=other)
     left_out: list[str] = []
-    if kinds[0] == "report":
+    if cls is None:
         rows, left_out = _report_rows(*values)
-    elif kinds[0] == "fidelity":
-        rows = fidelity_rows(Fidelity.read(a), Fidelity.read(b))
-    elif kinds[0] == "latency":
-        rows = latency_rows(Latency.read(a), Latency.read(b))
     else:
-        results = [BenchmarkResult.read(path) for path in (a, b)]
-        outcomes = [read_outcomes(path, result) for path, result in zip((a, b), results, strict=True)]
-        rows = benchmark_rows(results[0], results[1], *outcomes)
-    return {
-        "kind": kinds[0],
-        "a": str(a),
-        "b": str(b),
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "left_out": left_out,
-    }
+        results = [cls.from_dict(value, str(path)) for value, path in zip(values, (a, b), strict=True)]
+        rows = result_rows(results, [read_outcomes(path, each) for path, each in zip((a, b), results, strict=True)])
+    as_data = [dataclasses.asdict(row) for row in rows]
+    return {"kind": kind, "a": str(a), "b": str(b), "rows": as_data, "left_out": left_out}
 
 
-def _kind_of(value: Any, path: Path) -> str:
-    """`fidelity`, `latency`, `benchmark` or `report`, by a key that only these have."""
-    keys = {"fidelity": "kl_kind", "latency": "models", "benchmark": "pass_at_1"}
+def _kind_of(value: Any, path: Path) -> tuple[str, type[Result] | None]:
+    """A result's kind and type; a report has no type."""
     if isinstance(value, dict):
         if value.get("format") == REPORT_FORMAT:
-            return "report"
-        for kind, key in keys.items():
+            return "report", None
+        for key, kind in ONLY_IN.items():
             if key in value:
                 return kind
     expected = "fidelity.json, latency.json, a benchmark's result.json or report.json"
     raise ConfigError("not a result that can be compared", where=path, expected=expected)
+
+
+def _report_rows(a: Any, b: Any) -> tuple[list[Row], list[str]]:
+    """Compare what two reports have in common, model by model, and say what cannot be compared."""
+    rows: list[Row] = []
+    left_out = []
+    for name in [name for name in a["models"] if name in b["models"]]:
+        sides = [report["models"][name] for report in (a, b)]
+        for kind, cls in KINDS.items():
+            recorded = [side["results"].get(kind) for side in sides]
+            if None in recorded:
+                left_out += [] if recorded == [None, None] else [f"{name}: {kind} is in one report only"]
+                continue
+            if kind == "latency":
+                recorded = [each | {"models": {name: each["models"][name]}} for each in recorded]
+            results = [cls.from_dict(each, f"{name}, {kind}") for each in recorded]
+            try:
+                found = result_rows(results, [side["outcomes"].get(kind, {}) for side in sides])
+            except ConfigError as error:
+                left_out.append(f"{name}: {kind}: {error}")
+                continue
+            rows += [dataclasses.replace(row, model=name) for row in found]
+    require(rows, "the reports have nothing that can be compared", got="; ".join(left_out) or "no common model")
+    return rows, left_out
 
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
@@ -145,15 +165,32 @@ def _number_text(value: float | None) -> str:
     return "none" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
-# --- fidelity --------------------------------------------------------------------------------------------------------
+# --- judging ---------------------------------------------------------------------------------------------------------
 
 
-def fidelity_rows(a: Fidelity, b: Fidelity) -> list[Row]:
-    """Judge fidelity figures by a paired bootstrap over documents.
+def result_rows(results: Sequence[Result], outcomes: Sequence[Outcomes]) -> list[Row]:
+    """Judge every figure of two results of one kind, the second being the new one.
+
+    Args:
+        results: two of fidelity, latency or a benchmark.
+        outcomes: what `read_outcomes` gives of each.
 
     Raises:
-        ConfigError: they were measured on different documents or against different teachers.
+        ConfigError: they are not of the same documents, problems, settings or machine; it says what differs.
     """
+    a, b = results
+    if isinstance(a, Fidelity) and isinstance(b, Fidelity):
+        rows = _fidelity_rows(a, b)
+    elif isinstance(a, Latency) and isinstance(b, Latency):
+        rows = _latency_rows(a, b)
+    else:
+        assert isinstance(a, BenchmarkResult) and isinstance(b, BenchmarkResult)
+        rows = _benchmark_rows(a, b, *outcomes)
+    return [row for row in rows if (row.a, row.b) != (None, None)]
+
+
+def _fidelity_rows(a: Fidelity, b: Fidelity) -> list[Row]:
+    """A paired bootstrap over documents."""
     what = ("cache.digest", "kl_kind", "seen_in_training", "num_targets")
     _require_same("what was scored", *(
         dict(zip(what, (r.cache.digest, r.kl_kind, r.seen_in_training, r.num_targets), strict=True)) for r in (a, b)
@@ -161,15 +198,14 @@ def fidelity_rows(a: Fidelity, b: Fidelity) -> list[Row]:
     ids = [[(document["id"], document["targets"]) for document in r.per_document] for r in (a, b)]
     require(ids[0] == ids[1], "the results cannot be compared: the documents differ",
             expected=f"{len(ids[0])} documents", got=f"{len(ids[1])}, or others", fix="measure both alike")  # fmt: skip
-    targets_D = _column(a, "targets")
     rows = []
     for key, (label, column, higher_is_better) in FIDELITY.items():
-        row = _row(label, a, b, key, is_share=higher_is_better)
-        if row.verdict == "unknown" and row.difference is not None:
-            difference_D = _column(b, column) - _column(a, column)
-            _judge_by_bootstrap(row, difference_D, targets_D, higher_is_better, "documents")
+        row = _row(label, (a, b), key, is_share=higher_is_better)
+        if row.is_open:
+            _judge_by_bootstrap(row, _column(b, column) - _column(a, column), _column(a, "targets"), higher_is_better,
+                                "documents")  # fmt: skip
         rows.append(row)
-    return [row for row in rows if (row.a, row.b) != (None, None)]
+    return rows
 
 
 def _column(result: Fidelity, name: str) -> Array:
@@ -177,73 +213,66 @@ def _column(result: Fidelity, name: str) -> Array:
     return np.array([document[name] for document in result.per_document], np.float64)
 
 
-# --- benchmarks ------------------------------------------------------------------------------------------------------
-
-
-def read_outcomes(result_file: Path, result: BenchmarkResult) -> Outcomes:
-    """How many samples of each problem did what, from verdicts.jsonl beside a result; empty where there is none.
+def read_outcomes(result_file: Path, result: Result) -> Outcomes:
+    """How many samples of each problem did what, from verdicts.jsonl beside a benchmark's result; empty without one.
 
     Raises:
         ConfigError: the file is malformed, or is not that of this result.
     """
     file = result_file.with_name("verdicts.jsonl")
-    if not file.is_file():
+    if not isinstance(result, BenchmarkResult) or not file.is_file():
         return {}
     outcomes: dict[str, Counter[str]] = {}
     verdicts: Counter[str] = Counter()
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, row in enumerate(read_json_lines(file), 1):
         try:
-            row = json.loads(line)
-            verdict, parses, loaded, asserts = (row[k] for k in ("verdict", "parses", "loaded", "asserts_passed"))
-            problem = outcomes.setdefault(row["task_id"], Counter())
-        except (ValueError, TypeError, KeyError) as error:
+            task, verdict, parses, loaded, asserts = (
+                row[key] for key in ("task_id", "verdict", "parses", "loaded", "asserts_passed")
+            )
+        except KeyError as error:
             raise ConfigError("not a verdict", where=f"{file}, line {number}", got=repr(error)) from error
         verdicts[verdict] += 1
         passed = verdict == "passed"
-        problem.update(samples=1, passed=passed, parses=bool(parses), runs=passed or bool(loaded),
-                       some_assert=passed or bool(asserts))  # fmt: skip
+        outcomes.setdefault(task, Counter()).update(
+            samples=1,
+            passed=passed,
+            parses=bool(parses),
+            runs=passed or bool(loaded),
+            some_assert=passed or bool(asserts),
+        )
     require(dict(verdicts) == result.verdicts, "the verdicts beside a result are not its own", where=file,
             expected=result.verdicts, got=dict(verdicts), fix="run the evaluation again")  # fmt: skip
     return outcomes
 
 
-def benchmark_rows(a: BenchmarkResult, b: BenchmarkResult, outcomes_a: Outcomes, outcomes_b: Outcomes) -> list[Row]:
-    """Judge two results of one benchmark, problem by problem: McNemar's exact test for one sample each, else bootstrap.
-
-    Args:
-        a: a result.
-        b: the new one.
-        outcomes_a, outcomes_b: what `read_outcomes` gives of each.
-
-    Raises:
-        ConfigError: other problems, or completions made or judged otherwise.
-    """
+def _benchmark_rows(a: BenchmarkResult, b: BenchmarkResult, outcomes_a: Outcomes, outcomes_b: Outcomes) -> list[Row]:
+    """Problem by problem: McNemar's exact test for one sample each, else a paired bootstrap."""
     _require_same("the benchmark", *(
         {"benchmark": r.benchmark, "problems_sha256": r.problems_sha256, "num_problems": r.num_problems}
         | {f"settings.{key}": r.settings.get(key) for key in PROBLEM_SETTINGS}
-        | {"run without a sandbox": bool((r.settings.get("sandbox") or {}).get("unsafe_no_sandbox"))}
+        | {"run without a sandbox": r.unsafe}
         for r in (a, b)
     ))  # fmt: skip
-    sides = (outcomes_a, outcomes_b)
     rows = []
     for key, (share, label) in OUTCOMES.items():
-        row = _row(label, a, b, share, is_share=True)
+        row = _row(label, (a, b), share, is_share=True)
         rows.append(row)
-        if row.verdict != "unknown" or row.difference is None:
+        if not row.is_open:
             continue
-        if sides[0].keys() != sides[1].keys() or len(sides[0]) != a.num_problems:
+        if outcomes_a.keys() != outcomes_b.keys() or len(outcomes_a) != a.num_problems:
             row.how = "no verdict of every problem is kept beside both results"
-        elif all(problem["samples"] == 1 for side in sides for problem in side.values()):
-            lost = sum(sides[0][task][key] > sides[1][task][key] for task in sides[0])
-            gained = sum(sides[0][task][key] < sides[1][task][key] for task in sides[0])
+            continue
+        pairs = [(outcomes_a[task], outcomes_b[task]) for task in outcomes_a]
+        if all(problem["samples"] == 1 for pair in pairs for problem in pair):
+            lost, gained = (sum(pair[i][key] > pair[1 - i][key] for pair in pairs) for i in (0, 1))
             row.p_value = mcnemar(lost, gained)
-            row.method = f"McNemar's exact test over {len(sides[0])} problems"
+            row.method = f"McNemar's exact test over {len(pairs)} problems"
             row.how = f"McNemar's exact test: {gained} gained, {lost} lost, p = {row.p_value:.3g}"
             row.judge(row.p_value < 0.05, higher_is_better=True)
         else:
-            means = [np.array([side[task][key] / side[task]["samples"] for task in sides[0]]) for side in sides]
-            _judge_by_bootstrap(row, means[1] - means[0], np.ones(len(means[0])), True, "problems")
-    return [row for row in rows if (row.a, row.b) != (None, None)]
+            mean_a, mean_b = np.array([[side[key] / side["samples"] for side in pair] for pair in pairs]).T
+            _judge_by_bootstrap(row, mean_b - mean_a, np.ones(len(pairs)), True, "problems")
+    return rows
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -253,17 +282,11 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, float(2 * tail / 2**discordant))
 
 
-# --- latency ---------------------------------------------------------------------------------------------------------
-
-
-def latency_rows(a: Latency, b: Latency) -> list[Row]:
-    """Judge times at batch 1: one has changed if all repeats of one side lie beyond all of the other.
+def _latency_rows(a: Latency, b: Latency) -> list[Row]:
+    """Times at batch 1: one has changed if all repeats of one side lie beyond all of the other.
 
     By chance that happens in 2 of C(n + m, n) orders of n and m repeats, which must be fewer than 5 %. Other load on
     the machine is not accounted for: compare on a quiet machine.
-
-    Raises:
-        ConfigError: other machines or settings, or no model in common.
     """
     _require_same("how it was timed", *(
         {f"machine.{key}": r.machine.get(key) for key in MACHINE}
@@ -278,8 +301,7 @@ def latency_rows(a: Latency, b: Latency) -> list[Row]:
         models = [side.models[name] for side in (a, b)]
         batches = [model.batches["1"] for model in models]
         for key, (label, higher_is_better) in TIMES.items():
-            row = _row(label, batches[0], batches[1], key, model=name)
-            rows.append(row)
+            row = _row(label, batches, key, model=name)
             (low_a, high_a), (low_b, high_b) = (getattr(batch, f"{key}_range") for batch in batches)
             if 2 / math.comb(sum(repeats), repeats[0]) >= 0.05:
                 row.how = f"{repeats[0]} and {repeats[1]} repeats are too few"
@@ -288,48 +310,13 @@ def latency_rows(a: Latency, b: Latency) -> list[Row]:
                 spans = f"{low_a:,.4g} to {high_a:,.4g} and {low_b:,.4g} to {high_b:,.4g}"
                 row.how = f"repeats {'apart' if apart else 'overlap'}: {spans}"
                 row.judge(apart, higher_is_better=higher_is_better)
+            rows.append(row)
         for key, label in SIZES.items():
-            sides: Sequence[ModelFacts | BatchTiming] = batches if key == "peak_bytes" else models
-            row = _row(label, sides[0], sides[1], key, model=name)
-            if row.difference is not None:
+            row = _row(label, batches if key == "peak_bytes" else models, key, model=name)
+            if row.is_open:
                 row.verdict, row.how = "changed" if row.difference else "noise", "counted"
-            if (row.a, row.b) != (None, None):
-                rows.append(row)
+            rows.append(row)
     return rows
-
-
-# --- reports ---------------------------------------------------------------------------------------------------------
-
-
-def _report_rows(a: Any, b: Any) -> tuple[list[Row], list[str]]:
-    """Compare what two reports have in common, model by model, and say what cannot be compared."""
-    models = [report.get("models") or {} for report in (a, b)]
-    rows: list[Row] = []
-    left_out = []
-    for name in [name for name in models[0] if name in models[1]]:
-        for kind, cls in KINDS.items():
-            recorded = [side[name]["results"].get(kind) for side in models]
-            if None in recorded:
-                if recorded != [None, None]:
-                    left_out.append(f"{name}: {kind} is in one report only")
-                continue
-            results: list[Any] = [from_dict(cls, each, f"{name}, {kind}") for each in recorded]
-            try:
-                rows += _rows_of(results, name, [side[name]["outcomes"].get(kind, {}) for side in models])
-            except ConfigError as error:
-                left_out.append(f"{name}: {kind}: {error}")
-    require(rows, "the reports have nothing that can be compared", got="; ".join(left_out) or "no common model")
-    return rows, left_out
-
-
-def _rows_of(results: Sequence[Any], name: str, outcomes: Sequence[Outcomes]) -> list[Row]:
-    if isinstance(results[0], Latency):
-        return latency_rows(*(dataclasses.replace(r, models={name: r.models[name]}) for r in results))
-    rows = fidelity_rows(*results) if isinstance(results[0], Fidelity) else benchmark_rows(*results, *outcomes)
-    return [dataclasses.replace(row, model=name) for row in rows]
-
-
-# --- judging ---------------------------------------------------------------------------------------------------------
 
 
 def _require_same(what: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
@@ -344,17 +331,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def _row(
-    figure: str,
-    a: Result | ModelFacts | BatchTiming,
-    b: Result | ModelFacts | BatchTiming,
-    key: str,
-    *,
-    model: str | None = None,
-    is_share: bool = False,
-) -> Row:
-    """A row still to be judged; where only one side has the figure, with its verdict."""
-    row = Row(model=model, figure=figure, a=getattr(a, key), b=getattr(b, key), is_share=is_share)
+def _row(figure: str, sides: Sequence[object], key: str, **options: Any) -> Row:
+    """A row still to be judged, from one attribute of both sides; where only one has it, with its verdict."""
+    a, b = sides
+    row = Row(figure=figure, a=getattr(a, key), b=getattr(b, key), **options)
     if row.a is not None and row.b is not None:
         row.difference = row.b - row.a
     elif row.b is not None:

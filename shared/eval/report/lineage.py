@@ -42,7 +42,7 @@ class Part:
 
     kind: str
     name: str
-    state: str
+    state: str = ELSEWHERE
     at: str | None = None
     digest: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -63,14 +63,17 @@ def trace_lineage(path: Path, look_in: Sequence[Path] = ()) -> dict[str, Any]:
         ConfigError: none of these, or a record that cannot be read.
     """
     tracer = _Tracer([folder for place in look_in for folder in (place, *_subfolders(place))])
-    for name, follow in (("run.json", tracer.run), (MANIFEST, tracer.cache), ("lineage.json", tracer.export)):
-        if (path / name).is_file():
-            return dataclasses.asdict(_recorded(follow, path))
     report = path / "report.json" if path.is_dir() else path
-    if report.is_file():
-        return dataclasses.asdict(_recorded(tracer.report, report))
-    raise ConfigError("nothing that can be traced", where=path, expected="a run, an export, a cache or a report",
-                      got="none of them" if path.exists() else "no such path")  # fmt: skip
+    records = {path / "run.json": tracer.run, path / MANIFEST: tracer.cache, path / "lineage.json": tracer.export,
+               report: tracer.report}  # fmt: skip
+    file = next((file for file in records if file.is_file()), None)
+    if file is None:
+        raise ConfigError("nothing that can be traced", where=path, expected="a run, an export, a cache or a report",
+                          got="none of them" if path.exists() else "no such path")  # fmt: skip
+    try:
+        return dataclasses.asdict(records[file](report if file == report else path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError("a record of another form", where=path, got=repr(error)) from error
 
 
 def broken_links(part: Record) -> list[str]:
@@ -96,14 +99,6 @@ def _lines(part: Record, first: str, rest: str) -> Iterator[str]:
         yield from _lines(other, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
 
 
-def _recorded(follow: Callable[[Path], Part], path: Path) -> Part:
-    """A part from its own record; a record that lacks keys is refused by name."""
-    try:
-        return follow(path)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError("a record of another form", where=path, got=repr(error)) from error
-
-
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
@@ -117,6 +112,11 @@ def _difference(name: str, found: str | None, recorded: object) -> list[str]:
     return [] if found == recorded else [f"{name}: {f'SHA-256 {found}' if found else 'missing'}, recorded {recorded}"]
 
 
+def _found(kind: str, path: Path, notes: list[str], **others: Any) -> Part:
+    """A part that lies at a path, and what is wrong with it."""
+    return Part(kind=kind, name=path.name, state=ALTERED if notes else WHOLE, at=str(path), notes=notes, **others)
+
+
 class _Tracer:
     """Follows records; `places` are the folders in which parts are looked for."""
 
@@ -124,30 +124,31 @@ class _Tracer:
         self._places = places
         self._followed: set[Path] = set()  # runs; none of them can have started from itself
 
+    def _place(self, is_it: Callable[[Path], bool], recorded: Sequence[Path] = ()) -> Path | None:
+        """Where a part lies: one of the paths that a record names for it, or one of the places."""
+        return next((place for place in (*recorded, *self._places) if is_it(place)), None)
+
     def export(self, path: Path) -> Part:
         lineage = read_json(path / "lineage.json")
-        files = lineage["files"]
+        files, digest = lineage["files"], lineage["run"]["sha256"]
         notes = [note for name in files for note in _difference(name, _sha256(path / name), files[name])]
         notes += [] if WEIGHTS in files else [f"lineage.json does not name {WEIGHTS}"]
-        digest = lineage["run"]["sha256"]
-        place = next((p for p in self._places if _sha256(p / "run.json") == digest), None)
+        place = self._place(lambda place: _sha256(place / "run.json") == digest)
         run = self.run(place) if place else Part(
-            kind="run", name=lineage["run"]["name"], state=ELSEWHERE, digest=digest, made_from=self._inputs(lineage)
+            kind="run", name=lineage["run"]["name"], digest=digest, made_from=self._inputs(lineage)
         )  # fmt: skip
-        return Part(kind="export", name=path.name, state=ALTERED if notes else WHOLE, at=str(path),
-                    digest=files.get(WEIGHTS), notes=notes, made_from=[run])  # fmt: skip
+        return _found("export", path, notes, digest=files.get(WEIGHTS), made_from=[run])
 
     def run(self, path: Path) -> Part:
         self._followed.add(path.resolve())
         record = read_json(path / "run.json")
-        recorded, found = record.get("weights_sha256"), _sha256(path / WEIGHTS)
-        notes = _difference(WEIGHTS, found, recorded)
-        state = (ALTERED if found else MISSING) if notes else WHOLE
+        recorded, digest = record.get("weights_sha256"), _sha256(path / WEIGHTS)
+        part = _found("run", path, _difference(WEIGHTS, digest, recorded), digest=digest,
+                      made_from=self._inputs(record))  # fmt: skip
         if record.get("state") != "finished" or recorded is None:
-            state = UNRECORDED
             notes = [f"run.json, state {record.get('state')}, records no digest of the weights"]
-        return Part(kind="run", name=path.name, state=state, at=str(path), digest=found, notes=notes,
-                    made_from=self._inputs(record))  # fmt: skip
+            return dataclasses.replace(part, state=UNRECORDED, notes=notes)
+        return part if digest else dataclasses.replace(part, state=MISSING)
 
     def _inputs(self, record: Record) -> list[Part]:
         """The caches and starting weights that a run's record or an export's lineage names."""
@@ -155,93 +156,91 @@ class _Tracer:
         parts = [self._recorded_cache("cache", part, paths) for part in record["caches"]]
         if record["validation"]:
             parts.append(self._recorded_cache("validation cache", record["validation"], paths))
-        start = record["init_from"]
-        return [*parts, self._start(start)] if start else parts
+        return [*parts, self._start(record["init_from"])] if record["init_from"] else parts
 
     def _recorded_cache(self, kind: str, record: Record, paths: Sequence[Path]) -> Part:
-        """A cache that a run was trained on: the first one here that has its shards, or a damaged one of its labels."""
-        damaged = None
-        for place in [*paths, *self._places]:
+        """A cache that a run was trained on: the first one here that has its shards, or else a damaged one."""
+        damaged = []
+        for place in [place for place in (*paths, *self._places) if (place / MANIFEST).exists()]:
             try:
-                manifest = read_manifest(place) if (place / MANIFEST).exists() else None
-            except DistillError as error:
-                damaged = damaged or Part(kind=kind, name=place.name, state=ALTERED, at=str(place), notes=[str(error)])
+                shards = read_manifest(place).shard_digests
+            except DistillError:
+                damaged.append(place)
                 continue
-            shards = manifest.shard_digests if manifest else {}
-            if manifest and record["shards"].items() <= shards.items():
+            if record["shards"].items() <= shards.items():
                 return self.cache(place, kind)
         if damaged:
-            return damaged
+            return self.cache(damaged[0], kind)
         name = ", ".join(f"{source['name']} ({source['split']})" for source in record["sources"])
-        documents = [self._documents(source) for source in record["sources"]]
-        return Part(kind=kind, name=name, state=ELSEWHERE, made_from=[self._teacher(record["teacher"]), *documents])
+        return Part(kind=kind, name=name, made_from=self._origins(record["teacher"], record["sources"]))
 
     def cache(self, path: Path, kind: str = "cache") -> Part:
         try:
             manifest = read_manifest(path)
         except DistillError as error:
-            return Part(kind=kind, name=path.name, state=ALTERED, at=str(path), notes=[str(error)])
+            return _found(kind, path, [str(error)])
         notes = [f"{name}: {what}" for name, what in check_files(path, manifest.files).items()]
         if label_identity(manifest.identity) != manifest.label_identity:
             notes.append("its label identity is not that of its teacher, tokenizer and options")
-        made_from = [self._teacher(manifest.identity["teacher"])]
-        made_from += [self._cache_by_digest(part["digest"]) for part in (manifest.derived_from or {}).get("inputs", [])]
-        made_from += [self._documents(source) for source in manifest.sources]
-        return Part(kind=kind, name=path.name, state=ALTERED if notes else WHOLE, at=str(path), notes=notes,
-                    digest=manifest.digest, made_from=made_from)  # fmt: skip
+        derived = [self._cache_by_digest(part["digest"]) for part in (manifest.derived_from or {}).get("inputs", [])]
+        teacher, *documents = self._origins(manifest.identity["teacher"], manifest.sources)
+        return _found(kind, path, notes, digest=manifest.digest, made_from=[teacher, *derived, *documents])
 
     def _cache_by_digest(self, digest: str) -> Part:
         """A cache that another was merged or cut from."""
-        for place in self._places:
-            if (place / MANIFEST).exists() and read_manifest(place).digest == digest:
-                return self.cache(place, "derived from cache")
-        return Part(kind="derived from cache", name=digest[:16], state=ELSEWHERE, digest=digest)
+        kind = "derived from cache"
+        place = self._place(lambda place: (place / MANIFEST).exists() and read_manifest(place).digest == digest)
+        return self.cache(place, kind) if place else Part(kind=kind, name=digest[:16], digest=digest)
 
     def _start(self, record: Record) -> Part:
         """The weights that a run started from, and the run that they come from where it is here."""
         digest, kind = record["weights_sha256"], "starting weights"
         recorded = [Path(record["path"])] if "path" in record else []
-        for place in [p for p in [*recorded, *self._places] if (p / "config.json").is_file()]:
-            if place.resolve() in self._followed:
-                continue
-            if weights_sha256([sha256_file(file) for file in weight_files(place)]) == digest:
-                made_from = [self.run(place)] if (place / "run.json").is_file() else []
-                return Part(kind=kind, name=place.name, state=WHOLE, at=str(place), digest=digest, made_from=made_from)
-        return Part(kind=kind, name=recorded[0].name if recorded else "", state=ELSEWHERE, digest=digest)
+
+        def holds_them(place: Path) -> bool:
+            is_new = (place / "config.json").is_file() and place.resolve() not in self._followed
+            return is_new and weights_sha256([sha256_file(file) for file in weight_files(place)]) == digest
+
+        if place := self._place(holds_them, recorded):
+            runs = [self.run(place)] if (place / "run.json").is_file() else []
+            return _found(kind, place, [], digest=digest, made_from=runs)
+        return Part(kind=kind, name=recorded[0].name if recorded else "", digest=digest)
+
+    def _origins(self, teacher: Record, sources: Sequence[Record]) -> list[Part]:
+        return [self._teacher(teacher), *(self._documents(source) for source in sources)]
 
     def _teacher(self, record: Record) -> Part:
         name, digest = str(record.get("name")), record["weights_digest"]
-        notes = [f"commit {record['commit']}"] if record.get("commit") else []
-        state, at = ELSEWHERE, None
-        for place in [p for p in self._places if (p / "config.json").is_file()]:
+        part = Part(kind="teacher", name=name, digest=digest,
+                    notes=[f"commit {record['commit']}"] if record.get("commit") else [])  # fmt: skip
+        others = [*part.notes, "the folder of that name holds another model, or other weights"]
+        for place in [place for place in self._places if (place / "config.json").is_file()]:
             same_config = sha256_file(place / "config.json") == record["config_digest"]
-            if not same_config and place.resolve().name != name:
-                continue  # not worth reading gigabytes of weights
-            state, at = (WHOLE if same_config and weights_digest(place) == digest else ALTERED), str(place)
-            if state == WHOLE:
-                break
-        notes += ["the folder of that name holds another model, or other weights"] if state == ALTERED else []
-        return Part(kind="teacher", name=name, state=state, at=at, digest=digest, notes=notes)
+            if same_config and weights_digest(place) == digest:
+                return dataclasses.replace(part, state=WHOLE, at=str(place), notes=others[:-1])
+            if same_config or place.resolve().name == name:  # elsewhere gigabytes of weights need not be read
+                part = dataclasses.replace(part, state=ALTERED, at=str(place), notes=others)
+        return part
 
     def _documents(self, source: Record) -> Part:
         """A data set: its file where one of that name is here, or the library of a Python of that version."""
         from data.load import load_documents
 
-        files = [str(place / source["name"]) for place in self._places if (place / source["name"]).is_file()]
+        place = self._place(lambda place: (place / source["name"]).is_file())
+        file = str(place / source["name"]) if place else None
         if source["name"] == "stdlib" and source.get("revision") == platform.python_version():
-            files = ["stdlib"]
+            file = "stdlib"
         state, notes = ELSEWHERE, [f"revision {source['revision']}"] if source.get("revision") else []
-        for file in files[:1]:
+        if file:
             columns = (source.get("config") or {}).get("columns")
             try:
                 read = load_documents(file, source["split"], limit_docs=source["num_documents"], columns=columns)
-                state = WHOLE if read.digest == source["digest"] else ALTERED
+                problem = None if read.digest == source["digest"] else "it holds other documents"
             except DistillError as error:
-                state, notes = ALTERED, [*notes, str(error)]
-            notes += ["it holds other documents"] if state == ALTERED else []
+                problem = str(error)
+            state, notes = (ALTERED, [*notes, problem]) if problem else (WHOLE, notes)
         words = f"{source['name']} ({source['split']}), {source['num_documents']} documents"
-        return Part(kind="documents", name=words, state=state, at=next(iter(files), None), digest=source["digest"],
-                    notes=notes)  # fmt: skip
+        return Part(kind="documents", name=words, state=state, at=file, digest=source["digest"], notes=notes)
 
     def report(self, file: Path) -> Part:
         """A report: its files as they lie, then the runs and caches among them."""
@@ -250,12 +249,10 @@ class _Tracer:
                 expected=REPORT_FORMAT)  # fmt: skip
         parts = []
         for name, entry in report["files"].items():
-            path, found = base / name, _sha256(base / name)
-            notes = _difference(name, found, entry["sha256"])
-            follow = {"run.json": self.run, MANIFEST: self.cache}.get(path.name)
-            parts.append(Part(
-                kind="file", name=name, state=(ALTERED if found else MISSING) if notes else WHOLE, digest=found,
-                notes=notes, made_from=[follow(path.parent)] if follow and not notes else [],
-            ))  # fmt: skip
+            path, digest = base / name, _sha256(base / name)
+            notes, follow = _difference(name, digest, entry["sha256"]), {"run.json": self.run, MANIFEST: self.cache}
+            below = [follow[path.name](path.parent)] if path.name in follow and not notes else []
+            state = WHOLE if not notes else ALTERED if digest else MISSING
+            parts.append(Part(kind="file", name=name, state=state, digest=digest, notes=notes, made_from=below))
         return Part(kind="report", name=file.parent.name, state=WHOLE, at=str(file), digest=sha256_file(file),
                     notes=report["headline"][:1], made_from=parts)  # fmt: skip

@@ -1,4 +1,7 @@
-"""The report's plots, each drawn twice: for a light and for a dark page."""
+"""Plots of the report, each drawn for a light and for a dark page; the proof and sweeps draw by the same functions.
+
+The page's template has their headings and captions.
+"""
 
 import base64
 import io
@@ -7,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 from cycler import cycler
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from shared.eval.report.tables import Model
-from shared.eval.results import Interval, Proof
+from shared.eval.report.tables import Measured, Model
+from shared.eval.results import Proof
 
 
 def _theme(ink: str, rule: str, *series: str) -> dict[str, Any]:
@@ -27,50 +31,71 @@ THEMES = {
     "dark": _theme("#e6e8eb", "#34383e", "#9aa1ab", "#7db0ff", "#f0a35e", "#6fcfa3", "#c9a0e0", "#f08ca0"),
 }
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "grid.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-}
+    "svg.fonttype": "none", "svg.hashsalt": "codedistill", "font.size": 9, "lines.linewidth": 1.4,
+    "axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False, "grid.linewidth": 0.6,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+}  # fmt: skip
 NUM_STUDENT_COLOURS = 5
 WIDTH, HEIGHT = 4.4, 3.0  # inches; small, so that text stays readable on a narrow page
+
+Line = tuple[str, Sequence[tuple[float, float]], dict[str, Any]]  # label, points, style
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plot:
-    """One drawing: the heading above it, a caption below it, and what it shows in words.
+    """One drawing.
 
     Args:
-        images: data URIs of the SVG by theme, `light` and `dark`.
+        draw: draws it into an empty figure.
+        alt: what it shows, in words.
+        size: width and height in inches.
     """
 
-    title: str
-    caption: str
-    alt: str
-    images: Mapping[str, str]
+    draw: Callable[[Figure], None]
+    alt: str = ""
+    size: tuple[float, float] = (WIDTH, HEIGHT)
 
-
-def _plot(
-    draw: Callable[[Figure], None], *, title: str, caption: str, alt: str, width: float = WIDTH, height: float = HEIGHT
-) -> Plot:
-    images = {}
-    for name, theme in THEMES.items():
+    def svg(self, theme: str = "light", *, transparent: bool = False) -> bytes:
+        """The drawing as SVG; equal data gives equal bytes."""
         buffer = io.BytesIO()
-        with matplotlib.rc_context(STYLE | theme | {"svg.hashsalt": title}):  # equal data gives equal bytes
-            figure = Figure(figsize=(width, height), layout="constrained")
-            draw(figure)
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        images[name] = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Plot(title=title, caption=caption, alt=alt, images=images)
+        with matplotlib.rc_context(STYLE | THEMES[theme]):
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(figure)
+            figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None, "Creator": None})
+        return buffer.getvalue()
+
+    @property
+    def images(self) -> dict[str, str]:
+        """Data URIs of the drawing by theme, for a page of that theme."""
+        drawings = {theme: base64.b64encode(self.svg(theme, transparent=True)).decode() for theme in THEMES}
+        return {theme: f"data:image/svg+xml;base64,{drawing}" for theme, drawing in drawings.items()}
+
+
+def report_plots(
+    models: Sequence[Model],
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+    caches: Sequence[Mapping[str, Any]],
+    proof: Proof | None,
+) -> dict[str, Plot]:
+    """The report's plots for which there is data, by name.
+
+    Args:
+        models: teacher first.
+        logs: by label of the students, in the report's order, the records of `training_log.jsonl`.
+        caches: manifests.
+        proof: what `student proof` wrote.
+    """
+    plots = {
+        "fidelity": fidelity_plot(models),
+        "tradeoff": tradeoff_plot(models),
+        "ce": training_plot(logs, "ce"),
+        "kd": training_plot(logs, "kd"),
+        "calibration": calibration_plot(models),
+        "mass": mass_plot(caches),
+        "proof": proof_plot(proof) if proof else None,
+    }
+    return {name: plot for name, plot in plots.items() if plot}
 
 
 def _colour(index: int) -> str:
@@ -88,94 +113,74 @@ def _interval(interval: Sequence[float] | None, sign: str = "") -> str:
     return f" ({interval[0]:{sign}.3f} to {interval[1]:{sign}.3f})" if interval else ""
 
 
-def training_plot(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str, caption: str) -> Plot | None:
-    """Draw one logged loss against the step, with its held-out counterpart `eval_<key>` where there is one.
+def _draw_lines(axes: Axes, lines: Sequence[Line], legend: str, **settings: Any) -> None:
+    for label, points, style in lines:
+        axes.plot(*zip(*points, strict=True), label=_plain(label), **style)
+    axes.set(**settings)
+    axes.grid(axis="y")
+    axes.legend(fontsize=8, loc=legend)  # type: ignore[call-overload]  # one of matplotlib's places
 
-    Args:
-        logs: by label of the students, in the report's order, the records of `training_log.jsonl`.
-        key: the loss, in nats per token.
-        title: the heading.
-        caption: what the reader should know.
-    """
-    lines: list[tuple[str, list[tuple[int, float]], dict[str, Any], str]] = []
+
+def training_plot(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> Plot | None:
+    """Draw a loss in nats per token against the step, with its held-out counterpart `eval_<key>` where there is one."""
+    lines: list[Line] = []
+    words = []
     for index, (label, records) in enumerate(logs.items(), 1):
         train, held_out = _series(records, key), _series(records, f"eval_{key}")
-        colour = _colour(index)
         if train:
-            words = f"{label}: from {train[0][1]:.2f} to {train[-1][1]:.2f} in training"
-            lines.append((label, train, {"color": colour, "alpha": 0.45 if held_out else 1}, words))
+            lines.append((label, train, {"color": _colour(index), "alpha": 0.45 if held_out else 1}))
+            words.append(f"{label}: from {train[0][1]:.2f} to {train[-1][1]:.2f} in training")
         if held_out:
-            name = f"{label}, held out"
-            words = f"{name}: {held_out[-1][1]:.2f} at the end"
-            lines.append((name, held_out, {"color": colour, "marker": "o", "markersize": 3}, words))
-    if not lines:
-        return None
+            lines.append((f"{label}, held out", held_out, {"color": _colour(index), "marker": "o", "markersize": 3}))
+            words.append(f"{label}, held out: {held_out[-1][1]:.2f} at the end")
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for label, points, style, _ in lines:
-            axes.plot(*zip(*points, strict=True), label=_plain(label), **style)
-        axes.set(xlabel="optimizer step", ylabel="nats per token")
-        axes.grid(axis="y")
-        axes.legend(fontsize=8)
+        _draw_lines(figure.subplots(), lines, "best", xlabel="optimizer step", ylabel="nats per token")
 
-    alt = f"{title} by step. {'; '.join(words for *_, words in lines)}."
-    return _plot(draw, title=title, caption=caption, alt=alt)
+    return Plot(draw=draw, alt=f"Loss by step. {'; '.join(words)}.") if lines else None
 
 
-def _series(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, value) where the key was logged; of a step logged again after a resume, the last."""
     return sorted({r["step"]: r[key] for r in records if r.get(key) is not None and "step" in r}.items())
 
 
-def mass_plot(caches: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Plot | None:
-    """Draw the teacher's probability mass inside the cached rows by temperature.
-
-    Args:
-        caches: by the cache's name, {temperature: {"mean", "p1", "p10"}}, shares in [0, 1].
-    """
-    if not caches:
-        return None
-    points = {
-        name: sorted((float(T), mass) for T, mass in masses.items() if mass["mean"] is not None)
-        for name, masses in caches.items()
-    }
+def mass_plot(caches: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """Draw the teacher's probability mass inside the cached rows by temperature, as manifests have it."""
+    lines: list[Line] = []
+    words, ticks = [], set()
+    for index, cache in enumerate(caches, 1):
+        masses = (cache.get("statistics") or {}).get("captured_mass", {})
+        known = sorted((float(T), mass) for T, mass in masses.items() if mass["mean"] is not None)
+        if known:
+            means, tenths = ([(T, mass[key]) for T, mass in known] for key in ("mean", "p10"))
+            name, colour = cache["name"], _colour(index)
+            lines.append((name, means, {"color": colour, "marker": "o", "markersize": 3.5}))
+            lines.append((f"{name}, 10th percentile", tenths, {"color": colour, "linestyle": ":"}))
+            words.append(f"{name}: " + ", ".join(f"{mean:.3f} at T={T:g}" for T, mean in means))
+            ticks |= {T for T, _ in known}
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for index, (name, row) in enumerate(points.items(), 1):
-            x, colour = [T for T, _ in row], _colour(index)
-            axes.plot(x, [m["mean"] for _, m in row], color=colour, marker="o", markersize=3.5, label=_plain(name))
-            axes.plot(x, [m["p10"] for _, m in row], color=colour, linestyle=":",
-                      label=f"{_plain(name)}, 10th percentile")  # fmt: skip
-            axes.set_xticks(x)
-        axes.set(xlabel="temperature T", ylabel="mass inside the top-k", ylim=(0, 1.03))
-        axes.grid(axis="y")
-        axes.legend(fontsize=8, loc="lower left")
+        _draw_lines(figure.subplots(), lines, "lower left", xticks=sorted(ticks), ylim=(0, 1.03),
+                    xlabel="temperature T", ylabel="mass inside the top-k")  # fmt: skip
 
-    words = [f"{name}: " + ", ".join(f"{m['mean']:.3f} at T={T:g}" for T, m in row) for name, row in points.items()]
-    return _plot(
-        draw,
-        title="Teacher mass captured by the cache",
-        caption="Mean over tokens of the probability that the cached ids hold; the rest is one tail value.",
-        alt=f"Captured mass by temperature. {'; '.join(words)}.",
-    )
+    return Plot(draw=draw, alt=f"Captured mass by temperature. {'; '.join(words)}.") if lines else None
 
 
 def fidelity_plot(models: Sequence[Model]) -> Plot | None:
     """Draw held-out NLL and KL to the teacher as bars with their 95 % intervals."""
-    panels = {"heldout_nll_nats": "NLL, nats per token", "kl_to_teacher_nats": "KL to the teacher, nats per token"}
-    panels = {key: name for key, name in panels.items() if any(model.value(key) is not None for model in models)}
-    if not panels:
-        return None
+    titles = {"heldout_nll_nats": "NLL, nats per token", "kl_to_teacher_nats": "KL to the teacher, nats per token"}
+    panels = {title: [model.measured(key) for model in models] for key, title in titles.items()}
+    panels = {title: bars for title, bars in panels.items() if any(bar.value is not None for bar in bars)}
 
     def draw(figure: Figure) -> None:
-        for axes, (key, name) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
-            for row, model in enumerate(models):
-                _bar(axes, row, model.value(key), model.interval(key))
+        all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axes, (title, bars) in zip(all_axes, panels.items(), strict=True):
+            for row, bar in enumerate(bars):
+                _draw_bar(axes, row, bar)
             axes.set_yticks(range(len(models)), [_plain(model.label) for model in models])
             axes.invert_yaxis()
-            axes.set_title(name)
+            axes.set_title(title)
             axes.margins(x=0.18)
             axes.set_xlim(left=0)
             axes.tick_params(axis="y", length=0)
@@ -183,28 +188,22 @@ def fidelity_plot(models: Sequence[Model]) -> Plot | None:
             axes.spines["bottom"].set_visible(False)
 
     words = [
-        f"{model.label} {name}: {value:.3f}{_interval(model.interval(key))}"
-        for key, name in panels.items()
-        for model in models
-        if (value := model.value(key)) is not None
+        f"{model.label} {title}: {bar.value:.3f}{_interval(bar.ci95)}"
+        for title, bars in panels.items()
+        for model, bar in zip(models, bars, strict=True)
+        if bar.value is not None
     ]
-    return _plot(
-        draw,
-        title="Held-out NLL and KL to the teacher",
-        caption="Lower is better in both: NLL against the text, KL against the teacher's distribution. "
-        "Lines: 95% intervals over documents, where known.",
-        alt=f"Bars. {'; '.join(words)}.",
-        height=len(panels) * (0.55 + 0.3 * max(len(models), 3)),
-    )
+    size = (WIDTH, len(panels) * (0.55 + 0.3 * max(len(models), 3)))
+    return Plot(draw=draw, alt=f"Bars. {'; '.join(words)}.", size=size) if panels else None
 
 
-def _bar(axes: Axes, row: int, value: float | None, interval: Interval | None) -> None:
-    end = value or 0
+def _draw_bar(axes: Axes, row: int, bar: Measured) -> None:
+    end = bar.value or 0
     axes.barh(row, end, color=_colour(row), height=0.62)
-    if interval:
-        axes.plot(interval, (row, row), color=rcParams["text.color"], linewidth=1)
-        end = max(end, interval[1])
-    text = "not measured" if value is None else f"{value:.3f}"
+    if bar.ci95:
+        axes.plot(bar.ci95, (row, row), color=rcParams["text.color"], linewidth=1)
+        end = max(end, bar.ci95[1])
+    text = "not measured" if bar.value is None else f"{bar.value:.3f}"
     axes.annotate(text, (end, row), (3, 0), textcoords="offset points", va="center")
 
 
@@ -212,20 +211,16 @@ def tradeoff_plot(models: Sequence[Model]) -> Plot | None:
     """Draw speed against quality, with the size as the disc's area, of the models timed on the teacher's machine."""
     keys = ("decode_tokens_per_second", "heldout_nll_nats", "parameters")
     home = models[0].latency.machine if models[0].latency else None
-    found = [
-        (index, model.label, *values)
-        for index, model in enumerate(models)
-        if model.latency and model.latency.machine == home
-        and None not in (values := [model.value(key) for key in keys])
-    ]  # fmt: skip
-    points: list[tuple[int, str, float, float, float]] = [tuple(point) for point in found]  # type: ignore[misc]
-    if len(points) < 2:
-        return None
+    points: list[tuple[int, str, list[float]]] = []
+    for index, model in enumerate(models):
+        values = [value for key in keys if (value := model.value(key)) is not None]
+        if model.latency and model.latency.machine == home and len(values) == len(keys):
+            points.append((index, model.label, values))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        largest = max(parameters for *_, parameters in points)
-        for index, label, speed, nll, parameters in points:
+        largest = max(parameters for *_, (_, _, parameters) in points)
+        for index, label, (speed, nll, parameters) in points:
             area, colour = max(1500 * parameters / largest, 20), _colour(index)
             axes.scatter(speed, nll, s=area, color=colour, alpha=0.8, linewidths=0)
             axes.plot([], [], color=colour, marker="o", linestyle="", markersize=5,
@@ -239,80 +234,60 @@ def tradeoff_plot(models: Sequence[Model]) -> Plot | None:
 
     words = [
         f"{label}: {speed:,.1f} tokens per second, NLL {nll:.3f}, {parameters:,} parameters"
-        for _, label, speed, nll, parameters in points
+        for _, label, (speed, nll, parameters) in points
     ]
-    return _plot(
-        draw,
-        title="Size, speed and quality",
-        caption="A disc's area is the number of parameters. All speeds are from one machine.",
-        alt=f"Scatter plot. {'; '.join(words)}.",
-    )
+    return Plot(draw=draw, alt=f"Scatter plot. {'; '.join(words)}.") if len(points) > 1 else None
 
 
 def calibration_plot(models: Sequence[Model]) -> Plot | None:
     """Draw how often the most likely id is right against how sure the model is of it."""
-    curves = [
-        (index, model.label, [
-            (b.confidence, b.accuracy, b.count) for b in model.fidelity.ece_bins
-            if b.confidence is not None and b.accuracy is not None
-        ])
-        for index, model in enumerate(models)
-        if model.fidelity and model.value("ece") is not None
-    ]  # fmt: skip
-    if not curves:
-        return None
+    lines: list[Line] = []
+    counts: list[list[int]] = []
+    words = []
+    for index, model in enumerate(models):
+        bins = model.fidelity.ece_bins if model.fidelity and model.value("ece") is not None else []
+        points = [(b.confidence, b.accuracy) for b in bins if b.confidence is not None and b.accuracy is not None]
+        if points:
+            lines.append((model.label, points, {"color": _colour(index)}))
+            counts.append([b.count for b in bins if b.count])
+            sure, right = np.average(points, axis=0, weights=counts[-1])
+            words.append(f"{model.label}: on average {sure:.0%} sure, {right:.0%} right")
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot((0, 1), (0, 1), color=rcParams["text.color"], linestyle=":", linewidth=0.8)
-        for index, label, bins in curves:
-            x, y, counts = zip(*bins, strict=True)
-            axes.plot(x, y, color=_colour(index), label=_plain(label))
-            axes.scatter(x, y, s=[4 + 60 * n / sum(counts) for n in counts], color=_colour(index), linewidths=0)
-        axes.set(xlabel="probability of the most likely token", ylabel="share that is the text's token",
-                 xlim=(0, 1), ylim=(0, 1))  # fmt: skip
-        axes.grid()
-        axes.legend(fontsize=8, loc="upper left")
+        axes.grid(axis="x")
+        _draw_lines(axes, lines, "upper left", xlim=(0, 1), ylim=(0, 1), xlabel="probability of the most likely token",
+                    ylabel="share that is the text's token")  # fmt: skip
+        for (_, points, style), weights in zip(lines, counts, strict=True):
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=[4 + 60 * n / sum(weights) for n in weights], linewidths=0, **style)
 
-    words = []
-    for _, label, bins in curves:
-        total = sum(n for *_, n in bins)
-        sure, right = (sum(b[part] * b[2] for b in bins) / total for part in (0, 1))
-        words.append(f"{label}: on average {sure:.0%} sure, {right:.0%} right")
-    return _plot(
-        draw,
-        title="Calibration on held-out text",
-        caption="On the dotted line a model is as often right as it is sure; below it, it is too sure. "
-        "A dot's size is its share of tokens.",
-        alt=f"Reliability curves. {'; '.join(words)}.",
-    )
+    return Plot(draw=draw, alt=f"Reliability curves. {'; '.join(words)}.") if lines else None
 
 
 def proof_plot(proof: Proof) -> Plot | None:
-    """Draw each variant's difference from cross-entropy on the test set with its paired interval over seeds."""
-    known = [(variant.name, variant.versus_ce) for variant in proof.variants if variant.versus_ce]
-    if not known:
-        return None
+    """Draw each variant's paired differences from the first one in test NLL and KL, seed by seed and with intervals."""
+    baseline = proof.variants[0]
+    rows = [(variant, variant.versus_ce) for variant in proof.variants if variant.versus_ce]
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.axvline(0, color=rcParams["text.color"], linewidth=0.8)
-        for row, (_, versus) in enumerate(known):
-            colour = "C1" if versus.significant else "C0"
-            axes.plot(versus.ci95, (row, row), color=colour)
-            axes.plot(versus.difference, row, color=colour, marker="o", markersize=4)
-        axes.set_yticks(range(len(known)), [_plain(name) for name, _ in known])
+        panels = {"test_nll": "test NLL", "test_kl": "KL to the teacher"}
+        for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+            axes.axvline(0, color=rcParams["text.color"], linewidth=0.8)
+            for row, (variant, versus) in enumerate(rows):
+                paired = versus if key == "test_nll" else versus.kl
+                colour = "C1" if paired.significant else "C0"
+                axes.plot(paired.ci95, (row, row), color=colour)
+                seeds = np.subtract(getattr(variant, key).seeds, getattr(baseline, key).seeds)
+                axes.plot(seeds, [row] * len(seeds), "o", color=colour, markersize=3, alpha=0.5)
+                axes.plot(paired.difference, row, "|", color=colour, markersize=9, markeredgewidth=2)
+            axes.set_xlabel(f"{label} − that of {_plain(baseline.name)}, nats per token")
+            axes.grid(axis="x")
+            axes.margins(y=0.12)
+        axes.set_yticks(range(len(rows)), [_plain(variant.name) for variant, _ in rows])
         axes.invert_yaxis()
-        axes.margins(y=0.12)
-        axes.set(xlabel="test NLL minus cross-entropy's, nats per token (left is better)")
-        axes.grid(axis="x")
 
-    words = [f"{name}: {versus.difference:+.3f}{_interval(versus.ci95, '+')}" for name, versus in known]
-    return _plot(
-        draw,
-        title="Against cross-entropy, over paired seeds",
-        caption="Dots: mean over seeds; lines: 95% paired t-interval. Grey where the interval holds 0.",
-        alt=f"Differences to cross-entropy. {'; '.join(words)}.",
-        width=1.2 * WIDTH,
-        height=0.9 + 0.28 * len(known),
-    )
+    words = [f"{variant.name}: {versus.difference:+.3f}{_interval(versus.ci95, '+')}" for variant, versus in rows]
+    alt = f"Differences of the test NLL to cross-entropy. {'; '.join(words)}."
+    return Plot(draw=draw, alt=alt, size=(8.4, 1.2 + 0.34 * len(rows))) if rows else None

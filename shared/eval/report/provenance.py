@@ -1,20 +1,19 @@
 """Where the report's numbers come from: the files read, with their digests and the commands that wrote them."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shared.errors import ConfigError, require
+from shared.errors import require
 from shared.eval.results import Result
-from shared.files import read_json, sha256_file
+from shared.files import read_json, read_json_lines, sha256_file
 
 REPORT_FORMAT = "codedistill-report"
 R = TypeVar("R", bound=Result)
 
 
 class Files:
-    """Reads result files and lists each one, named relative to the report's parent folder.
+    """Reads files and lists each one, named relative to the report's parent folder; None or nothing for an absent one.
 
     Attributes:
         files: by name `bytes`, `sha256`, the `figures` that come from the file, and the `command` that wrote it.
@@ -35,37 +34,29 @@ class Files:
         }  # fmt: skip
 
     def result(self, path: Path, cls: type[R], figures: str) -> R | None:
-        """A result; None where there is no file.
-
-        Raises:
-            ConfigError: the file is not such a result.
-        """
+        """A result; see `Result.read`."""
         if not path.is_file():
             return None
         result = cls.read(path)
         self.remember(path, figures, result.command)
         return result
 
-    def record(self, path: Path, figures: str, command: str = "") -> dict[str, Any] | None:
-        """A JSON object that records its own `command`, or is written by the given one; None where there is no file."""
+    def record(self, path: Path, figures: str) -> dict[str, Any]:
+        """A JSON object that records its own `command`.
+
+        Raises:
+            ConfigError: the file is something else.
+        """
         if not path.is_file():
-            return None
+            return {}
         value = read_json(path)
-        require(isinstance(value, dict), "a result of another form", where=path, expected="a JSON object")
-        self.remember(path, figures, command or str(value.get("command", "")))
+        require(isinstance(value, dict), "a record of another form", where=path, expected="a JSON object")
+        self.remember(path, figures, str(value.get("command", "")))
         return dict(value)
 
     def lines(self, path: Path, figures: str, command: str) -> list[dict[str, Any]]:
-        """The objects of a JSONL file, without a last line cut short by a kill; empty where there is no file."""
+        """The objects of a JSONL file; see `read_json_lines`."""
         if not path.is_file():
             return []
         self.remember(path, figures, command)
-        records = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise ConfigError("a line is not valid JSON", where=f"{path}, line {number}", got=error) from error
-            require(isinstance(records[-1], dict), "a line is no JSON object", where=f"{path}, line {number}",
-                    got=line[:80])  # fmt: skip
-        return records
+        return read_json_lines(path)

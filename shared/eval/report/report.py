@@ -7,25 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.checkpoints import WEIGHTS, model_digest
 from shared.errors import ConfigError, require
+from shared.eval.report import tables
 from shared.eval.report.compare import read_outcomes
 from shared.eval.report.provenance import REPORT_FORMAT, Files
-from shared.eval.report.summary import Differences, differences, facts, roles
-from shared.eval.report.tables import (
-    BENCHMARKS,
-    FIGURES,
-    LABELS,
-    SHARES,
-    Model,
-    cards,
-    comparison_rows,
-    is_sampled,
-    proof_rows,
-    ratio_to_teacher,
-    score_reason,
-    signed,
-)
-from shared.eval.results import BenchmarkResult, Draft, Fidelity, Latency, Proof, from_dict
+from shared.eval.report.summary import differences, facts, roles
+from shared.eval.report.tables import BENCHMARKS, FIGURES, LABELS, SHARES, Model
+from shared.eval.results import BenchmarkResult, Draft, Fidelity, Latency, Proof
 from shared.files import read_json, replace_files, sha256_file, to_json
 from shared.machine import machine, versions
 from shared.process import log
@@ -33,6 +22,7 @@ from shared.process import log
 PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib", "jinja2")
 RESULT_FILES = ("fidelity.json", "latency.json", "draft.json", *(f"{key}/result.json" for key in BENCHMARKS))
 BULKY = ("per_document", "per_prompt", "ece_bins", "outcomes", "definitions")  # in report.json, not on the page
+PAGES = ("report.md", "report.html")
 NUM_PROMPTS = 3
 
 
@@ -44,7 +34,6 @@ class Collected:
         models: teacher first.
         logs: training logs by label.
         caches: what their manifests say.
-        proof: as typed and as recorded; None without one.
         prompts: the first prompts, and what the models write after them.
         files: see `Files`.
     """
@@ -52,7 +41,7 @@ class Collected:
     models: Sequence[Model]
     logs: Mapping[str, list[dict[str, Any]]]
     caches: Sequence[dict[str, Any]]
-    proof: tuple[Proof, dict[str, Any]] | None
+    proof: Proof | None
     prompts: Sequence[dict[str, Any]]
     files: Mapping[str, dict[str, Any]]
 
@@ -62,6 +51,7 @@ class Collected:
         return {
             "codedistill": versions("codedistill")["codedistill"],
             "models": [model.name for model in self.models],
+            "runs": {model.name: model.run_digest for model in self.models if model.run_digest},
             "files": {name: file["sha256"] for name, file in self.files.items()},
         }
 
@@ -69,7 +59,7 @@ class Collected:
         """Whether a whole report of the same inputs is there; says so where it is."""
         try:
             report = read_json(out / "report.json")
-            pages = {name: sha256_file(out / name) for name in ("report.md", "report.html")}
+            pages = {name: sha256_file(out / name) for name in PAGES}
             same = (report["inputs"], report["pages"]) == (self.inputs, pages)
         except (ConfigError, OSError, KeyError, TypeError):
             return False
@@ -127,12 +117,11 @@ def collect(
                                  "codedistill student train, as for run.json")
         for model in models if model.name in runs
     }  # fmt: skip
-    raw = files.record(proof_file, "variants over several seeds", "codedistill student proof") if proof_file else None
     return Collected(
         models=models,
         logs=logs,
         caches=cache_entries,
-        proof=(from_dict(Proof, raw, str(proof_file)), raw) if raw else None,
+        proof=files.result(proof_file, Proof, "variants over several seeds") if proof_file else None,
         prompts=_prompts(models, folders, files),
         files=files.files,
     )
@@ -187,37 +176,37 @@ def _model(name: str, folder: Path, run_dir: Path | None, together: Latency | No
         draft=files.result(folder / "draft.json", Draft, "speculative decoding"),
         benchmarks=results,
         outcomes=outcomes,
-        run=(files.record(run_dir / "run.json", "how the student was trained") if run_dir else None) or {},
+        run=files.record(run_dir / "run.json", "how the student was trained") if run_dir else {},
+        run_digest=model_digest(run_dir) if run_dir and (run_dir / WEIGHTS).is_file() else None,
     )
 
 
 def _prompts(models: Sequence[Model], folders: Mapping[str, Path], files: Files) -> list[dict[str, Any]]:
-    """HumanEval's first prompts, and the first sample of teacher, student and baseline after each."""
-    shown = [model for model in (models[0], *roles(models)) if model and "humaneval" in model.benchmarks]
-    written: dict[str, dict[str, dict[str, Any]]] = {}
+    """The first prompts of the first benchmark, and the first sample of teacher, student and baseline after each."""
+    key, shown = "humaneval", [model for model in (models[0], *roles(models)) if model]
+    written: dict[str, dict[str, dict[str, Any]]] = {}  # by label and problem
     for model in shown:
-        file = folders[model.name] / "humaneval" / "completions.jsonl"
-        command = model.benchmarks["humaneval"].command
-        lines = files.lines(file, "HumanEval, what the models write", command)
-        written[model.name] = {line["task_id"]: line for line in lines if line["sample"] == 0}
-    common = (
-        [task for task in written[shown[0].name] if all(task in found for found in written.values())] if shown else []
-    )
+        if result := model.benchmarks.get(key):
+            file = folders[model.name] / key / "completions.jsonl"
+            lines = files.lines(file, f"{result.benchmark}, what the models write", result.command)
+            written[model.label] = {line["task_id"]: line for line in lines if line["sample"] == 0}
+    first: dict[str, Any] = next(iter(written.values()), {})
     return [
         {
+            "benchmark": next(model.benchmarks[key].benchmark for model in shown if key in model.benchmarks),
             "task_id": task,
-            "prompt": written[shown[0].name][task]["prompt"],
+            "prompt": first[task]["prompt"],
             "answers": [
                 {
                     "label": model.label,
-                    "text": written[model.name][task]["completion"],
-                    "passed": model.outcomes.get("humaneval", {}).get(task, {}).get("passed"),
+                    "text": written[model.label][task]["completion"],
+                    "passed": model.outcomes.get(key, {}).get(task, {}).get("passed"),
                 }
-                for model in shown
+                for model in shown if model.label in written
             ],
         }
-        for task in common[:NUM_PROMPTS]
-    ]
+        for task in [task for task in first if all(task in tasks for tasks in written.values())][:NUM_PROMPTS]
+    ]  # fmt: skip
 
 
 def _cache(path: Path, files: Files) -> dict[str, Any]:
@@ -242,10 +231,10 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         collected: see `collect`.
         out_dir: made if absent.
     """
-    models, found = collected.models, differences(collected.models)
-    render = _renderer()
-    typed_proof, raw_proof = collected.proof or (None, None)
-    given = facts(models, found, collected.caches, typed_proof)
+    from shared.eval.report.plots import report_plots
+
+    models, proof, pairs = collected.models, collected.proof, differences(collected.models)
+    render, given = _renderer(), facts(models, pairs, collected.caches, proof)
 
     def sentences(name: str) -> list[str]:
         """A template's paragraphs, each on one line."""
@@ -257,8 +246,8 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "headline": sentences("headline") or ["Nothing has been measured yet."],
         "background": sentences("background"),
         "models": {model.name: _model_json(model, models[0]) for model in models},
-        "differences": [_difference_json(each) for each in found],
-        "proof": raw_proof,
+        "differences": pairs,
+        "proof": proof and proof.to_dict(),
         "prompts": collected.prompts,
         "caveats": sentences("caveats"),
         "caches": collected.caches,
@@ -267,21 +256,11 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(*PACKAGES),
     }
-    from shared.eval.report.plots import proof_plot
-
-    pages = {
-        f"report.{suffix}": render(
-            f"report.{suffix}.j2",
-            report=report,
-            cards=cards(models, models[0]),
-            rows=comparison_rows(models, models[0]),
-            plots=_plots(collected) if suffix == "html" else [],
-            proof_rows=proof_rows(typed_proof) if typed_proof else [],
-            proof_plot=proof_plot(typed_proof) if typed_proof and suffix == "html" else None,
-        ).encode(errors="backslashreplace")
-        for suffix in ("md", "html")
-    }
-    report["pages"] = {name: hashlib.sha256(data).hexdigest() for name, data in pages.items()}
+    shown = {"report": report, "cards": tables.cards(models), "rows": tables.comparison_rows(models),
+             "proof": proof,
+             "plots": report_plots(models, collected.logs, collected.caches, proof)}  # fmt: skip
+    pages = {name: render(f"{name}.j2", **shown).encode(errors="backslashreplace") for name in PAGES}
+    report["pages"] = {name: hashlib.sha256(page).hexdigest() for name, page in pages.items()}
     out_dir.mkdir(parents=True, exist_ok=True)
     replace_files(out_dir, pages | {"report.json": to_json(report).encode()})
     return report
@@ -289,61 +268,26 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
 
 def _model_json(model: Model, teacher: Model) -> dict[str, Any]:
     """A model's figures, each None with a reason where it is missing, and the results that they come from."""
-    reasons = {key: reason for key in FIGURES if (reason := model.reason(key))}
-    for key in BENCHMARKS:
-        result = model.benchmarks.get(key)
-        if result is None or result.pass_at_1 is None:
-            reasons[key] = score_reason(model, key, "pass_at_1")
-    results = {"fidelity": model.fidelity, "latency": model.latency, "draft": model.draft, **model.benchmarks}
+    measured = {key: model.measured(key) for key in FIGURES}
+    scores = {key: model.score(model.benchmark(key)) for key in BENCHMARKS}
     return {
         "label": model.label,
-        **{key: model.value(key) for key in FIGURES},
-        "ci95": {key: interval for key in FIGURES if (interval := model.interval(key))},
-        **{key: _score_json(model.benchmarks.get(key)) for key in BENCHMARKS},
-        "reasons": reasons,
-        "ratios_to_teacher": {key: ratio_to_teacher(key, model, teacher) for key, f in FIGURES.items() if f.less},
-        "results": {key: result.to_dict() for key, result in results.items() if result} | {"run": dict(model.run)},
+        "digests": model.digests,
+        **{key: each.value for key, each in measured.items()},
+        "ci95": {key: each.ci95 for key, each in measured.items() if each.ci95},
+        **{key: _score_json(model.benchmarks[key]) if key in model.benchmarks else {} for key in BENCHMARKS},
+        "reasons": {key: each.reason for key, each in (measured | scores).items() if each.reason},
+        "ratios_to_teacher": {
+            key: tables.ratio_to_teacher(key, model, teacher) for key, f in FIGURES.items() if f.less
+        },
+        "results": {kind: result.to_dict() for kind, result in model.results.items()} | {"run": dict(model.run)},
         "outcomes": model.outcomes,
     }
 
 
-def _score_json(result: BenchmarkResult | None) -> dict[str, Any]:
-    """A benchmark's figures; empty where it was not run."""
-    if result is None:
-        return {}
-    keys = ("pass_at_1", "ci95", "num_problems", "pass_at_k", "pass_at_k_ci95", *SHARES)
-    return {key: getattr(result, key) for key in keys} | {"sampled": is_sampled(result)}
-
-
-def _difference_json(pair: Differences) -> dict[str, Any]:
-    rows = [dataclasses.asdict(row) for row in pair.rows]
-    return {"student": pair.student.name, "baseline": pair.baseline.name, "rows": rows, "reasons": list(pair.reasons)}
-
-
-def _plots(collected: Collected) -> list[Any]:
-    """The plots for which there is data."""
-    from shared.eval.report.plots import calibration_plot, fidelity_plot, mass_plot, tradeoff_plot, training_plot
-
-    masses = {
-        cache["name"]: cache["statistics"]["captured_mass"]
-        for cache in collected.caches
-        if "captured_mass" in (cache.get("statistics") or {})
-    }
-    plots = [
-        fidelity_plot(collected.models),
-        tradeoff_plot(collected.models),
-        training_plot(
-            collected.logs, "ce", "Training: cross-entropy to the text",
-            "The baseline is trained only on this loss, the distilled student also on the teacher's distribution.",
-        ),
-        training_plot(
-            collected.logs, "kd", "Training: divergence from the teacher",
-            "The distance to the cached distribution; the baseline is not trained on it.",
-        ),
-        calibration_plot(collected.models),
-        mass_plot(masses),
-    ]  # fmt: skip
-    return [plot for plot in plots if plot is not None]
+def _score_json(result: BenchmarkResult) -> dict[str, Any]:
+    keys = ("benchmark", "pass_at_1", "ci95", "num_problems", "pass_at_k", "pass_at_k_ci95", *SHARES)
+    return {key: getattr(result, key) for key in keys} | {"sampled": result.is_sampled}
 
 
 def _renderer() -> Callable[..., str]:
@@ -357,16 +301,17 @@ def _renderer() -> Callable[..., str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: dict[str, Any] = {
+    texts = (tables.count, tables.signed, tables.ratio_words, tables.spread_text, tables.paired_text)
+    environment.globals |= {"zip": zip} | {text.__name__: text for text in texts}
+    environment.filters |= {
         "pretty": lambda value: to_json(value).rstrip(),
-        "slim": lambda results: {key: {k: v for k, v in result.items() if k not in BULKY}
-                                 for key, result in results.items()},
+        "slim": lambda results: {kind: {key: value for key, value in result.items() if key not in BULKY}
+                                 for kind, result in results.items()},
         "figure": lambda value, row: "–" if value is None else format(value, ".1%" if row["is_share"] else ".3f"),
         "signed": _signed,
         "judged": lambda row: "not told apart" if row["verdict"] == "noise" else row["verdict"],
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|"),
     }  # fmt: skip
-    environment.filters |= filters
     return lambda name, **given: environment.get_template(name).render(**given)
 
 
@@ -374,4 +319,4 @@ def _signed(value: float | None, row: Mapping[str, Any]) -> str:
     """A difference between two figures; that of shares in percentage points."""
     if value is None:
         return "–"
-    return f"{signed(100 * value, '+.1f')} pp" if row["is_share"] else signed(value)
+    return f"{tables.signed(100 * value, '+.1f')} pp" if row["is_share"] else tables.signed(value)

@@ -1,26 +1,15 @@
 """The report's sentences: the facts that `templates/{headline,background,caveats}.j2` put into words."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import ConfigError
-from shared.eval.report.compare import FIDELITY, Row, benchmark_rows, fidelity_rows
-from shared.eval.report.tables import (
-    BASELINE,
-    BENCHMARKS,
-    FIGURES,
-    Model,
-    count,
-    is_sampled,
-    ratio_text,
-    ratio_to_teacher,
-    signed,
-    solved,
-)
-from shared.eval.results import Proof, Variant
+from shared.eval.report.compare import Row, result_rows
+from shared.eval.report.tables import BASELINE, BENCHMARKS, NOT_HELD_OUT, Model, benchmarks_of
+from shared.eval.results import Proof
 
-FULL_SIZES = {"humaneval": 164, "mbpp": 500}
+FULL_SIZES = {"HumanEval": 164, "MBPP": 500}
 TOO_FEW_PROMPTS = 10
 MAY_DIFFER = {"alpha"}  # between a student and its baseline
 
@@ -35,88 +24,68 @@ def roles(models: Sequence[Model]) -> tuple[Model | None, Model | None]:
     return student, None if baseline is student else baseline
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Differences:
-    """A student against its baseline: the judged rows, and why a result has none."""
+def differences(models: Sequence[Model]) -> list[dict[str, Any]]:
+    """Every student against the baseline, on the same documents and problems.
 
-    student: Model
-    baseline: Model
-    rows: Sequence[Row]
-    reasons: Sequence[str]
-
-    def of(self, key: str) -> Row | None:
-        """The row of a fidelity figure, by its name in `FIGURES`."""
-        label = FIDELITY[FIGURES[key].path][0]
-        return next((row for row in self.rows if row.figure == label), None)
-
-
-def differences(models: Sequence[Model]) -> list[Differences]:
-    """Every student against the baseline, on the same documents and problems."""
+    Returns:
+        Of each pair the names `student` and `baseline`, the judged `rows`, and the `reasons` why a result has none.
+    """
     _, baseline = roles(models)
     found = []
-    for model in [m for m in models if baseline and m is not baseline and m.name != "teacher"]:
-        assert baseline is not None
+    for model in models if baseline else []:
+        if baseline is None or model is baseline or model.name == "teacher":
+            continue
         rows: list[Row] = []
         reasons = []
-        ours, theirs = model.fidelity, baseline.fidelity
-        try:
-            if ours and theirs and not (ours.seen_in_training or theirs.seen_in_training):
-                rows += fidelity_rows(theirs, ours)
-        except ConfigError as error:
-            reasons.append(f"fidelity: {error}")
-        for key in [key for key in BENCHMARKS if key in model.benchmarks and key in baseline.benchmarks]:
-            sides = [(m.benchmarks[key], m.outcomes.get(key, {})) for m in (baseline, model)]
+        for kind in ("fidelity", *BENCHMARKS):
             try:
-                judged = benchmark_rows(sides[0][0], sides[1][0], sides[0][1], sides[1][1])
+                rows += _judged(baseline, model, kind)
             except ConfigError as error:
-                reasons.append(f"{key}: {error}")
-                continue
-            for row in judged:
-                row.figure = f"{BENCHMARKS[key]}: {row.figure}"
-            rows += judged
-        rows = [row for row in rows if row.verdict != "unknown"]
+                reasons.append(f"{kind}: {error}")
         if rows or reasons:
-            found.append(Differences(student=model, baseline=baseline, rows=rows, reasons=reasons))
+            as_data = [dataclasses.asdict(row) for row in rows]
+            found.append({"student": model.name, "baseline": baseline.name, "rows": as_data, "reasons": reasons})
     return found
 
 
+def _judged(baseline: Model, model: Model, kind: str) -> list[Row]:
+    """The judged rows of one kind of result that both have."""
+    sides = (baseline, model)
+    results = [side.results[kind] for side in sides if kind in side.results]
+    not_held_out = kind == "fidelity" and NOT_HELD_OUT in [side.measured("heldout_nll_nats").reason for side in sides]
+    if len(results) < 2 or not_held_out:
+        return []
+    rows = result_rows(results, [side.outcomes.get(kind, {}) for side in sides])
+    title = f"{model.benchmark(kind).title}: " if kind in BENCHMARKS else ""
+    return [dataclasses.replace(row, figure=title + row.figure) for row in rows if row.verdict != "unknown"]
+
+
 def facts(
-    models: Sequence[Model], found: Sequence[Differences], caches: Sequence[Mapping[str, Any]], proof: Proof | None
+    models: Sequence[Model],
+    pairs: Sequence[Mapping[str, Any]],
+    caches: Sequence[Mapping[str, Any]],
+    proof: Proof | None,
 ) -> dict[str, Any]:
     """What the templates of the sentences are given."""
     student, baseline = roles(models)
-    teacher = next(model for model in models if model.name == "teacher")
+    ghosts = [variant for variant in proof.variants if variant.loss == "ghost" and variant.versus_ce] if proof else []
+    paired = [row for pair in pairs if student and pair["student"] == student.name for row in pair["rows"]]
     return {
         "models": models,
-        "teacher": teacher,
+        "teacher": models[0],
         "student": student,
         "baseline": baseline,
-        "paired": next((each for each in found if each.student is student), None),
+        "paired": {row["figure"]: row for row in paired},
         "manifest": next((cache for cache in caches if "sources" in cache), None),
         "proof": proof,
-        "best": _best(proof) if proof else None,
-        "benchmarks": BENCHMARKS,
+        "best": max(ghosts, key=lambda variant: variant.k or 0, default=None),
+        "benchmarks": benchmarks_of(models),
+        "results_of": lambda benchmark: [result for model in models if (result := model.result_of(benchmark))],
         "full_sizes": FULL_SIZES,
         "too_few_prompts": TOO_FEW_PROMPTS,
         "other_settings": _other_settings(student, baseline) if student and baseline else [],
         "machines": list(dict.fromkeys(_machine(m.latency.machine) for m in models if m.latency)),
-        "count": count,
-        "signed": signed,
-        "solved": solved,
-        "is_sampled": is_sampled,
-        "ratio": lambda key: _ratio(key, student, teacher) if student else None,
     }
-
-
-def _best(proof: Proof) -> Variant | None:
-    """The proof's variant of most entries with the `ghost` loss."""
-    ghosts = [variant for variant in proof.variants if variant.loss == "ghost" and variant.versus_ce]
-    return max(ghosts, key=lambda variant: variant.k or 0, default=None)
-
-
-def _ratio(key: str, student: Model, teacher: Model) -> str | None:
-    ratio = ratio_to_teacher(key, student, teacher)
-    return None if ratio is None else ratio_text(ratio, FIGURES[key].less, FIGURES[key].more)
 
 
 def _other_settings(student: Model, baseline: Model) -> list[str]:

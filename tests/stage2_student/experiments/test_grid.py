@@ -140,8 +140,8 @@ def test_ranked_by_nll_then_kl_and_runs_without_figures_last():
 
 def test_the_plot_has_a_panel_for_each_setting_and_figure():
     rows = [*ROWS, row("named", 2.7, 0.4, loss="ghost"), row("failed", None, None, seed=1)]
-    drawing = run_plot(rows)
-    assert drawing == run_plot(rows)
+    drawing = run_plot(rows).svg()
+    assert drawing == run_plot(rows).svg()
     texts = re.findall(r">([^<>]+)</text>", drawing.decode())
     assert [texts.count(label) for label in ("alpha", "lr", "loss", "seed", "ghost")] == [2, 2, 2, 2, 2]
     assert sum("nats per token" in text for text in texts) == 2

@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from shared.cache.reader import Cache
+from shared.cli import codedistill
 from shared.errors import CacheMismatchError, ConfigError
 from shared.eval.fidelity.measure import evaluate_fidelity
 from shared.files import read_json
@@ -66,7 +67,9 @@ def proved(made):
     command = ["proof", "--cache", train, "--validation", validation, "--test", test, "--config", experiment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        done = CliRunner().invoke(student, [*command, "--teacher", str(made / "teacher"), "--out", out, "--jobs", "2"])
+        done = CliRunner().invoke(
+            codedistill, ["student", *command, "--teacher", str(made / "teacher"), "--out", out, "--jobs", "2"]
+        )
     assert done.exit_code == 0, done.exception
     return done.stdout
 
@@ -83,6 +86,7 @@ def test_runs_of_a_seed_are_pairs_and_the_search_never_sees_the_test_set(made, p
     out = made / "out"
     result = read_json(out / "proof.json")
     assert proved.splitlines() == result["summary"]
+    assert result["command"].startswith("codedistill student proof --cache ")
     assert {path.name for path in out.iterdir()} == {"search", "final", "proof.json", "proof.md", "proof.svg"}
     assert [run["scored_on_sha256"] for run in result["search"]] == [None] * 4
     assert len({run["scored_on_sha256"] for run in result["runs"]} - {None}) == 1
@@ -116,7 +120,7 @@ def test_a_finished_proof_is_left_alone_and_other_settings_are_refused(made, pro
     then = read_json(made / "out" / "proof.json")
     result = prove(*arguments(made), teacher=made / "teacher")
     assert {path: path.stat().st_mtime_ns for path in files} == before and len(before) > 8
-    assert result["variants"] == then["variants"] and result["runs"] == then["runs"]
+    assert result.to_dict()["variants"] == then["variants"] and result.runs == then["runs"]
     _, train, validation, test, out = arguments(made)
     (tmp_path / "experiment.toml").write_text(EXPERIMENT.replace("num_train_epochs = 3", "num_train_epochs = 2"))
     with pytest.raises(ConfigError, match="another num_train_epochs"):

@@ -7,11 +7,14 @@ import pytest
 
 import stage2_student
 from shared.errors import ConfigError
+from shared.eval.report.plots import proof_plot
+from shared.eval.results import Comparison, PairedDifference, Proof, ProofVariant, Spread
+from shared.files import write_json
 from stage2_student.experiments.grid import read_experiment
 from stage2_student.experiments.proof import BEST_EPOCH, choose, prove, summarise_proof
-from stage2_student.experiments.report import interval_plot, proof_page
+from stage2_student.experiments.report import proof_page
 
-PROFILE = Path(stage2_student.__file__).parent / "configs" / "proof.toml"
+FOLDER = Path(stage2_student.__file__).parent
 EXPERIMENT = """
 preset = "tiny"
 seed = 9
@@ -39,7 +42,7 @@ def experiment_of(tmp_path, text=EXPERIMENT):
 
 
 def test_the_profile_has_the_variants_of_the_claim():
-    experiment = read_experiment(PROFILE)
+    experiment = read_experiment(FOLDER / "configs" / "proof.toml")
     configs = {run.swept["variant"]: run.config for run in experiment.runs()}
     assert {(c.loss, c.k) for name, c in configs.items() if c.alpha and name != "dense"} == {
         (loss, k) for loss in ("ghost", "truncated") for k in (8, 16, 50)
@@ -125,28 +128,56 @@ def finals(**changed):
 
 def test_claims_are_paired_and_negative_results_stay_in(tmp_path):
     searched = [trial(name, rate, 5.0) for name in NLL for rate in (1e-3, 2e-3)]
-    result, comparisons = summarise_proof(experiment_of(tmp_path), SETTINGS, searched, finals())
-    ce, truncated, ghost = result["variants"]
-    assert (ce["loss"], ce["k"], ce["versus_ce"]) == ("cross-entropy", None, None)
-    assert (truncated["loss"], truncated["k"]) == ("truncated", 8)
-    assert (ghost["loss"], ghost["k"], ghost["test_nll"]["mean"]) == ("ghost", 64, pytest.approx(4.5))
-    assert (ghost["epochs"], ghost["epochs_by_seed"]) == (2, [1, 1, 1])
-    assert ghost["test_nll"]["seeds"] == list(NLL["ghost"])
-    assert ce["test_nll"]["sd"] == pytest.approx(0.5)
-    assert ghost["versus_ce"]["difference"] == pytest.approx(-1.0) and ghost["versus_ce"]["significant"]
-    assert truncated["versus_ce"]["difference"] == pytest.approx(0.0) and not truncated["versus_ce"]["significant"]
-    assert [(row["setting"], row["versus"]) for row in result["comparisons"]] == [
+    proof = summarise_proof(experiment_of(tmp_path), SETTINGS, searched, finals())
+    ce, truncated, ghost = proof.variants
+    assert (ce.loss, ce.k, ce.versus_ce) == ("cross-entropy", None, None)
+    assert (truncated.loss, truncated.k) == ("truncated", 8)
+    assert (ghost.loss, ghost.k, ghost.test_nll.mean) == ("ghost", 64, pytest.approx(4.5))
+    assert (ghost.epochs, ghost.epochs_by_seed) == (2, [1, 1, 1])
+    assert ghost.test_nll.seeds == list(NLL["ghost"])
+    assert ce.test_nll.sd == pytest.approx(0.5)
+    assert ghost.versus_ce.difference == pytest.approx(-1.0) and ghost.versus_ce.significant
+    assert truncated.versus_ce.difference == pytest.approx(0.0) and not truncated.versus_ce.significant
+    assert [(row.setting, row.versus) for row in proof.comparisons] == [
         ("truncated", "ce"), ("ghost", "ce"), ("ghost", "truncated"),
     ]  # fmt: skip
-    assert ghost["versus_ce"]["p_holm"] == pytest.approx(3 * ghost["versus_ce"]["p"])
-    assert "truncated: no difference from ce shown" in result["summary"][0]
-    assert "ghost: lower test NLL than ce" in result["summary"][1]
-    text = proof_page(result, comparisons)
+    assert ghost.versus_ce.p_holm == pytest.approx(3 * ghost.versus_ce.p)
+    assert "truncated: no difference from ce shown" in proof.summary[0]
+    assert "ghost: lower test NLL than ce" in proof.summary[1]
+    text = proof_page(proof)
     assert re.search(r"\| ghost +\| ce +\| \*\*-1.0000\*\* ", text)
     assert re.search(r"\| truncated +\| ce +\| \+0.0000 ", text)
-    figures = {name: {seed: (v, v / 2) for seed, v in enumerate(values, 1)} for name, values in NLL.items()}
-    drawing = interval_plot(figures, comparisons)
-    assert drawing.startswith(b"<?xml") and drawing == interval_plot(figures, comparisons)
+    write_json(tmp_path / "proof.json", proof.to_dict())
+    assert Proof.read(tmp_path / "proof.json") == proof
+    drawing = proof_plot(proof).svg()
+    assert drawing.startswith(b"<?xml") and drawing == proof_plot(proof).svg()
+
+
+def test_the_readmes_plot_shows_the_figures_of_the_log():
+    """proof.svg is what `student proof` draws, from the differences that LOG.md lists; it has no figures by seed."""
+    variants = [variant_of("cross-entropy", None)]
+    number = r"\**([-+][\d.]+)\** \(([-+][\d.]+) to ([-+][\d.]+)\)"
+    for line in (FOLDER / "LOG.md").read_text().splitlines():
+        if found := re.fullmatch(rf"\| (\S+) − cross-entropy \| {number} \| ([\d.]+) \| {number} \|", line):
+            nll, kl = (paired(*map(float, found.group(*groups))) for groups in ((2, 3, 4), (6, 7, 8)))
+            versus = Comparison(setting=found[1], versus="cross-entropy", p_holm=float(found[5]),
+                                kl=PairedDifference(**kl), **nll)  # fmt: skip
+            variants.append(variant_of(found[1], versus))
+    assert len(variants) == 10
+    proof = Proof(variants=variants, comparisons=[], summary=[], settings={}, search=[], runs=[], seconds=0.0)
+    assert (FOLDER / "proof.svg").read_bytes() == proof_plot(proof).svg()
+
+
+def paired(difference, low, high):
+    return {"difference": difference, "ci95": [low, high], "p": 0.0, "significant": not low <= 0 <= high}
+
+
+def variant_of(name, versus):
+    unknown = Spread(mean=0.0, sd=None, seeds=[])
+    return ProofVariant(
+        name=name, loss="", k=None, alpha=0.7, temperature=1.0, label_smoothing=0.0, learning_rate=1e-3, epochs=3,
+        epochs_by_seed=[], test_nll=unknown, test_kl=unknown, versus_ce=versus,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("changed", [{"initial_weights_sha256": "other"}, {"data": {"blocks": 4}}, {"steps": 8}])

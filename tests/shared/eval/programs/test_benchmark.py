@@ -20,7 +20,7 @@ from shared.errors import ConfigError, SandboxError
 from shared.eval.programs import benchmark
 from shared.eval.programs.benchmark import describe, score_completions, summarise
 from shared.eval.programs.completion import body_end
-from shared.eval.results import BenchmarkResult, from_dict
+from shared.eval.results import BenchmarkResult
 from shared.eval.sandbox.runner import Verdict, open_sandbox
 from shared.files import read_json
 from shared.process import own_command
@@ -156,7 +156,7 @@ def test_what_is_incomplete_is_no_score(rows, reason, tmp_path):
     assert [summary[key] for key in unknown] == [None] * 6
     assert summary["reasons"] == dict.fromkeys(unknown, reason)
     result = read_json(write_benchmark(tmp_path, [verdict("t", passed=False)]))
-    described = describe(from_dict(BenchmarkResult, result | summary | {"benchmark": "B"}, "here"))
+    described = describe(BenchmarkResult.from_dict(result | summary | {"benchmark": "B"}, "here"))
     judged = "".join(f"\n  {task}: why" for task in summary["not_judged"])
     assert described == f"B: no score, since {reason}; see verdicts.jsonl{judged}"
 

@@ -9,12 +9,14 @@ import xml.etree.ElementTree
 import pytest
 from click.testing import CliRunner
 
+from shared.checkpoints import model_digest
 from shared.cli import codedistill
 from shared.errors import ConfigError
 from shared.eval.cli import evaluate
 from shared.eval.report.report import build_report, collect
 from shared.eval.report.tables import FIGURES, count, ratio_text
-from shared.eval.results import Fidelity, from_dict
+from shared.eval.results import Fidelity
+from tests.support.eval_models import save_model
 from tests.support.report_fixture import (
     MACHINE,
     write,
@@ -53,7 +55,8 @@ def test_every_figure_arrives_in_report_json(full):
     assert student["embedding_share"] == 0.4857
     assert [student[key] for key in KEYS] == [5_181_312, 20_733_040, 4.631, 1.873, 2.482, 0.331, 9.8, 214.6]
     assert student["humaneval"] == {
-        "pass_at_1": 0.0, "num_problems": 164, "ci95": [0.0, 0.0229], "share_parses": 141 / 164,
+        "benchmark": "HumanEval", "pass_at_1": 0.0, "num_problems": 164, "ci95": [0.0, 0.0229],
+        "share_parses": 141 / 164,
         "share_runs": 141 / 164, "share_some_assert": 0.0, "pass_at_k": {"1": 0.0},
         "pass_at_k_ci95": {"1": [0.0, 0.0229]}, "sampled": False,
     }  # fmt: skip
@@ -174,6 +177,7 @@ def test_the_first_prompts_are_shown_with_what_the_models_write(full):
     root, report = full
     assert [prompt["task_id"] for prompt in report["prompts"]] == ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
     assert report["prompts"][0] == {
+        "benchmark": "HumanEval",
         "task_id": "HumanEval/0",
         "prompt": "def f(x):  # HumanEval/0",
         "answers": [
@@ -392,6 +396,67 @@ def test_an_incomplete_humaneval_has_no_score(tmp_path):
     assert "| HumanEval solved (greedy pass@1) ↑ | – |" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_a_benchmark_has_the_name_that_its_result_gives_it(tmp_path):
+    arguments = write_everything(tmp_path)
+    for name in ("teacher", "student_kd"):
+        write_humaneval(tmp_path, name, benchmark="HumanEvalPlus")
+    report = build_report(**arguments)
+    assert [sentence for sentence in report["headline"] if "solved" in sentence] == [
+        "HumanEvalPlus problems solved, greedy: teacher 12/164 (100% parse, 100% run), distilled student 0/164 (86% "
+        "parse, 86% run).",
+        "HumanEval problems solved, greedy: cross-entropy baseline 0/164 (86% parse, 86% run).",
+    ]
+    assert report["models"]["teacher"]["humaneval"]["benchmark"] == "HumanEvalPlus"
+    assert report["differences"][0]["reasons"] == [
+        "humaneval: the results cannot be compared: the benchmark differs in benchmark; expected: benchmark HumanEval; "
+        "got: benchmark HumanEvalPlus; fix: measure both alike"
+    ]
+    lines = (tmp_path / "report" / "report.md").read_text().splitlines()
+    interval = {"teacher": "12/164 (4.2%–12.3%)", "student": "0/164 (0.0%–2.3%)"}
+    assert f"| HumanEvalPlus solved (greedy pass@1) ↑ | {interval['teacher']} | {interval['student']} | – |" in lines
+    assert f"| HumanEval solved (greedy pass@1) ↑ | – | – | {interval['student']} |" in lines
+    assert "HumanEvalPlus's first 3 prompts, not chosen, and what the models write after them." in lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pass_at_1": None, "ci95": None, "pass_at_k": None, "reasons": {"pass_at_1": "not run: no isolation"}},
+         "The teacher has no score on HumanEval: not run: no isolation."),
+        ({"settings": {"decoding": "greedy", "sandbox": {"unsafe_no_sandbox": True, "host_reads_allowed": True}}},
+         "The teacher's programs for HumanEval were run without a sandbox."),
+        ({"settings": {"decoding": "greedy", "sandbox": {"unsafe_no_sandbox": False, "host_reads_allowed": True}}},
+         "The teacher's programs for HumanEval were run where they could read the machine's files."),
+    ],
+)  # fmt: skip
+def test_programs_that_were_not_run_or_run_unsafely_are_said_so(full, tmp_path, changes, sentence):
+    write_humaneval(tmp_path, "teacher", **changes)
+    report = build_report(tmp_path / "eval", {}, [], tmp_path / "report")
+    assert sentence in report["caveats"] and sentence not in full[1]["caveats"]
+    for page in ("report.md", "report.html"):
+        assert html.unescape((tmp_path / "report" / page).read_text()).count(sentence) == 1
+
+
+def test_results_of_two_models_in_one_row_are_said(tmp_path):
+    """A student that was trained again after it was measured; its own results agree."""
+    arguments = write_everything(tmp_path)
+    save_model(arguments["runs"]["student_kd"])
+    now = model_digest(arguments["runs"]["student_kd"])
+    for name, inputs in (("fidelity", {"model": "old"}), ("draft", {"teacher": "t", "student": now})):
+        file = tmp_path / "eval" / "student_kd" / f"{name}.json"
+        write(file, json.loads(file.read_text()) | {"inputs": inputs})
+    report = build_report(**arguments)
+    assert report["models"]["student_kd"]["digests"] == {"run": now, "fidelity": "old", "draft": now}
+    assert [sentence for sentence in report["caveats"] if "digest" in sentence] == [
+        "The distilled student's figures are not all of the same model: run, fidelity, draft name different digests of "
+        "it. Measure it again."
+    ]
+    save_model(arguments["runs"]["student_kd"], seed=1)
+    assert not collect(
+        arguments["eval_dir"], arguments["runs"], arguments["caches"], arguments["proof_file"], arguments["out_dir"]
+    ).is_up_to_date(arguments["out_dir"])
+
+
 def test_figures_of_training_text_are_not_called_held_out(tmp_path):
     arguments = write_everything(tmp_path)
     file = tmp_path / "eval" / "student_kd" / "fidelity.json"
@@ -455,11 +520,11 @@ def test_a_result_of_another_form_is_refused_by_file_and_key(tmp_path, key, valu
 
 def test_a_result_that_lacks_a_key_is_refused_and_others_are_passed_over(tmp_path):
     value = json.loads(write_fidelity(tmp_path, "student_kd").read_text())
-    result = from_dict(Fidelity, value | {"from_a_later_version": 1}, "here")
+    result = Fidelity.from_dict(value | {"from_a_later_version": 1}, "here")
     assert result.to_dict() == value
     del value["kl_kind"]
     with pytest.raises(ConfigError, match="here; expected: kl_kind"):
-        from_dict(Fidelity, value, "here")
+        Fidelity.from_dict(value, "here")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"nll_nats": NaN}', '{"nll_nats": 1e999}'])
