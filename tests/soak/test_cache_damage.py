@@ -16,7 +16,7 @@ NUM_DAMAGED, NUM_COMMANDS = 2_000, 60
 
 def larger_shard(seed):
     """Several pages of codes and ids, so that most damage is to them."""
-    return random_shard(np.random.default_rng(seed), documents=4, length=60, k=4, vocabulary=64)
+    return random_shard(np.random.default_rng(seed), lengths=[60] * 4, k=4, vocabulary=64)
 
 
 @pytest.fixture(params=[("q", "gzip", small_shard), ("f16", "gzip", small_shard), ("q", "zstd", larger_shard)])

@@ -112,10 +112,11 @@ def samples_of_logits(logits_SV, arrays, *, temperature, num, drawn_from="full",
     )
 
 
-def random_shard(rng, *, documents, length, k, vocabulary):
+def random_shard(rng, *, lengths, k, vocabulary):
     """A large shard without dense logits: margins, ids and tails distributed about as a code model's are."""
-    S = documents * length
-    last = np.arange(S) % length == length - 1
+    S, ends = sum(lengths), np.cumsum([0, *lengths])
+    last = np.zeros(S, bool)
+    last[ends[1:] - 1] = True
     sharpness = rng.gamma(1.5, 2.0, (S, 1)) + 0.3
     steps = rng.exponential(1.0, (S, k)) / (np.arange(k) + 1) ** 0.9 * np.where(np.arange(k) == 1, sharpness, 1.5)
     margins = np.cumsum(np.where(np.arange(k) == 0, 0.0, steps), axis=1).astype(np.float32)
@@ -139,9 +140,9 @@ def random_shard(rng, *, documents, length, k, vocabulary):
     return ShardArrays(
         tokens=tokens,
         loss_mask=(~last).astype(np.uint8),
-        doc_indptr=np.arange(0, S + 1, length),
+        doc_indptr=ends,
         doc_meta=[
-            {"id": f"doc/{i}", "source": "s", "origin": "corpus", "digest": f"{i:064x}"} for i in range(documents)
+            {"id": f"doc/{i}", "source": "s", "origin": "corpus", "digest": f"{i:064x}"} for i in range(len(lengths))
         ],
         k=ks,
         topk_ids=ids[~last].ravel(),
