@@ -124,13 +124,11 @@ def plan(out: Path, profile: Path | None, pilot_docs: int, as_json: bool, **opti
     and encoded. Nothing is written.
     """
     from shared.files import to_json
-    from stage1_teacher.plan import plan_build, print_plan
+    from stage1_teacher.plan import plan_build
+    from stage1_teacher.plan_text import plan_lines
 
     measured = plan_build(_config(profile, options), out, pilot_docs=pilot_docs)
-    if as_json:
-        click.echo(to_json(measured), nl=False)
-    else:
-        print_plan(measured)
+    click.echo(to_json(measured) if as_json else "\n".join(plan_lines(measured)), nl=not as_json)
 
 
 def _config(profile: Path | None, options: dict[str, Any]) -> TeacherConfig:

@@ -30,7 +30,7 @@ from shared.tokenizer import Tokenizer
 from stage1_teacher.build import find_teacher, read_corpus, read_documents
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import free_bytes
-from stage1_teacher.documents import Corpus, Segment, plan_shards
+from stage1_teacher.documents import Segment, plan_shards
 
 if TYPE_CHECKING:  # torch loads with the pilot
     from shared.logits import LogitSource
@@ -39,15 +39,6 @@ TOP_KS = (8, 16, 32, 64, 128)
 TOP_P = 0.98
 RESAMPLES = 1_000
 MANIFEST_BYTES = 8_192
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """An expected value and the bounds that hold it nine times in ten."""
-
-    expected: float
-    low: float | None
-    high: float | None
 
 
 def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str, Any]:
@@ -59,15 +50,15 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
         pilot_docs: documents of the pilot; all where there are fewer.
 
     Returns:
-        JSON values: `teacher`, `data`, `batches`, `pilot`, `bytes`, `hours`, `memory`, and `choices`; see
-        `weigh_choices`.
+        JSON values: `teacher`, `data`, `batches`, `pilot`, `bytes`, `hours`, `ends` (see `ends.weigh_ends`), `memory`,
+        and `choices` (see `weigh_choices`).
 
     Raises:
         ConfigError: options, teacher or documents that cannot be used.
     """
     require(world_size() == 1, "`teacher plan` runs in one process", expected=1, got=f"{world_size()} processes")
-    files, documents = find_teacher(config), read_documents(config)
-    tokenizer, corpus, head_width = read_corpus(config, files, documents.documents)
+    files, data = find_teacher(config), read_documents(config)
+    tokenizer, corpus, head_width = read_corpus(config, files, data.documents)
     segments, lengths = corpus.segments, corpus.lengths
     shards = plan_shards(lengths, config.shard_tokens)
     batches = [
@@ -76,24 +67,32 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
         for batch in plan_batches([lengths[i] for i in shard], config.batch_tokens)
     ]
     cells = np.array([len(batch) * (lengths[batch[0]] - 1) for batch in batches])
-    largest = [segments[i] for i in batches[int(cells.argmax())]]
     chosen = [segments[i] for i in spread_by_length(lengths, pilot_docs)]
-    pilot = run_pilot(config, files, chosen, largest, tokenizer, documents.documents)
+    largest = [segments[i] for i in batches[int(cells.argmax())]]
+    pilot = run_pilot(config, files, chosen, largest, tokenizer, data.documents)
 
-    num_tokens, shard_tokens = sum(lengths), np.array([sum(lengths[i] for i in shard) for shard in shards])
+    shard_tokens = np.array([sum(lengths[i] for i in shard) for shard in shards])
     choices = weigh_choices(config, pilot, shard_tokens, len(tokenizer), head_width)
     own = next(choice for choice in choices if choice["chosen"])
     other_bytes = len(tokenizer.backend_tokenizer.to_str(pretty=True).encode()) + MANIFEST_BYTES
-    size = {key: round(value * num_tokens + other_bytes) for key, value in own["bytes_per_token"].items()}
+    size = {key: round(value * sum(lengths) + other_bytes) for key, value in own["bytes_per_token"].items()}
     free = free_bytes(out)
     return {
         "teacher": {"name": files.name, "license": files.license, **pilot.teacher},
-        "data": {"name": documents.name, "split": documents.split, "documents": len(documents.documents)}
-        | _describe_corpus(corpus, config.on_long),
+        "data": {
+            "name": data.name,
+            "split": data.split,
+            "documents": len(data.documents),
+            "tokens": sum(lengths),
+            "targets": sum(sum(segment.is_target) for segment in segments),
+            "long": {"documents": len(corpus.long), "become": config.on_long},
+            "not_restored_by_the_tokenizer": len(corpus.lossy),
+            "lengths": _histogram(np.array(lengths)),
+        },
         "batches": {
             "shards": len(shards),
             "batches": len(batches),
-            "padding": 1 - float((num_tokens - len(lengths)) / max(cells.sum(), 1)),
+            "padding": 1 - (sum(lengths) - len(lengths)) / max(int(cells.sum()), 1),
         },
         "pilot": {
             "documents": len(chosen),
@@ -102,7 +101,7 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
             "seconds": float(pilot.seconds.sum()),
         },
         "bytes": {**size, "free": free, "fits": free >= size["high"]},
-        "hours": _hours_of(pilot, cells, num_tokens, len(shards), own["encode_seconds_per_token"]),
+        "hours": _hours_of(pilot, cells, shard_tokens, own["encode_seconds_per_token"]),
         "ends": pilot.ends,
         "memory": pilot.memory,
         "choices": choices,
@@ -116,27 +115,11 @@ def spread_by_length(lengths: Sequence[int], count: int) -> list[int]:
     return sorted(order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count))
 
 
-def _describe_corpus(corpus: Corpus, on_long: str) -> dict[str, Any]:
-    return {
-        "tokens": sum(corpus.lengths),
-        "targets": sum(sum(segment.is_target) for segment in corpus.segments),
-        "long": {"documents": len(corpus.long), "become": on_long},
-        "not_restored_by_the_tokenizer": len(corpus.lossy),
-        "lengths": _histogram(corpus.lengths),
-    }
-
-
-def _histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
+def _histogram(lengths: Array) -> list[dict[str, int]]:
     """Documents and tokens by length, in bins that end at powers of two."""
     bins = np.ceil(np.log2(lengths)).astype(int)
-    return [
-        {
-            "up_to": 1 << int(b),
-            "documents": int((bins == b).sum()),
-            "tokens": int(np.asarray(lengths)[bins == b].sum()),
-        }
-        for b in range(bins.min(), bins.max() + 1)
-    ]
+    parts = {1 << b: lengths[bins == b] for b in range(int(bins.min()), int(bins.max()) + 1)}
+    return [{"up_to": end, "documents": len(part), "tokens": int(part.sum())} for end, part in parts.items()]
 
 
 # --- the pilot -------------------------------------------------------------------------------------------------------
@@ -144,7 +127,10 @@ def _histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pilot:
-    """What the pilot measured: rows of its largest K, and for each batch its cells (padding included) and seconds."""
+    """What the pilot measured: rows of its largest K, and for each batch its cells (padding included) and seconds.
+
+    `teacher`, `ends` and `memory` are those of the plan.
+    """
 
     arrays: ShardArrays
     cells: Array
@@ -172,13 +158,12 @@ def run_pilot(
     from stage1_teacher.capture import capture_shard, load_teacher, to_arrays
     from stage1_teacher.ends import weigh_ends
 
-    tokenizer_size = len(tokenizer)
     start = time.perf_counter()
     model, source = load_teacher(config, files)
     load_seconds = time.perf_counter() - start
     wide = replace(config, top_k=max(config.top_k, TOP_KS[-1]), top_p=None)
     cuda = [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(device)]
-    _warm_up(source, largest, wide, tokenizer_size)
+    _warm_up(source, largest, wide, len(tokenizer))
     lengths = [len(segment.ids) for segment in segments]
     marks = [time.perf_counter()]
     with progress("pilot", sum(lengths), "tokens") as bar:
@@ -189,11 +174,11 @@ def run_pilot(
             marks.append(time.perf_counter())
             bar.advance(tokens)
 
-        captured = capture_shard(source, segments, wide, tokenizer_size, advance)
-    batches = plan_batches(lengths, config.batch_tokens)
+        captured = capture_shard(source, segments, wide, len(tokenizer), advance)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Pilot(
-        arrays=to_arrays(captured, segments, wide, tokenizer_size)[0],
-        cells=np.array([len(batch) * (lengths[batch[0]] - 1) for batch in batches]),
+        arrays=to_arrays(captured, segments, wide, len(tokenizer))[0],
+        cells=np.array([len(b) * (lengths[b[0]] - 1) for b in plan_batches(lengths, config.batch_tokens)]),
         seconds=np.diff(marks),
         load_seconds=load_seconds,
         teacher={
@@ -209,7 +194,7 @@ def run_pilot(
             "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
             "head_bytes": source.head_bytes,
             "peak_bytes_by_device": {f"cuda:{i}": torch.cuda.max_memory_allocated(i) for i in cuda},
-            "peak_resident_bytes": _peak_resident_bytes(),
+            "peak_resident_bytes": resident,
             "machine_bytes": machine()["memory_bytes"],
         },
     )
@@ -232,36 +217,23 @@ def _warm_up(source: "LogitSource", batch: Sequence[Segment], config: TeacherCon
         ) from None
 
 
-def _peak_resident_bytes() -> int:
-    """The most memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
 def _hours_of(
-    pilot: Pilot, cells: Array, num_tokens: int, num_shards: int, encode_seconds_per_token: float
+    pilot: Pilot, cells: Array, shard_tokens: Array, encode_seconds_per_token: float
 ) -> dict[str, float | None]:
     """Hours of the build: shards are encoded while the teacher labels the next one, so the slower of both decides."""
-    labelling = predict_seconds(pilot.cells, pilot.seconds, cells)
+    num_tokens = int(shard_tokens.sum())
     encoding = encode_seconds_per_token * num_tokens
-    fixed = pilot.load_seconds + encoding / num_shards  # nothing is labelled beside the last shard's encoding
-
-    def hours(seconds: float | None) -> float | None:
-        return None if seconds is None else (fixed + max(seconds, encoding)) / 3600
-
-    expected = fixed + max(labelling.expected, encoding)
-    return {
-        "expected": expected / 3600,
-        "low": hours(labelling.low),
-        "high": hours(labelling.high),
-        "tokens_per_second": num_tokens / expected,
-    }
+    fixed = pilot.load_seconds + encoding / len(shard_tokens)  # nothing is labelled beside the last shard's encoding
+    labelling = dict(zip(("expected", "low", "high"), predict_seconds(pilot.cells, pilot.seconds, cells), strict=True))
+    seconds = {key: None if s is None else fixed + max(s, encoding) for key, s in labelling.items()}
+    rate = num_tokens / (seconds["expected"] or 1)
+    return {key: None if s is None else s / 3600 for key, s in seconds.items()} | {"tokens_per_second": rate}
 
 
-def predict_seconds(cells: Array, seconds: Array, planned_cells: Array) -> Interval:
+def predict_seconds(cells: Array, seconds: Array, planned_cells: Array) -> tuple[float, float | None, float | None]:
     """Seconds of all planned batches from a·cells + b, fitted to the pilot's; bounds by bootstrap over its batches.
 
     The fit uses up two of the pilot's n batches, so deviations are widened by √(n/(n − 2)); up to n = 2 there are no
@@ -270,6 +242,9 @@ def predict_seconds(cells: Array, seconds: Array, planned_cells: Array) -> Inter
     Args:
         cells: tokens of each pilot batch, padding included; seconds: what it took.
         planned_cells: tokens of each batch of the build, padding included.
+
+    Returns:
+        The expected value, and the bounds that hold it nine times in ten.
     """
     n = len(cells)
 
@@ -279,11 +254,11 @@ def predict_seconds(cells: Array, seconds: Array, planned_cells: Array) -> Inter
 
     expected = total(np.arange(n))
     if n < 3:
-        return Interval(expected=expected, low=None, high=None)
+        return expected, None, None
     rng = np.random.default_rng(0)
     deviations = np.array([total(rng.choice(n, n)) for _ in range(RESAMPLES)]) - expected
     low, high = np.quantile(deviations, (0.05, 0.95)) * (n / (n - 2)) ** 0.5
-    return Interval(expected=expected, low=max(expected + float(min(low, 0)), 0.0), high=expected + float(max(high, 0)))
+    return expected, max(expected + float(min(low, 0)), 0.0), expected + float(max(high, 0))
 
 
 def _fit_line(x: Array, y: Array) -> tuple[float, float]:
@@ -315,7 +290,6 @@ def weigh_choices(
         tail, `gradient_error` (see `gradient_errors`), and bytes.
     """
     own = (config.top_k, config.top_p)
-
     encode = functools.partial(
         encode_shard,
         codec=config.codec,
@@ -331,7 +305,9 @@ def weigh_choices(
         return replace(truncate(bare, config.temperatures, top_k=top_k, top_p=top_p), samples=pilot.arrays.samples)
 
     def sizes(num_parts: int) -> list[tuple[int, int]]:
-        parts = _deal(cut(*own), num_parts)
+        rows = cut(*own)
+        number = np.arange(len(rows.doc_meta))  # documents are dealt out in turn, each part a shard of its own
+        parts = [select(rows, number % num_parts == i) for i in range(min(num_parts, len(number)))]
         return [(len(encode(part, top_k=config.top_k)[0]), len(part.tokens)) for part in parts]
 
     shard_bytes, error = shard_overhead(sizes(1), sizes(2), sizes(8))
@@ -342,37 +318,25 @@ def weigh_choices(
         start = time.perf_counter()
         image, statistics = encode(rows, top_k=top_k)
         seconds = time.perf_counter() - start
+        errors = gradient_errors(rows, config.temperatures, tokenizer_size)
         fixed = float((shard_bytes + len(to_json(statistics))) * len(shard_tokens) / shard_tokens.sum())
         growing = max(len(image) - shard_bytes, 0) / len(rows.tokens)
+        bounds = {"expected": 1.0, "low": 1 - error, "high": 1 + error}
         choices.append(
             {
                 "top_k": top_k,
                 "top_p": top_p,
                 "chosen": (top_k, top_p) == own,
-                **_figures(rows, statistics, config, tokenizer_size),
-                "bytes_per_token": {
-                    "expected": fixed + growing,
-                    "low": fixed + growing * (1 - error),
-                    "high": fixed + growing * (1 + error),
-                },
+                "mean_k": statistics["entries"] / max(statistics["rows"], 1),
+                "captured_mass": {T: figures["mean"] for T, figures in statistics["captured_mass"].items()},
+                "codec_kl_nats": statistics["codec_kl_nats"],
+                "gradient_error": None if errors is None or not len(errors) else float(errors.mean()),
+                "next_token_in_row": statistics["gold_in_topk"],
+                "bytes_per_token": {key: fixed + growing * factor for key, factor in bounds.items()},
                 "encode_seconds_per_token": seconds / len(rows.tokens),
             }
         )
     return choices
-
-
-def _figures(
-    rows: ShardArrays, statistics: dict[str, Any], config: TeacherConfig, tokenizer_size: int
-) -> dict[str, Any]:
-    """What the rows of a choice hold and lose."""
-    errors = gradient_errors(rows, config.temperatures, tokenizer_size)
-    return {
-        "mean_k": statistics["entries"] / max(statistics["rows"], 1),
-        "captured_mass": {T: figures["mean"] for T, figures in statistics["captured_mass"].items()},
-        "codec_kl_nats": statistics["codec_kl_nats"],
-        "gradient_error": None if errors is None or not len(errors) else float(errors.mean()),
-        "next_token_in_row": statistics["gold_in_topk"],
-    }
 
 
 def gradient_errors(rows: ShardArrays, temperatures: Sequence[float], tokenizer_size: int) -> Array | None:
@@ -415,135 +379,3 @@ def shard_overhead(
     rates = np.array([max(size - fixed, 0) / tokens for size, tokens in eighths])
     error = 2 * rates.std(ddof=1) / rates.mean() / len(rates) ** 0.5 if len(rates) > 1 and rates.any() else 1.0
     return float(fixed), float(min(error + 0.01, 1.0))
-
-
-def _deal(rows: ShardArrays, count: int) -> list[ShardArrays]:
-    """Documents dealt out in turn, each part a shard of its own."""
-    number = np.arange(len(rows.doc_meta))
-    return [select(rows, number % count == i) for i in range(min(count, len(number)))]
-
-
-# --- as text ---------------------------------------------------------------------------------------------------------
-
-
-def print_plan(plan: dict[str, Any]) -> None:
-    """Write the plan to standard output: tables on a terminal, plain text elsewhere."""
-    import click
-    from rich.console import Console
-    from rich.table import Table
-
-    facts, (header, *rows) = plan_facts(plan), choice_rows(plan)
-    note = "mass: in the row, mean; KL: what the codec adds over row and tail at T=1, in nats; grad. error: relative, "
-    note += "for an untrained student"
-    console = Console()
-    if not console.is_terminal:
-        click.echo("\n".join(f"{label:<10} {text}" for label, text in facts))
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        for row in (header, *rows):
-            click.echo("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        click.echo(note)
-        return
-    summary, choices = Table(show_header=False), Table(*header, caption=note)
-    for label, text in facts:
-        summary.add_row(label, text)
-    for row in rows:
-        choices.add_row(*row)
-    console.print(summary, choices)
-
-
-def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the plan says besides the choices of K: a label and a line each."""
-    from stage1_teacher.ends import describe_ends
-
-    teacher, data, batches, pilot = plan["teacher"], plan["data"], plan["batches"], plan["pilot"]
-    size, hours, memory, threads = plan["bytes"], plan["hours"], plan["memory"], plan["teacher"]["threads"]
-    parameters, license = f"{teacher['parameters'] / 1e6:,.1f} M parameters", teacher["license"] or "unknown"
-    bounds = "no bounds: under 3 pilot batches"
-    if hours["low"] is not None:
-        bounds = f"{_hours(hours['low'])} to {_hours(hours['high'])}"
-    peaks = [f"{device} {_bytes(peak)}" for device, peak in memory["peak_bytes_by_device"].items()]
-    peaks.append(f"resident {_bytes(memory['peak_resident_bytes'])}")
-    head = "" if memory["head_bytes"] is None else f", float32 head and buffer {_bytes(memory['head_bytes'])}"
-    notice = [("notice", f"the float32 head cannot be used: {teacher['notice']}")] if teacher["notice"] else []
-    return [
-        ("teacher", f"{teacher['name']}, {parameters}, license {license}"),
-        (
-            "device",
-            f"{', '.join(teacher['devices'])}; {teacher['dtype']}, head {teacher['head']}; one process, {threads} "
-            f"CPU thread{'s' if threads > 1 else ''} (torchrun sets OMP_NUM_THREADS=1 unless it is set)",
-        ),
-        *notice,
-        (
-            "data",
-            f"{data['name']} {data['split']}: {data['documents']:,} documents, {data['tokens']:,} tokens, "
-            f"{data['targets']:,} of them targets",
-        ),
-        (
-            "documents",
-            f"{data['long']['documents']:,} too long ({data['long']['become']}), "
-            f"{data['not_restored_by_the_tokenizer']:,} not restored by the tokenizer",
-        ),
-        *describe_ends(plan["ends"]),
-        ("lengths", ", ".join(f"≤{b['up_to']:,}: {b['documents']:,}" for b in data["lengths"])),
-        ("batches", f"{batches['batches']:,} in {batches['shards']:,} shards, {batches['padding']:.1%} padding"),
-        (
-            "pilot",
-            f"{pilot['documents']:,} documents, {pilot['tokens']:,} tokens, {pilot['batches']:,} batches in "
-            f"{pilot['seconds']:,.1f} s",
-        ),
-        ("time", f"{_hours(hours['expected'])} ({bounds}), {hours['tokens_per_second']:,.0f} tokens/s"),
-        (
-            "size",
-            f"{_bytes(size['expected'])} ({_bytes(size['low'])} to {_bytes(size['high'])}); {_bytes(size['free'])} "
-            f"free: {'it fits' if size['fits'] else 'IT MAY NOT FIT'}",
-        ),
-        (
-            "memory",
-            f"weights {_bytes(memory['weight_bytes'])}{head}; peak {', '.join(peaks)} of "
-            f"{_bytes(memory['machine_bytes'])}",
-        ),
-    ]
-
-
-def choice_rows(plan: dict[str, Any]) -> list[list[str]]:
-    """The table of choices: a header, then a row for each; the configured one is marked."""
-    choices = plan["choices"]
-    temperatures = list(choices[0]["captured_mass"])
-    header = ["K", "top-p", "mean k", *(f"mass T={T}" for T in temperatures), "KL mean", "KL max", "grad. error"]
-    table = [[*header, "next in row", "B/token", "size", ""]]
-    for choice in choices:
-        kl, per_token = choice["codec_kl_nats"]["1"], choice["bytes_per_token"]["expected"]
-        table.append(
-            [
-                f"{choice['top_k']}",
-                "" if choice["top_p"] is None else f"{choice['top_p']:g}",
-                f"{choice['mean_k']:.1f}",
-                *(_figure(choice["captured_mass"][T], ".4f") for T in temperatures),
-                _figure(kl["mean"], ".1e"),
-                _figure(kl["max"], ".1e"),
-                _figure(choice["gradient_error"], ".4f"),
-                _figure(choice["next_token_in_row"], ".4f"),
-                f"{per_token:.1f}",
-                _bytes(per_token * plan["data"]["tokens"]),
-                "← asked for" if choice["chosen"] else "",
-            ]
-        )
-    return table
-
-
-def _hours(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:,.1f} h"
-    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "none" if value is None else format(value, form)
