@@ -4,6 +4,7 @@ restarts."""
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from shared.errors import ConfigError
 from shared.model.gpt import IGNORE
 from stage2_student.order import BlockOrder, lanes_within, largest_pool
 
+ALIGNED_BYTES = 64
 SHARD_BYTES = 640 << 20  # of memory for the shards in use, in each process that reads
 
 Block = dict[str, Array]
@@ -225,18 +227,44 @@ def _join(shards: Sequence[Shard]) -> tuple[Array, dict[int, int]]:
     return np.concatenate(codebooks), shifts
 
 
-def collate(blocks: Sequence[Mapping[str, Array]]) -> dict[str, Tensor]:
-    """Blocks as a batch: fields [B, …]; codebooks are filled up to the longest, codes widened to the widest."""
-    batch = {}
-    for name in blocks[0]:
-        arrays = [block[name] for block in blocks]
-        if name == "soft_codebook":
-            longest = max(map(len, arrays))
-            arrays = [np.pad(array, (0, longest - len(array))) for array in arrays]
-        elif name == "soft_codes":
-            wide = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
-            arrays = [array.astype(wide, copy=False) for array in arrays]
-        batch[name] = torch.from_numpy(np.stack(arrays))
+class Batch(dict[str, Tensor]):
+    """Fields [B, …] that lie in one buffer, which is all that a worker sends: each tensor would cost a descriptor."""
+
+    def __init__(self, fields: Mapping[str, Tensor], buffer: Tensor | None = None) -> None:
+        super().__init__(fields)
+        self.buffer = buffer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.buffer is None:
+            return dict, (dict(self),)
+        layout = {
+            name: (field.storage_offset() * field.itemsize, field.shape, field.dtype) for name, field in self.items()
+        }
+        return _unpack, (self.buffer, layout)
+
+
+def _unpack(buffer: Tensor, layout: Mapping[str, tuple[int, torch.Size, torch.dtype]]) -> Batch:
+    fields = {}
+    for name, (start, shape, dtype) in layout.items():
+        size = math.prod(shape) * dtype.itemsize
+        fields[name] = buffer[start : start + size].view(dtype).view(shape)
+    return Batch(fields, buffer)
+
+
+def collate(blocks: Sequence[Mapping[str, Array]]) -> Batch:
+    """Blocks as a batch; codebooks are filled up to the longest, codes widened to the widest."""
+    layout, end = {}, 0
+    for name, first in blocks[0].items():
+        dtype = max((block[name].dtype for block in blocks), key=lambda dtype: dtype.itemsize)
+        longest = max(len(block[name]) for block in blocks)
+        shape = torch.Size((len(blocks), longest, *first.shape[1:]))
+        layout[name] = (end, shape, torch.from_numpy(np.empty(0, dtype)).dtype)
+        end += -(-math.prod(shape) * dtype.itemsize // ALIGNED_BYTES) * ALIGNED_BYTES
+    batch = _unpack(torch.zeros(end, dtype=torch.uint8), layout)
+    for name, field in batch.items():
+        rows = field.numpy()
+        for row, block in zip(rows, blocks, strict=True):
+            row[: len(block[name])] = block[name]
     return batch
 
 

@@ -1,7 +1,7 @@
 """Stage 2's reading at scale, through the path that trains: laws, speeds, and how often a shard is inflated.
 
-1. From 10^3 to 10^7 documents of log-normal lengths (median 350, mean 900, at most 8,192 tokens), whose shards are a few
-   files many times over: seconds from opening the cache to the first block, memory beyond one reader's, time per block.
+1. From 10^3 to 10^7 documents of log-normal lengths (median 350, mean 900, at most 8,192 tokens), whose shards are
+   a few files many times over: seconds from opening the cache to the first block, memory, time per block.
 2. Documents of 180 and of 1,500 tokens through a `DataLoader`: tokens per second of processor time, beside a memmap of
    f16 margins and u16 ids (no compression, no checksum), and the limit: inflating alone.
 3. Shards inflated per epoch over 1, 2 and 4 workers, and over 1, 2 and 4 ranks.
@@ -112,12 +112,12 @@ def _status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def show_laws(folder: Path, sizes: list[int], shard_tokens: int) -> None:
+def show_laws(folder: Path, numbers: list[int], shard_tokens: int) -> None:
     print(f"\nlog-normal documents, shards of {shard_tokens:,} tokens, blocks of {BLOCK}")
     print("documents     tokens   s to first block   MiB   processor ms a block (and beside the first row)")
     source = write(folder / "lognormal", make_shards(lognormal, 4, shard_tokens))
     reference = None
-    for size in sizes:
+    for size in numbers:
         path = repeat(source, folder / f"of-{size}", size)
         context = multiprocessing.get_context("spawn")
         queue: multiprocessing.Queue = context.Queue()
@@ -126,10 +126,8 @@ def show_laws(folder: Path, sizes: list[int], shard_tokens: int) -> None:
         documents, rows, first, peak, each = queue.get()
         process.join()
         reference = reference or each
-        print(
-            f"{documents:>10,} {rows:>14,} {first:>8.2f} {peak / 2**20:>14.0f} {each * 1e3:>8.2f} ({each / reference:.2f})",
-            flush=True,
-        )
+        sizes = f"{documents:>10,} {rows:>14,} {first:>8.2f} {peak / 2**20:>14.0f}"
+        print(f"{sizes} {each * 1e3:>8.2f} ({each / reference:.2f})", flush=True)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
