@@ -1,5 +1,7 @@
 """The Hub: commits that names stand for, model snapshots, cards, and the upload of a student."""
 
+import contextlib
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ from shared.errors import ConfigError, require
 LOOKUP_SECONDS = 5.0
 # Top-level files only: safetensors, configuration, tokenizer, model card. Never code, never pickles.
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+_WANTED: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": ["*/*"]}
 
 
 def find_commit(hub_id: str, repo_type: str, revision: str | None = None) -> str | None:
@@ -38,18 +41,38 @@ def find_commit(hub_id: str, repo_type: str, revision: str | None = None) -> str
 def fetch_model(hub_id: str, revision: str | None = None) -> tuple[Path, str]:
     """A local snapshot of a model and its commit; offline, the snapshot fetched before.
 
+    A commit (40 digits) is never another one: where its snapshot is whole, nothing is sent.
+
     Raises:
         ConfigError: the Hub cannot be reached, or has no such model or revision.
     """
     from huggingface_hub import snapshot_download
 
+    if revision and (kept := _kept_snapshot(hub_id, revision)):
+        return kept, revision
     find_commit(hub_id, "model", revision)
     _quiet_unless_terminal()
     try:
-        snapshot = snapshot_download(hub_id, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"])
+        snapshot = snapshot_download(hub_id, revision=revision, **_WANTED)
     except Exception as error:  # transport errors have another base class in each version
         raise explain(error, hub_id) from error
     return Path(snapshot), Path(snapshot).name  # …/snapshots/<commit>, whatever the revision was called
+
+
+def _kept_snapshot(hub_id: str, commit: str) -> Path | None:
+    """A commit's snapshot that was fetched before and is whole by the client's listing of the repository."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        from huggingface_hub import get_cached_repo_tree
+    except ImportError:  # older clients keep no listing
+        return None
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        return None
+    with contextlib.suppress(errors.CachedRepoTreeNotFoundError, errors.LocalEntryNotFoundError):
+        get_cached_repo_tree(hub_id, revision=commit)
+        return Path(snapshot_download(hub_id, revision=commit, local_files_only=True, **_WANTED))
+    return None
 
 
 def require_repository(repo_id: str) -> None:

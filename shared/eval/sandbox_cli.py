@@ -41,7 +41,9 @@ def sandbox_check(allow_host_reads: bool) -> None:
 
 @click.command()
 @click.option("--problems", "problems_file", type=_FILE, required=True, help="JSONL: task_id prompt test entry_point.")
-@click.option("--completions", "completions_file", type=_FILE, required=True, help="JSONL: task_id completion.")
+@click.option(
+    "--completions", "completions_file", type=_FILE, required=True, help="JSONL: task_id and completion, or solution."
+)
 @click.option("--out", type=_FILE, required=True, help="JSONL: a verdict for each completion's line, in order.")
 @click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
               help="Wall seconds of one program.")  # fmt: skip
@@ -51,7 +53,7 @@ def sandbox_check(allow_host_reads: bool) -> None:
 def score(**options: Any) -> None:
     """Judge completions of any tool.
 
-    Runs completions in HumanEval's form and writes their verdicts.
+    Runs completions in HumanEval's form, or whole programs (`solution`, as in EvalPlus), and writes their verdicts.
     """
     from shared.eval.programs.score import score_file
 

@@ -95,6 +95,46 @@ def test_offline_with_a_warm_home_builds_the_same_cache(hub, warm, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+FETCH = """
+import sys
+from shared.errors import ConfigError
+from shared.hub import fetch_model
+try:
+    print(*fetch_model(sys.argv[1], sys.argv[2]))
+except ConfigError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def test_a_commit_that_was_fetched_before_is_taken_without_asking(hub, warm, tmp_path):
+    commit = hub.models[TEACHER].branches["main"]
+    home = shutil.copytree(warm / "home", tmp_path / "home", symlinks=True)
+    (snapshot,) = (home / "hub").glob(f"models--*/snapshots/{commit}")
+    here, gone = hub.environment(home), hub.environment(home, HF_ENDPOINT="http://127.0.0.1:9")
+
+    def fetch(environment, revision):
+        command = [sys.executable, "-c", FETCH, TEACHER, revision]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    asked = len(hub.requests)
+    for environment in (here, gone):
+        assert fetch(environment, commit).stdout == f"{snapshot} {commit}\n"
+    assert len(hub.requests) == asked
+    # A branch may have moved: only the Hub knows.
+    assert "no answer from http://127.0.0.1:9" in fetch(gone, "main").stderr
+    assert fetch(here, "main").stdout == f"{snapshot} {commit}\n"
+    assert len(hub.requests) > asked
+    # What is missing is fetched, or said to be out of reach; so is a snapshot that nothing lists.
+    (snapshot / "tokenizer.json").unlink()
+    assert "no answer from http://127.0.0.1:9" in fetch(gone, commit).stderr
+    assert fetch(here, commit).stdout == f"{snapshot} {commit}\n"
+    assert (snapshot / "tokenizer.json").is_file()
+    shutil.rmtree(snapshot.parents[1] / "trees")
+    assert "no answer from http://127.0.0.1:9" in fetch(gone, commit).stderr
+    assert fetch(here, commit).stdout == f"{snapshot} {commit}\n"
+    assert "the Hub has no such revision" in fetch(here, "0" * 40).stderr
+
+
 @pytest.mark.parametrize("home", ["cold", "warm"])
 def test_no_hub_fails_at_once_and_says_what_to_do(hub, warm, tmp_path, home):
     environment = hub.environment({"cold": tmp_path, "warm": warm / "home"}[home], HF_ENDPOINT="http://127.0.0.1:9")

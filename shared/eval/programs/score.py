@@ -14,7 +14,7 @@ from shared.files import write_bytes
 from shared.process import log
 
 
-def to_candidate(problem: Problem, completion: str, prompt: object = None) -> Candidate:
+def to_candidate(problem: Problem, completion: str, prompt: object = None, *, solution: str | None = None) -> Candidate:
     """The program that a completion makes of a problem.
 
     Args:
@@ -22,6 +22,7 @@ def to_candidate(problem: Problem, completion: str, prompt: object = None) -> Ca
         completion: what follows the prompt.
         prompt: what the completion's own line says was continued. It is taken if it is the problem's prompt without
             the white space at its end, as `eval humaneval` gives it to models; anything else, such as a chat, is not.
+        solution: a whole program in place of prompt and completion, as EvalPlus's samples have it.
     """
     continued = humaneval_prompt(problem)
     return Candidate(
@@ -30,6 +31,7 @@ def to_candidate(problem: Problem, completion: str, prompt: object = None) -> Ca
         test=problem.test,
         entry_point=problem.entry_point,
         same_process=problem.same_process,
+        solution=solution,
     )
 
 
@@ -47,7 +49,8 @@ def score_file(
 
     Args:
         problems_file: rows with `task_id prompt test entry_point` (and `same_process` where known).
-        completions_file: rows with `task_id completion`, and `prompt` where known (see `to_candidate`).
+        completions_file: rows with `task_id completion`, and `prompt` where known (see `to_candidate`); or with
+            `task_id solution`, a whole program, which comes before a completion in the same row, as in EvalPlus.
         out: JSONL; its folder is made where missing.
         timeout_seconds: wall time of one program.
         workers: programs at once; None for one per processor.
@@ -61,12 +64,14 @@ def score_file(
     by_id = {problem.task_id: problem for problem in read_problems(problems_file)}
     candidates, task_ids = [], []
     for row in read_rows(completions_file):
-        task_id, completion = row.text("task_id"), row.text("completion")
+        task_id = row.text("task_id")
+        solution = None if row.fields.get("solution") is None else row.text("solution")
+        completion = row.text("completion") if solution is None else ""
         problem = by_id.get(task_id)
         if problem is None:
             raise row.error("task_id", expected=f"a problem of {problems_file}", got=repr(task_id))
         task_ids.append(task_id)
-        candidates.append(to_candidate(problem, completion, row.fields.get("prompt")))
+        candidates.append(to_candidate(problem, completion, row.fields.get("prompt"), solution=solution))
     if not candidates:
         raise ConfigError("no completions in the file", where=completions_file)
     if missing := by_id.keys() - set(task_ids):

@@ -42,6 +42,7 @@ class Candidate:
     """A program (prompt and completion), the test that defines `check(candidate)`, and the name it is given.
 
     `same_process`: the test uses more of the program's names than the entry point; such a verdict can be forged.
+    `solution`: the whole program, in place of prompt and completion; the test still has what the prompt defines.
     """
 
     prompt: str
@@ -49,6 +50,12 @@ class Candidate:
     test: str
     entry_point: str
     same_process: bool = False
+    solution: str | None = None
+
+    @property
+    def program(self) -> str:
+        """What is run."""
+        return self.prompt + self.completion if self.solution is None else self.solution
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +180,7 @@ class Worker:
     def _attempt(
         self, candidate: Candidate, deadline: float, timeout_seconds: float
     ) -> tuple[str, str, "_Notes", bool]:
-        program = candidate.prompt + candidate.completion
+        program = candidate.program
         job = {"test": candidate.test, "entry_point": candidate.entry_point}
         job |= {"program": program} if candidate.same_process else {"prompt": candidate.prompt}
         with contextlib.ExitStack() as stack:

@@ -64,6 +64,29 @@ def test_a_completion_follows_the_prompt_that_its_line_says_was_continued(tmp_pa
     assert verdicts == ["passed", "failed", "failed"]
 
 
+def test_a_solution_is_the_whole_program_and_the_test_still_has_what_the_prompt_defines(tmp_path):
+    """As in EvalPlus's samples: nothing of the prompt is lent to the program."""
+    prompt = 'import math\ndef twice(x):\n    return 2 * x\n\ndef f(x):\n    """Return x + 1."""\n'
+    test = "def check(candidate):\n    assert candidate(twice(1)) == 3\n"
+    problem = PROBLEM | {"prompt": prompt, "test": test}
+    rows = [
+        {"solution": "def f(x):\n    return x + 1\n"},
+        {"solution": "def f(x):\n    return math.floor(x + 1)\n"},  # its own import is missing
+        {"solution": "import math\ndef f(x):\n    return math.floor(x + 1)\n", "completion": "    return None\n"},
+        {"solution": None, "completion": "    return math.floor(x + 1)\n"},
+        {"solution": prompt + "    return x + 1\n", "_identifier": "model"},
+        {"solution": "def g(x):\n    return x + 1\n"},
+    ]
+    done, out = score(tmp_path, [{"task_id": "T/0"} | row for row in rows], "--timeout", "20", problems=[problem])
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["verdict"] for line in lines] == ["passed", "failed", "passed", "passed", "passed", "failed"]
+    assert lines[1]["detail"] == "NameError: name 'math' is not defined"
+    in_one = problem | {"same_process": True}
+    done, out = score(tmp_path, [{"task_id": "T/0"} | rows[4]], "--timeout", "20", problems=[in_one])
+    assert json.loads(out.read_text())["verdict"] == "passed"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -74,6 +97,7 @@ def test_a_completion_follows_the_prompt_that_its_line_says_was_continued(tmp_pa
         ('\n\n{"task_id": "T/9", "completion": ""}\n', "line 3, field 'task_id'"),
         ('{"task_id": "T/0", "completion": "\\ud800"}\n', "lone surrogate"),
         ('["T/0", ""]\n', "line 1"),
+        ('{"task_id": "T/0", "solution": 1}\n', "line 1, field 'solution'"),
         ("", "no completions"),
     ],
 )
