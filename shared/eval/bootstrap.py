@@ -9,22 +9,20 @@ METHOD = f"95 % percentile interval over {NUM_RESAMPLES} resamples with replacem
 _CHUNK_DRAWS = 1 << 22
 
 
-def resample_sums(sums_DF: Array, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Array:
+def resample_sums(sums_DF: Array) -> Array:
     """Sums over D units drawn with replacement: f64 `[R, F]`, for ratios of sums (Efron & Tibshirani 1993, ch. 6).
 
-    The draws depend on the seed and D alone: two models' resamples over the same documents are paired.
+    The draws depend only on D: two models' resamples over the same documents are paired.
 
     Args:
         sums_DF: f64, F sums of each unit.
-        num_resamples: R.
-        seed: of the draws.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     num_units = len(sums_DF)
-    resampled = np.empty((num_resamples, sums_DF.shape[1]))
+    resampled = np.empty((NUM_RESAMPLES, sums_DF.shape[1]))
     step = max(1, _CHUNK_DRAWS // max(num_units, 1))
-    for start in range(0, num_resamples, step):
-        rows = min(step, num_resamples - start)
+    for start in range(0, NUM_RESAMPLES, step):
+        rows = min(step, NUM_RESAMPLES - start)
         drawn = rng.integers(num_units, size=(rows, num_units)) + np.arange(rows)[:, None] * num_units
         counts = np.bincount(drawn.ravel(), minlength=rows * num_units).reshape(rows, num_units)
         resampled[start : start + rows] = counts @ sums_DF

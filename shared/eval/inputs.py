@@ -6,7 +6,7 @@ Importing this module loads neither torch nor transformers.
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shared.cache.manifest import read_manifest
 from shared.errors import ConfigError
@@ -14,6 +14,8 @@ from shared.eval.results import BenchmarkResult, Result
 from shared.files import sha256_file
 from shared.machine import machine
 from shared.process import log
+
+R = TypeVar("R", bound=Result)
 
 
 def cache_digest(directory: Path) -> str:
@@ -28,21 +30,28 @@ def timing_place() -> dict[str, Any]:
     return place | {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
 
 
-def is_up_to_date(path: Path, cls: type[Result], inputs: dict[str, Any]) -> bool:
-    """Whether the file holds a result of this kind from the same inputs; says so where it does.
+def current_result(path: Path, cls: type[R], inputs: dict[str, Any]) -> R | None:
+    """The result in a file, if it is of this kind and from the same inputs.
 
     A benchmark's result must also have a score, and the files beside it must be those that it was written with.
     """
     try:
         result = cls.read(path) if path.is_file() else None
         if result is None or result.inputs != inputs:
-            return False
+            return None
         if isinstance(result, BenchmarkResult):
             if result.pass_at_1 is None or not result.files:
-                return False
+                return None
             if any(sha256_file(path.with_name(name)) != digest for name, digest in result.files.items()):
-                return False
+                return None
     except (ConfigError, OSError):  # damaged, or of another form: it is made again
+        return None
+    return result
+
+
+def is_up_to_date(path: Path, cls: type[Result], inputs: dict[str, Any]) -> bool:
+    """Whether the file holds a result of this kind from the same inputs; says so where it does."""
+    if current_result(path, cls, inputs) is None:
         return False
     log(f"{path} is up to date")
     return True

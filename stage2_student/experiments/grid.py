@@ -4,14 +4,14 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from shared.config import load_config, read_toml
+from shared.config import read_toml
 from shared.errors import ConfigError, DistillError, require
 from shared.files import sha256_json
-from shared.records import to_dict
+from shared.records import from_dict, to_dict
 from stage2_student.config import StudentConfig, student_config
 
 MAX_NAME_BYTES = 120  # file systems allow 255, and the names of logs and temporary files are longer
@@ -120,25 +120,14 @@ def read_experiment(path: Path) -> Experiment:
         ConfigError: no TOML, no run, or tables of another form.
     """
     fixed = read_toml(path)
-    tables = {
-        key: fixed.pop(key, [] if key in ("run", "variant") else {}) for key in ("grid", "variant", "run", "confirm")
-    }
-    grid = tables["grid"]
-    require(isinstance(grid, dict), "[grid] must be a table of lists", where=path, got=repr(grid))
-    for key, values in grid.items():
-        is_list = isinstance(values, list) and values
-        require(is_list, "a grid's key needs a list of values", where=f"{path}: grid.{key}", got=repr(values))
-    for key in ("run", "variant"):
-        is_tables = isinstance(tables[key], list) and all(isinstance(entry, dict) and entry for entry in tables[key])
-        require(is_tables, f"each [[{key}]] must be a table of settings", where=path, got=repr(tables[key]))
-    experiment = Experiment(
-        path=path,
-        fixed=fixed,
-        grid=grid,
-        variants=_variants(tables["variant"], {*grid, "seed"}, path),
-        single=tables["run"],
-        seeds=load_config(_Confirm, tables["confirm"]).seeds,
+    tables = from_dict(
+        _Tables, {each.name: fixed.pop(each.name) for each in fields(_Tables) if each.name in fixed}, where=str(path)
     )
+    for key, values in tables.grid.items():
+        require(values, "a grid's key needs a list of values", where=f"{path}: grid.{key}", got=repr(values))
+    require(all(tables.run), "each [[run]] must be a table of settings", where=path)
+    experiment = Experiment(path=path, fixed=fixed, grid=tables.grid, variants=_variants(tables, path),
+                            single=tables.run, seeds=tables.confirm.seeds)  # fmt: skip
     expected = "a table [grid] of lists, or tables [[variant]] or [[run]]"
     require(experiment.runs(), "nothing to train", where=path, expected=expected)
     return experiment
@@ -149,14 +138,22 @@ class _Confirm:
     seeds: tuple[int, ...] = ()
 
 
-def _variants(tables: Sequence[Mapping[str, Any]], shared_keys: set[str], path: Path) -> list[Variant]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tables:
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    variant: list[dict[str, Any]] = field(default_factory=list)
+    run: list[dict[str, Any]] = field(default_factory=list)
+    confirm: _Confirm = _Confirm()
+
+
+def _variants(tables: _Tables, path: Path) -> list[Variant]:
     variants = []
-    for table in tables:
+    for table in tables.variant:
         own = {key: table[key] for key in ("name", "versus") if key in table}
         settings = {key: value for key, value in table.items() if key not in own}
-        shared = ", ".join(sorted(settings.keys() & shared_keys))
+        shared = ", ".join(sorted(settings.keys() & {*tables.grid, "seed"}))
         require(not shared, "every variant has the same grid and seeds", where=path, got=shared)
-        variants.append(load_config(Variant, own, {"settings": settings}))
+        variants.append(from_dict(Variant, {**own, "settings": settings}, where=f"{path}: [[variant]]"))
     names = [variant.name for variant in variants]
     distinct = len(set(names)) == len(names) and all(re.fullmatch(r"[a-z0-9.-]+", name) for name in names)
     expected = "for each variant a name of its own of lower-case letters, digits, dots and dashes"

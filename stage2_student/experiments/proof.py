@@ -19,7 +19,7 @@ from shared.cache.reader import Cache
 from shared.errors import ConfigError, require
 from shared.eval.report.plots import proof_plot
 from shared.eval.results import Comparison, Proof, ProofVariant, Spread
-from shared.files import read_json, read_json_lines, write_bytes, write_json
+from shared.files import write_bytes, write_json
 from shared.machine import versions
 from shared.options import command_line
 from shared.process import log
@@ -27,7 +27,7 @@ from stage2_student.experiments.dense import write_dense
 from stage2_student.experiments.grid import Experiment, Run, read_experiment
 from stage2_student.experiments.report import proof_page, sentences
 from stage2_student.experiments.runner import Inputs, Row, Runner, locked
-from stage2_student.experiments.statistics import compare_settings
+from stage2_student.experiments.statistics import compare_settings, figures_of
 from stage2_student.train import identify
 
 RESULT = "proof.json"
@@ -69,14 +69,13 @@ def prove(
     if dense and teacher is None:
         raise ConfigError("a variant needs the teacher's full distribution", where=dense[0], fix="--teacher DIR")
     inputs = Inputs(caches=[train], validation=validation, teacher_logprobs=out / "teacher-logprobs.npy")
-    known = read_json(out / RESULT)["runs"] if (out / RESULT).exists() else []
     with locked(out):
-        searched = _train(Runner(searching, out / "search", inputs, jobs=jobs, group=out.resolve().name), teacher)
+        of_all: dict[str, Any] = {"inputs": inputs, "jobs": jobs, "group": out.resolve().name}
+        searched = _train(Runner(runs=searching, out=out / "search", **of_all), teacher)
         chosen = choose(experiment, searched)
         confirming = experiment.confirming_runs(chosen, BEST_EPOCH)
         log("chosen: " + "; ".join(dict.fromkeys(run.setting for run in confirming)))
-        runs = _train(Runner(confirming, out / "final", inputs, jobs=jobs, scored_on=test, known=known,
-                             group=out.resolve().name), teacher)  # fmt: skip
+        runs = _train(Runner(runs=confirming, out=out / "final", scored_on=test, **of_all), teacher)
         (out / "teacher-logprobs.npy").unlink(missing_ok=True)
         settings = {
             "fixed": experiment.fixed,
@@ -95,86 +94,72 @@ def prove(
     return result
 
 
-def choose(experiment: Experiment, searched: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def choose(experiment: Experiment, searched: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Each variant's values of the grid: those of its run with the lowest validation NLL, the first of equals."""
     chosen = {}
     for variant in experiment.variants:
-        trials = [figures for figures in searched if figures["swept"]["variant"] == variant.name]
-        best = min(trials, key=lambda figures: min(figures["validation_nll_nats"]))
-        chosen[variant.name] = {key: best["swept"][key] for key in experiment.grid}
+        trials = [row for row in searched if row.swept["variant"] == variant.name]
+        best = min(trials, key=lambda row: min(row.validation_nll_nats))
+        chosen[variant.name] = {key: best.swept[key] for key in experiment.grid}
     return chosen
 
 
 def summarise_proof(
-    experiment: Experiment,
-    settings: Mapping[str, Any],
-    searched: list[dict[str, Any]],
-    runs: list[dict[str, Any]],
+    experiment: Experiment, settings: Mapping[str, Any], searched: Sequence[Row], runs: Sequence[Row]
 ) -> Proof:
-    """The proof's result, from the figures of its runs.
+    """The proof's result, from its runs.
 
     Raises:
-        ConfigError: runs of one seed that did not begin alike.
+        ConfigError: runs without figures, or runs of one seed that did not begin alike.
     """
     _require_pairs(runs)
     versus = {variant.name: variant.versus for variant in experiment.variants}
-    comparisons = compare_settings(_by_variant(runs), versus)
+    comparisons = compare_settings(figures_of(runs, lambda row: row.swept["variant"]), versus)
     baseline = experiment.variants[0].name
     against_baseline = {row.setting: row for row in comparisons if row.versus == baseline}
     return Proof(
         command=command_line(),
         versions=versions("codedistill", "torch", "transformers", "accelerate", "numpy", "h5py"),
         variants=[
-            _describe_variant(name, [run for run in runs if run["swept"]["variant"] == name], searched,
+            _describe_variant(name, [row for row in runs if row.swept["variant"] == name], searched,
                               settings["top_k"], against_baseline.get(name))
             for name in versus
         ],
         comparisons=comparisons,
         summary=sentences(comparisons, len(experiment.seeds)),
         settings=dict(settings),
-        search=searched,
-        runs=runs,
-        seconds=round(sum(run["seconds"] for run in [*searched, *runs]), 1),
+        search=[dataclasses.asdict(row) for row in searched],
+        runs=[dataclasses.asdict(row) for row in runs],
+        seconds=round(sum(row.seconds for row in [*searched, *runs]), 1),
     )  # fmt: skip
 
 
 def _describe_variant(
-    name: str,
-    runs: Sequence[Mapping[str, Any]],
-    searched: Sequence[Mapping[str, Any]],
-    top_k: int,
-    versus_ce: Comparison | None,
+    name: str, runs: Sequence[Row], searched: Sequence[Row], top_k: int, versus_ce: Comparison | None
 ) -> ProofVariant:
     """What a variant is and what its runs reached."""
-    config, chosen = runs[0]["config"], {key: value for key, value in runs[0]["swept"].items() if key != "seed"}
+    config, chosen = runs[0].config, {key: value for key, value in runs[0].swept.items() if key != "seed"}
     distils = config["alpha"] > 0
+    epochs = [row.best_epoch for row in [*(trial for trial in searched if trial.swept == chosen), *runs]]
     return ProofVariant(
         name=name,
         loss=config["loss"] if distils else "cross-entropy",
         k=(config["k"] or top_k) if distils and config["loss"] != "dense" else None,
         **{key: config[key] for key in ("alpha", "temperature", "label_smoothing", "learning_rate")},
-        epochs=next(trial["best_epoch"] for trial in searched if trial["swept"] == chosen),
-        epochs_by_seed=[run["best_epoch"] for run in runs],
-        test_nll=_over_seeds([run["nll_nats"] for run in runs]),
-        test_kl=_over_seeds([run["kl_to_teacher_nats"] for run in runs]),
+        epochs=epochs[0],
+        epochs_by_seed=epochs[1:],
+        test_nll=_over_seeds([row.nll_nats for row in runs]),
+        test_kl=_over_seeds([row.kl_to_teacher_nats for row in runs]),
         versus_ce=versus_ce,
     )
 
 
-def _over_seeds(values: Sequence[float]) -> Spread:
+def _over_seeds(values: Sequence[Any]) -> Spread:
     return Spread(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)), seeds=list(values))
 
 
-def _by_variant(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, tuple[float, float]]]:
-    """NLL and KL by variant and seed."""
-    figures: dict[str, dict[int, tuple[float, float]]] = {}
-    for run in runs:
-        figures.setdefault(run["swept"]["variant"], {})[run["seed"]] = (run["nll_nats"], run["kl_to_teacher_nats"])
-    return figures
-
-
-def _train(runner: Runner, teacher: Path | None) -> list[dict[str, Any]]:
-    """Train what is not finished, score it, and return the figures of each run."""
+def _train(runner: Runner, teacher: Path | None) -> list[Row]:
+    """Train what is not finished, and score it."""
     if not runner.is_finished:
         path = runner.inputs.teacher_logprobs
         if teacher and path and any(run.config.loss == "dense" for run in runner.runs):
@@ -182,20 +167,7 @@ def _train(runner: Runner, teacher: Path | None) -> list[dict[str, Any]]:
         runner.train(keep_checkpoints=False)
         runner.require_finished()
     runner.score()
-    return [_figures(run, row, runner.out / run.name) for run, row in zip(runner.runs, runner.rows, strict=True)]
-
-
-def _figures(run: Run, row: Row, folder: Path) -> dict[str, Any]:
-    record = read_json(folder / "run.json")
-    nll_nats = [entry["eval_ce"] for entry in read_json_lines(folder / "training_log.jsonl") if "eval_ce" in entry]
-    return dataclasses.asdict(row) | {
-        "config": record["config"],
-        "validation_nll_nats": nll_nats,
-        "best_epoch": 1 + nll_nats.index(min(nll_nats)),
-        "seconds": record["metrics"]["seconds_since_start_or_resume"],
-        "initial_weights_sha256": record["initial_weights_sha256"],
-        "data": record["data"],
-    }
+    return runner.rows
 
 
 def _require_confirmable(experiment: Experiment, searching: Sequence[Run]) -> None:
@@ -225,11 +197,12 @@ def _require_separate(caches: Mapping[str, Cache]) -> None:
                 raise ConfigError("two caches share a document", where=f"{other.path} and {cache.path}", got=got)
 
 
-def _require_pairs(runs: Sequence[Mapping[str, Any]]) -> None:
+def _require_pairs(runs: Sequence[Row]) -> None:
     """Differences are paired only where a seed's students had the same initial weights, blocks and steps."""
     by_seed: dict[int, set[str]] = {}
-    for run in runs:
-        began = [run["initial_weights_sha256"], run["data"], run["config"]["block_size"], run["steps"]]
-        by_seed.setdefault(run["seed"], set()).add(json.dumps(began))
+    for row in runs:
+        require(not row.reasons, "a run has no test figures", where=row.name, got=row.reasons)
+        began = [row.initial_weights_sha256, row.data, row.config["block_size"], row.steps]
+        by_seed.setdefault(row.seed, set()).add(json.dumps(began))
     for seed, kinds in by_seed.items():
         require(len(kinds) == 1, "variants of one seed began differently, so they are no pairs", where=f"seed {seed}")

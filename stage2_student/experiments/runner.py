@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import torch
 
 from shared.errors import ConfigError, DistillError, require
 from shared.eval.fidelity.measure import evaluate_fidelity
-from shared.files import read_json, sha256_file
+from shared.eval.inputs import cache_digest, current_result
+from shared.eval.results import Fidelity
+from shared.files import read_json, read_json_lines, write_json
 from shared.lock import STALE_SECONDS, Lock, is_locked
 from shared.process import Terminated, log, own_command, world_size
 from stage2_student.checkpoint import checkpoints
@@ -26,7 +28,7 @@ from stage2_student.experiments.grid import Run, to_toml
 from stage2_student.train import check
 
 FIGURES = ("nll_nats", "kl_to_teacher_nats")
-SCORING_TOKENS = 2048  # of a batch
+SCORING: dict[str, Any] = {"dtype": "float32", "batch_tokens": 2048}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -62,10 +64,11 @@ class Row:
     Attributes:
         name, setting, seed, swept: the run's.
         state: `waiting`, `finished` or `failed`, with its `error`.
-        parameters, steps, weights_sha256: of a finished run.
         nll_nats, kl_to_teacher_nats: per target, as `eval fidelity` measures them in float32; None for a reason in
             `reasons`.
-        scored_on_sha256: digest of the manifest of the cache that it was scored on.
+        scored_on_sha256: digest of the cache that it was scored on.
+        validation_nll_nats: of each evaluation in training; `best_epoch` is the number of the best, 0 without any.
+        parameters, steps, seconds, weights_sha256, initial_weights_sha256, config, data: see `run.json`.
     """
 
     name: str
@@ -74,13 +77,19 @@ class Row:
     swept: dict[str, Any]
     state: str = "waiting"
     error: str | None = None
-    parameters: int | None = None
-    steps: int | None = None
-    weights_sha256: str | None = None
     nll_nats: float | None = None
     kl_to_teacher_nats: float | None = None
     reasons: dict[str, str] = field(default_factory=lambda: dict.fromkeys(FIGURES, "not trained yet"))
     scored_on_sha256: str | None = None
+    validation_nll_nats: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+    parameters: int | None = None
+    steps: int | None = None
+    seconds: float = 0.0
+    weights_sha256: str | None = None
+    initial_weights_sha256: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,8 +101,9 @@ class _Job:
     started: float
 
 
+@dataclass(kw_only=True, slots=True)
 class Runner:
-    """Runs in one folder: `<name>/` and `<name>.log` of each.
+    """Runs in one folder: of each `<name>/`, `<name>.log` and, where it was scored, `<name>.fidelity.json`.
 
     Args:
         runs: what to train.
@@ -101,7 +111,6 @@ class Runner:
         inputs: what they are trained on.
         jobs: processes at once. Each has one GPU, in turn; without GPUs they share the processor's threads.
         scored_on: the cache that finished students are scored on.
-        known: rows of an earlier result, whose scores of equal weights are taken over.
         group: the runs' group in W&B.
         on_change: called with the rows when one has changed.
 
@@ -112,35 +121,31 @@ class Runner:
         ConfigError: a run does not fit the caches, or its folder holds another run. Nothing has been written then.
     """
 
-    def __init__(
-        self,
-        runs: Sequence[Run],
-        out: Path,
-        inputs: Inputs,
-        *,
-        jobs: int = 1,
-        scored_on: Path | None = None,
-        known: Sequence[Mapping[str, Any]] = (),
-        group: str,
-        on_change: Callable[[Sequence[Row]], object] = lambda rows: None,
-    ) -> None:
+    runs: Sequence[Run]
+    out: Path
+    inputs: Inputs
+    jobs: int = 1
+    scored_on: Path | None = None
+    group: str
+    on_change: Callable[[Sequence[Row]], object] = lambda rows: None
+    rows: list[Row] = field(init=False)
+
+    def __post_init__(self) -> None:
         fix = "run it without torchrun, with --jobs"
         require(world_size() == 1, "an experiment starts its own processes", fix=fix)
-        self.runs, self.out, self.inputs, self.jobs = runs, out, inputs, jobs
-        self._group, self._on_change, self._known = group, on_change, known
-        self._scored_on = scored_on
-        self.rows: list[Row] = []
-        for run in runs:
-            if run.config.loss == "dense" and not inputs.teacher_logprobs:
-                fix = "`student proof --teacher DIR`"
-                raise ConfigError("loss=dense needs the teacher's full distribution", where=run.name, fix=fix)
-            try:
-                task = check(
-                    run.config, inputs.caches, out / run.name, inputs.weights, inputs.validation, inputs.init_from
-                )
-            except DistillError as error:
-                raise ConfigError(f"a run is refused: {error}", where=run.name) from error
-            self.rows.append(self._row(run, is_finished=task.is_done(out / run.name)))
+        self.rows = [self._row(run, is_finished=self._check(run)) for run in self.runs]
+
+    def _check(self, run: Run) -> bool:
+        """Hold a run against the caches and its folder; whether it is finished."""
+        inputs, folder = self.inputs, self.out / run.name
+        if run.config.loss == "dense" and not inputs.teacher_logprobs:
+            fix = "`student proof --teacher DIR`"
+            raise ConfigError("loss=dense needs the teacher's full distribution", where=run.name, fix=fix)
+        try:
+            task = check(run.config, inputs.caches, folder, inputs.weights, inputs.validation, inputs.init_from)
+        except DistillError as error:
+            raise ConfigError(f"a run is refused: {error}", where=run.name) from error
+        return task.is_done(folder)
 
     @property
     def is_finished(self) -> bool:
@@ -178,14 +183,19 @@ class Runner:
 
     def score(self) -> None:
         """Measure every finished student alike, whatever loss it was trained with."""
-        for row in self.rows:
-            if self._scored_on and "not scored yet" in row.reasons.values():
-                figures = evaluate_fidelity(
-                    self.out / row.name, self._scored_on, dtype="float32", batch_tokens=SCORING_TOKENS
-                )
-                row.nll_nats, row.kl_to_teacher_nats = (getattr(figures, name) for name in FIGURES)
-                row.reasons = {name: figures.reasons[name] for name in FIGURES if name in figures.reasons}
-                self._on_change(self.rows)
+        for row in [row for row in self.rows if row.state == "finished"]:
+            if self.scored_on is None:
+                return
+            folder, file = self.out / row.name, self.out / f"{row.name}.fidelity.json"
+            inputs = SCORING | {"model": row.weights_sha256, "cache": cache_digest(self.scored_on)}
+            result = current_result(file, Fidelity, inputs)
+            if result is None:
+                result = dataclasses.replace(evaluate_fidelity(folder, self.scored_on, **SCORING), inputs=inputs)
+                write_json(file, result.to_dict())
+            row.nll_nats, row.kl_to_teacher_nats = result.nll_nats, result.kl_to_teacher_nats
+            row.reasons = {name: result.reasons[name] for name in FIGURES if name in result.reasons}
+            row.scored_on_sha256 = result.cache.digest
+            self.on_change(self.rows)
 
     def require_finished(self) -> None:
         """Raise `DistillError` naming the runs that failed, and why."""
@@ -215,7 +225,7 @@ class Runner:
             start = file.tell()
             process = subprocess.Popen(
                 [*command, *self.inputs.options(run)],
-                env=job_environment(slot, self.jobs, group=self._group),
+                env=job_environment(slot, self.jobs, group=self.group),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -239,25 +249,25 @@ class Runner:
                 row.error = f"killed by {signal.Signals(-code).name}; before it: {row.error}"
             log(f"{row.name}: failed after {minutes:.1f} minutes: {row.error}")
         self.rows[self.runs.index(job.run)] = row
-        self._on_change(self.rows)
+        self.on_change(self.rows)
 
     def _row(self, run: Run, *, is_finished: bool) -> Row:
-        """The row of a run, with the scores that an earlier result has of the same weights."""
+        """The row of a run that is not scored yet."""
         row = Row(name=run.name, setting=run.setting, seed=run.config.seed, swept=run.swept)
         if not is_finished:
             return row
         record = read_json(self.out / run.name / "run.json")
-        row.state, row.parameters, row.steps = "finished", record["parameters"], record["metrics"]["steps"]
-        row.weights_sha256 = record["weights_sha256"]
-        if self._scored_on is None:
-            row.nll_nats = record["metrics"].get("eval_ce")  # of a validation_fraction
-            row.reasons = {name: "no validation cache" for name in FIGURES if getattr(row, name) is None}
-            return row
-        row.scored_on_sha256 = sha256_file(self._scored_on / "manifest.json")
-        row.reasons = dict.fromkeys(FIGURES, "not scored yet")
-        for known in self._known:
-            if all(known.get(key) == getattr(row, key) for key in ("weights_sha256", "scored_on_sha256")):
-                row = dataclasses.replace(row, **{key: known[key] for key in (*FIGURES, "reasons")})
+        logged = read_json_lines(self.out / run.name / "training_log.jsonl")
+        row.validation_nll_nats = [entry["eval_ce"] for entry in logged if "eval_ce" in entry]
+        if row.validation_nll_nats:
+            row.best_epoch = 1 + row.validation_nll_nats.index(min(row.validation_nll_nats))
+        for key in ("parameters", "weights_sha256", "initial_weights_sha256", "config", "data"):
+            setattr(row, key, record[key])
+        metrics = record["metrics"]
+        row.state, row.steps, row.seconds = "finished", metrics["steps"], metrics["seconds_since_start_or_resume"]
+        row.nll_nats = None if self.scored_on else metrics.get("eval_ce")  # of a validation_fraction
+        reason = "not scored yet" if self.scored_on else "no validation cache"
+        row.reasons = {name: reason for name in FIGURES if getattr(row, name) is None}
         return row
 
 

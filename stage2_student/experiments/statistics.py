@@ -2,22 +2,33 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from shared.eval.results import Comparison, PairedDifference
+from stage2_student.experiments.runner import Row
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
-def compare_settings(
-    figures: Mapping[str, Mapping[int, tuple[float, float]]], versus: Mapping[str, Sequence[str]]
-) -> list[Comparison]:
+Figures = dict[str, dict[int, tuple[float, float]]]  # NLL and KL in nats per target, by setting and seed
+
+
+def figures_of(rows: Iterable[Row], setting: Callable[[Row], str]) -> Figures:
+    """The figures of the runs that have both."""
+    figures: Figures = {}
+    for row in rows:
+        if row.nll_nats is not None and row.kl_to_teacher_nats is not None:
+            figures.setdefault(setting(row), {})[row.seed] = (row.nll_nats, row.kl_to_teacher_nats)
+    return figures
+
+
+def compare_settings(figures: Figures, versus: Mapping[str, Sequence[str]]) -> list[Comparison]:
     """Compare each setting with the first one, and with those that `versus` names for it.
 
     Args:
-        figures: by setting and seed, NLL and KL in nats per target.
+        figures: see `figures_of`.
         versus: by setting, further settings to compare it with.
 
     Returns:

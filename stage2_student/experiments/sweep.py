@@ -6,13 +6,13 @@ from pathlib import Path
 
 from shared.errors import require
 from shared.eval.results import Comparison
-from shared.files import read_json, write_bytes, write_json
+from shared.files import write_bytes, write_json
 from shared.process import log
 from shared.records import to_dict
 from stage2_student.experiments.grid import Experiment, read_experiment
 from stage2_student.experiments.report import comparison_table, rank_rows, run_plot, run_table
 from stage2_student.experiments.runner import Inputs, Row, Runner, locked
-from stage2_student.experiments.statistics import compare_settings
+from stage2_student.experiments.statistics import compare_settings, figures_of
 
 RESULT = "sweep.json"
 
@@ -37,10 +37,10 @@ def sweep(grid: Path, inputs: Inputs, out: Path, *, jobs: int = 1) -> str:
     """
     experiment = read_experiment(grid)
     require(not experiment.seeds, "[confirm] belongs to `student proof`", where=grid, fix="[grid] seed = [...]")
-    known = read_json(out / RESULT)["runs"] if (out / RESULT).exists() else []
-    runner = Runner(experiment.runs(), out, inputs, jobs=jobs, scored_on=inputs.validation, known=known,
+    runner = Runner(runs=experiment.runs(), out=out, inputs=inputs, jobs=jobs, scored_on=inputs.validation,
                     group=out.resolve().name, on_change=lambda rows: _write(experiment, rows, out))  # fmt: skip
     with locked(out):
+        runner.score()
         runner.train()
         runner.score()
         text = _write(experiment, runner.rows, out)
@@ -70,12 +70,9 @@ def _write(experiment: Experiment, rows: Sequence[Row], out: Path) -> str:
 
 def _compare(experiment: Experiment, rows: Sequence[Row]) -> list[Comparison]:
     """Settings that share seeds: each with the first one, and a variant with those it names, at equal other values."""
-    figures: dict[str, dict[int, tuple[float, float]]] = {}
-    versus: dict[str, list[str]] = {}
     named = {variant.name: variant.versus for variant in experiment.variants}
+    versus: dict[str, list[str]] = {}
     for row in rows:
-        if row.nll_nats is not None and row.kl_to_teacher_nats is not None:
-            figures.setdefault(row.setting, {})[row.seed] = (row.nll_nats, row.kl_to_teacher_nats)
         variant = row.swept.get("variant", "")
         versus[row.setting] = [other + row.setting.removeprefix(variant) for other in named.get(variant, ())]
-    return compare_settings(figures, versus)
+    return compare_settings(figures_of(rows, lambda row: row.setting), versus)

@@ -5,6 +5,8 @@ import json
 import math
 from pathlib import Path
 
+from shared.eval.report.report import collect, write_report
+
 MACHINE = {
     "host": "bench", "platform": "Linux-6.1-x86_64", "processor": "Example CPU @ 2.40GHz", "cores": 2,
     "memory_bytes": 25_000_000_000, "accelerators": [], "python": "3.11.9",
@@ -22,6 +24,11 @@ FIDELITY = {  # NLL, bits/byte, KL, agreement
 }
 SPEEDS = {"teacher": (212.4, 17.3), "student_kd": (9.8, 214.6), "student_ce": (9.9, 211.2)}
 PASSED = {"teacher": (12, 0.0423, 0.1235), "student_kd": (0, 0.0, 0.0229), "student_ce": (0, 0.0, 0.0229)}
+
+
+def build_report(eval_dir, runs, caches, out_dir, proof_file=None) -> dict:
+    """What `eval report` writes, report.json as data."""
+    return write_report(collect(eval_dir, runs, caches, proof_file, out_dir), out_dir)
 
 
 def digest(text):

@@ -7,7 +7,7 @@ looked for where the record says, and in the folders that the user names and the
 import dataclasses
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,10 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One part of a lineage.
+    """One part of a lineage: its kind and name, where it lies, its recorded digest, and the parts it was made from.
 
-    Args:
-        kind: such as `run`.
-        name: as its record gives it.
-        state: `whole` (its bytes have the recorded digests), `altered`, `missing`, `not recorded` (nothing says what it
-            should be), or `not at hand`: only the digest is known here, as is usual on the student's machine.
-        at: where it lies.
-        digest: as recorded.
-        notes: what else is known of it.
-        made_from: the parts that it was made from.
+    `state` is `whole` (its bytes have the recorded digests), `altered`, `missing`, `not recorded` (nothing says what it
+    should be), or `not at hand`: only the digest is known here, as is usual on the student's machine.
     """
 
     kind: str
@@ -117,51 +110,50 @@ def _found(kind: str, path: Path, notes: list[str], **others: Any) -> Part:
     return Part(kind=kind, name=path.name, state=ALTERED if notes else WHOLE, at=str(path), notes=notes, **others)
 
 
+@dataclass(frozen=True)
 class _Tracer:
-    """Follows records; `places` are the folders in which parts are looked for."""
+    """Follows records; `places` are the folders in which parts are looked for, `followed` the runs on the way."""
 
-    def __init__(self, places: Sequence[Path]) -> None:
-        self._places = places
-        self._followed: set[Path] = set()  # runs; none of them can have started from itself
+    places: Sequence[Path]
+    followed: set[Path] = field(default_factory=set)
 
-    def _place(self, is_it: Callable[[Path], bool], recorded: Sequence[Path] = ()) -> Path | None:
+    def find(self, is_it: Callable[[Path], bool], *recorded: Path) -> Path | None:
         """Where a part lies: one of the paths that a record names for it, or one of the places."""
-        return next((place for place in (*recorded, *self._places) if is_it(place)), None)
+        return next((place for place in (*recorded, *self.places) if is_it(place)), None)
 
     def export(self, path: Path) -> Part:
         lineage = read_json(path / "lineage.json")
         files, digest = lineage["files"], lineage["run"]["sha256"]
         notes = [note for name in files for note in _difference(name, _sha256(path / name), files[name])]
         notes += [] if WEIGHTS in files else [f"lineage.json does not name {WEIGHTS}"]
-        place = self._place(lambda place: _sha256(place / "run.json") == digest)
-        run = self.run(place) if place else Part(
-            kind="run", name=lineage["run"]["name"], digest=digest, made_from=self._inputs(lineage)
-        )  # fmt: skip
+        if place := self.find(lambda place: _sha256(place / "run.json") == digest):
+            run = self.run(place)
+        else:
+            run = Part(kind="run", name=lineage["run"]["name"], digest=digest, made_from=self.inputs(lineage))
         return _found("export", path, notes, digest=files.get(WEIGHTS), made_from=[run])
 
     def run(self, path: Path) -> Part:
-        self._followed.add(path.resolve())
-        record = read_json(path / "run.json")
-        recorded, digest = record.get("weights_sha256"), _sha256(path / WEIGHTS)
-        part = _found("run", path, _difference(WEIGHTS, digest, recorded), digest=digest,
-                      made_from=self._inputs(record))  # fmt: skip
-        if record.get("state") != "finished" or recorded is None:
+        self.followed.add(path.resolve())
+        record, digest = read_json(path / "run.json"), _sha256(path / WEIGHTS)
+        notes = _difference(WEIGHTS, digest, record.get("weights_sha256"))
+        part = _found("run", path, notes, digest=digest, made_from=self.inputs(record))
+        if record.get("state") != "finished" or record.get("weights_sha256") is None:
             notes = [f"run.json, state {record.get('state')}, records no digest of the weights"]
-            return dataclasses.replace(part, state=UNRECORDED, notes=notes)
-        return part if digest else dataclasses.replace(part, state=MISSING)
+            return replace(part, state=UNRECORDED, notes=notes)
+        return part if digest else replace(part, state=MISSING)
 
-    def _inputs(self, record: Record) -> list[Part]:
+    def inputs(self, record: Record) -> list[Part]:
         """The caches and starting weights that a run's record or an export's lineage names."""
         paths = [Path(path) for path in record.get("cache_paths") or []]
-        parts = [self._recorded_cache("cache", part, paths) for part in record["caches"]]
+        parts = [self.recorded_cache("cache", cache, paths) for cache in record["caches"]]
         if record["validation"]:
-            parts.append(self._recorded_cache("validation cache", record["validation"], paths))
-        return [*parts, self._start(record["init_from"])] if record["init_from"] else parts
+            parts.append(self.recorded_cache("validation cache", record["validation"], paths))
+        return [*parts, self.start(record["init_from"])] if record["init_from"] else parts
 
-    def _recorded_cache(self, kind: str, record: Record, paths: Sequence[Path]) -> Part:
+    def recorded_cache(self, kind: str, record: Record, paths: Sequence[Path]) -> Part:
         """A cache that a run was trained on: the first one here that has its shards, or else a damaged one."""
         damaged = []
-        for place in [place for place in (*paths, *self._places) if (place / MANIFEST).exists()]:
+        for place in [place for place in (*paths, *self.places) if (place / MANIFEST).exists()]:
             try:
                 shards = read_manifest(place).shard_digests
             except DistillError:
@@ -172,7 +164,8 @@ class _Tracer:
         if damaged:
             return self.cache(damaged[0], kind)
         name = ", ".join(f"{source['name']} ({source['split']})" for source in record["sources"])
-        return Part(kind=kind, name=name, made_from=self._origins(record["teacher"], record["sources"]))
+        documents = [self.documents(source) for source in record["sources"]]
+        return Part(kind=kind, name=name, made_from=[self.teacher(record["teacher"]), *documents])
 
     def cache(self, path: Path, kind: str = "cache") -> Part:
         try:
@@ -182,71 +175,70 @@ class _Tracer:
         notes = [f"{name}: {what}" for name, what in check_files(path, manifest.files).items()]
         if label_identity(manifest.identity) != manifest.label_identity:
             notes.append("its label identity is not that of its teacher, tokenizer and options")
-        derived = [self._cache_by_digest(part["digest"]) for part in (manifest.derived_from or {}).get("inputs", [])]
-        teacher, *documents = self._origins(manifest.identity["teacher"], manifest.sources)
-        return _found(kind, path, notes, digest=manifest.digest, made_from=[teacher, *derived, *documents])
+        made_from = [self.teacher(manifest.identity["teacher"])]
+        made_from += [self.derived_from(part["digest"]) for part in (manifest.derived_from or {}).get("inputs", [])]
+        made_from += [self.documents(source) for source in manifest.sources]
+        return _found(kind, path, notes, digest=manifest.digest, made_from=made_from)
 
-    def _cache_by_digest(self, digest: str) -> Part:
+    def derived_from(self, digest: str) -> Part:
         """A cache that another was merged or cut from."""
         kind = "derived from cache"
-        place = self._place(lambda place: (place / MANIFEST).exists() and read_manifest(place).digest == digest)
+        place = self.find(lambda place: (place / MANIFEST).exists() and read_manifest(place).digest == digest)
         return self.cache(place, kind) if place else Part(kind=kind, name=digest[:16], digest=digest)
 
-    def _start(self, record: Record) -> Part:
+    def start(self, record: Record) -> Part:
         """The weights that a run started from, and the run that they come from where it is here."""
         digest, kind = record["weights_sha256"], "starting weights"
         recorded = [Path(record["path"])] if "path" in record else []
 
         def holds_them(place: Path) -> bool:
-            is_new = (place / "config.json").is_file() and place.resolve() not in self._followed
+            is_new = (place / "config.json").is_file() and place.resolve() not in self.followed
             return is_new and weights_sha256([sha256_file(file) for file in weight_files(place)]) == digest
 
-        if place := self._place(holds_them, recorded):
+        if place := self.find(holds_them, *recorded):
             runs = [self.run(place)] if (place / "run.json").is_file() else []
             return _found(kind, place, [], digest=digest, made_from=runs)
         return Part(kind=kind, name=recorded[0].name if recorded else "", digest=digest)
 
-    def _origins(self, teacher: Record, sources: Sequence[Record]) -> list[Part]:
-        return [self._teacher(teacher), *(self._documents(source) for source in sources)]
-
-    def _teacher(self, record: Record) -> Part:
+    def teacher(self, record: Record) -> Part:
         name, digest = str(record.get("name")), record["weights_digest"]
-        part = Part(kind="teacher", name=name, digest=digest,
-                    notes=[f"commit {record['commit']}"] if record.get("commit") else [])  # fmt: skip
-        others = [*part.notes, "the folder of that name holds another model, or other weights"]
-        for place in [place for place in self._places if (place / "config.json").is_file()]:
+        notes = [f"commit {record['commit']}"] if record.get("commit") else []
+        part = Part(kind="teacher", name=name, digest=digest, notes=notes)
+        for place in [place for place in self.places if (place / "config.json").is_file()]:
             same_config = sha256_file(place / "config.json") == record["config_digest"]
             if same_config and weights_digest(place) == digest:
-                return dataclasses.replace(part, state=WHOLE, at=str(place), notes=others[:-1])
+                return replace(part, state=WHOLE, at=str(place), notes=notes)
             if same_config or place.resolve().name == name:  # elsewhere gigabytes of weights need not be read
-                part = dataclasses.replace(part, state=ALTERED, at=str(place), notes=others)
+                others = [*notes, "the folder of that name holds another model, or other weights"]
+                part = replace(part, state=ALTERED, at=str(place), notes=others)
         return part
 
-    def _documents(self, source: Record) -> Part:
+    def documents(self, source: Record) -> Part:
         """A data set: its file where one of that name is here, or the library of a Python of that version."""
         from data.load import load_documents
 
-        place = self._place(lambda place: (place / source["name"]).is_file())
+        place = self.find(lambda place: (place / source["name"]).is_file())
         file = str(place / source["name"]) if place else None
         if source["name"] == "stdlib" and source.get("revision") == platform.python_version():
             file = "stdlib"
-        state, notes = ELSEWHERE, [f"revision {source['revision']}"] if source.get("revision") else []
-        if file:
-            columns = (source.get("config") or {}).get("columns")
-            try:
-                read = load_documents(file, source["split"], limit_docs=source["num_documents"], columns=columns)
-                problem = None if read.digest == source["digest"] else "it holds other documents"
-            except DistillError as error:
-                problem = str(error)
-            state, notes = (ALTERED, [*notes, problem]) if problem else (WHOLE, notes)
-        words = f"{source['name']} ({source['split']}), {source['num_documents']} documents"
-        return Part(kind="documents", name=words, state=state, at=file, digest=source["digest"], notes=notes)
+        name = f"{source['name']} ({source['split']}), {source['num_documents']} documents"
+        notes = [f"revision {source['revision']}"] if source.get("revision") else []
+        part = Part(kind="documents", name=name, at=file, digest=source["digest"], notes=notes)
+        if file is None:
+            return part
+        columns = (source.get("config") or {}).get("columns")
+        try:
+            read = load_documents(file, source["split"], limit_docs=source["num_documents"], columns=columns)
+            problem = None if read.digest == source["digest"] else "it holds other documents"
+        except DistillError as error:
+            problem = str(error)
+        return replace(part, state=ALTERED, notes=[*notes, problem]) if problem else replace(part, state=WHOLE)
 
     def report(self, file: Path) -> Part:
         """A report: its files as they lie, then the runs and caches among them."""
         report, base = read_json(file), file.parent.parent
-        require(isinstance(report, dict) and report.get("format") == REPORT_FORMAT, "not a report", where=file,
-                expected=REPORT_FORMAT)  # fmt: skip
+        is_report = isinstance(report, dict) and report.get("format") == REPORT_FORMAT
+        require(is_report, "not a report", where=file, expected=REPORT_FORMAT)
         parts = []
         for name, entry in report["files"].items():
             path, digest = base / name, _sha256(base / name)

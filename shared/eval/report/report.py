@@ -68,13 +68,6 @@ class Collected:
         return bool(same)
 
 
-def build_report(
-    eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path], out_dir: Path, proof_file: Path | None = None
-) -> dict[str, Any]:
-    """Write `report.json`, `report.md` and `report.html`, and return the first as data; see `collect`."""
-    return write_report(collect(eval_dir, runs, caches, proof_file, out_dir), out_dir)
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 

@@ -57,10 +57,10 @@ def test_names_that_would_be_equal_or_too_long_end_in_a_digest(grid):
     [
         ("alpha = 0.5\n", "nothing to train"),
         ("[grid]\n", "nothing to train"),
-        ("grid = 3\n", "must be a table of lists"),
-        ("run = 3\n[grid]\nalpha = [1]\n", "must be a table of settings"),
+        ("grid = 3\n", r"wrong type; where: .*grid\.toml, grid; expected: dict"),
+        ("run = 3\n[grid]\nalpha = [1]\n", "wrong type; where: .*, run; expected: list"),
         ("[[run]]\n", "must be a table of settings"),
-        ("[grid]\nalpha = 0.5\n", "needs a list of values; where: .*grid.alpha"),
+        ("[grid]\nalpha = 0.5\n", r"wrong type; where: .*, grid\.alpha; expected: list"),
         ("[grid]\nalpha = []\n", "needs a list of values"),
         ("[grid]\nalhpa = [0.5]\n", "did you mean 'alpha'"),
         ("temprature = 1.0\n[grid]\nalpha = [0.5]\n", "did you mean 'temperature'"),
@@ -77,7 +77,7 @@ def test_names_that_would_be_equal_or_too_long_end_in_a_digest(grid):
         ("[grid]\nk = [1, 2]\n[[variant]]\nname = 'a'\nk = 3\n", "the same grid and seeds; .*got: k"),
         ("[[variant]]\nname = 'a'\nseed = 3\n", "the same grid and seeds; .*got: seed"),
         ("[[variant]]\nname = 'a'\nkk = 3\n", "unknown configuration key"),
-        ("[confirm]\nsead = 3\n[grid]\nalpha = [1]\n", "unknown configuration key"),
+        ("[confirm]\nsead = 3\n[grid]\nalpha = [1]\n", r"unknown field; where: .*, confirm\.sead; .*'seeds'"),
     ],
 )
 def test_what_is_refused(grid, text, words):

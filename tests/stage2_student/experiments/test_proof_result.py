@@ -13,6 +13,7 @@ from shared.files import write_json
 from stage2_student.experiments.grid import read_experiment
 from stage2_student.experiments.proof import BEST_EPOCH, choose, prove, summarise_proof
 from stage2_student.experiments.report import proof_page
+from stage2_student.experiments.runner import Row
 
 FOLDER = Path(stage2_student.__file__).parent
 EXPERIMENT = """
@@ -92,8 +93,8 @@ def test_an_experiment_that_proves_nothing_is_refused(tmp_path, old, new, words)
 
 
 def trial(variant, rate, *nll):
-    return {"swept": {"variant": variant, "learning_rate": rate}, "validation_nll_nats": list(nll), "best_epoch": 2,
-            "seconds": 1.0}  # fmt: skip
+    return Row(name="", setting="", seed=9, swept={"variant": variant, "learning_rate": rate}, seconds=1.0,
+               validation_nll_nats=list(nll), best_epoch=2)  # fmt: skip
 
 
 def test_the_choice_rests_on_the_best_validation_epoch(tmp_path):
@@ -119,9 +120,10 @@ def finals(**changed):
     }
     common = {"temperature": 1.0, "label_smoothing": 0.0, "learning_rate": 1e-3, "block_size": 64}
     return [
-        {"swept": {"variant": name, "learning_rate": 1e-3, "seed": seed}, "seed": seed, "best_epoch": 1, "steps": 7,
-         "seconds": 1.0, "nll_nats": value, "kl_to_teacher_nats": value / 2, "config": configs[name] | common,
-         "initial_weights_sha256": f"w{seed}", "data": {"blocks": 3}} | (changed if name == "ce" else {})
+        Row(**{"name": name, "setting": "", "swept": {"variant": name, "learning_rate": 1e-3, "seed": seed},
+               "seed": seed, "best_epoch": 1, "steps": 7, "seconds": 1.0, "nll_nats": value, "reasons": {},
+               "kl_to_teacher_nats": value / 2, "config": configs[name] | common, "data": {"blocks": 3},
+               "initial_weights_sha256": f"w{seed}"} | (changed if name == "ce" else {}))
         for name, values in NLL.items() for seed, value in zip((1, 2, 3), values, strict=True)
     ]  # fmt: skip
 
@@ -178,6 +180,12 @@ def variant_of(name, versus):
         name=name, loss="", k=None, alpha=0.7, temperature=1.0, label_smoothing=0.0, learning_rate=1e-3, epochs=3,
         epochs_by_seed=[], test_nll=unknown, test_kl=unknown, versus_ce=versus,
     )  # fmt: skip
+
+
+def test_a_run_without_figures_is_refused(tmp_path):
+    lost = {"nll_nats": None, "reasons": {"nll_nats": "not finite (inf)"}}
+    with pytest.raises(ConfigError, match=r"no test figures; where: ce; got: .*not finite"):
+        summarise_proof(experiment_of(tmp_path), SETTINGS, [], finals(**lost))
 
 
 @pytest.mark.parametrize("changed", [{"initial_weights_sha256": "other"}, {"data": {"blocks": 4}}, {"steps": 8}])

@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from shared.errors import ConfigError
 from shared.eval.cli import evaluate
 from shared.eval.report.compare import compare_files, mcnemar
-from shared.eval.report.report import build_report
 from shared.files import read_json
 from tests.support.report_fixture import (
     MACHINE,
+    build_report,
     timing,
     verdict,
     write,

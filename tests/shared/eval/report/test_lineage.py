@@ -15,10 +15,9 @@ from shared.cache.transform import slice_cache
 from shared.cli import codedistill
 from shared.errors import ConfigError
 from shared.eval.report.lineage import broken_links, trace_lineage
-from shared.eval.report.report import build_report
 from shared.files import sha256_file, sha256_json
 from stage2_student.export import export
-from tests.support.report_fixture import write
+from tests.support.report_fixture import build_report, write
 from tests.support.student_cache import make_cache
 
 

@@ -13,12 +13,13 @@ from shared.checkpoints import model_digest
 from shared.cli import codedistill
 from shared.errors import ConfigError
 from shared.eval.cli import evaluate
-from shared.eval.report.report import build_report, collect
+from shared.eval.report.report import collect
 from shared.eval.report.tables import FIGURES, count, ratio_text
 from shared.eval.results import Fidelity
 from tests.support.eval_models import save_model
 from tests.support.report_fixture import (
     MACHINE,
+    build_report,
     write,
     write_cache,
     write_draft,
