@@ -17,7 +17,7 @@ import socket
 import sys
 from collections.abc import Callable
 
-from shared.eval.sandbox import checker, landlock, namespaces, policy, seccomp, solver
+from shared.eval.sandbox import checker, event_loop, landlock, namespaces, policy, seccomp, solver
 
 _HIGH = 32  # above all descriptors that children get
 
@@ -28,6 +28,7 @@ def main(control_fd: int, walls: policy.Walls) -> None:
     try:
         for name in policy.PRELOADED:
             importlib.import_module(name)
+        event_loop.install()
         program = _put_up(walls)
     except (OSError, StopIteration) as error:
         control.send(json.dumps({"error": f"{walls.name}: {error}"}).encode())

@@ -1,0 +1,406 @@
+"""Values between solver and checker as bytes: typed, bounded, and never code.
+
+A message is a row of operations on a stack, so that nothing nests and depth has no limit: plain values are pushed, an
+object takes what it is made of from the stack and is pushed itself. Both sides number the objects that have crossed, in
+the same order, and keep them in a `Table`. An object crosses once; from then on it is named by its number, so that it
+keeps its identity for the whole check.
+
+Plain data crosses (`kinds.py`), and so do instances of the classes that the prompt defines, which both sides have.
+Whatever else a side owns stays where it is; the other side gets a proxy or a class like it (`proxies.py`).
+"""
+
+import enum
+import io
+import itertools
+import math
+import struct
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from shared.eval.sandbox import exceptions, library
+from shared.eval.sandbox.kinds import CHANGING, FIXED, PLAIN
+from shared.eval.sandbox.outlines import class_outline, form_of, function_outline
+from shared.eval.sandbox.table import Table, base_among
+
+MAX_BYTES = 256 << 20
+_FIXED, _CHANGING = list(FIXED.items()), list(CHANGING.items())
+_FIXED_TAGS = {kind: tag for tag, (kind, _) in enumerate(_FIXED)}
+_CHANGING_TAGS = {kind: tag for tag, (kind, _) in enumerate(_CHANGING)}
+
+
+class NotPlainError(Exception):
+    """A value that cannot cross, or bytes that are none.
+
+    Attributes:
+        kind: the type that cannot cross.
+    """
+
+    def __init__(self, text: str, kind: type | None = None) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class TooLargeError(NotPlainError):
+    """A value that cannot cross because of its size."""
+
+    def __init__(self) -> None:
+        super().__init__(f"more than {MAX_BYTES >> 20} MiB")
+
+
+class Makers(Protocol):
+    """Makes what stands for things of the other side; see `proxies.py`."""
+
+    def proxy(self, number: int, form: bytes, items: list[Any]) -> Any:
+        """Of an object that stays there, from its form and what is said of it."""
+
+    def kind(self, items: list[Any]) -> type:
+        """Of a class, from its outline."""
+
+
+class _Later(NamedTuple):
+    """An operation to be written once the items that it takes have been."""
+
+    operation: bytes
+    tag: int
+    num_items: int
+    value: Any  # the object that it makes
+
+
+class Encoder:
+    """Values to bytes.
+
+    Args:
+        table: the objects that the other side knows; new ones are added.
+        exact: refuse what is no plain data; otherwise instances of other classes are written as what they are built on,
+            and anything else is exported.
+    """
+
+    def __init__(self, table: Table, *, exact: bool) -> None:
+        self.table, self.exact = table, exact
+        self._parts: list[bytes] = []
+        self._num_bytes = 0
+        self._work: list[Any] = []  # values, and operations on them; the last comes first
+        self._unmade: set[int] = set()  # ids of objects that are made once their items are there
+
+    def encode(self, value: Any) -> None:
+        """Append a value.
+
+        Raises:
+            NotPlainError: it is no plain data, or too large.
+        """
+        self._work.append(value)
+        self._finish()
+
+    def change(self, number: int) -> None:
+        """Append what an object that both sides know holds now."""
+        self._put_contents(number)
+        self._finish()
+
+    def release(self, numbers: Sequence[int]) -> None:
+        """Append objects to give up."""
+        if numbers:
+            self._put(struct.pack(f"<cI{len(numbers)}I", b"U", len(numbers), *numbers))
+
+    def take(self) -> bytes:
+        """What has been appended."""
+        return b"".join(self._parts)
+
+    def _finish(self) -> None:
+        while self._work:
+            item = self._work.pop()
+            if type(item) is _Later:
+                self._make(item)
+            else:
+                self._value(item)
+
+    def _put(self, part: bytes) -> None:
+        self._num_bytes += len(part)
+        if self._num_bytes > MAX_BYTES:
+            raise TooLargeError
+        self._parts.append(part)
+
+    def _put_sized(self, operation: bytes, data: bytes) -> None:
+        self._put(operation + struct.pack("<I", min(len(data), 0xFFFFFFFF)))
+        self._put(data)
+
+    def _value(self, value: Any) -> None:
+        kind = type(value)
+        if value is None or kind is types.TracebackType:
+            self._put(b"N")
+        elif kind is bool:
+            self._put(b"T" if value else b"F")
+        elif kind is int:
+            self._int(value)
+        elif kind is float and value == value:
+            self._put(struct.pack("<cd", b"d", value))
+        elif kind is str:
+            self._put_sized(b"s", _encoded(value))
+        elif kind is bytes:
+            self._put_sized(b"b", value)
+        elif kind is complex:
+            self._put(struct.pack("<cdd", b"c", value.real, value.imag))
+        elif value is Ellipsis:
+            self._put(b".")
+        elif (number := self.table.number(value)) is not None:
+            self._put(struct.pack("<cI", b"r", number))
+        elif (name := library.name_of(value, any_of_library=self.exact)) is not None:
+            self._put_sized(b"P", name.encode())
+        elif id(value) in self._unmade:
+            raise NotPlainError("an immutable object inside itself")
+        else:
+            self._object(value, kind)
+
+    def _int(self, value: int) -> None:
+        if -(1 << 63) <= value < 1 << 63:
+            self._put(struct.pack("<cq", b"j", value))
+        elif value.bit_length() > 8 * MAX_BYTES:
+            raise TooLargeError
+        else:
+            self._put_sized(b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
+
+    def _object(self, value: Any, kind: type) -> None:
+        """An object that has not crossed yet."""
+        base = self.table.base_of(kind)
+        if kind in FIXED and (items := FIXED[kind].take(value)) is not None:
+            self._later(b"M", items, value, _FIXED_TAGS[kind])
+        elif kind in CHANGING:
+            made_with = CHANGING[kind].made_with(value)
+            for item in made_with:
+                self._value(item)
+            self._make(_Later(b"O", _CHANGING_TAGS[kind], len(made_with), value))
+        elif isinstance(value, type) and (not self.exact or issubclass(value, BaseException)):
+            self._later(b"K", class_outline(value, with_names=not self.exact), value)
+        elif isinstance(value, BaseException):
+            self._later(b"E", [kind, *exceptions.outline(value)], value)
+        elif known := library.state(value):
+            self._later(b"L", known, value)
+        elif base is None or (self.exact and base is not kind and self.table.number(kind) is None):
+            self._export(value, kind)
+        elif issubclass(kind, enum.Enum) and base is kind:
+            self._later(b"Y", [kind, *_member(value, kind)], value)
+        else:
+            plain, changing = base_among(kind, PLAIN), base_among(kind, CHANGING)
+            made_with = CHANGING[changing].made_with(value) if changing else [PLAIN[plain](value)] if plain else []
+            self._later(b"I", [kind, *made_with], value)
+
+    def _export(self, value: Any, kind: type) -> None:
+        """Something that stays on this side."""
+        form = form_of(value)
+        # A test's iterator is only asked for items, so it must be nothing more; of an `object()` nothing can be asked.
+        if self.exact and (form in (b"o", b"c", b"s") or isinstance(value, io.IOBase)) and kind is not object:
+            raise NotPlainError(f"a value of type {kind.__name__}", kind)
+        has_class = not self.exact and form in (b"i", b"k", b"o", b"s")
+        self._later(b"X", [kind] if has_class else function_outline(value), value, form[0])
+
+    def _later(self, operation: bytes, items: Sequence[Any], value: Any, tag: int = 0) -> None:
+        """Write the items, and then the operation that makes an object of them."""
+        self._unmade.add(id(value))
+        self._items(items, _Later(operation, tag, len(items), value))
+
+    def _put_contents(self, number: int) -> None:
+        value = self.table.objects[number]
+        items = self.table.contents(value)
+        self._items(items, _Later(b"C", 0, len(items), number))
+
+    def _items(self, items: Sequence[Any], then: _Later) -> None:
+        packed = _packed(items)
+        if packed is None:
+            self._work.append(then)
+            self._work.extend(reversed(items))
+        else:
+            self._put(packed)
+            self._make(then)
+
+    def _make(self, later: _Later) -> None:
+        operation, tag, count, value = later
+        if operation == b"C":
+            self._put(struct.pack("<cII", b"C", value, count))
+            return
+        self._put(struct.pack("<cBI", operation, tag, count))
+        number = self.table.add(value)
+        self._unmade.discard(id(value))
+        if operation in (b"X", b"K"):
+            self.table.exported.add(number)
+        elif operation in (b"O", b"I"):
+            self._put_contents(number)
+
+
+def _member(value: enum.Enum, kind: Any) -> list[Any]:
+    """A member's name; of one without a name of its own, such as two flags, its value."""
+    name = getattr(value, "_name_", None)
+    return [name] if kind.__members__.get(name) is value else [None, value._value_]
+
+
+def _encoded(text: str) -> bytes:
+    if len(text) > MAX_BYTES:
+        raise TooLargeError
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _packed(items: Sequence[Any]) -> bytes | None:
+    """Many values of one type at once, which is fast; None where they are not."""
+    kinds = set(map(type, items))
+    if kinds == {str}:
+        texts = list(map(_encoded, items))
+        return struct.pack(f"<cI{len(items)}I", b"S", len(items), *map(len, texts)) + b"".join(texts)
+    if kinds == {int} or (kinds == {float} and not math.isnan(sum(items))):
+        form = "q" if kinds == {int} else "d"
+        try:
+            return struct.pack(f"<cI{len(items)}{form}", b"Q" if form == "q" else b"W", len(items), *items)
+        except struct.error:  # an integer beyond 64 bits
+            pass
+    return None
+
+
+class Decoder:
+    """Bytes to values.
+
+    Args:
+        table: the objects that references may name; new ones are added.
+        data: what an `Encoder` wrote, or anything.
+        makers: makes what stands for things of the other side.
+        named: finds what the other side may name; see `library.py`.
+        start: where in the data it begins.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        data: bytes,
+        makers: Makers,
+        named: Callable[[str], Any] = library.named,
+        start: int = 0,
+    ) -> None:
+        self.table, self._makers, self._named = table, makers, named
+        self.first_new = table.next_number
+        self.changed: list[int] = []  # the objects known before that now hold something else
+        self._data, self._at = data, start
+        self._stack: list[Any] = []
+
+    def decode(self) -> list[Any]:
+        """The values, in order.
+
+        Raises:
+            NotPlainError: the bytes are no values.
+        """
+        end, stack = len(self._data), self._stack
+        try:
+            while self._at < end:
+                operation = self._data[self._at : self._at + 1]
+                self._at += 1
+                match operation:
+                    case b"j":
+                        stack += self._unpack("q")
+                    case b"s":
+                        stack.append(self._sized().decode("utf-8", "surrogatepass"))
+                    case b"r":
+                        stack.append(self.table.objects[self._unpack("I")[0]])
+                    case b"N":
+                        stack.append(None)
+                    case b"T" | b"F":
+                        stack.append(operation == b"T")
+                    case b"d":
+                        stack += self._unpack("d")
+                    case b"Q" | b"W" | b"S":
+                        stack += self._many(operation)
+                    case b"i":
+                        stack.append(int.from_bytes(self._sized(), "little", signed=True))
+                    case b"b":
+                        stack.append(self._sized())
+                    case b"c":
+                        stack.append(complex(*self._unpack("dd")))
+                    case b".":
+                        stack.append(...)
+                    case b"P":
+                        stack.append(self._named(self._sized().decode()))
+                    case b"C":
+                        self._refill(*self._unpack("II"))
+                    case b"U":
+                        (count,) = self._unpack("I")
+                        self.table.forget(self._unpack(f"{count}I"))
+                    case _:
+                        value = self._made(operation)
+                        self.table.add(value)
+                        stack.append(value)
+        except NotPlainError:
+            raise
+        except Exception as error:  # whatever a hostile message makes anything do
+            raise NotPlainError(f"malformed data: {error}") from None
+        return stack
+
+    def _unpack(self, form: str) -> tuple[Any, ...]:
+        found = struct.unpack_from("<" + form, self._data, self._at)
+        self._at += struct.calcsize("<" + form)
+        return found
+
+    def _sized(self, size: int | None = None) -> bytes:
+        if size is None:
+            (size,) = self._unpack("I")
+        if size > len(self._data) - self._at:
+            raise NotPlainError("cut short")
+        self._at += size
+        return self._data[self._at - size : self._at]
+
+    def _many(self, operation: bytes) -> Iterable[Any]:
+        (count,) = self._unpack("I")
+        if count > len(self._data) - self._at:  # each has a byte at least
+            raise NotPlainError("cut short")
+        if operation != b"S":
+            return self._unpack(f"{count}{'q' if operation == b'Q' else 'd'}")
+        ends = list(itertools.accumulate(self._unpack(f"{count}I"), initial=0))
+        texts = self._sized(ends[-1])
+        return [texts[i:j].decode("utf-8", "surrogatepass") for i, j in itertools.pairwise(ends)]
+
+    def _taken(self, count: int) -> list[Any]:
+        """What the last so many operations have pushed."""
+        if count > len(self._stack):
+            raise NotPlainError("cut short")
+        start = len(self._stack) - count
+        items = self._stack[start:]
+        del self._stack[start:]
+        return items
+
+    def _refill(self, number: int, count: int) -> None:
+        self.table.refill(self.table.objects[number], self._taken(count))
+        if number < self.first_new:
+            self.changed.append(number)
+
+    def _made(self, operation: bytes) -> Any:
+        """A new object of what it takes from the stack."""
+        tag, count = self._unpack("BI")
+        items = self._taken(count)
+        match operation:
+            case b"O":
+                kind, changing = _CHANGING[tag]
+                return changing.new(kind, *items)
+            case b"M":
+                return _FIXED[tag][1].make(items)
+            case b"L":
+                return library.restored(*items)
+            case b"E":
+                return exceptions.rebuilt(*items)
+            case b"K":
+                return self._makers.kind(items)
+            case b"X":
+                return self._makers.proxy(self.table.next_number, bytes([tag]), items)
+            case b"Y":
+                return self._member(*items)
+            case b"I":
+                return self._instance(*items)
+        raise NotPlainError("an unknown operation")
+
+    def _member(self, kind: Any, name: Any, *value: Any) -> Any:
+        if self.table.base_of(kind) is not kind or not issubclass(kind, enum.Enum):
+            raise NotPlainError("a member of no enumeration")
+        return kind(*value) if value else kind[name]
+
+    def _instance(self, kind: Any, *made_with: Any) -> Any:
+        """An empty instance of a class that both sides have; what it holds comes next."""
+        if self.table.base_of(kind) is None or issubclass(kind, enum.Enum | BaseException):
+            raise NotPlainError("an instance of no class of data")
+        if (changing := base_among(kind, CHANGING)) is not None:
+            return CHANGING[changing].new(kind, *made_with)
+        if (plain := base_among(kind, PLAIN)) is not None and list(map(type, made_with)) != [plain]:
+            raise NotPlainError("an instance of another form")
+        return (plain or base_among(kind, (types.SimpleNamespace, object))).__new__(kind, *made_with)
