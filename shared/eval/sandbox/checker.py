@@ -218,7 +218,7 @@ class _ProgramPeer(Peer):
         self.doubts.append(reason)
 
     def give_methods(self, kind: type, names: list[str]) -> None:
-        """Have a class of the prompt do by the program's class what the prompt leaves open, and make instances by it."""
+        """Have a class of the prompt do as the program's class does, where the prompt leaves it open."""
         deciding = prompt.deciding_names(kind)
         wanted = [name for name in names if name == "__init__" or prompt.is_open(kind, name.removeprefix("="))]
         give_methods(self, kind, wanted, deciding)

@@ -87,7 +87,7 @@ def base_named(paths: str) -> type | None:
 
 
 def state(value: Any) -> list[Any] | None:
-    """A member of one of the library's enumerations, or one of its named tuples, as its class's name and plain items."""
+    """A member of an enumeration of the library, or a named tuple of it, as its class's name and plain items."""
     kind = type(value)
     if (_is_record(kind) or issubclass(kind, enum.Enum)) and (path := path_of(kind)) is not None:
         return [path, value.value] if isinstance(value, enum.Enum) else [path, *tuple.__iter__(value)]

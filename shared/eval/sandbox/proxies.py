@@ -223,15 +223,10 @@ class _RemoteCallable(Remote):
     def __signature__(self) -> inspect.Signature:
         parameters, returned = self._do("signature")
         empty = inspect.Parameter.empty
-        made = [
-            inspect.Parameter(
-                name,
-                inspect._ParameterKind(kind),
-                default=default if has else empty,
-                annotation=[empty, *annotation][-1],
-            )
-            for name, kind, has, default, annotation in parameters
-        ]
+        made = []
+        for name, kind, default, annotation in parameters:
+            of_it = {"default": [empty, *default][-1], "annotation": [empty, *annotation][-1]}
+            made.append(inspect.Parameter(name, inspect._ParameterKind(kind), **of_it))
         return inspect.Signature(made, return_annotation=[empty, *returned][-1])
 
 
