@@ -1,7 +1,7 @@
 """The child that runs a test against a proxy of the program, and alone writes the verdict.
 
-Lines on its socket: `loaded`, `held` for each assert that held, `transport` with microseconds that messages took, and
-JSON `[verdict, detail]`, the first of which stands.
+Lines on its socket: `loaded`; `held` for each assert that held; `calls` and `callbacks` with the microseconds that
+messages took; and JSON `[verdict, detail]`, the first of which stands.
 Where an assert of the test fails the others are still tried, for the count alone.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from shared.eval.sandbox import prompt, solver
-from shared.eval.sandbox.asserts import FAILED, HELD, SECONDS_PER_NOTE, TRANSPORT, count_asserts
+from shared.eval.sandbox.asserts import FAILED, HELD, count_asserts
 from shared.eval.sandbox.channel import Channel, read_all, write_all
 from shared.eval.sandbox.codec import NotPlainError, TooLargeError
 from shared.eval.sandbox.needs import Needs
@@ -27,6 +27,9 @@ from shared.eval.sandbox.proxies import ITERATING, TEST_METHODS, Makers, Remote,
 from shared.eval.sandbox.surroundings import Surroundings, wanted
 from shared.eval.sandbox.table import Table
 
+# What messages took is told once it has come to so much: those of calls by the test, and by the program.
+OF_TEST, OF_PROGRAM = "calls", "callbacks"
+_SECONDS_PER_NOTE = 0.02
 # A test with these words may wait for a thread of the program, which is given the turn so often.
 _WAITING = ("sleep", "wait", "join")
 _SECONDS_BETWEEN_TURNS = 0.005
@@ -198,7 +201,7 @@ class _ProgramPeer(Peer):
         self.was_called = False
         self.doubts: list[str] = []
         self._check, self._expects_stop = check, expects_stop
-        self._transport_seconds = 0.0
+        self._transport_seconds = {OF_TEST: 0.0, OF_PROGRAM: 0.0}
 
     def call(self, number: int, method: str, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
         self.was_called |= method == "call"
@@ -231,12 +234,13 @@ class _ProgramPeer(Peer):
                 if self.table.exported:
                     self.call(0, "turn")
 
-    def count_transport(self, seconds: float) -> None:
-        """Tell the other side, now and then, of the time that messages took, which is no time of the program's."""
-        self._transport_seconds += seconds
-        if self._transport_seconds >= SECONDS_PER_NOTE:
-            self._check.note(f"{TRANSPORT} {round(1e6 * self._transport_seconds)}")
-            self._transport_seconds = 0.0
+    def count_transport(self, seconds: float, *, is_own: bool) -> None:
+        """Tell the worker, now and then, of the time that messages took, which is no time of the program's."""
+        kind = OF_TEST if is_own else OF_PROGRAM
+        self._transport_seconds[kind] += seconds
+        if self._transport_seconds[kind] >= _SECONDS_PER_NOTE:
+            self._check.note(f"{kind} {round(1e6 * self._transport_seconds[kind])}")
+            self._transport_seconds[kind] = 0.0
 
 
 def _raise(error: BaseException) -> NoReturn:

@@ -391,7 +391,7 @@ class Decoder:
         raise NotPlainError("an unknown operation")
 
     def _member(self, kind: Any, name: Any, *value: Any) -> Any:
-        if self.table.base_of(kind) is not kind or not issubclass(kind, enum.Enum):
+        if not issubclass(kind, enum.Enum) or self.table.base_of(kind) is None:
             raise NotPlainError("a member of no enumeration")
         return kind(*value) if value else kind[name]
 

@@ -111,8 +111,13 @@ class Peer:
     def doubt(self, reason: str) -> None:
         """Note that the program decides something that the test goes by."""
 
-    def count_transport(self, seconds: float) -> None:
-        """Take note of the seconds that a message took both sides to pack, pass on and unpack."""
+    def count_transport(self, seconds: float, *, is_own: bool) -> None:
+        """Take note of the seconds that a message took both sides to pack, pass on and unpack.
+
+        Args:
+            seconds: so many.
+            is_own: whether it belongs to a call of this side.
+        """
 
     def _send(self, how: bytes, values: list[Any]) -> None:
         """What has changed, the surroundings, and values, which become known to the other side."""
@@ -134,7 +139,7 @@ class Peer:
             raise
         self.table.agree([*changed, *range(first_new, self.table.next_number)])
         self._deliver(how + encoder.take())
-        self._count(start)
+        self._count(start, is_own=how == CALL)
 
     def _deliver(self, message: bytes) -> None:
         try:
@@ -142,9 +147,9 @@ class Peer:
         except OSError as error:
             raise GoneError from error
 
-    def _count(self, start: float) -> None:
+    def _count(self, start: float, *, is_own: bool) -> None:
         """Count a message that this side has packed or unpacked since then; the other side takes as long."""
-        self.count_transport(_SECONDS_PER_MESSAGE + 2 * (time.perf_counter() - start))
+        self.count_transport(_SECONDS_PER_MESSAGE + 2 * (time.perf_counter() - start), is_own=is_own)
 
     def _receive(self) -> tuple[bytes, list[Any]]:
         """How the other side answers, and with which values.
@@ -173,5 +178,5 @@ class Peer:
         self.table.agree([*decoder.changed, *range(decoder.first_new, self.table.next_number)])
         if not self._exact:
             self.table.note_unreachable()
-        self._count(start)
+        self._count(start, is_own=how != CALL)
         return how, values

@@ -10,21 +10,20 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shared.errors import SandboxError
-from shared.eval.sandbox.asserts import TRANSPORT
+from shared.eval.sandbox.checker import OF_PROGRAM, OF_TEST
 from shared.eval.sandbox.policy import Walls, library_folders, package_folders
 
 START_SECONDS = 60.0
-# After the first failed assert the others are tried for so long.
 VERDICTS = ("passed", "failed", "timed out", "killed", "error")
-_COUNT_SECONDS = 1.0
+_COUNT_SECONDS = 1.0  # for trying the other asserts after the first that failed
 _CPU_SECONDS_BEYOND = 2
-# What messages between test and program take is no time of the program's and puts the deadline off, but never beyond
-# so many times its limit.
+# What messages between test and program take is no time of the program's and puts the deadline off: for calls by the
+# program by its limit at most, and never beyond so many times its limit.
 _LONGEST = 10
 _MAX_LINE_BYTES = 1 << 20
 _ROOT = Path(__file__).parents[3]
@@ -190,7 +189,7 @@ class Worker:
             if not candidate.same_process:
                 _hand_over(solver, {"program": program, "entry_point": candidate.entry_point}, deadline)
             _hand_over(checker, job, deadline)
-            notes, in_time = _read_notes(checker, deadline, deadline + (_LONGEST - 1) * timeout_seconds)
+            notes, in_time = _read_notes(checker, deadline, timeout_seconds)
             statuses = self._finish()
         if notes.verdict is not None:
             verdict, detail = _parsed(notes.verdict)
@@ -229,12 +228,12 @@ def _hand_over(end: socket.socket, job: dict[str, str], deadline: float) -> None
 
 @dataclass(slots=True)
 class _Notes:
-    """What a checker has written: two kinds of notes, and its verdict as it came. A program that shares its process
-    may write anything, and as much as it likes."""
+    """What a checker has written: its notes, and its verdict as it came. A program that shares its process may write
+    anything, and as much as it likes."""
 
     loaded: bool = False
     num_held: int = 0
-    transport_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: {OF_TEST: 0.0, OF_PROGRAM: 0.0})  # of messages
     verdict: bytes | None = None
 
     def add(self, line: bytes) -> None:
@@ -243,16 +242,17 @@ class _Notes:
         self.loaded |= line == b"loaded"
         self.num_held += line == b"held"
         match line.split(b" "):
-            case [kind, number] if kind == TRANSPORT.encode() and number.isdigit():
-                self.transport_seconds += int(number[:18]) / 1e6
+            case [kind, number] if (of := kind.decode("ascii", "replace")) in self.seconds and number.isdigit():
+                self.seconds[of] += int(number[:18]) / 1e6
 
 
-def _read_notes(end: socket.socket, deadline: float, last: float) -> tuple[_Notes, bool]:
+def _read_notes(end: socket.socket, deadline: float, limit: float) -> tuple[_Notes, bool]:
     """What the checker writes until it ends or the deadline is there, which messages put off; and whether it ended."""
-    notes, rest = _Notes(), b""
+    notes, rest, last = _Notes(), b"", deadline + (_LONGEST - 1) * limit
     while True:
         # One that never stops writing has none left either.
-        left = min(deadline + notes.transport_seconds, last) - time.monotonic()
+        put_off = notes.seconds[OF_TEST] + min(notes.seconds[OF_PROGRAM], limit)
+        left = min(deadline + put_off, last) - time.monotonic()
         if left <= 0 or not select.select([end], [], [], left)[0]:
             return notes, False
         try:

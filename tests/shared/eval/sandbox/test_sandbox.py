@@ -110,28 +110,27 @@ def test_a_test_that_uses_the_programs_names_is_our_error_unless_in_one_process(
 
 
 def test_what_messages_take_is_no_time_of_the_program(sandbox):
-    """Calls of the program, calls of the test's function and large arguments, each for longer than the limit."""
+    """Calls of the program and large arguments, each for longer than the limit."""
     limit = 0.3
     calls = "def check(candidate):\n    for i in range(12000): assert candidate(i) == i + 1\n"
-    back = "def check(candidate):\n    assert candidate(lambda v: 1) == 12000\n"
     large = (
         "TEXTS = [str(v) for v in range(20000)]\ndef check(candidate):\n"
         "    for i in range(60): assert candidate(list(TEXTS)) == 20000\n"
     )
-    rows = [program("    return x + 1\n", calls), program("    return sum(map(x, range(12000)))\n", back),
-            program("    return len(x)\n", large)]  # fmt: skip
+    rows = [program("    return x + 1\n", calls), program("    return len(x)\n", large)]
     verdicts = run_candidates(rows, sandbox=sandbox, timeout_seconds=limit, workers=1)
-    assert [v.verdict for v in verdicts] == ["passed"] * 3
-    assert verdicts[0].seconds > limit and verdicts[1].seconds > limit
+    assert [v.verdict for v in verdicts] == ["passed"] * 2
+    assert verdicts[0].seconds > limit
 
 
-def test_messages_put_no_deadline_off_for_good(sandbox):
-    endless = program("    while True: x()\n", "def check(candidate):\n    candidate(lambda: None)\n")
+def test_messages_put_no_deadline_off_for_good_and_calls_by_the_program_for_less(sandbox):
     asleep = program("    x(1)\n    while True: pass\n", "def check(candidate):\n    candidate(lambda v: v)\n")
+    calls = program("    while True: x()\n", "def check(candidate):\n    candidate(lambda: None)\n")
+    is_called = program("    return x\n", "def check(candidate):\n    while True: candidate(1)\n")
     with Worker(sandbox.walls) as worker:
-        talking, silent = worker.run(endless, 0.2), worker.run(asleep, 0.2)
-    assert (talking.verdict, silent.verdict) == ("timed out", "timed out")
-    assert silent.seconds < talking.seconds
+        found = [worker.run(candidate, 0.2) for candidate in (asleep, calls, is_called)]
+    assert [verdict.verdict for verdict in found] == ["timed out"] * 3
+    assert found[0].seconds < found[1].seconds < found[2].seconds
 
 
 def test_what_the_test_keeps_is_not_gone_through_in_full_for_each_call(sandbox):
