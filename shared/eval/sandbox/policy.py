@@ -11,6 +11,9 @@ from pathlib import Path
 PRELOADED: tuple[str, ...] = ("bisect", "copy", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools")
 PRELOADED += ("inspect", "math", "operator", "random", "re", "string", "typing", "zoneinfo")
 
+# What a test may use of numpy. It is loaded before the walls are there; no program has it.
+NUMPY: tuple[str, ...] = ("numpy", "numpy.fft", "numpy.linalg", "numpy.ma", "numpy.polynomial", "numpy.random", "numpy.testing")
+
 _MEMORY_BYTES = 2 << 30
 _STACK_BYTES = 8 << 20
 _MAX_DESCRIPTORS = 64

@@ -81,7 +81,8 @@ def run_candidates(
         return []
     with ExitStack() as stack:
         idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        everyone = [stack.enter_context(Worker(sandbox.walls)) for _ in range(num_workers)]
+        with_numpy = any("numpy" in candidate.test for candidate in candidates)
+        everyone = [stack.enter_context(Worker(sandbox.walls, with_numpy=with_numpy)) for _ in range(num_workers)]
         for worker in everyone:
             worker.wait_ready()
             idle.put(worker)

@@ -22,15 +22,26 @@ from shared.eval.sandbox import checker, event_loop, landlock, namespaces, polic
 _HIGH = 32  # above all descriptors that children get
 
 
-def main(control_fd: int, walls: policy.Walls) -> None:
-    """Put up the walls, all of them, say so, and serve until the socket ends."""
+def main(control_fd: int, walls: policy.Walls, packages: str = "") -> None:
+    """Put up the walls, all of them, say so, and serve until the socket ends.
+
+    Args:
+        control_fd: the socket.
+        walls: to be put up.
+        packages: the folder that numpy is in, for tests that use it; empty to do without.
+    """
     control = socket.socket(fileno=control_fd)
     try:
         for name in policy.PRELOADED:
             importlib.import_module(name)
+        if packages:
+            sys.path.insert(0, packages)
+            for name in policy.NUMPY:
+                importlib.import_module(name)
+            sys.path.remove(packages)
         event_loop.install()
         program = _put_up(walls)
-    except (OSError, StopIteration) as error:
+    except (OSError, StopIteration, ImportError) as error:
         control.send(json.dumps({"error": f"{walls.name}: {error}"}).encode())
         os._exit(1)
     gc.collect()

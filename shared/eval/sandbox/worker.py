@@ -1,6 +1,7 @@
 """This side of one fork server: hand it candidates one by one, keep the deadline, believe nobody but the checker."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import select
@@ -29,7 +30,7 @@ _MAX_LINE_BYTES = 1 << 20
 _ROOT = Path(__file__).parents[3]
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from shared.eval.sandbox import policy, server; del sys.path[0]; "
-    "server.main(int(sys.argv[2]), policy.Walls(**dict.fromkeys(sys.argv[3:], True)))"
+    "server.main(int(sys.argv[2]), policy.Walls(**dict.fromkeys(sys.argv[4:], True)), sys.argv[3])"
 )
 # `-I` would also ignore PYTHONHASHSEED, and with it the order of sets would change from run to run.
 _INTERPRETER = (sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _START)
@@ -72,12 +73,18 @@ class ServerGoneError(Exception):
 class Worker:
     """A fork server behind given walls. A context manager; one candidate at a time.
 
+    Args:
+        walls: to be put up.
+        with_numpy: have numpy at hand for tests, where it is installed.
+
     Raises:
         SandboxError: no process can be started.
     """
 
-    def __init__(self, walls: Walls) -> None:
+    def __init__(self, walls: Walls, *, with_numpy: bool = False) -> None:
         self.walls = walls
+        found = importlib.util.find_spec("numpy") if with_numpy else None
+        self._packages = str(Path(found.origin).parents[1]) if found and found.origin else ""
         self._control: socket.socket
         self._process: subprocess.Popen[bytes]
         self._ready = False
@@ -151,7 +158,7 @@ class Worker:
         self._ready = False
         self._control, other = socket.socketpair()
         # Descriptors are kept by both the interpreter and bubblewrap.
-        arguments = [str(_ROOT), str(other.fileno())]
+        arguments = [str(_ROOT), str(other.fileno()), self._packages]
         arguments += [name for name in ("namespaces", "landlock", "seccomp", "bubblewrap") if getattr(self.walls, name)]
         with other:
             try:
