@@ -42,7 +42,6 @@ def evaluate_benchmark(
     limit: int | None,
     timeout_seconds: float,
     dtype: str,
-    allow_host_reads: bool,
     unsafe: bool,
 ) -> BenchmarkResult | None:
     """Score a model's completions, in one process or in several under torchrun, of which rank 0 scores.
@@ -61,7 +60,6 @@ def evaluate_benchmark(
         limit: only the first problems; None for all.
         timeout_seconds: wall time of one program.
         dtype: one of `checkpoints.DTYPES`.
-        allow_host_reads: run programs even where they can read the host's files.
         unsafe: run programs without isolation.
 
     Returns:
@@ -72,7 +70,7 @@ def evaluate_benchmark(
         if agree([inputs is None]) == [1]:
             return None
         if benchmark is not None:
-            sandbox = _sandbox(benchmark.name, allow_host_reads=allow_host_reads, unsafe=unsafe)
+            sandbox = _sandbox(benchmark.name, unsafe=unsafe)
         problems = _shared([] if benchmark is None else benchmark.problems[:limit])
         model, tokenizer = load_model(model_dir, dtype)
         settings = {
@@ -288,10 +286,10 @@ def describe(result: BenchmarkResult) -> str:
     return f"{name}: {solved}, {', '.join(scores)}; of the programs {', '.join(shown)}{refused}"
 
 
-def _sandbox(name: str, *, allow_host_reads: bool, unsafe: bool) -> Sandbox | SandboxError:
+def _sandbox(name: str, *, unsafe: bool) -> Sandbox | SandboxError:
     """A sandbox, or why there is none."""
     try:
-        return open_sandbox(allow_host_reads=allow_host_reads, unsafe=unsafe)
+        return open_sandbox(unsafe=unsafe)
     except SandboxError as error:
         log(f"{name}: completions are made, but no program is run: {error}")
         return error

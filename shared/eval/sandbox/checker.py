@@ -23,13 +23,12 @@ from shared.eval.sandbox.channel import Channel, read_all, write_all
 from shared.eval.sandbox.codec import NotPlainError, TooLargeError
 from shared.eval.sandbox.needs import Needs
 from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
+from shared.eval.sandbox.policy import OF_PROGRAM, OF_TEST
 from shared.eval.sandbox.proxies import ITERATING, TEST_METHODS, Makers, Remote, RemoteFunction, give_methods
 from shared.eval.sandbox.surroundings import Surroundings, wanted
 from shared.eval.sandbox.table import Table
 
-# What messages took is told once it has come to so much: those of calls by the test, and by the program.
-OF_TEST, OF_PROGRAM = "calls", "callbacks"
-_SECONDS_PER_NOTE = 0.02
+_SECONDS_PER_NOTE = 0.02  # of messages
 # A test with these words may wait for a thread of the program, which is given the turn so often.
 _WAITING = ("sleep", "wait", "join")
 _SECONDS_BETWEEN_TURNS = 0.005

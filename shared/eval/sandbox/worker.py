@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import SandboxError
-from shared.eval.sandbox.checker import OF_PROGRAM, OF_TEST
-from shared.eval.sandbox.policy import Walls, library_folders, package_folders
+from shared.eval.sandbox.policy import OF_PROGRAM, OF_TEST, Isolation
 
 START_SECONDS = 60.0
 VERDICTS = ("passed", "failed", "timed out", "killed", "error")
@@ -30,7 +28,7 @@ _MAX_LINE_BYTES = 1 << 20
 _ROOT = Path(__file__).parents[3]
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from shared.eval.sandbox import policy, server; del sys.path[0]; "
-    "server.main(int(sys.argv[2]), policy.Walls(**dict.fromkeys(sys.argv[4:], True)), sys.argv[3])"
+    "server.main(int(sys.argv[2]), policy.Isolation[sys.argv[3]], sys.argv[4])"
 )
 # `-I` would also ignore PYTHONHASHSEED, and with it the order of sets would change from run to run.
 _INTERPRETER = (sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _START)
@@ -71,18 +69,18 @@ class ServerGoneError(Exception):
 
 
 class Worker:
-    """A fork server behind given walls. A context manager; one candidate at a time.
+    """An isolated fork server. A context manager; one candidate at a time.
 
     Args:
-        walls: to be put up.
+        isolation: its layers.
         with_numpy: have numpy at hand for tests, where it is installed.
 
     Raises:
         SandboxError: no process can be started.
     """
 
-    def __init__(self, walls: Walls, *, with_numpy: bool = False) -> None:
-        self.walls = walls
+    def __init__(self, isolation: Isolation, *, with_numpy: bool = False) -> None:
+        self._isolation = isolation
         found = importlib.util.find_spec("numpy") if with_numpy else None
         self._packages = str(Path(found.origin).parents[1]) if found and found.origin else ""
         self._control: socket.socket
@@ -112,7 +110,7 @@ class Worker:
         self._process.kill()
 
     def wait_ready(self) -> None:
-        """Wait until the walls are up.
+        """Wait until the layers are up.
 
         Raises:
             SandboxError: they are not, and why.
@@ -125,7 +123,7 @@ class Worker:
         except (OSError, ValueError) as error:
             answer = {"error": str(error)}
         if "error" in answer:
-            raise SandboxError("the fork server did not start", where=self.walls.name, got=answer["error"])
+            raise SandboxError("the fork server did not start", where=self._isolation.value, got=answer["error"])
         self._ready = True
 
     def run(self, candidate: Candidate, timeout_seconds: float) -> Verdict:
@@ -157,13 +155,11 @@ class Worker:
     def _start(self) -> None:
         self._ready = False
         self._control, other = socket.socketpair()
-        # Descriptors are kept by both the interpreter and bubblewrap.
-        arguments = [str(_ROOT), str(other.fileno()), self._packages]
-        arguments += [name for name in ("namespaces", "landlock", "seccomp", "bubblewrap") if getattr(self.walls, name)]
+        arguments = [str(_ROOT), str(other.fileno()), self._isolation.name, self._packages]
         with other:
             try:
                 self._process = subprocess.Popen(
-                    [*(_bubblewrap() if self.walls.bubblewrap else ()), *_INTERPRETER, *arguments],
+                    [*_INTERPRETER, *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
@@ -174,7 +170,9 @@ class Worker:
                 )
             except OSError as error:
                 self._control.close()
-                raise SandboxError("the fork server cannot be started", where=self.walls.name, got=error) from error
+                raise SandboxError(
+                    "the fork server cannot be started", where=self._isolation.value, got=error
+                ) from error
 
     def _attempt(
         self, candidate: Candidate, deadline: float, timeout_seconds: float
@@ -289,24 +287,3 @@ def _parsed(line: bytes) -> tuple[str, str]:
 
 def _how(status: int) -> str:
     return f"exit status {status}" if status >= 0 else f"signal {-status}"
-
-
-def _bubblewrap() -> list[str]:
-    """The command that confines what follows it.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    program = shutil.which("bwrap")
-    if program is None:
-        raise FileNotFoundError("bwrap is not installed")
-    command = [program, "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
-    packages = Path(__file__).parents
-    for folder in [*library_folders(), packages[0], *(package / "__init__.py" for package in packages[1:3])]:
-        command += ["--ro-bind", str(folder), str(folder)]
-    for folder in package_folders():
-        command += ["--tmpfs", str(folder)]
-    for file in (Path(sys.executable), Path(sys.executable).resolve()):
-        command += ["--ro-bind", str(file), str(file)]
-    pyvenv = Path(sys.prefix) / "pyvenv.cfg"
-    return [*command, *(("--ro-bind", str(pyvenv), str(pyvenv)) if pyvenv.exists() else ()), "--"]
