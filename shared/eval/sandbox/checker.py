@@ -24,7 +24,7 @@ from shared.eval.sandbox.codec import NotPlainError, TooLargeError
 from shared.eval.sandbox.needs import Needs
 from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
 from shared.eval.sandbox.policy import OF_PROGRAM, OF_TEST
-from shared.eval.sandbox.proxies import ITERATING, TEST_METHODS, Makers, Remote, RemoteFunction, give_methods
+from shared.eval.sandbox.proxies import TEST_METHODS, Makers, Remote, RemoteFunction, give_methods
 from shared.eval.sandbox.surroundings import Surroundings, wanted
 from shared.eval.sandbox.table import Table
 
@@ -208,7 +208,7 @@ class _ProgramPeer(Peer):
         try:
             return self._check.attempt(lambda: call(number, method, arguments, keywords), self.has_received)
         except StopIteration as error:  # of a function it would silently end a test's map() or zip()
-            if self._expects_stop or method in ITERATING:
+            if self._expects_stop or method == "next":
                 raise
             raise RuntimeError("the program raised StopIteration") from error
 

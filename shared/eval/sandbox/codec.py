@@ -1,6 +1,6 @@
 """Values between solver and checker as bytes: typed, bounded, and never code.
 
-A message is a row of operations on a stack, so that nothing nests and depth has no limit: plain values are pushed, an
+A message is a row of operations on a stack, so that nothing nests and depth has no limit: plain values are pushed; an
 object takes what it is made of from the stack and is pushed itself. Both sides number the objects that have crossed, in
 the same order, and keep them in a `Table`. An object crosses once; from then on it is named by its number, so that it
 keeps its identity for the whole check.
@@ -24,9 +24,6 @@ from shared.eval.sandbox.outlines import class_outline, form_of, function_outlin
 from shared.eval.sandbox.table import Table, base_among
 
 MAX_BYTES = 256 << 20
-_FIXED, _CHANGING = list(FIXED.items()), list(CHANGING.items())
-_FIXED_TAGS = {kind: tag for tag, (kind, _) in enumerate(_FIXED)}
-_CHANGING_TAGS = {kind: tag for tag, (kind, _) in enumerate(_CHANGING)}
 
 
 class NotPlainError(Exception):
@@ -56,6 +53,37 @@ class Makers(Protocol):
 
     def kind(self, items: list[Any]) -> type:
         """Of a class, from its outline."""
+
+
+def _text_bytes(text: str) -> bytes:
+    if len(text) > MAX_BYTES:
+        raise TooLargeError
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _int_bytes(value: int) -> bytes:
+    if value.bit_length() > 8 * MAX_BYTES:
+        raise TooLargeError
+    return value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+
+
+_COUNT, _SIZED, _DOUBLE, _DOUBLES = (struct.Struct(f"<{form}") for form in ("I", "cI", "d", "dd"))
+# Values that have no identity: the operation that pushes one, the way to bytes and the way back.
+_ATOMS: dict[type, tuple[bytes, Callable[[Any], bytes], Callable[[bytes], Any]]] = {
+    type(None): (b"N", lambda value: b"", lambda data: None),
+    bool: (b"t", lambda value: b"1" if value else b"", bool),
+    int: (b"i", _int_bytes, lambda data: int.from_bytes(data, "little", signed=True)),
+    str: (b"s", _text_bytes, lambda data: data.decode("utf-8", "surrogatepass")),
+    float: (b"d", _DOUBLE.pack, lambda data: _DOUBLE.unpack(data)[0]),
+    bytes: (b"b", bytes, bytes),
+    complex: (b"c", lambda value: _DOUBLES.pack(value.real, value.imag), lambda data: complex(*_DOUBLES.unpack(data))),
+}
+_READERS = {ord(operation): read for operation, _, read in _ATOMS.values()}
+_FIXED = {kind: tag for tag, kind in enumerate(FIXED)}
+_CHANGING = {kind: tag for tag, kind in enumerate(CHANGING)}
+_REFERENCE = ord("r")
+# Many values of one type at once, which is fast.
+_MANY = {int: (b"Q", "q"), float: (b"W", "d")}
 
 
 class _Later(NamedTuple):
@@ -120,55 +148,28 @@ class Encoder:
             raise TooLargeError
         self._parts.append(part)
 
-    def _put_sized(self, operation: bytes, data: bytes) -> None:
-        self._put(operation + struct.pack("<I", min(len(data), 0xFFFFFFFF)))
-        self._put(data)
-
     def _value(self, value: Any) -> None:
         kind = type(value)
-        if value is None or kind is types.TracebackType:
-            self._put(b"N")
-        elif kind is bool:
-            self._put(b"T" if value else b"F")
-        elif kind is int:
-            self._int(value)
-        elif kind is float and value == value:
-            self._put(struct.pack("<cd", b"d", value))
-        elif kind is str:
-            self._put_sized(b"s", _encoded(value))
-        elif kind is bytes:
-            self._put_sized(b"b", value)
-        elif kind is complex:
-            self._put(struct.pack("<cdd", b"c", value.real, value.imag))
-        elif value is Ellipsis:
-            self._put(b".")
+        if kind in _ATOMS and (kind is not float or value == value):  # a NaN is told from others by its identity
+            operation, write, _ = _ATOMS[kind]
+            data = write(value)
+            self._put(_SIZED.pack(operation, len(data)) + data)
         elif (number := self.table.number(value)) is not None:
-            self._put(struct.pack("<cI", b"r", number))
+            self._put(_SIZED.pack(b"r", number))
         elif (name := library.name_of(value, any_of_library=self.exact)) is not None:
-            self._put_sized(b"P", name.encode())
+            self._put(_SIZED.pack(b"P", len(name)) + name.encode())
         elif id(value) in self._unmade:
             raise NotPlainError("an immutable object inside itself")
         else:
             self._object(value, kind)
 
-    def _int(self, value: int) -> None:
-        if -(1 << 63) <= value < 1 << 63:
-            self._put(struct.pack("<cq", b"j", value))
-        elif value.bit_length() > 8 * MAX_BYTES:
-            raise TooLargeError
-        else:
-            self._put_sized(b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
-
     def _object(self, value: Any, kind: type) -> None:
         """An object that has not crossed yet."""
         base = self.table.base_of(kind)
-        if kind in FIXED and (items := FIXED[kind].take(value)) is not None:
-            self._later(b"M", items, value, _FIXED_TAGS[kind])
-        elif kind in CHANGING:
-            made_with = CHANGING[kind].made_with(value)
-            for item in made_with:
-                self._value(item)
-            self._make(_Later(b"O", _CHANGING_TAGS[kind], len(made_with), value))
+        if kind in _FIXED and (items := FIXED[kind].take(value)) is not None:
+            self._later(b"M", items, value, _FIXED[kind])
+        elif kind in _CHANGING:
+            self._later(b"O", CHANGING[kind].made_with(value), value, _CHANGING[kind])
         elif isinstance(value, type) and (not self.exact or issubclass(value, BaseException)):
             self._later(b"K", class_outline(value, with_names=not self.exact), value)
         elif isinstance(value, BaseException):
@@ -188,9 +189,9 @@ class Encoder:
         """Something that stays on this side."""
         form = form_of(value)
         # A test's iterator is only asked for items, so it must be nothing more; of an `object()` nothing can be asked.
-        if self.exact and (form in (b"o", b"c", b"s") or isinstance(value, io.IOBase)) and kind is not object:
+        if self.exact and (form in (b"o", b"c") or isinstance(value, io.IOBase)) and kind is not object:
             raise NotPlainError(f"a value of type {kind.__name__}", kind)
-        has_class = not self.exact and form in (b"i", b"k", b"o", b"s")
+        has_class = not self.exact and form in (b"i", b"k", b"o")
         self._later(b"X", [kind] if has_class else function_outline(value), value, form[0])
 
     def _later(self, operation: bytes, items: Sequence[Any], value: Any, tag: int = 0) -> None:
@@ -199,25 +200,25 @@ class Encoder:
         self._items(items, _Later(operation, tag, len(items), value))
 
     def _put_contents(self, number: int) -> None:
-        value = self.table.objects[number]
-        items = self.table.contents(value)
+        items = self.table.contents(self.table.objects[number])
         self._items(items, _Later(b"C", 0, len(items), number))
 
     def _items(self, items: Sequence[Any], then: _Later) -> None:
-        packed = _packed(items)
-        if packed is None:
+        kinds = set(map(type, items))
+        many = _packed(items, kinds.pop()) if len(kinds) == 1 else None
+        if many is None:
             self._work.append(then)
             self._work.extend(reversed(items))
         else:
-            self._put(packed)
+            self._put(many)
             self._make(then)
 
     def _make(self, later: _Later) -> None:
-        operation, tag, count, value = later
+        operation, tag, num_items, value = later
         if operation == b"C":
-            self._put(struct.pack("<cII", b"C", value, count))
+            self._put(struct.pack("<cII", b"C", value, num_items))
             return
-        self._put(struct.pack("<cBI", operation, tag, count))
+        self._put(struct.pack("<cBI", operation, tag, num_items))
         number = self.table.add(value)
         self._unmade.discard(id(value))
         if operation in (b"X", b"K"):
@@ -232,22 +233,15 @@ def _member(value: enum.Enum, kind: Any) -> list[Any]:
     return [name] if kind.__members__.get(name) is value else [None, value._value_]
 
 
-def _encoded(text: str) -> bytes:
-    if len(text) > MAX_BYTES:
-        raise TooLargeError
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _packed(items: Sequence[Any]) -> bytes | None:
-    """Many values of one type at once, which is fast; None where they are not."""
-    kinds = set(map(type, items))
-    if kinds == {str}:
-        texts = list(map(_encoded, items))
+def _packed(items: Sequence[Any], kind: type) -> bytes | None:
+    """Items of one type at once; None where that cannot be."""
+    if kind is str:
+        texts = list(map(_text_bytes, items))
         return struct.pack(f"<cI{len(items)}I", b"S", len(items), *map(len, texts)) + b"".join(texts)
-    if kinds == {int} or (kinds == {float} and not math.isnan(sum(items))):
-        form = "q" if kinds == {int} else "d"
+    if kind is int or (kind is float and not math.isnan(sum(items))):
+        operation, form = _MANY[kind]
         try:
-            return struct.pack(f"<cI{len(items)}{form}", b"Q" if form == "q" else b"W", len(items), *items)
+            return struct.pack(f"<cI{len(items)}{form}", operation, len(items), *items)
         except struct.error:  # an integer beyond 64 bits
             pass
     return None
@@ -262,6 +256,9 @@ class Decoder:
         makers: makes what stands for things of the other side.
         named: finds what the other side may name; see `library.py`.
         start: where in the data it begins.
+
+    Attributes:
+        changed: the objects known before that now hold something else.
     """
 
     def __init__(
@@ -274,7 +271,7 @@ class Decoder:
     ) -> None:
         self.table, self._makers, self._named = table, makers, named
         self.first_new = table.next_number
-        self.changed: list[int] = []  # the objects known before that now hold something else
+        self.changed: list[int] = []
         self._data, self._at = data, start
         self._stack: list[Any] = []
 
@@ -284,79 +281,65 @@ class Decoder:
         Raises:
             NotPlainError: the bytes are no values.
         """
-        end, stack = len(self._data), self._stack
+        stack = self._stack
         try:
-            while self._at < end:
-                operation = self._data[self._at : self._at + 1]
+            while self._at < len(self._data):
+                operation = self._data[self._at]
                 self._at += 1
-                match operation:
-                    case b"j":
-                        stack += self._unpack("q")
-                    case b"s":
-                        stack.append(self._sized().decode("utf-8", "surrogatepass"))
-                    case b"r":
-                        stack.append(self.table.objects[self._unpack("I")[0]])
-                    case b"N":
-                        stack.append(None)
-                    case b"T" | b"F":
-                        stack.append(operation == b"T")
-                    case b"d":
-                        stack += self._unpack("d")
-                    case b"Q" | b"W" | b"S":
-                        stack += self._many(operation)
-                    case b"i":
-                        stack.append(int.from_bytes(self._sized(), "little", signed=True))
-                    case b"b":
-                        stack.append(self._sized())
-                    case b"c":
-                        stack.append(complex(*self._unpack("dd")))
-                    case b".":
-                        stack.append(...)
-                    case b"P":
-                        stack.append(self._named(self._sized().decode()))
-                    case b"C":
-                        self._refill(*self._unpack("II"))
-                    case b"U":
-                        (count,) = self._unpack("I")
-                        self.table.forget(self._unpack(f"{count}I"))
-                    case _:
-                        value = self._made(operation)
-                        self.table.add(value)
-                        stack.append(value)
+                if operation in _READERS:
+                    stack.append(_READERS[operation](self._bytes(self._count())))
+                elif operation == _REFERENCE:
+                    stack.append(self.table.objects[self._count()])
+                else:
+                    self._do(bytes([operation]))
         except NotPlainError:
             raise
         except Exception as error:  # whatever a hostile message makes anything do
             raise NotPlainError(f"malformed data: {error}") from None
         return stack
 
-    def _unpack(self, form: str) -> tuple[Any, ...]:
-        found = struct.unpack_from("<" + form, self._data, self._at)
-        self._at += struct.calcsize("<" + form)
-        return found
+    def _do(self, operation: bytes) -> None:
+        """One of the rarer operations."""
+        if operation == b"P":
+            self._stack.append(self._named(self._bytes(self._count()).decode()))
+        elif operation in b"QWS":
+            self._stack += self._many(operation, self._count())
+        elif operation == b"C":
+            self._refill(self._count(), self._count())
+        elif operation == b"U":
+            self.table.forget(self._unpack(f"{self._count()}I"))
+        else:
+            (tag,) = self._bytes(1)
+            value = self._made(operation, tag, self._taken(self._count()))
+            self.table.add(value)
+            self._stack.append(value)
 
-    def _sized(self, size: int | None = None) -> bytes:
-        if size is None:
-            (size,) = self._unpack("I")
+    def _count(self) -> int:
+        (count,) = _COUNT.unpack_from(self._data, self._at)
+        self._at += _COUNT.size
+        return int(count)
+
+    def _bytes(self, size: int) -> bytes:
         if size > len(self._data) - self._at:
             raise NotPlainError("cut short")
         self._at += size
         return self._data[self._at - size : self._at]
 
-    def _many(self, operation: bytes) -> Iterable[Any]:
-        (count,) = self._unpack("I")
-        if count > len(self._data) - self._at:  # each has a byte at least
-            raise NotPlainError("cut short")
+    def _unpack(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack("<" + form, self._bytes(struct.calcsize("<" + form)))
+
+    def _many(self, operation: bytes, count: int) -> Iterable[Any]:
         if operation != b"S":
             return self._unpack(f"{count}{'q' if operation == b'Q' else 'd'}")
         ends = list(itertools.accumulate(self._unpack(f"{count}I"), initial=0))
-        texts = self._sized(ends[-1])
+        texts = self._bytes(ends[-1])
         return [texts[i:j].decode("utf-8", "surrogatepass") for i, j in itertools.pairwise(ends)]
 
     def _taken(self, count: int) -> list[Any]:
         """What the last so many operations have pushed."""
-        if count > len(self._stack):
-            raise NotPlainError("cut short")
         start = len(self._stack) - count
+        if start < 0:
+            raise NotPlainError("cut short")
         items = self._stack[start:]
         del self._stack[start:]
         return items
@@ -366,22 +349,20 @@ class Decoder:
         if number < self.first_new:
             self.changed.append(number)
 
-    def _made(self, operation: bytes) -> Any:
-        """A new object of what it takes from the stack."""
-        tag, count = self._unpack("BI")
-        items = self._taken(count)
+    def _made(self, operation: bytes, tag: int, items: list[Any]) -> Any:
+        """A new object, or one whose contents come next."""
         match operation:
-            case b"O":
-                kind, changing = _CHANGING[tag]
-                return changing.new(kind, *items)
             case b"M":
-                return _FIXED[tag][1].make(items)
-            case b"L":
-                return library.restored(*items)
-            case b"E":
-                return exceptions.rebuilt(*items)
+                return list(FIXED.values())[tag].make(items)
+            case b"O":
+                kind = list(CHANGING)[tag]
+                return CHANGING[kind].new(kind, *items)
             case b"K":
                 return self._makers.kind(items)
+            case b"E":
+                return exceptions.rebuilt(*items)
+            case b"L":
+                return library.restored(*items)
             case b"X":
                 return self._makers.proxy(self.table.next_number, bytes([tag]), items)
             case b"Y":
@@ -396,7 +377,7 @@ class Decoder:
         return kind(*value) if value else kind[name]
 
     def _instance(self, kind: Any, *made_with: Any) -> Any:
-        """An empty instance of a class that both sides have; what it holds comes next."""
+        """An empty instance of a class that both sides have."""
         if self.table.base_of(kind) is None or issubclass(kind, enum.Enum | BaseException):
             raise NotPlainError("an instance of no class of data")
         if (changing := base_among(kind, CHANGING)) is not None:

@@ -32,8 +32,8 @@ NAMED: dict[str, Any] = {
        if callable(value) and not name.startswith("_")},
     **{f"{kind.__name__}:{name}": value for kind in (str, list, dict, set, int) for name, value in vars(kind).items()
        if callable(value) and not name.startswith("_")},
-    "NotImplemented": NotImplemented,
-    "math.nan": math.nan,
+    "math:nan": math.nan,
+    **{repr(value): value for value in (NotImplemented, ...)},
 }  # fmt: skip
 _NAMES = {id(value): name for name, value in NAMED.items()}
 

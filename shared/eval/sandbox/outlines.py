@@ -3,17 +3,17 @@
 import enum
 import inspect
 import types
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Awaitable, Iterator
 from typing import Any
 
 from shared.eval.sandbox import library
 
 # The methods with special names that only tell something of an object. They are asked of the object itself.
 OBSERVED = frozenset(
-    ("__abs__", "__aenter__", "__aexit__", "__bool__", "__call__", "__ceil__", "__complex__", "__delitem__", "__dir__",
-     "__enter__", "__exit__", "__float__", "__floor__", "__format__", "__getitem__", "__index__", "__int__",
-     "__invert__", "__iter__", "__len__", "__length_hint__", "__missing__", "__neg__", "__pos__", "__repr__",
-     "__reversed__", "__round__", "__setitem__", "__str__", "__trunc__")
+    ("__abs__", "__aenter__", "__aexit__", "__aiter__", "__anext__", "__bool__", "__call__", "__ceil__",
+     "__complex__", "__delitem__", "__dir__", "__enter__", "__exit__", "__float__", "__floor__", "__format__",
+     "__getitem__", "__index__", "__int__", "__invert__", "__iter__", "__len__", "__length_hint__", "__missing__",
+     "__neg__", "__pos__", "__repr__", "__reversed__", "__round__", "__setitem__", "__str__", "__trunc__")
 )  # fmt: skip
 # Those by which an object is compared with another, so that they may decide what a test asserts.
 _ARITHMETIC = ("add", "and", "divmod", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub",
@@ -29,7 +29,7 @@ def form_of(value: Any) -> bytes:
     """What a proxy of a value must be able to do."""
     if isinstance(value, types.GeneratorType):
         return b"g"
-    if isinstance(value, types.CoroutineType):
+    if isinstance(value, Awaitable):
         return b"c"
     if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
         return b"f"
@@ -99,8 +99,6 @@ def _place(kind: type) -> str:
 
 
 def _form_of_instances(kind: type) -> bytes:
-    if issubclass(kind, AsyncIterator):
-        return b"s"
     if issubclass(kind, Iterator):
         return b"i"
     return b"k" if any("__call__" in vars(base) for base in kind.__mro__) else b"o"

@@ -17,13 +17,9 @@ from shared.eval.sandbox.peer import Peer
 # What the checker may do with an object of the program. `attribute` is asked of the entry point, of any object.
 PROGRAM_METHODS: dict[str, Callable[..., Any]] = {
     "call": lambda value, *arguments, **keywords: value(*arguments, **keywords),
-    "send": lambda value, item: next(value) if item is None else value.send(item),
-    "throw": lambda value, error: value.throw(error),
-    "close": lambda value: value.close(),
+    "next": lambda value: next(value),
+    "send": lambda value, item: value.send(item),
     "await": lambda value: _awaited(value),
-    "anext": lambda value: _awaited(value.__anext__()),
-    "asend": lambda value, item: _awaited(value.asend(item)),
-    "aclose": lambda value: _awaited(value.aclose()),
     "attribute": lambda _, value, name: getattr(value, name),
     "set attribute": lambda _, value, name, item: setattr(value, name, item),
     "delete attribute": lambda _, value, name: delattr(value, name),
@@ -31,10 +27,8 @@ PROGRAM_METHODS: dict[str, Callable[..., Any]] = {
     "turn": lambda value: None,
 }
 # What a program may do with an object of the test: no more, for a test's objects lead to its text.
-TEST_METHODS = {name: PROGRAM_METHODS[name] for name in ("call", "send")}
+TEST_METHODS = {name: PROGRAM_METHODS[name] for name in ("call", "next", "send")}
 TEST_METHODS["signature"] = lambda value: signature_outline(value, with_defaults=False)
-# Where a StopIteration says that there is no more; elsewhere it would end a loop of the test's.
-ITERATING = ("send", "throw")
 _PUBLIC = frozenset(
     ("__annotations__", "__closure__", "__code__", "__defaults__", "__dict__", "__doc__", "__func__", "__kwdefaults__",
      "__module__", "__name__", "__qualname__", "__self__", "__wrapped__")
@@ -246,7 +240,7 @@ class _RemoteIterator(Remote):
         return self
 
     def __next__(self) -> Any:
-        return self._do("send", None)
+        return self._do("next")
 
 
 class _RemoteGenerator(_RemoteIterator):
@@ -256,15 +250,9 @@ class _RemoteGenerator(_RemoteIterator):
     def send(self, value: Any) -> Any:
         return self._do("send", value)
 
-    def throw(self, kind: Any, value: Any = None, trace: Any = None) -> Any:
-        return self._do("throw", _exception(kind, value))
 
-    def close(self) -> None:
-        self._do("close")
-
-
-class _RemoteCoroutine(Remote):
-    """A coroutine. It runs to its end, in an event loop of the program's process, when it is first awaited."""
+class _RemoteAwaitable(Remote):
+    """A coroutine or the like. It runs to its end, in an event loop of the program's process, when it is awaited."""
 
     __slots__ = ()
     __class__ = property(lambda self: types.CoroutineType)
@@ -274,44 +262,15 @@ class _RemoteCoroutine(Remote):
         yield
 
     def send(self, value: Any) -> Any:
+        """As an event loop of the test runs it."""
         raise StopIteration(self._do("await"))
-
-    def throw(self, kind: Any, value: Any = None, trace: Any = None) -> Any:
-        raise _exception(kind, value)
-
-    def close(self) -> None:
-        self._do("close")
-
-
-class _RemoteAsyncIterator(Remote):
-    """An asynchronous generator or iterator. Each of its steps runs to its end when it is awaited."""
-
-    __slots__ = ()
-    __class__ = property(lambda self: types.AsyncGeneratorType)
-
-    def __aiter__(self) -> "_RemoteAsyncIterator":
-        return self
-
-    async def __anext__(self) -> Any:
-        return self._do("anext")
-
-    async def asend(self, value: Any) -> Any:
-        return self._do("asend", value)
-
-    async def aclose(self) -> None:
-        self._do("aclose")
 
 
 _FORMS: dict[str, type[Remote]] = {
     "o": Remote, "f": RemoteFunction, "k": _RemoteCallable, "i": _RemoteIterator, "g": _RemoteGenerator,
-    "c": _RemoteCoroutine, "s": _RemoteAsyncIterator,
+    "c": _RemoteAwaitable,
 }  # fmt: skip
 _FORWARDED = OBSERVED | JUDGED | {"__init__"}
-
-
-def _exception(kind: Any, value: Any) -> BaseException:
-    made: BaseException = kind if isinstance(kind, BaseException) else kind(*([] if value is None else [value]))
-    return made
 
 
 def _awaited(awaitable: Any) -> Any:
