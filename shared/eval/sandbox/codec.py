@@ -70,7 +70,7 @@ def _int_bytes(value: int) -> bytes:
 _COUNT, _SIZED, _DOUBLE, _DOUBLES = (struct.Struct(f"<{form}") for form in ("I", "cI", "d", "dd"))
 # Values that have no identity: the operation that pushes one, the way to bytes and the way back.
 _ATOMS: dict[type, tuple[bytes, Callable[[Any], bytes], Callable[[bytes], Any]]] = {
-    type(None): (b"N", lambda value: b"", lambda data: None),
+    **dict.fromkeys((type(None), types.TracebackType), (b"N", lambda value: b"", lambda data: None)),
     bool: (b"t", lambda value: b"1" if value else b"", bool),
     int: (b"i", _int_bytes, lambda data: int.from_bytes(data, "little", signed=True)),
     str: (b"s", _text_bytes, lambda data: data.decode("utf-8", "surrogatepass")),
@@ -174,16 +174,18 @@ class Encoder:
             self._later(b"K", class_outline(value, with_names=not self.exact), value)
         elif isinstance(value, BaseException):
             self._later(b"E", [kind, *exceptions.outline(value)], value)
-        elif known := library.state(value):
-            self._later(b"L", known, value)
-        elif base is None or (self.exact and base is not kind and self.table.number(kind) is None):
-            self._export(value, kind)
-        elif issubclass(kind, enum.Enum) and base is kind:
+        elif issubclass(kind, enum.Enum) and (base is kind or library.is_value_class(kind)):
             self._later(b"Y", [kind, *_member(value, kind)], value)
+        elif base is None or not (base is kind or self._has_class(kind)):
+            self._export(value, kind)
         else:
             plain, changing = base_among(kind, PLAIN), base_among(kind, CHANGING)
             made_with = CHANGING[changing].made_with(value) if changing else [PLAIN[plain](value)] if plain else []
             self._later(b"I", [kind, *made_with], value)
+
+    def _has_class(self, kind: type) -> bool:
+        """Whether the other side has, or may be told of, a class that is built on one of data."""
+        return not self.exact or self.table.number(kind) is not None or library.is_value_class(kind)
 
     def _export(self, value: Any, kind: type) -> None:
         """Something that stays on this side."""
@@ -228,9 +230,9 @@ class Encoder:
 
 
 def _member(value: enum.Enum, kind: Any) -> list[Any]:
-    """A member's name; of one without a name of its own, such as two flags, its value."""
+    """A member's name and value; of one without a name of its own, such as two flags, only the value."""
     name = getattr(value, "_name_", None)
-    return [name] if kind.__members__.get(name) is value else [None, value._value_]
+    return [name if kind.__members__.get(name) is value else None, value._value_]
 
 
 def _packed(items: Sequence[Any], kind: type) -> bytes | None:
@@ -361,8 +363,6 @@ class Decoder:
                 return self._makers.kind(items)
             case b"E":
                 return exceptions.rebuilt(*items)
-            case b"L":
-                return library.restored(*items)
             case b"X":
                 return self._makers.proxy(self.table.next_number, bytes([tag]), items)
             case b"Y":
@@ -371,10 +371,12 @@ class Decoder:
                 return self._instance(*items)
         raise NotPlainError("an unknown operation")
 
-    def _member(self, kind: Any, name: Any, *value: Any) -> Any:
-        if not issubclass(kind, enum.Enum) or self.table.base_of(kind) is None:
-            raise NotPlainError("a member of no enumeration")
-        return kind(*value) if value else kind[name]
+    def _member(self, kind: Any, name: Any, value: Any) -> Any:
+        """A member of an enumeration of the prompt or the library; of one that is not loaded here, what it is built on."""
+        if issubclass(kind, enum.Enum) and (self.table.base_of(kind) is kind or library.is_value_class(kind)):
+            return kind(value) if name is None else kind[name]
+        plain = base_among(kind, PLAIN)
+        return value if plain is None else plain.__new__(kind, value)
 
     def _instance(self, kind: Any, *made_with: Any) -> Any:
         """An empty instance of a class that both sides have."""

@@ -23,7 +23,7 @@ _DATA = {*CHANGING, *PLAIN, *OF_ATTRIBUTES}
 _TYPES = (
     *_DATA, *(k for k in FIXED if k.__module__ != "builtins"), bool, enumerate, filter, map, object, range, reversed,
     slice, type, type(None), zip)  # fmt: skip
-_ABSTRACT = {value for value in vars(collections.abc).values() if isinstance(value, type)}
+_ABSTRACT = {getattr(collections.abc, name) for name in collections.abc.__all__}
 NAMED: dict[str, Any] = {
     **{f"{value.__module__}:{value.__qualname__}": value for value in (*_FUNCTIONS, *_TYPES, *_ABSTRACT)},
     **{f"builtins:{name}": value for name, value in vars(builtins).items()
@@ -71,40 +71,28 @@ def any_named(name: str) -> Any:
     return _found(importlib.import_module(module), path)
 
 
-def base_named(paths: str) -> type | None:
+def base_named(places: str) -> type | None:
     """The first of these classes that instances of the other side's classes may be built on here; None: no such class.
 
     These are the classes of data, exceptions of loaded modules, and `collections.abc`.
     """
-    for path in paths.split("|"):
-        module, _, name = path.partition(":")
-        found = NAMED.get(path)
-        if found is None and is_library(module) and module in sys.modules:
-            found = _found(sys.modules[module], name, None)
-        if isinstance(found, type) and (found in _DATA or found in _ABSTRACT or issubclass(found, BaseException)):
-            return found
+    for place in places.split("|"):
+        kind = _loaded(place)
+        if kind is not None and (kind in _DATA or kind in _ABSTRACT or issubclass(kind, BaseException)):
+            return kind
     return None
 
 
-def state(value: Any) -> list[Any] | None:
-    """A member of an enumeration of the library, or a named tuple of it, as its class's name and plain items."""
-    kind = type(value)
-    if (_is_record(kind) or issubclass(kind, enum.Enum)) and (path := path_of(kind)) is not None:
-        return [path, value.value] if isinstance(value, enum.Enum) else [path, *tuple.__iter__(value)]
-    return None
+def value_class_named(place: str) -> type | None:
+    """The enumeration or named tuple that the library has there; None where its module is not loaded here."""
+    kind = _loaded(place)
+    return kind if kind is not None and is_value_class(kind) else None
 
 
-def restored(path: str, *items: Any) -> Any:
-    """An instance from its class's name and items; as plain a value as it is built on where the class is not loaded.
-
-    Raises:
-        LookupError, ValueError, TypeError: there is no such instance.
-    """
-    module, _, name = path.partition(":")
-    kind = _found(sys.modules[module], name) if is_library(module) and module in sys.modules else None
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return kind(*items)
-    return tuple.__new__(kind, items) if isinstance(kind, type) and _is_record(kind) else items
+def is_value_class(kind: type) -> bool:
+    """Whether a class is an enumeration of the library, or a named tuple of it that is compared as a tuple."""
+    is_record = issubclass(kind, tuple) and hasattr(kind, "_fields") and kind.__eq__ is tuple.__eq__
+    return (is_record or issubclass(kind, enum.Enum)) and path_of(kind) is not None
 
 
 def path_of(value: Any) -> str | None:
@@ -121,9 +109,11 @@ def is_library(module: str) -> bool:
     return module.partition(".")[0] in sys.stdlib_module_names
 
 
-def _is_record(kind: type) -> bool:
-    """Whether a class is a named tuple that is compared as a tuple."""
-    return issubclass(kind, tuple) and hasattr(kind, "_fields") and kind.__eq__ is tuple.__eq__
+def _loaded(place: str) -> type | None:
+    """A class of the library, where its module is loaded."""
+    module, _, path = place.partition(":")
+    found = _found(sys.modules[module], path, None) if is_library(module) and module in sys.modules else None
+    return found if isinstance(found, type) else None
 
 
 def _found(place: Any, path: str, *default: Any) -> Any:

@@ -61,8 +61,12 @@ class Makers:
             raise ValueError("too many names in a class")
         named = [base if isinstance(base, type) else library.base_named(base) for base in rest[:count]]
         bases = list(dict.fromkeys(base for base in named if base is not None))
-        if is_library and bases and rest[0].startswith(f"{library.path_of(bases[0])}|"):
-            return bases[0]
+        if is_library:
+            place = rest[0].partition("|")[0]
+            if bases and library.path_of(bases[0]) == place:
+                return bases[0]
+            if (value_class := library.value_class_named(place)) is not None:
+                return value_class
         if not any(self._peer.table.is_data(base) or issubclass(base, BaseException | Remote) for base in bases):
             bases.append(_FORMS[form])
         return _made_class(self._peer, str(name), tuple(bases), rest[count:])
