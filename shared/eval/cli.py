@@ -189,8 +189,6 @@ def _of_a_benchmark(command: Callable[..., None], *, max_new_tokens: int) -> Cal
                      show_default=True, help="Max wall seconds per program."),
         _DTYPE,
         _TEACHER_CACHE,
-        click.option("--allow-host-reads", is_flag=True,
-                     help="Run programs even if they can read this machine's files."),
         click.option("--unsafe-no-sandbox", is_flag=True,
                      help="Run programs without isolation if there is none."),
     ]  # fmt: skip
@@ -201,7 +199,7 @@ _GROUPS = {
     "Model": "model cache_dir dtype",
     "Problems": "problems_file benchmark_file dataset limit",
     "Decoding": "samples temperature top_p seed max_new_tokens batch_size",
-    "Sandbox": "timeout_seconds allow_host_reads unsafe_no_sandbox",
+    "Sandbox": "timeout_seconds unsafe_no_sandbox",
 }
 
 

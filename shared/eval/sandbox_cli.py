@@ -10,33 +10,31 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("sandbox-check")
-@click.option("--allow-host-reads", is_flag=True, help="Also accept walls behind which programs can read files.")
-def sandbox_check(allow_host_reads: bool) -> None:
+def sandbox_check() -> None:
     """Test this machine's sandbox.
 
     Tries what generated programs must not do; fails where they cannot be scored.
     """
     from shared.errors import SandboxError
-    from shared.eval.sandbox.probe import CHOICES, WITHOUT_READS, probe
+    from shared.eval.sandbox.probe import CHOICES, probe
     from shared.eval.sandbox.runner import FIX
 
     best = None
-    for walls in (*CHOICES, WITHOUT_READS):
+    for isolation in CHOICES:
         try:
-            found = probe(walls)
+            found = probe(isolation)
         except SandboxError as error:
-            click.echo(f"{walls.name}: not here: {error.got}")
+            click.echo(f"{isolation.value}: not here: {error.got}")
             continue
-        open_ways = {about: what for about, what in found.items() if what != "refused"}
-        reads = "" if walls.confine_reads else ", but programs can read this machine's files (--allow-host-reads)"
-        click.echo(f"{walls.name}: {'does not hold' if open_ways else 'holds'}{reads}")
+        holds = set(found.values()) == {"refused"}
+        click.echo(f"{isolation.value}: {'holds' if holds else 'does not hold'}")
         for about, what in found.items():
             click.echo(f"  {about}: {what}")
-        if best is None and not open_ways and (walls.confine_reads or allow_host_reads):
-            best = walls
+        if holds:
+            best = best or isolation
     if best is None:
         raise SandboxError("no sandbox can be had here", fix=FIX)
-    click.echo(f"programs are scored behind: {best.name}")
+    click.echo(f"programs are scored behind: {best.value}")
 
 
 @click.command()
@@ -48,8 +46,7 @@ def sandbox_check(allow_host_reads: bool) -> None:
 @click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
               help="Wall seconds of one program.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="Programs at once. Default: one per processor.")
-@click.option("--allow-host-reads", is_flag=True, help="Run programs even where they can read this machine's files.")
-@click.option("--unsafe-no-sandbox", "unsafe", is_flag=True, help="Run programs without walls where none can be had.")
+@click.option("--unsafe-no-sandbox", "unsafe", is_flag=True, help="Run programs without isolation if there is none.")
 def score(**options: Any) -> None:
     """Judge completions of any tool.
 

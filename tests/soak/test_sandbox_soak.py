@@ -17,15 +17,15 @@ from shared.eval.sandbox.runner import Candidate, Sandbox, open_sandbox, run_can
 from tests.support.sandbox_programs import honest_rows, hostile_rows, wrong
 
 DATA = Path(__file__).parents[3] / "shared/data"
-ALL_WALLS = (*probe.CHOICES, probe.WITHOUT_READS)
+ISOLATIONS = pytest.mark.parametrize("isolation", probe.CHOICES, ids=lambda isolation: isolation.value)
 
 
-def sandbox_of(walls):
+def sandbox_of(isolation):
     try:
-        assert set(probe.probe(walls).values()) == {"refused"}
+        assert set(probe.probe(isolation).values()) == {"refused"}
     except SandboxError as error:
         pytest.skip(str(error))
-    return Sandbox(walls)
+    return Sandbox(isolation)
 
 
 def candidate_of(problem, completion):
@@ -38,25 +38,23 @@ def candidate_of(problem, completion):
     )
 
 
-@pytest.mark.parametrize("walls", ALL_WALLS, ids=lambda walls: walls.name)
-def test_every_program_behind_every_wall(walls):
-    sandbox = sandbox_of(walls)
-    hostile = hostile_rows(slow=False, confine_reads=walls.confine_reads)
+@ISOLATIONS
+def test_every_program_in_every_isolation(isolation):
+    sandbox = sandbox_of(isolation)
+    hostile = hostile_rows(slow=False)
     assert wrong(honest_rows() + hostile, sandbox, 20.0) == []
     assert wrong(hostile_rows(slow=True), sandbox, 3.0) == []
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the file lies beside the project only where it is developed")
-@pytest.mark.parametrize("walls", ALL_WALLS, ids=lambda walls: walls.name)
-def test_the_given_hostile_programs(walls):
+@ISOLATIONS
+def test_the_given_hostile_programs(isolation):
     rows = []
     for line in (DATA / "hostile.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if row["name"] == "read_outside" and not walls.confine_reads:
-            continue
         candidate = Candidate(**{key: row[key] for key in ("prompt", "completion", "test", "entry_point")})
         rows.append((row["name"], candidate, [row["expected"]]))
-    assert wrong(rows, sandbox_of(walls), 5.0) == []
+    assert wrong(rows, sandbox_of(isolation), 5.0) == []
     assert not Path("/tmp/sbx_pwned").exists()
 
 

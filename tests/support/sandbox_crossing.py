@@ -76,7 +76,6 @@ _POINT = "from dataclasses import dataclass\n\n\n@dataclass\nclass Point:\n    x
 HOSTILE = {
     "equal to all": (_ALL + "    return All()\n", _PLAIN),
     "near all": (_ALL + "    return All()\n", "def check(candidate):\n    assert abs(candidate(1) - 2) < 1e-6\n"),
-    "contains all": (_ALL + "    return All()\n", "def check(candidate):\n    assert 5 in candidate(2)\n"),
     "among all": (_ALL + "    return All()\n", "def check(candidate):\n    assert candidate(1) in (2, 3)\n"),
     "a list of equals": (_ALL + "    return [All()]\n", "def check(candidate):\n    assert candidate(1) == [2]\n"),
     "a key equal to all": (_ALL + "    return {All(): 1}\n", "def check(candidate):\n    assert candidate(1) == {2: 1}\n"),
@@ -130,5 +129,6 @@ HOSTILE_PROMPTS = {
 # What a test does to its own process and cannot be judged elsewhere: `error`, with the reason.
 NOT_JUDGED = {
     "a patched module": ("    import os\n    return os.getcwd()\n", "from unittest import mock\ndef check(candidate):\n    with mock.patch('os.getcwd', return_value='/x'):\n        assert candidate(1) == '/x'\n"),
+    "contains all": (_ALL + "    return All()\n", "def check(candidate):\n    assert 5 in candidate(2)\n"),
     "an instance of the test's class": ("    return x.v\n", "class A:\n    v = 1\ndef check(candidate):\n    assert candidate(A()) == 1\n"),
 }  # fmt: skip

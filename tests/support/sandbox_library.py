@@ -94,5 +94,5 @@ HOSTILE_PROMPTS = {
 NOT_JUDGED = {
     "module attribute patched": ("    import math\n    return math.pi\n", "import math\ndef check(candidate):\n    math.pi = 3\n    assert candidate(1) == 3\n"),
     "callback result cannot cross": ("    return x('ab').group()\n", "import re\ndef check(candidate):\n    assert candidate(lambda v: re.match('a', v)) == 'a'\n"),
-    "argument of returned function cannot cross": ("    return lambda p: p.sub('', 'ab')\n", "import re\ndef check(candidate):\n    class K: pass\n    import decimal\n    assert candidate(1)(re.compile('a')) == 'b'\n"),
+    "argument of returned function cannot cross": ("    return lambda r: r.random() < 1\n", "import random\ndef check(candidate):\n    assert candidate(1)(random.Random(1))\n"),
 }  # fmt: skip

@@ -421,12 +421,11 @@ def honest_rows():
     return rows + [(name, program(body, test), ["failed"]) for name, (body, test) in dishonest.items()]
 
 
-def hostile_rows(*, slow, confine_reads=True):
+def hostile_rows(*, slow):
     """The same of hostile ones, those that may take until their deadline or the others.
 
     Args:
         slow: which of the two.
-        confine_reads: those too that would pass where files can be read.
     """
     rows = [(name, program(body), ["passed"]) for name, body in REFUSED.items()]
     for name, (body, right, *test) in HOSTILE.items():
@@ -435,8 +434,6 @@ def hostile_rows(*, slow, confine_reads=True):
     hostile, prompts = crossing.HOSTILE | library.HOSTILE, crossing.HOSTILE_PROMPTS | library.HOSTILE_PROMPTS
     rows += [(name, program(body, test), not_passed) for name, (body, test) in hostile.items()]
     rows += [(name, program(body, test, head), not_passed) for name, (head, body, test) in prompts.items()]
-    if not confine_reads:
-        rows = [row for row in rows if row[0] != "answers from files"]
     return [row for row in rows if ("timed out" in row[2]) == slow]
 
 

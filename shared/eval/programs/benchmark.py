@@ -43,7 +43,6 @@ def evaluate_benchmark(
     limit: int | None,
     timeout_seconds: float,
     dtype: str,
-    allow_host_reads: bool,
     unsafe: bool,
     ends: Mapping[str, list[str]] | None = None,
 ) -> BenchmarkResult | None:
@@ -63,7 +62,6 @@ def evaluate_benchmark(
         limit: only the first problems; None for all.
         timeout_seconds: wall time of one program.
         dtype: one of `checkpoints.DTYPES`.
-        allow_host_reads: run programs even where they can read the host's files.
         unsafe: run programs without isolation.
         ends: what prompts open with, where the model's tokenizer has no record of it (`tokenizer.recorded_ends`).
 
@@ -75,7 +73,7 @@ def evaluate_benchmark(
         if agree([inputs is None]) == [1]:
             return None
         if benchmark is not None:
-            sandbox = _sandbox(benchmark.name, allow_host_reads=allow_host_reads, unsafe=unsafe)
+            sandbox = _sandbox(benchmark.name, unsafe=unsafe)
         problems = _shared([] if benchmark is None else benchmark.problems[:limit])
         model, tokenizer = load_model(model_dir, dtype)
         adopt_ends(tokenizer, ends)
@@ -293,10 +291,10 @@ def describe(result: BenchmarkResult) -> str:
     return f"{name}: {solved}, {', '.join(scores)}; of the programs {', '.join(shown)}{refused}"
 
 
-def _sandbox(name: str, *, allow_host_reads: bool, unsafe: bool) -> Sandbox | SandboxError:
+def _sandbox(name: str, *, unsafe: bool) -> Sandbox | SandboxError:
     """A sandbox, or why there is none."""
     try:
-        return open_sandbox(allow_host_reads=allow_host_reads, unsafe=unsafe)
+        return open_sandbox(unsafe=unsafe)
     except SandboxError as error:
         log(f"{name}: completions are made, but no program is run: {error}")
         return error

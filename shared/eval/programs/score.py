@@ -42,7 +42,6 @@ def score_file(
     *,
     timeout_seconds: float,
     workers: int | None,
-    allow_host_reads: bool,
     unsafe: bool,
 ) -> list[dict[str, Any]]:
     """Run every completion; write, at once and last, `task_id verdict detail seconds sandbox`, line by line in order.
@@ -54,8 +53,7 @@ def score_file(
         out: JSONL; its folder is made where missing.
         timeout_seconds: wall time of one program.
         workers: programs at once; None for one per processor.
-        allow_host_reads: go on where programs can read this machine's files.
-        unsafe: go on without walls where none can be had; every line says so.
+        unsafe: go on without isolation where there is none; every line says so.
 
     Raises:
         ConfigError: a file cannot be read, a line is malformed or names an unknown problem.
@@ -76,8 +74,8 @@ def score_file(
         raise ConfigError("no completions in the file", where=completions_file)
     if missing := by_id.keys() - set(task_ids):
         log(f"{len(missing)} of {len(by_id)} problems have no completion, such as {min(missing)}")
-    sandbox = open_sandbox(allow_host_reads=allow_host_reads, unsafe=unsafe)
-    log(f"walls: {sandbox.walls.name}")
+    sandbox = open_sandbox(unsafe=unsafe)
+    log(f"isolation: {sandbox.isolation.value}")
     verdicts = run_candidates(candidates, sandbox=sandbox, timeout_seconds=timeout_seconds, workers=workers)
     lines = [
         {

@@ -2,8 +2,6 @@
 
 import ast
 
-# What messages between the processes took is noted when it has come to so much.
-SECONDS_PER_NOTE, TRANSPORT = 0.02, "transport"
 HELD, FAILED, _ERROR = "__assert_held__", "__assert_failed__", "__assert_error__"
 
 

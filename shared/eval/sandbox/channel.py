@@ -3,7 +3,7 @@
 import os
 import struct
 
-from shared.eval.sandbox.values import MAX_BYTES, NotPlainError
+from shared.eval.sandbox.codec import MAX_BYTES, NotPlainError
 
 _CHUNK = 1 << 20
 _ENVELOPE = 1 << 10
@@ -33,7 +33,7 @@ class Channel:
         if head is None:
             return None
         (size,) = struct.unpack("<Q", head)
-        if size > 2 * MAX_BYTES + _ENVELOPE:
+        if size > MAX_BYTES + _ENVELOPE:
             raise NotPlainError("a message too large")
         return self._read(size)
 

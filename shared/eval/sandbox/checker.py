@@ -1,32 +1,37 @@
 """The child that runs a test against a proxy of the program, and alone writes the verdict.
 
-Lines on its socket: `loaded`, `held` for each assert that held, `transport` with microseconds that messages took, and
-JSON `[verdict, detail]`, the first of which stands.
+Lines on its socket: `loaded`; `held` for each assert that held; `calls` and `callbacks` with the microseconds that
+messages took; and JSON `[verdict, detail]`, the first of which stands.
 Where an assert of the test fails the others are still tried, for the count alone.
 """
 
+import contextlib
 import json
 import os
 import random
 import sys
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from shared.eval.sandbox import solver
-from shared.eval.sandbox.asserts import FAILED, HELD, SECONDS_PER_NOTE, TRANSPORT, count_asserts
+from shared.eval.sandbox import prompt, solver
+from shared.eval.sandbox.asserts import FAILED, HELD, count_asserts
 from shared.eval.sandbox.channel import Channel, read_all, write_all
-from shared.eval.sandbox.classes import defined
+from shared.eval.sandbox.codec import NotPlainError, TooLargeError
 from shared.eval.sandbox.needs import Needs
 from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
-from shared.eval.sandbox.proxies import ITERATING, TEST_METHODS, Remote, describe_entry_point, make_proxy
+from shared.eval.sandbox.policy import OF_PROGRAM, OF_TEST
+from shared.eval.sandbox.proxies import TEST_METHODS, Makers, Remote, RemoteFunction, give_methods
 from shared.eval.sandbox.surroundings import Surroundings, wanted
-from shared.eval.sandbox.values import NotPlainError, Table
+from shared.eval.sandbox.table import Table
 
-# Words of a test that looks at the entry point itself.
-_DESCRIPTIVE = ("signature", "inspect", "__doc__", "__annotations__", "cache_", "getattr", "vars(")
+_SECONDS_PER_NOTE = 0.02  # of messages
+# A test with these words may wait for a thread of the program, which is given the turn so often.
+_WAITING = ("sleep", "wait", "join")
+_SECONDS_BETWEEN_TURNS = 0.005
 
 
 def main(job_fd: int, calls_fd: int | None = None) -> None:
@@ -42,16 +47,16 @@ class _Check:
     def __init__(self, job_fd: int, calls_fd: int | None) -> None:
         self._verdicts = job_fd
         self._solver = None if calls_fd is None else Channel(calls_fd)
-        self._transport_seconds = 0.0
-        self._called = False
-        self._lock = threading.RLock()  # a test may call from threads, and a program may call back
+        self._peer: _ProgramPeer | None = None
         self._namespace: dict[str, Any] = {}
+        self._state: list[str] = []  # variables of the prompt that only a program gives something to hold
 
     def run(self) -> None:
         """From the job to the verdict."""
         job = json.loads(read_all(self._verdicts))
         random.seed(1)
-        self._needs = Needs(job["test"], job["entry_point"])
+        solver.allow_frames_below()
+        self.needs = Needs(job["test"])
         try:
             code = compile(count_asserts(job["test"]), "<test>", "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError) as error:
@@ -60,20 +65,16 @@ class _Check:
             candidate = self._load(job["program"], job["entry_point"])
         else:
             candidate = self._stand_in(self._solver, job)
-        self._note("loaded")
-        self._namespace |= {HELD: lambda: self._note("held"), FAILED: self._fail}
+        self.note("loaded")
+        self._namespace |= {HELD: lambda: self.note("held"), FAILED: self._fail}
         try:
             exec(code, self._namespace)
-            if "check" not in self._namespace:
-                self.end("error", "the test defines no check(candidate)")
-            self._namespace["check"](candidate)
+            if "check" in self._namespace:
+                self._namespace["check"](candidate)
         except BaseException as error:
             self._fail(error)
         else:
-            if self._solver is not None and not self._called:
-                self._verdict("failed", "the test never called the program")
-            else:
-                self._verdict("passed", "" if self._solver else "in one process with its test: forgeable")
+            self._verdict(*self._judged())
         os._exit(0)
 
     def end(self, verdict: str, detail: str) -> NoReturn:
@@ -81,12 +82,22 @@ class _Check:
         self._verdict(verdict, detail)
         os._exit(0)
 
-    def _note(self, line: str) -> None:
+    def note(self, line: str) -> None:
+        """Tell the other side."""
         write_all(self._verdicts, line.encode() + b"\n")
 
     def _verdict(self, verdict: str, detail: str) -> None:
         # A lone surrogate could not be printed.
-        self._note(json.dumps([verdict, detail[:500].encode("utf-8", "replace").decode()]))
+        self.note(json.dumps([verdict, detail[:500].encode("utf-8", "replace").decode()]))
+
+    def _judged(self) -> tuple[str, str]:
+        """The verdict of a test that ran to its end."""
+        if self._peer is None:
+            return "passed", "in one process with its test: forgeable"
+        if not self._peer.was_called:
+            is_check = "check" in self._namespace
+            return "failed" if is_check else "error", "the test never called the program"
+        return ("error", self._peer.doubts[0]) if self._peer.doubts else ("passed", "")
 
     def _fail(self, error: BaseException) -> None:
         """Record a failure; what follows changes it no more."""
@@ -94,77 +105,68 @@ class _Check:
             text = f"{type(error).__name__}: {error}".removesuffix(": ")
         except BaseException:
             text = "an exception without a readable text"
-        reason = "" if self._solver is None else self._not_judged(error)
+        reason = "" if self._peer is None else self._not_judged(error, self._peer)
         self._verdict("error" if reason else "failed", f"{reason}: {text}" if reason else text)
 
-    def _not_judged(self, error: BaseException) -> str:
+    def _not_judged(self, error: BaseException, peer: Peer) -> str:
         """Why a failure of this test says nothing about the program; empty where it does."""
-        if self._misses_a_name(error):
-            return "the test uses a name of the program, so it needs one process with it (same_process)"
-        needs = self._needs.one_process
+        if peer.table.number(error) is None and _is_raised_in_test(error):
+            if isinstance(error, ModuleNotFoundError):
+                return "the test imports what the sandbox does not have"
+            # An unset local is the program's doing.
+            if type(error) is NameError and error.name not in self.needs.bound:
+                return "the test uses a name of the program, so it needs one process with it (same_process)"
+        needs = self.needs.one_process or next((name for name in self._state if name in self.needs.read), "")
         return f"the test needs one process with the program, for {needs}" if needs else ""
-
-    def _misses_a_name(self, error: BaseException) -> bool:
-        """Whether the test's own text reads a name that it never binds; an unset local is the program's doing."""
-        if not isinstance(error, NameError) or isinstance(error, UnboundLocalError) or error.name in self._needs.bound:
-            return False
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        return trace is not None and trace.tb_frame.f_code.co_filename == "<test>"
 
     # --- the program in a process of its own -------------------------------------------------------------------------
 
-    def _stand_in(self, channel: Channel, job: dict[str, Any]) -> Callable[..., Any]:
+    def _stand_in(self, channel: Channel, job: dict[str, Any]) -> Any:
         """Run the prompt for what the test may use of it; its entry point becomes the stand-in of the program's."""
         answer = self.attempt(lambda: _first_message(channel))
         if answer != solver.LOADED:
             self.end("failed", answer[1:].decode("utf-8", "replace"))
-        entry_point, test = job["entry_point"], job["test"]
-        classes = self._run_prompt(job["prompt"])
-        table = Table(classes, self._namespace)
-        names = wanted(test)
-        peer = _ProgramPeer(self, channel, table, Surroundings(names), expects_stop="StopIteration" in test)
-
-        is_looked_at = any(word in test for word in (*_DESCRIPTIVE, f"{entry_point}.", "candidate."))
-
-        def candidate(*arguments: Any, **keywords: Any) -> Any:
-            self._called = True
-            try:
-                return peer.call(0, "call", arguments, keywords)
-            finally:
-                if is_looked_at:  # a call may have changed its attributes
-                    describe_entry_point(candidate, peer)
-
-        table.add(candidate)
-        agreed = json.dumps({"classes": list(classes), "surroundings": names}).encode()
+        entry_point = job["entry_point"]
+        shared = self._run_prompt(job["prompt"])
+        prints = {name: prompt.prints(v) if isinstance(v, type) else {} for name, v in shared.items()}
+        names = wanted(job["test"])
+        agreed = json.dumps({"prints": prints, "surroundings": names}).encode()
         self.attempt(lambda: _first_send(channel, agreed))
-        candidate.__name__ = candidate.__qualname__ = entry_point
-        if is_looked_at:
-            describe_entry_point(candidate, peer)
+        differences = self.attempt(lambda: _differences(_first_message(channel))) if prints else {}
+        shared = {name: shared[name] for name in differences if name in shared}
+        candidate = shared.get(entry_point) or RemoteFunction()
+        table = Table([candidate, *shared.values()])
+        peer = self._peer = _ProgramPeer(self, channel, table, Surroundings(names), "StopIteration" in job["test"])
+        if isinstance(candidate, RemoteFunction):
+            candidate.bind(peer, 0, {"__name__": entry_point, "__qualname__": entry_point})
+        for name, value in shared.items():
+            if isinstance(value, type):
+                peer.give_methods(value, differences[name])
+        if any(word in job["test"] for word in _WAITING):
+            threading.Thread(target=peer.give_turns, daemon=True).start()
         self._namespace[entry_point] = candidate
         return candidate
 
-    def _run_prompt(self, prompt: str) -> dict[str, type]:
-        """Run the prompt's part of the program. Returns the classes that it defines."""
-        module = types.ModuleType("candidate")
-        sys.modules["candidate"] = module
+    def _run_prompt(self, text: str) -> dict[str, Any]:
+        """Run the prompt's part of the program. Returns what it defines that both sides have."""
+        module = types.ModuleType(prompt.MODULE)
+        sys.modules[prompt.MODULE] = module
         self._namespace = module.__dict__
         try:
-            exec(_compiled_head(prompt), self._namespace)
+            exec(_compiled_head(text), self._namespace)
         except BaseException as error:
             self.end("error", f"the prompt does not run alone: {type(error).__name__}: {error}")
-        return defined(self._namespace)
+        self._state = prompt.empty_names(self._namespace)
+        return prompt.defined(self._namespace)
 
-    def attempt(self, action: Callable[[], Any], peer: Peer | None = None) -> Any:
+    def attempt(self, action: Callable[[], Any], has_received: bool = False) -> Any:
         """Do something with the program's process; where that goes wrong, end with the verdict.
 
         What the test passes and cannot cross is an `error`. What the program answers, and what may be too large only
         because of its earlier answers, is `failed`: a program cannot choose an `error`.
         """
         try:
-            with self._lock:
-                return action()
+            return action()
         except GoneError:
             self.end("killed", "the program's process ended")
         except RefusedError as error:
@@ -172,16 +174,9 @@ class _Check:
         except NotPlainError as error:
             if error.kind is not None and issubclass(error.kind, Remote):
                 self.end("failed", "a copy of what stays with the program goes back to it")
-            if error.too_large and (self._needs.passes_answers_back or (peer is not None and peer.has_received_much)):
-                self.end("failed", f"an argument made of the program's answers: {error}")
+            if isinstance(error, TooLargeError) and has_received:
+                self.end("failed", f"an argument after the program's answers: {error}")
             self.end("error", f"the test passes {error}, so it needs one process with the program (same_process)")
-
-    def count_transport(self, seconds: float) -> None:
-        """Tell the other side, now and then, of the time that messages took, which is no time of the program's."""
-        self._transport_seconds += seconds
-        if self._transport_seconds >= SECONDS_PER_NOTE:
-            self._note(f"{TRANSPORT} {round(1e6 * self._transport_seconds)}")
-            self._transport_seconds = 0.0
 
     # --- the program in this process ---------------------------------------------------------------------------------
 
@@ -199,29 +194,64 @@ class _ProgramPeer(Peer):
     program has answered, ends the check at once: a test that catches exceptions does not catch that."""
 
     def __init__(
-        self, check: _Check, channel: Channel, table: Table, surroundings: Surroundings, *, expects_stop: bool
+        self, check: _Check, channel: Channel, table: Table, surroundings: Surroundings, expects_stop: bool
     ) -> None:
-        super().__init__(
-            channel, table, methods=TEST_METHODS, proxy=make_proxy, surroundings=surroundings, exact=True,
-            count_transport=check.count_transport,
-        )  # fmt: skip
+        super().__init__(channel, table, methods=TEST_METHODS, makers=Makers, surroundings=surroundings, exact=True)
+        self.was_called = False
+        self.doubts: list[str] = []
         self._check, self._expects_stop = check, expects_stop
+        self._transport_seconds = {OF_TEST: 0.0, OF_PROGRAM: 0.0}
 
     def call(self, number: int, method: str, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
+        self.was_called |= method == "call"
+        call = super().call
         try:
-            return self._check.attempt(lambda: Peer.call(self, number, method, arguments, keywords), self)
+            return self._check.attempt(lambda: call(number, method, arguments, keywords), self.has_received)
         except StopIteration as error:  # of a function it would silently end a test's map() or zip()
-            if self._expects_stop or method in ITERATING:
+            if self._expects_stop or method == "next":
                 raise
             raise RuntimeError("the program raised StopIteration") from error
 
     def refuse(self, error: BaseException) -> None:
         """What the test's own function returned cannot cross."""
-        self._check.attempt(lambda: _raise(error), self)
+        self._check.attempt(lambda: _raise(error), self.has_received)
+
+    def doubt(self, reason: str) -> None:
+        self.doubts.append(reason)
+
+    def give_methods(self, kind: type, names: list[str]) -> None:
+        """Have a class of the prompt do as the program's class does, where the prompt leaves it open."""
+        deciding = prompt.deciding_names(kind)
+        wanted = [name for name in names if name == "__init__" or prompt.is_open(kind, name.removeprefix("="))]
+        give_methods(self, kind, wanted, deciding)
+
+    def give_turns(self) -> None:
+        """Let threads of the program call the test's functions while the test does something else."""
+        while True:
+            time.sleep(_SECONDS_BETWEEN_TURNS)
+            with contextlib.suppress(RuntimeError):  # an object has changed while it was looked at
+                if self.table.exported:
+                    self.call(0, "turn")
+
+    def count_transport(self, seconds: float, *, is_own: bool) -> None:
+        """Tell the worker, now and then, of the time that messages took, which is no time of the program's."""
+        kind = OF_TEST if is_own else OF_PROGRAM
+        self._transport_seconds[kind] += seconds
+        if self._transport_seconds[kind] >= _SECONDS_PER_NOTE:
+            self._check.note(f"{kind} {round(1e6 * self._transport_seconds[kind])}")
+            self._transport_seconds[kind] = 0.0
 
 
 def _raise(error: BaseException) -> NoReturn:
     raise error
+
+
+def _is_raised_in_test(error: BaseException) -> bool:
+    """Whether the test's own text raised it, by no call."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename == "<test>"
 
 
 def _first_send(channel: Channel, message: bytes) -> None:
@@ -241,9 +271,17 @@ def _first_message(channel: Channel) -> bytes:
     return message
 
 
-def _compiled_head(prompt: str) -> types.CodeType:
+def _differences(message: bytes) -> dict[str, list[str]]:
+    """What the program has of the prompt's classes and objects, and by which names the classes differ."""
+    try:
+        return {str(name): [str(inner) for inner in found] for name, found in json.loads(message).items()}
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise RefusedError(f"malformed data: {error}") from None
+
+
+def _compiled_head(text: str) -> types.CodeType:
     """The prompt without the unfinished definition at its end, if that has not even a docstring."""
-    lines = prompt.splitlines(keepends=True)
+    lines = text.splitlines(keepends=True)
     while True:
         try:
             return compile("".join(lines), "<prompt>", "exec", dont_inherit=True)

@@ -1,15 +1,20 @@
 """What a program may use: memory, time, descriptors, and the part of the file system that Python itself needs."""
 
 import contextlib
+import enum
 import resource
 import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
 # What most programs import, so that it is loaded once. Only the standard library exists for them.
 PRELOADED: tuple[str, ...] = ("bisect", "copy", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools")
 PRELOADED += ("inspect", "math", "operator", "random", "re", "string", "typing", "zoneinfo")
+
+# What a test may use of numpy. It is loaded before isolation; no program has it.
+NUMPY = ("numpy", "numpy.fft", "numpy.linalg", "numpy.ma", "numpy.polynomial", "numpy.random", "numpy.testing")
+# What a checker notes the time of: messages that belong to calls by the test, and by the program.
+OF_TEST, OF_PROGRAM = "calls", "callbacks"
 
 _MEMORY_BYTES = 2 << 30
 _STACK_BYTES = 8 << 20
@@ -18,33 +23,12 @@ _MAX_THREADS = 4096
 _PACKAGES = ("site-packages", "dist-packages")  # not Python's own, and a benchmark's answers may lie there
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Walls:
-    """What stands between programs and the machine.
+class Isolation(enum.Enum):
+    """The layers between programs and the machine. They are put up together or not at all."""
 
-    Args:
-        namespaces: own network, processes, IPC and mounts; only `library_folders` are left of the file system.
-        landlock: the kernel's Landlock confines reads and refuses writes.
-        seccomp: only listed system calls.
-        bubblewrap: bubblewrap makes the namespaces.
-    """
-
-    namespaces: bool = False
-    landlock: bool = False
-    seccomp: bool = False
-    bubblewrap: bool = False
-
-    @property
-    def name(self) -> str:
-        """Such as `Landlock, seccomp, namespaces`."""
-        names = {"Landlock": self.landlock, "seccomp": self.seccomp, "namespaces": self.namespaces}
-        names["bubblewrap"] = self.bubblewrap
-        return ", ".join(name for name, there in names.items() if there) or "none"
-
-    @property
-    def confine_reads(self) -> bool:
-        """Whether programs see nothing of the machine's files but Python's own."""
-        return self.landlock or self.namespaces or self.bubblewrap
+    FULL = "Landlock, seccomp, namespaces"
+    WITHOUT_NAMESPACES = "Landlock, seccomp"
+    NONE = "none"
 
 
 def limit_resources(cpu_seconds: int) -> None:
@@ -64,7 +48,7 @@ def limit_resources(cpu_seconds: int) -> None:
         hard = resource.getrlimit(kind)[1]
         if hard != resource.RLIM_INFINITY:
             value = min(value, hard)
-        if sys.platform == "darwin":  # refuses some of these; there are no walls there anyway
+        if sys.platform == "darwin":  # refuses some of these; there is no isolation there anyway
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(kind, (value, value))
         else:

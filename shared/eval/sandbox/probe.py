@@ -1,4 +1,4 @@
-"""Whether walls hold here: programs that try what must be refused."""
+"""Whether isolation layers hold here: programs that try what must be refused."""
 
 import secrets
 import sys
@@ -7,24 +7,16 @@ from pathlib import Path
 
 from shared import errors
 from shared.errors import SandboxError
-from shared.eval.sandbox.policy import Walls
+from shared.eval.sandbox.policy import Isolation
 from shared.eval.sandbox.worker import Candidate, Worker
 
 PROBE_SECONDS = 30.0
-# The best first; each is put up whole or not at all.
-CHOICES = (
-    Walls(landlock=True, seccomp=True, namespaces=True),
-    Walls(landlock=True, seccomp=True),
-    Walls(seccomp=True, namespaces=True),
-    Walls(seccomp=True, bubblewrap=True),
-)
-WITHOUT_READS = Walls(seccomp=True)
-NO_WALLS = Walls()
+CHOICES = (Isolation.FULL, Isolation.WITHOUT_NAMESPACES)  # the best first
 _TEST = "def check(candidate):\n    assert candidate() == 'refused'\n"
 
 
-def attempts(walls: Walls) -> dict[str, Candidate]:
-    """What is tried, by name; each returns `refused` where the walls hold."""
+def attempts() -> dict[str, Candidate]:
+    """What is tried, by name; each returns `refused` where the layers hold."""
     name = f"probe-{secrets.token_hex(8)}"
     targets = [str(folder / name) for folder in (Path(tempfile.gettempdir()), Path.home(), Path("/dev/shm"))]
     actions = {
@@ -34,11 +26,10 @@ def attempts(walls: Walls) -> dict[str, Candidate]:
         "programs": f"import os; os.execv({sys.executable!r}, ['python', '-c', 'pass'])",
         "signals": "import os; os.kill(os.getppid(), 0)",
         **{f"writing {Path(target).parent}": f"open({target!r}, 'x')" for target in targets},
+        "reading": f"open({errors.__file__!r}).read()",
+        "reading /etc/passwd": "open('/etc/passwd').read()",
+        "listing /": "import os; assert not {'etc', 'home'} & {*os.listdir('/')}; raise PermissionError",
     }
-    if walls.confine_reads:
-        actions["reading"] = f"open({errors.__file__!r}).read()"
-        actions["reading /etc/passwd"] = "open('/etc/passwd').read()"
-        actions["listing /"] = "import os; assert not {'etc', 'home'} & {*os.listdir('/')}; raise PermissionError"
     return {
         about: Candidate(
             prompt="",
@@ -50,29 +41,29 @@ def attempts(walls: Walls) -> dict[str, Candidate]:
     }
 
 
-def probe(walls: Walls) -> dict[str, str]:
-    """What each attempt came to behind these walls: `refused`, or what happened instead.
+def probe(isolation: Isolation) -> dict[str, str]:
+    """What each attempt came to behind these layers: `refused`, or what happened instead.
 
     Raises:
-        SandboxError: the walls cannot be put up, or a right program does not pass behind them.
+        SandboxError: the layers cannot be put up, or a right program does not pass behind them.
     """
     if sys.platform != "linux":
-        raise SandboxError("the walls cannot be put up", where=walls.name, got=f"{sys.platform}; only Linux has them")
+        raise SandboxError("no isolation", where=isolation.value, got=f"{sys.platform}; only Linux has it")
     control = Candidate(
         prompt="",
         completion="def f(x):\n    return x\n",
         test="def check(f):\n    assert f([1]) == [1]\n",
         entry_point="f",
     )
-    with Worker(walls) as worker:
+    with Worker(isolation) as worker:
         worker.wait_ready()
         verdict = worker.run(control, PROBE_SECONDS)
         if verdict.verdict != "passed":
             raise SandboxError(
-                "a right program does not pass", where=walls.name, got=f"{verdict.verdict}: {verdict.detail}"
+                "a right program does not pass", where=isolation.value, got=f"{verdict.verdict}: {verdict.detail}"
             )
         found = {}
-        for about, candidate in attempts(walls).items():
+        for about, candidate in attempts().items():
             verdict = worker.run(candidate, PROBE_SECONDS)
             found[about] = "refused" if verdict.verdict == "passed" else f"{verdict.verdict}: {verdict.detail}"
     return found

@@ -1,226 +1,280 @@
-"""Proxies: what stands on one side for an object that stays on the other.
+"""What stands on one side for an object or a class that stays on the other.
 
-A proxy is equal to nothing but itself, whatever the object says: only plain values, and instances of the prompt's
-classes, are compared, by the checker's own classes. Arithmetic, order and `in` are not passed on either.
+A proxy is equal to nothing but itself, and a class made here is compared as what it is built on: no object of the
+program judges itself against what a test expects. Where a test compares two objects of the program, or uses such a
+method of a class of the prompt, the program does decide; then the test does not pass, it is not judged.
 """
 
-import contextlib
 import inspect
 import types
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from typing import Any
 
+from shared.eval.sandbox import library
+from shared.eval.sandbox.outlines import CODE, JUDGED, OBSERVED, signature_outline
 from shared.eval.sandbox.peer import Peer
 
-# What the checker may do with an object of the program.
+# What the checker may do with an object of the program. `attribute` is asked of the entry point, of any object.
 PROGRAM_METHODS: dict[str, Callable[..., Any]] = {
     "call": lambda value, *arguments, **keywords: value(*arguments, **keywords),
-    "send": lambda value, item: next(value) if item is None else value.send(item),
-    "throw": lambda value, error: value.throw(error),
-    "close": lambda value: value.close(),
+    "next": lambda value: next(value),
+    "send": lambda value, item: value.send(item),
     "await": lambda value: _awaited(value),
-    "anext": lambda value: _awaited(value.__anext__()),
-    "asend": lambda value, item: _awaited(value.asend(item)),
-    "aclose": lambda value: _awaited(value.aclose()),
-    "getattr": lambda value, name: getattr(value, name),
-    "setattr": lambda value, name, item: setattr(value, name, item),
-    "getitem": lambda value, key: value[key],
-    "setitem": lambda value, key, item: value.__setitem__(key, item),
-    "delitem": lambda value, key: value.__delitem__(key),
-    "iter": lambda value: iter(value),
-    "len": lambda value: len(value),
-    "bool": lambda value: bool(value),
-    "str": lambda value: str(value),
-    "repr": lambda value: repr(value),
-    "enter": lambda value: value.__enter__(),
-    "exit": lambda value, *details: value.__exit__(*details),
-    "describe": lambda value: _description(value),
+    "attribute": lambda _, value, name: getattr(value, name),
+    "set attribute": lambda _, value, name, item: setattr(value, name, item),
+    "delete attribute": lambda _, value, name: delattr(value, name),
+    "signature": lambda value: signature_outline(value, with_defaults=True),
+    "turn": lambda value: None,
 }
-# Where a StopIteration says that there is no more; elsewhere it would end a loop of the test's.
-ITERATING = ("send", "throw")
-_LOOPS: list[Any] = []
 # What a program may do with an object of the test: no more, for a test's objects lead to its text.
-TEST_METHODS = {name: PROGRAM_METHODS[name] for name in ("call", "send")}
+TEST_METHODS = {name: PROGRAM_METHODS[name] for name in ("call", "next", "send")}
+TEST_METHODS["signature"] = lambda value: signature_outline(value, with_defaults=False)
+_PUBLIC = frozenset(
+    ("__annotations__", "__closure__", "__code__", "__defaults__", "__dict__", "__doc__", "__func__", "__kwdefaults__",
+     "__module__", "__name__", "__qualname__", "__self__", "__wrapped__")
+)  # fmt: skip
+_LOOPS: list[Any] = []
+_MAX_NAMES = 5_000
 
 
-def make_proxy(peer: Peer, number: int, form: bytes, type_name: Any, name: Any, text: Any) -> Any:
-    """The proxy of an object by the form in which it was exported, of a class with the name of the object's class."""
-    form_class = _FORMS.get(form, Remote)
-    kind = type(str(type_name), (form_class,), {"__module__": "candidate", "__doc__": None, "__slots__": ()})
-    proxy = kind(peer, number)
-    if form in (b"f", b"k"):
-        proxy.__name__, proxy.__doc__ = str(name), text if isinstance(text, str) else None
-    return proxy
+class Makers:
+    """Makes proxies, and classes like those of the other side."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    def proxy(self, number: int, form: bytes, items: list[Any]) -> Any:
+        """The proxy of an object, from its form and its class or what is known of a function."""
+        if len(items) == 1:
+            kind = items[0] if issubclass(items[0], Remote) else _FORMS[form.decode()]  # of such as `map`
+            return kind.__new__(kind).bind(self._peer, number, {})
+        name, text, *code = items
+        known = {"__name__": name, "__doc__": text}
+        if code:
+            known["__code__"] = types.SimpleNamespace(**dict(zip(CODE, *code, strict=True)))
+        return _FORMS[form.decode()]().bind(self._peer, number, known)
+
+    def kind(self, items: list[Any]) -> type:
+        """A class from its outline; the library's own where instances may be of it."""
+        name, form, is_library, count, *rest = items
+        if len(rest) > _MAX_NAMES:
+            raise ValueError("too many names in a class")
+        named = [base if isinstance(base, type) else library.base_named(base) for base in rest[:count]]
+        bases = list(dict.fromkeys(base for base in named if base is not None))
+        if is_library:
+            place = rest[0].partition("|")[0]
+            if bases and library.path_of(bases[0]) == place:
+                return bases[0]
+            if (value_class := library.value_class_named(place)) is not None:
+                return value_class
+        if not any(self._peer.table.is_data(base) or issubclass(base, BaseException | Remote) for base in bases):
+            bases.append(_FORMS[form])
+        return _made_class(self._peer, str(name), tuple(bases), rest[count:])
 
 
-def describe_entry_point(function: Any, peer: Peer) -> None:
-    """Give the stand-in of the entry point the text, signature and attributes of the program's function, as far as
-    these are what they should be: where a program says nonsense of itself, nothing is known of it."""
-    with contextlib.suppress(BaseException):  # also what the program raises
-        text, parameters, annotations, attributes = peer.call(0, "describe")
-        function.__doc__ = text if isinstance(text, str) else None
-        function.__annotations__ = annotations if isinstance(annotations, dict) else {}
-        for name, value in attributes.items():
-            if isinstance(name, str) and not name.startswith("__"):
-                setattr(function, name, value)
-        if parameters is not None:
-            function.__signature__ = _signature(parameters, function.__annotations__)
+def give_methods(peer: Peer, kind: type, names: Iterable[str], deciding: Container[str]) -> None:
+    """Have a class of the prompt do these things by the program's class, since the prompt leaves them open.
+
+    Args:
+        peer: of the checker.
+        kind: the class.
+        names: as `outlines.marked` gives them.
+        deciding: those by which the class compares its instances.
+    """
+    for name, forward in _forwards(peer, kind.__mro__[1:], names).items():
+        forward.decides |= name in deciding
+        type.__setattr__(kind, name, forward)
 
 
-def _signature(parameters: Any, annotations: dict[str, Any]) -> inspect.Signature:
-    return inspect.Signature(
-        [
-            inspect.Parameter(
-                str(name),
-                inspect._ParameterKind(kind),
-                default=default if has_default else inspect.Parameter.empty,
-                annotation=annotations.get(name, inspect.Parameter.empty),
-            )
-            for name, kind, has_default, default in parameters
-        ],
-        return_annotation=annotations.get("return", inspect.Signature.empty),
-    )
+def _made_class(peer: Peer, name: str, bases: tuple[type, ...], names: Iterable[Any]) -> type:
+    meta: type = _RemoteClass
+    for base in bases:
+        if not issubclass(meta, type(base)):
+            meta = type("_RemoteClass", (meta, type(base)), {})
+    namespace = {"__module__": "candidate", "__remote__": peer, **_forwards(peer, bases, names)}
+    if any(issubclass(base, Remote) for base in bases):
+        namespace["__slots__"] = ()
+    if "__eq__" in namespace:
+        namespace["__hash__"] = bases[0].__hash__
+    made: type = meta(name, bases, namespace)
+    return made
+
+
+def _forwards(peer: Peer, bases: Iterable[type], names: Iterable[Any]) -> dict[str, "_Forwarded"]:
+    """What a class built on others gets for the names of the other side's class."""
+    found: dict[str, _Forwarded] = {}
+    for marked in names:
+        name = marked.removeprefix("=")
+        kind = _Judged if name in JUDGED else _ForwardedProperty if marked.startswith("=") else _Forwarded
+        # Such a method of this side's own is the one that judges, and what a proxy does is done by itself.
+        own = [c for base in bases for c in base.__mro__ if kind is _Judged or c in _FORMS.values()]
+        is_there = any(_is_whole(vars(c).get(name)) for c in own if c is not object)
+        if not is_there and (not name.startswith("__") or name in _FORWARDED):
+            found[name] = kind(peer, name)
+    return found
+
+
+def _is_whole(method: Any) -> bool:
+    return method is not None and not getattr(method, "__isabstractmethod__", False)
+
+
+class _Forwarded:
+    """An attribute of a class that is asked of the other side's object."""
+
+    decides = False  # whether by it the program would decide what a test asserts
+
+    def __init__(self, peer: Peer, name: str) -> None:
+        self._peer, self._name = peer, name
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None and self._peer.table.number(owner) is None:  # which is being made
+            return self
+        if self.decides:
+            self._peer.doubt(f"the test goes by {self._name} of a class of the program")
+        return self._peer.call(0, "attribute", (owner if instance is None else instance, self._name))
+
+
+class _ForwardedProperty(_Forwarded):
+    """One that is also set there."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        self._peer.call(0, "set attribute", (instance, self._name, value))
+
+
+class _Judged(_Forwarded):
+    """A comparison or the like. A proxy is compared with nothing but a proxy."""
+
+    decides = True
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return super().__get__(instance, owner)
+
+        def judge(*others: Any) -> Any:
+            is_alone = isinstance(instance, Remote) and self._name != "__contains__"
+            if is_alone and not all(isinstance(other, Remote) for other in others):
+                return NotImplemented
+            return super(_Judged, self).__get__(instance, owner)(*others)
+
+        return judge
+
+
+class _RemoteClass(type):
+    """The class of classes like the program's, which makes instances there."""
+
+    def __call__(cls, *arguments: Any, **keywords: Any) -> Any:
+        if "__remote__" not in vars(cls):  # a subclass of the test's
+            return super().__call__(*arguments, **keywords)
+        peer = vars(cls)["__remote__"]
+        return peer.call(peer.table.number(cls), "call", arguments, keywords)
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__") or "__remote__" not in vars(cls):
+            raise AttributeError(name)
+        return vars(cls)["__remote__"].call(0, "attribute", (cls, name))
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name.startswith("_") or "__remote__" not in vars(cls):
+            super().__setattr__(name, value)
+        else:
+            vars(cls)["__remote__"].call(0, "set attribute", (cls, name, value))
 
 
 class Remote:
-    """An object of the program."""
+    """An object of the other side."""
 
-    def __init__(self, peer: Peer, number: int) -> None:
-        self.__dict__.update(_peer=peer, _number=number)
+    __slots__ = ("__weakref__", "_known_", "_number_", "_peer_")
+
+    def bind(self, peer: Peer, number: int, known: dict[str, Any]) -> "Remote":
+        """Say which object this stands for, and what is known of it."""
+        for name, value in (("_peer_", peer), ("_number_", number), ("_known_", known)):
+            object.__setattr__(self, name, value)
+        return self
 
     def _do(self, method: str, *arguments: Any, **keywords: Any) -> Any:
-        return self._peer.call(self._number, method, arguments, keywords)
+        return self._peer_.call(self._number_, method, arguments, keywords)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):
+        if name in Remote.__slots__ or (name.startswith("__") and name.endswith("__") and name not in _PUBLIC):
             raise AttributeError(name)
-        return self._do("getattr", name)
+        if name in self._known_:
+            return self._known_[name]
+        return self._peer_.call(0, "attribute", (self, name))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("__"):
-            object.__setattr__(self, name, value)
-        else:
-            self._do("setattr", name, value)
+        self._peer_.call(0, "set attribute", (self, name, value))
 
-    def __getitem__(self, key: Any) -> Any:
-        return self._do("getitem", key)
+    def __delattr__(self, name: str) -> None:
+        self._peer_.call(0, "delete attribute", (self, name))
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._do("setitem", key, value)
-
-    def __delitem__(self, key: Any) -> None:
-        self._do("delitem", key)
-
-    def __iter__(self) -> Iterator[Any]:
-        iterator: Iterator[Any] = self._do("iter")
-        return iterator
-
-    def __len__(self) -> int:
-        return int(self._do("len"))
-
-    def __bool__(self) -> bool:
-        return self._do("bool") is True
-
-    def __str__(self) -> str:
-        return str(self._do("str"))
-
-    def __repr__(self) -> str:
-        return str(self._do("repr"))
-
-    def __enter__(self) -> Any:
-        return self._do("enter")
-
-    def __exit__(self, *details: Any) -> Any:
-        return self._do("exit", None, details[1], None)
+    def __init_subclass__(cls) -> None:
+        cls.__doc__ = property(lambda self: Remote.__getattr__(self, "__doc__"))  # type: ignore[assignment]
 
 
 class _RemoteCallable(Remote):
-    __signature__ = property(lambda self: _signature(*self._do("describe")[1:3]))
+    __slots__ = ()
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._do("call", *arguments, **keywords)
 
-    def __bool__(self) -> bool:
-        return True
+    @property
+    def __signature__(self) -> inspect.Signature:
+        parameters, returned = self._do("signature")
+        empty = inspect.Parameter.empty
+        made = []
+        for name, kind, default, annotation in parameters:
+            of_it = {"default": [empty, *default][-1], "annotation": [empty, *annotation][-1]}
+            made.append(inspect.Parameter(name, inspect._ParameterKind(kind), **of_it))
+        return inspect.Signature(made, return_annotation=[empty, *returned][-1])
 
 
-class _RemoteFunction(_RemoteCallable):
+class RemoteFunction(_RemoteCallable):
+    """A function of the other side."""
+
+    __slots__ = ()
     __class__ = property(lambda self: types.FunctionType)  # for isinstance
 
 
 class _RemoteIterator(Remote):
     """An iterator. It is asked for an item when one is wanted, and not told when it is dropped."""
 
-    def __iter__(self) -> "_RemoteIterator":
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        return self._do("send", None)
-
-    def __bool__(self) -> bool:
-        return True
+        return self._do("next")
 
 
 class _RemoteGenerator(_RemoteIterator):
+    __slots__ = ()
     __class__ = property(lambda self: types.GeneratorType)
 
     def send(self, value: Any) -> Any:
         return self._do("send", value)
 
-    def throw(self, kind: Any, value: Any = None, trace: Any = None) -> Any:
-        return self._do("throw", kind if isinstance(kind, BaseException) else kind(*([] if value is None else [value])))
 
-    def close(self) -> None:
-        self._do("close")
+class _RemoteAwaitable(Remote):
+    """A coroutine or the like. It runs to its end, in an event loop of the program's process, when it is awaited."""
 
-
-class _RemoteCoroutine(Remote):
-    """A coroutine. It runs to its end, in an event loop of the program's process, when it is first awaited."""
-
+    __slots__ = ()
     __class__ = property(lambda self: types.CoroutineType)
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._do("await")
         yield
 
-    def __bool__(self) -> bool:
-        return True
-
     def send(self, value: Any) -> Any:
+        """As an event loop of the test runs it."""
         raise StopIteration(self._do("await"))
 
-    def throw(self, kind: Any, value: Any = None, trace: Any = None) -> Any:
-        raise kind if isinstance(kind, BaseException) else kind()
 
-    def close(self) -> None:
-        self._do("close")
-
-
-class _RemoteAsyncIterator(Remote):
-    """An asynchronous generator or iterator. Each of its steps runs to its end when it is awaited."""
-
-    __class__ = property(lambda self: types.AsyncGeneratorType)
-
-    def __aiter__(self) -> "_RemoteAsyncIterator":
-        return self
-
-    async def __anext__(self) -> Any:
-        return self._do("anext")
-
-    async def asend(self, value: Any) -> Any:
-        return self._do("asend", value)
-
-    async def aclose(self) -> None:
-        self._do("aclose")
-
-    def __bool__(self) -> bool:
-        return True
-
-
-_FORMS = {
-    b"f": _RemoteFunction, b"k": _RemoteCallable, b"i": _RemoteIterator, b"g": _RemoteGenerator, b"c": _RemoteCoroutine,
-    b"s": _RemoteAsyncIterator,
+_FORMS: dict[str, type[Remote]] = {
+    "o": Remote, "f": RemoteFunction, "k": _RemoteCallable, "i": _RemoteIterator, "g": _RemoteGenerator,
+    "c": _RemoteAwaitable,
 }  # fmt: skip
+_FORWARDED = OBSERVED | JUDGED | {"__init__"}
 
 
 def _awaited(awaitable: Any) -> Any:
@@ -233,17 +287,3 @@ def _awaited(awaitable: Any) -> Any:
     if not _LOOPS:
         _LOOPS.append(asyncio.new_event_loop())
     return _LOOPS[0].run_until_complete(run())
-
-
-def _description(function: Any) -> tuple[Any, ...]:
-    """What a test may ask of a function: text, parameters, annotations, and what else it is given as attributes."""
-    try:
-        parameters = [
-            (p.name, int(p.kind), p.default is not p.empty, None if p.default is p.empty else p.default)
-            for p in inspect.signature(function).parameters.values()
-        ]
-    except (TypeError, ValueError):
-        parameters = None
-    names = {*getattr(function, "__dict__", ()), "cache_info", "cache_clear", "cache_parameters"}
-    attributes = {name: getattr(function, name) for name in names if name[:2] != "__" and hasattr(function, name)}
-    return getattr(function, "__doc__", None), parameters, getattr(function, "__annotations__", {}), attributes

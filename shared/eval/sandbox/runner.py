@@ -10,53 +10,48 @@ from typing import Any
 
 from shared.errors import SandboxError
 from shared.eval.sandbox import probe
-from shared.eval.sandbox.policy import Walls
+from shared.eval.sandbox.policy import Isolation
 from shared.eval.sandbox.worker import Candidate, Verdict, Worker
 from shared.progress import progress
 
 __all__ = ["Candidate", "Sandbox", "Verdict", "open_sandbox", "run_candidates"]
 
-FIX = "--allow-host-reads where only reading cannot be confined; a container or virtual machine and --unsafe-no-sandbox"
+FIX = "Linux 5.13 with Landlock; a container or virtual machine of its own and --unsafe-no-sandbox"
 
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
     """What programs run in; `description` goes into every result."""
 
-    walls: Walls
+    isolation: Isolation
 
     @property
     def description(self) -> dict[str, Any]:
-        """The walls, and what they do not do."""
-        return {
-            "walls": self.walls.name,
-            "host_reads_allowed": not self.walls.confine_reads,
-            "unsafe_no_sandbox": self.walls == probe.NO_WALLS,
-        }
+        """The layers, and whether there are none."""
+        return {"isolation": self.isolation.value, "unsafe_no_sandbox": self.isolation == Isolation.NONE}
 
 
-def open_sandbox(*, allow_host_reads: bool = False, unsafe: bool = False) -> Sandbox:
-    """The best walls that this machine lets us put up, by trying what they must refuse.
+def open_sandbox(*, unsafe: bool = False) -> Sandbox:
+    """The best isolation that this machine allows, by trying what it must refuse.
 
     Args:
-        allow_host_reads: go on where programs can read this machine's files, and nothing else is open.
-        unsafe: go on without walls where none can be had.
+        unsafe: go on without where none can be had.
 
     Raises:
-        SandboxError: there are none, and why.
+        SandboxError: there is none, and why.
     """
     reasons = []
-    for walls in (*probe.CHOICES, *((probe.WITHOUT_READS,) if allow_host_reads else ())):
+    for isolation in probe.CHOICES:
         try:
-            open_ways = {about: what for about, what in probe.probe(walls).items() if what != "refused"}
+            open_ways = [about for about, what in probe.probe(isolation).items() if what != "refused"]
         except SandboxError as error:
-            reasons.append(f"{walls.name}: {error.got}")
+            reasons.append(f"{isolation.value}: {error.got}")
             continue
         if not open_ways:
-            return Sandbox(walls)
-        reasons.append(f"{walls.name}: not refused: {', '.join(open_ways)}")
+            return Sandbox(isolation)
+        reasons.append(f"{isolation.value}: not refused: {', '.join(open_ways)}")
     if unsafe:
-        return Sandbox(probe.NO_WALLS)
+        return Sandbox(Isolation.NONE)
     raise SandboxError("no sandbox can be had here", got="; ".join(reasons), fix=FIX)
 
 
@@ -74,14 +69,15 @@ def run_candidates(
         workers: candidates at once; as many as there are processors by default.
 
     Raises:
-        SandboxError: the walls cannot be put up any more.
+        SandboxError: the isolation layers cannot be put up any more.
     """
     num_workers = min(workers or _num_processors(), len(candidates))
     if num_workers == 0:
         return []
     with ExitStack() as stack:
         idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        everyone = [stack.enter_context(Worker(sandbox.walls)) for _ in range(num_workers)]
+        with_numpy = any("numpy" in candidate.test for candidate in candidates)
+        everyone = [stack.enter_context(Worker(sandbox.isolation, with_numpy=with_numpy)) for _ in range(num_workers)]
         for worker in everyone:
             worker.wait_ready()
             idle.put(worker)

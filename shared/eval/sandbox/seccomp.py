@@ -5,93 +5,24 @@ import errno
 import platform
 import struct
 
-# name → (x86_64, aarch64); None where the architecture has no such call.
-NUMBERS: dict[str, tuple[int | None, int | None]] = {
-    "read": (0, 63),
-    "write": (1, 64),
-    "open": (2, None),
-    "close": (3, 57),
-    "stat": (4, None),
-    "fstat": (5, 80),
-    "lstat": (6, None),
-    "poll": (7, None),
-    "lseek": (8, 62),
-    "mmap": (9, 222),
-    "mprotect": (10, 226),
-    "munmap": (11, 215),
-    "brk": (12, 214),
-    "rt_sigaction": (13, 134),
-    "rt_sigprocmask": (14, 135),
-    "rt_sigreturn": (15, 139),
-    "ioctl": (16, 29),
-    "pread64": (17, 67),
-    "readv": (19, 65),
-    "writev": (20, 66),
-    "access": (21, None),
-    "select": (23, None),
-    "sched_yield": (24, 124),
-    "mremap": (25, 216),
-    "madvise": (28, 233),
-    "dup": (32, 23),
-    # asyncio's event loop: it waits with epoll, and wakes itself through a pair of sockets that leads nowhere else.
-    # Only plain bytes go through: no addresses, no descriptors (sendmsg), no flags (out-of-band data had kernel bugs).
-    "sendto": (44, 206),
-    "recvfrom": (45, 207),
-    "getsockname": (51, 204),
-    "socketpair": (53, 199),
-    "epoll_wait": (232, None),
-    "epoll_ctl": (233, 21),
-    "epoll_pwait": (281, 22),
-    "epoll_create1": (291, 20),
-    "dup2": (33, None),
-    "dup3": (292, 24),
-    "nanosleep": (35, 101),
-    "getpid": (39, 172),
-    "clone": (56, 220),
-    "exit": (60, 93),
-    "uname": (63, 160),
-    "fcntl": (72, 25),
-    "getcwd": (79, 17),
-    "readlink": (89, None),
-    "gettimeofday": (96, 169),
-    "getrlimit": (97, 163),
-    "getrusage": (98, 165),
-    "sysinfo": (99, 179),
-    "times": (100, 153),
-    "getuid": (102, 174),
-    "getgid": (104, 176),
-    "geteuid": (107, 175),
-    "getegid": (108, 177),
-    "getppid": (110, 173),
-    "getresuid": (118, 148),
-    "getresgid": (120, 150),
-    "sigaltstack": (131, 132),
-    "gettid": (186, 178),
-    "time": (201, None),
-    "futex": (202, 98),
-    "sched_getaffinity": (204, 123),
-    "getdents64": (217, 61),
-    "set_tid_address": (218, 96),
-    "restart_syscall": (219, 128),
-    "clock_gettime": (228, 113),
-    "clock_getres": (229, 114),
-    "clock_nanosleep": (230, 115),
-    "exit_group": (231, 94),
-    "openat": (257, 56),
-    "newfstatat": (262, 79),
-    "readlinkat": (267, 78),
-    "faccessat": (269, 48),
-    "pselect6": (270, 72),
-    "ppoll": (271, 73),
-    "set_robust_list": (273, 99),
-    "prlimit64": (302, 261),
-    "getrandom": (318, 278),
-    "statx": (332, 291),
-    "rseq": (334, 293),
-    "clone3": (435, 435),
-    "close_range": (436, 436),
-    "openat2": (437, 437),
-    "faccessat2": (439, 439),
+# Each with its numbers on x86_64 and aarch64; `-` where the architecture has no such call.
+_TABLE = """
+    read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62, mmap 9 222,
+    mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139,
+    ioctl 16 29, pread64 17 67, readv 19 65, writev 20 66, access 21 -, select 23 -, sched_yield 24 124,
+    mremap 25 216, madvise 28 233, dup 32 23, dup2 33 -, dup3 292 24, nanosleep 35 101, getpid 39 172, clone 56 220,
+    exit 60 93, uname 63 160, fcntl 72 25, getcwd 79 17, readlink 89 -, gettimeofday 96 169, getrlimit 97 163,
+    getrusage 98 165, sysinfo 99 179, times 100 153, getuid 102 174, getgid 104 176, geteuid 107 175, getegid 108 177,
+    getppid 110 173, getresuid 118 148, getresgid 120 150, sigaltstack 131 132, gettid 186 178, time 201 -,
+    futex 202 98, sched_getaffinity 204 123, getdents64 217 61, set_tid_address 218 96, restart_syscall 219 128,
+    clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, exit_group 231 94, openat 257 56,
+    newfstatat 262 79, readlinkat 267 78, faccessat 269 48, pselect6 270 72, ppoll 271 73, set_robust_list 273 99,
+    prlimit64 302 261, getrandom 318 278, statx 332 291, rseq 334 293, clone3 435 435, close_range 436 436,
+    openat2 437 437, faccessat2 439 439
+"""
+NUMBERS: dict[str, tuple[int | None, ...]] = {
+    name: tuple(None if number == "-" else int(number) for number in numbers)
+    for name, *numbers in map(str.split, _TABLE.split(","))
 }
 # C libraries go on without these where the kernel does not know them. The filter cannot look into their arguments.
 UNKNOWN = ("clone3", "openat2", "close_range", "faccessat2")
@@ -101,7 +32,6 @@ _WRITING = 0o3 | 0o100 | 0o1000 | 0o20000000  # O_ACCMODE, O_CREAT, O_TRUNC, the
 _THREAD = (0x3D0F00, 0x7D0F00)  # the flags of pthread_create in glibc and musl
 _FCNTL = (0, 1, 2, 3, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC: none that sends signals
 _IOCTL = (0x5401, 0x5421, 0x5450, 0x5451)  # TCGETS (isatty), FIONBIO, FIONCLEX, FIOCLEX
-_AF_UNIX, _STREAM = 1, (1, 0x80001)  # SOCK_STREAM, also with SOCK_CLOEXEC
 
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _LOAD, _EQUAL, _AND, _RETURN = 0x20, 0x15, 0x54, 0x06
@@ -161,22 +91,14 @@ def _rule(name: str) -> list[tuple[int, int, int, int]]:
             return _one_of(1, _FCNTL)
         case "ioctl":
             return _one_of(1, _IOCTL)
-        case "socketpair":  # of the one kind that Python makes
-            return [_argument(0), (_EQUAL, 1, 0, _AF_UNIX), refuse, *_one_of(1, _STREAM)]
-        case "sendto" | "recvfrom":  # without flags, to or from the other end, never an address
-            return _all_zero(_argument(3), _argument(4), _argument(4, high=True))
         case "prlimit64":  # of itself, and only to read: pid and the new limit, both halves, are 0
-            return _all_zero(_argument(0), _argument(2), _argument(2, high=True))
+            rule = []
+            for load in (_argument(0), _argument(2), _argument(2, high=True)):
+                rule += [load, (_EQUAL, 1, 0, 0), refuse]
+            return [*rule, allow]
         case _ if name in UNKNOWN:
             return [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
     return [allow]
-
-
-def _all_zero(*loads: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:
-    rule = []
-    for load in loads:
-        rule += [load, (_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
-    return [*rule, (_RETURN, 0, 0, _ALLOW)]
 
 
 def _one_of(index: int, values: tuple[int, ...]) -> list[tuple[int, int, int, int]]:

@@ -1,4 +1,4 @@
-"""The fork server: a bare interpreter behind walls, which forks two children for each candidate.
+"""The fork server: a bare, isolated interpreter, which forks two children for each candidate.
 
 Started by `worker.py`, on its socket. It never sees a candidate or a test: it hands the children their sockets. When
 its socket ends it ends, and its children with it.
@@ -17,20 +17,32 @@ import socket
 import sys
 from collections.abc import Callable
 
-from shared.eval.sandbox import checker, landlock, namespaces, policy, seccomp, solver
+from shared.eval.sandbox import checker, event_loop, landlock, namespaces, policy, seccomp, solver
 
 _HIGH = 32  # above all descriptors that children get
 
 
-def main(control_fd: int, walls: policy.Walls) -> None:
-    """Put up the walls, all of them, say so, and serve until the socket ends."""
+def main(control_fd: int, isolation: policy.Isolation, packages: str = "") -> None:
+    """Put up the isolation layers, all of them, say so, and serve until the socket ends.
+
+    Args:
+        control_fd: the socket.
+        isolation: the layers.
+        packages: the folder that numpy is in, for tests that use it; empty to do without.
+    """
     control = socket.socket(fileno=control_fd)
     try:
         for name in policy.PRELOADED:
             importlib.import_module(name)
-        program = _put_up(walls)
-    except (OSError, StopIteration) as error:
-        control.send(json.dumps({"error": f"{walls.name}: {error}"}).encode())
+        if packages:
+            sys.path.insert(0, packages)
+            for name in policy.NUMPY:
+                importlib.import_module(name)
+            sys.path.remove(packages)
+        event_loop.install()
+        program = _put_up(isolation)
+    except (OSError, StopIteration, ImportError) as error:
+        control.send(json.dumps({"error": f"{isolation.value}: {error}"}).encode())
         os._exit(1)
     gc.collect()
     gc.freeze()
@@ -41,26 +53,23 @@ def main(control_fd: int, walls: policy.Walls) -> None:
     os._exit(0)
 
 
-def _put_up(walls: policy.Walls) -> bytes | None:
+def _put_up(isolation: policy.Isolation) -> bytes | None:
     """Confine this process. Returns the filter of system calls for its children."""
-    if sys.platform != "linux":
-        if walls != policy.Walls():
-            raise OSError("only Linux has these walls")
+    if sys.platform == "linux":
+        namespaces.die_with(os.getppid())
+    if isolation == policy.Isolation.NONE:
         return None
-    namespaces.die_with(os.getppid())
     folders, hidden, files = policy.library_folders(), policy.package_folders(), policy.library_files()
-    if walls.namespaces:
-        as_root = os.geteuid() == 0
+    as_root = os.geteuid() == 0
+    if isolation == policy.Isolation.FULL:
         namespaces.unshare()
         _go_on_in_a_child()
         namespaces.change_root(folders, hidden)
-        namespaces.drop_privileges(become_nobody=as_root and os.geteuid() == 0)
+    namespaces.drop_privileges(become_nobody=isolation == policy.Isolation.FULL and as_root and os.geteuid() == 0)
+    if isolation == policy.Isolation.FULL:
         namespaces.die_with(0)
-    elif walls != policy.Walls():
-        namespaces.drop_privileges(become_nobody=False)
-    if walls.landlock:
-        landlock.restrict(files, folders)
-    return seccomp.build_filter() if walls.seccomp else None
+    landlock.restrict(files, folders)
+    return seccomp.build_filter()
 
 
 def _go_on_in_a_child() -> None:

@@ -1,7 +1,8 @@
 """State of a process that a test and a program share in plain Python: it crosses with every call and every answer.
 
-Only what the test's text speaks of crosses: `random`, the context of `decimal`, what was printed, what is read, and the
-limits of recursion and of the digits of integers, which only the test's side sets.
+Only what the test's text speaks of crosses: how far `random` has drawn, the context of `decimal`, what was printed,
+what is read, warnings, and the limits of recursion and of the digits of integers. Which state `random` is in, which
+warnings are shown and where the limits are, only the test's side sets.
 """
 
 import contextlib
@@ -9,10 +10,13 @@ import decimal
 import io
 import random
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 _MAX_OUTPUT_CHARACTERS = 1 << 20
+_MAX_WARNINGS = 10_000
+_MAX_WORDS = 1 << 16  # that a call draws from the generator
 # What may cross, and the words in a test that ask for it.
 NAMES = {
     "random": ("random",),
@@ -20,6 +24,7 @@ NAMES = {
     "output": ("stdout", "stderr", "capture"),
     "input": ("stdin",),
     "limits": ("setrecursionlimit", "set_int_max_str_digits"),
+    "warnings": ("warn",),
 }
 
 
@@ -43,8 +48,14 @@ class Surroundings:
         return {name: getattr(self, f"_take_{name}")() for name in self.names} if self.names else None
 
     def give(self, state: Any) -> None:
-        """Take over the other side's state."""
-        if isinstance(state, dict):
+        """Take over the other side's state.
+
+        Raises:
+            ValueError: it has another form.
+        """
+        if (state is not None) if not self.names else (type(state) is not dict):
+            raise ValueError("malformed data")
+        if self.names:
             with contextlib.suppress(TypeError, ValueError, AttributeError, OSError):
                 for name in self.names:
                     getattr(self, f"_give_{name}")(state.get(name))
@@ -52,8 +63,9 @@ class Surroundings:
     def _take_random(self) -> Any:
         return random.getstate()
 
-    def _give_random(self, state: Any) -> None:
-        random.setstate(state)
+    def _give_random(self, num_words: Any) -> None:
+        if type(num_words) is int and 0 <= num_words <= _MAX_WORDS:
+            random.getrandbits(32 * num_words)
 
     def _take_decimal(self) -> Any:
         context = decimal.getcontext()
@@ -68,6 +80,17 @@ class Surroundings:
 
     def _give_limits(self, limits: Any) -> None:
         return
+
+    def _take_warnings(self) -> Any:
+        """The filters, in plain data."""
+        return [
+            (action, getattr(text, "pattern", text), category, getattr(module, "pattern", module), line)
+            for action, text, category, module, line in warnings.filters
+        ]
+
+    def _give_warnings(self, noted: Any) -> None:
+        for warning in noted:
+            warnings.showwarning(warning, type(warning), "<program>", 1)
 
     def _take_output(self) -> Any:
         return None
@@ -99,6 +122,35 @@ class ProgramSurroundings(Surroundings):
         if "output" in self.names:
             sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
             self._streams = (sys.stdout, sys.stderr)
+        self._filters: Any = None
+        self._noted: list[Warning] = []
+        if "warnings" in self.names:
+            warnings.showwarning = self._note_warning
+
+    def _take_random(self) -> Any:
+        """How many words have been drawn from the generator since it was given; None where it is at no such place."""
+        now, (_, given, _) = random.getstate(), self._given_random
+        return _num_words_between(given, now[1])
+
+    def _give_random(self, state: Any) -> None:
+        random.setstate(state)
+        self._given_random = state
+
+    def _take_warnings(self) -> Any:
+        """What the program was warned of since the last message."""
+        noted, self._noted = self._noted, []
+        return noted
+
+    def _give_warnings(self, filters: Any) -> None:
+        if filters != self._filters:
+            self._filters = filters
+            warnings.resetwarnings()
+            for action, text, category, module, line in filters:
+                warnings.filterwarnings(action, text or "", category, module or "", line, append=True)
+
+    def _note_warning(self, message: Any, *_: Any, **__: Any) -> None:
+        if len(self._noted) < _MAX_WARNINGS:
+            self._noted.append(message)
 
     def _take_limits(self) -> Any:
         return None
@@ -125,3 +177,16 @@ class ProgramSurroundings(Surroundings):
     def _give_input(self, text: Any) -> None:
         if isinstance(text, str):
             sys.stdin = io.StringIO(text)
+
+
+def _num_words_between(first: tuple[int, ...], last: tuple[int, ...]) -> int | None:
+    """How many 32-bit words a Mersenne twister gives between two states; None where that is too many."""
+    *block, place = first
+    *wanted, end = last
+    twister, count = random.Random(), 0
+    twister.setstate((3, first, None))
+    while block != wanted and count < _MAX_WORDS:
+        count += len(block) - place + 1
+        twister.getrandbits(32 * (len(block) - place + 1))
+        *block, place = twister.getstate()[1]
+    return count + end - place if block == wanted else None

@@ -1,36 +1,34 @@
 """This side of one fork server: hand it candidates one by one, keep the deadline, believe nobody but the checker."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import select
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shared.errors import SandboxError
-from shared.eval.sandbox.asserts import TRANSPORT
-from shared.eval.sandbox.policy import Walls, library_folders, package_folders
+from shared.eval.sandbox.policy import OF_PROGRAM, OF_TEST, Isolation
 
 START_SECONDS = 60.0
-# After the first failed assert the others are tried for so long.
 VERDICTS = ("passed", "failed", "timed out", "killed", "error")
-_COUNT_SECONDS = 1.0
+_COUNT_SECONDS = 1.0  # for trying the other asserts after the first that failed
 _CPU_SECONDS_BEYOND = 2
-# What messages between test and program take is no time of the program's and puts the deadline off, but never beyond
-# so many times its limit.
+# What messages between test and program take is no time of the program's and puts the deadline off: for calls by the
+# program by its limit at most, and never beyond so many times its limit.
 _LONGEST = 10
 _MAX_LINE_BYTES = 1 << 20
 _ROOT = Path(__file__).parents[3]
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from shared.eval.sandbox import policy, server; del sys.path[0]; "
-    "server.main(int(sys.argv[2]), policy.Walls(**dict.fromkeys(sys.argv[3:], True)))"
+    "server.main(int(sys.argv[2]), policy.Isolation[sys.argv[3]], sys.argv[4])"
 )
 # `-I` would also ignore PYTHONHASHSEED, and with it the order of sets would change from run to run.
 _INTERPRETER = (sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _START)
@@ -78,14 +76,20 @@ class ServerGoneError(Exception):
 
 
 class Worker:
-    """A fork server behind given walls. A context manager; one candidate at a time.
+    """An isolated fork server. A context manager; one candidate at a time.
+
+    Args:
+        isolation: its layers.
+        with_numpy: have numpy at hand for tests, where it is installed.
 
     Raises:
         SandboxError: no process can be started.
     """
 
-    def __init__(self, walls: Walls) -> None:
-        self.walls = walls
+    def __init__(self, isolation: Isolation, *, with_numpy: bool = False) -> None:
+        self._isolation = isolation
+        found = importlib.util.find_spec("numpy") if with_numpy else None
+        self._packages = str(Path(found.origin).parents[1]) if found and found.origin else ""
         self._control: socket.socket
         self._process: subprocess.Popen[bytes]
         self._ready = False
@@ -113,7 +117,7 @@ class Worker:
         self._process.kill()
 
     def wait_ready(self) -> None:
-        """Wait until the walls are up.
+        """Wait until the layers are up.
 
         Raises:
             SandboxError: they are not, and why.
@@ -126,7 +130,7 @@ class Worker:
         except (OSError, ValueError) as error:
             answer = {"error": str(error)}
         if "error" in answer:
-            raise SandboxError("the fork server did not start", where=self.walls.name, got=answer["error"])
+            raise SandboxError("the fork server did not start", where=self._isolation.value, got=answer["error"])
         self._ready = True
 
     def run(self, candidate: Candidate, timeout_seconds: float) -> Verdict:
@@ -158,13 +162,11 @@ class Worker:
     def _start(self) -> None:
         self._ready = False
         self._control, other = socket.socketpair()
-        # Descriptors are kept by both the interpreter and bubblewrap.
-        arguments = [str(_ROOT), str(other.fileno())]
-        arguments += [name for name in ("namespaces", "landlock", "seccomp", "bubblewrap") if getattr(self.walls, name)]
+        arguments = [str(_ROOT), str(other.fileno()), self._isolation.name, self._packages]
         with other:
             try:
                 self._process = subprocess.Popen(
-                    [*(_bubblewrap() if self.walls.bubblewrap else ()), *_INTERPRETER, *arguments],
+                    [*_INTERPRETER, *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
@@ -175,7 +177,9 @@ class Worker:
                 )
             except OSError as error:
                 self._control.close()
-                raise SandboxError("the fork server cannot be started", where=self.walls.name, got=error) from error
+                raise SandboxError(
+                    "the fork server cannot be started", where=self._isolation.value, got=error
+                ) from error
 
     def _attempt(
         self, candidate: Candidate, deadline: float, timeout_seconds: float
@@ -197,7 +201,7 @@ class Worker:
             if not candidate.same_process:
                 _hand_over(solver, {"program": program, "entry_point": candidate.entry_point}, deadline)
             _hand_over(checker, job, deadline)
-            notes, in_time = _read_notes(checker, deadline, deadline + (_LONGEST - 1) * timeout_seconds)
+            notes, in_time = _read_notes(checker, deadline, timeout_seconds)
             statuses = self._finish()
         if notes.verdict is not None:
             verdict, detail = _parsed(notes.verdict)
@@ -236,12 +240,12 @@ def _hand_over(end: socket.socket, job: dict[str, str], deadline: float) -> None
 
 @dataclass(slots=True)
 class _Notes:
-    """What a checker has written: two kinds of notes, and its verdict as it came. A program that shares its process
-    may write anything, and as much as it likes."""
+    """What a checker has written: its notes, and its verdict as it came. A program that shares its process may write
+    anything, and as much as it likes."""
 
     loaded: bool = False
     num_held: int = 0
-    transport_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: {OF_TEST: 0.0, OF_PROGRAM: 0.0})  # of messages
     verdict: bytes | None = None
 
     def add(self, line: bytes) -> None:
@@ -250,16 +254,17 @@ class _Notes:
         self.loaded |= line == b"loaded"
         self.num_held += line == b"held"
         match line.split(b" "):
-            case [kind, number] if kind == TRANSPORT.encode() and number.isdigit():
-                self.transport_seconds += int(number[:18]) / 1e6
+            case [kind, number] if (of := kind.decode("ascii", "replace")) in self.seconds and number.isdigit():
+                self.seconds[of] += int(number[:18]) / 1e6
 
 
-def _read_notes(end: socket.socket, deadline: float, last: float) -> tuple[_Notes, bool]:
+def _read_notes(end: socket.socket, deadline: float, limit: float) -> tuple[_Notes, bool]:
     """What the checker writes until it ends or the deadline is there, which messages put off; and whether it ended."""
-    notes, rest = _Notes(), b""
+    notes, rest, last = _Notes(), b"", deadline + (_LONGEST - 1) * limit
     while True:
         # One that never stops writing has none left either.
-        left = min(deadline + notes.transport_seconds, last) - time.monotonic()
+        put_off = notes.seconds[OF_TEST] + min(notes.seconds[OF_PROGRAM], limit)
+        left = min(deadline + put_off, last) - time.monotonic()
         if left <= 0 or not select.select([end], [], [], left)[0]:
             return notes, False
         try:
@@ -289,24 +294,3 @@ def _parsed(line: bytes) -> tuple[str, str]:
 
 def _how(status: int) -> str:
     return f"exit status {status}" if status >= 0 else f"signal {-status}"
-
-
-def _bubblewrap() -> list[str]:
-    """The command that confines what follows it.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    program = shutil.which("bwrap")
-    if program is None:
-        raise FileNotFoundError("bwrap is not installed")
-    command = [program, "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
-    packages = Path(__file__).parents
-    for folder in [*library_folders(), packages[0], *(package / "__init__.py" for package in packages[1:3])]:
-        command += ["--ro-bind", str(folder), str(folder)]
-    for folder in package_folders():
-        command += ["--tmpfs", str(folder)]
-    for file in (Path(sys.executable), Path(sys.executable).resolve()):
-        command += ["--ro-bind", str(file), str(file)]
-    pyvenv = Path(sys.prefix) / "pyvenv.cfg"
-    return [*command, *(("--ro-bind", str(pyvenv), str(pyvenv)) if pyvenv.exists() else ()), "--"]

@@ -1,4 +1,4 @@
-"""Programs behind walls: the right verdict for honest ones, none passed for hostile ones, nothing left behind."""
+"""Programs in isolation: the right verdict for honest ones, none passed for hostile ones, nothing left behind."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import pytest
 from data.humaneval import load_humaneval
 from shared.errors import SandboxError
 from shared.eval.sandbox import probe, runner
-from shared.eval.sandbox.policy import Walls
+from shared.eval.sandbox.policy import Isolation
 from shared.eval.sandbox.runner import Candidate, Sandbox, open_sandbox, run_candidates
 from shared.eval.sandbox.worker import Worker
 from tests.support.sandbox_programs import REFUSED, honest_rows, hostile_rows, program, wrong
@@ -110,28 +110,27 @@ def test_a_test_that_uses_the_programs_names_is_our_error_unless_in_one_process(
 
 
 def test_what_messages_take_is_no_time_of_the_program(sandbox):
-    """Calls of the program, calls of the test's function and large arguments, each for longer than the limit."""
+    """Calls of the program and large arguments, each for longer than the limit."""
     limit = 0.3
     calls = "def check(candidate):\n    for i in range(12000): assert candidate(i) == i + 1\n"
-    back = "def check(candidate):\n    assert candidate(lambda v: 1) == 12000\n"
     large = (
         "TEXTS = [str(v) for v in range(20000)]\ndef check(candidate):\n"
         "    for i in range(60): assert candidate(list(TEXTS)) == 20000\n"
     )
-    rows = [program("    return x + 1\n", calls), program("    return sum(map(x, range(12000)))\n", back),
-            program("    return len(x)\n", large)]  # fmt: skip
+    rows = [program("    return x + 1\n", calls), program("    return len(x)\n", large)]
     verdicts = run_candidates(rows, sandbox=sandbox, timeout_seconds=limit, workers=1)
-    assert [v.verdict for v in verdicts] == ["passed"] * 3
-    assert verdicts[0].seconds > limit and verdicts[1].seconds > limit
+    assert [v.verdict for v in verdicts] == ["passed"] * 2
+    assert verdicts[0].seconds > limit
 
 
-def test_messages_put_no_deadline_off_for_good(sandbox):
-    endless = program("    while True: x()\n", "def check(candidate):\n    candidate(lambda: None)\n")
+def test_messages_put_no_deadline_off_for_good_and_calls_by_the_program_for_less(sandbox):
     asleep = program("    x(1)\n    while True: pass\n", "def check(candidate):\n    candidate(lambda v: v)\n")
-    with Worker(sandbox.walls) as worker:
-        talking, silent = worker.run(endless, 0.2), worker.run(asleep, 0.2)
-    assert (talking.verdict, silent.verdict) == ("timed out", "timed out")
-    assert silent.seconds < talking.seconds
+    calls = program("    while True: x()\n", "def check(candidate):\n    candidate(lambda: None)\n")
+    is_called = program("    return x\n", "def check(candidate):\n    while True: candidate(1)\n")
+    with Worker(sandbox.isolation) as worker:
+        found = [worker.run(candidate, 0.2) for candidate in (asleep, calls, is_called)]
+    assert [verdict.verdict for verdict in found] == ["timed out"] * 3
+    assert found[0].seconds < found[1].seconds < found[2].seconds
 
 
 def test_what_the_test_keeps_is_not_gone_through_in_full_for_each_call(sandbox):
@@ -159,40 +158,28 @@ def test_a_broken_test_is_our_error(sandbox):
     assert [v.verdict for v in verdicts] == ["error", "error"]
 
 
-@pytest.mark.parametrize("walls", [*probe.CHOICES, probe.WITHOUT_READS], ids=lambda walls: walls.name)
-def test_narrower_kernels(walls, monkeypatch):
-    """Whatever walls are left, the probes find them, and they hold."""
-    choices = probe.CHOICES[probe.CHOICES.index(walls) :] if walls in probe.CHOICES else ()
-    monkeypatch.setattr(probe, "CHOICES", choices)
-    try:
-        sandbox = open_sandbox(allow_host_reads=walls == probe.WITHOUT_READS)
-    except SandboxError as error:
-        pytest.skip(str(error))
-    hostile = hostile_rows(slow=False, confine_reads=sandbox.walls.confine_reads)[::3]
-    assert wrong(hostile + honest_rows()[::4], sandbox, SLOW) == []
-    assert sandbox.description == {
-        "walls": sandbox.walls.name,
-        "host_reads_allowed": not sandbox.walls.confine_reads,
-        "unsafe_no_sandbox": False,
-    }
+def test_where_namespaces_are_forbidden_the_other_layers_hold(monkeypatch):
+    monkeypatch.setattr(probe, "CHOICES", (Isolation.WITHOUT_NAMESPACES,))
+    sandbox = sandbox_or_skip()
+    assert wrong(hostile_rows(slow=False)[::3] + honest_rows()[::4], sandbox, SLOW) == []
+    assert sandbox.description == {"isolation": "Landlock, seccomp", "unsafe_no_sandbox": False}
 
 
-def test_without_walls_it_refuses_unless_told_otherwise(monkeypatch):
+def test_without_isolation_it_refuses_unless_told_otherwise(monkeypatch):
     monkeypatch.setattr(probe, "CHOICES", ())
     with pytest.raises(SandboxError, match="--unsafe-no-sandbox"):
         open_sandbox()
     sandbox = open_sandbox(unsafe=True)
-    assert (sandbox.walls, sandbox.description["unsafe_no_sandbox"]) == (Walls(), True)
+    assert sandbox.description == {"isolation": "none", "unsafe_no_sandbox": True}
     rows = [("right", program("    return x + 1\n"), ["passed"]), ("wrong", program("    return x\n"), ["failed"])]
     assert wrong(rows, sandbox, SLOW) == []
 
 
-def test_walls_that_leak_are_not_taken(monkeypatch):
-    monkeypatch.setattr(probe, "CHOICES", ())
-    monkeypatch.setattr(probe, "WITHOUT_READS", Walls())
-    monkeypatch.setattr(probe, "attempts", lambda walls: {"a fork": program(REFUSED["abstract sockets"])})
-    with pytest.raises(SandboxError, match="not refused: a fork"):
-        open_sandbox(allow_host_reads=True)
+def test_layers_that_leak_are_not_taken(monkeypatch):
+    monkeypatch.setattr(probe, "CHOICES", (Isolation.NONE,))
+    monkeypatch.setattr(probe, "attempts", lambda: {"a socket": program(REFUSED["abstract sockets"])})
+    with pytest.raises(SandboxError, match="none: not refused: a socket"):
+        open_sandbox()
 
 
 def test_other_systems_are_told_that_there_is_none(monkeypatch):
@@ -202,7 +189,7 @@ def test_other_systems_are_told_that_there_is_none(monkeypatch):
 
 
 def test_a_dying_server_is_replaced_and_fails_no_program(sandbox):
-    with Worker(sandbox.walls) as worker:
+    with Worker(sandbox.isolation) as worker:
         worker.wait_ready()
         worker._process.kill()
         worker._process.wait()
@@ -210,7 +197,7 @@ def test_a_dying_server_is_replaced_and_fails_no_program(sandbox):
 
 
 def test_a_server_that_cannot_start_is_an_error(sandbox, monkeypatch):
-    with Worker(sandbox.walls) as worker:
+    with Worker(sandbox.isolation) as worker:
         worker.wait_ready()
         monkeypatch.setattr("shared.eval.sandbox.worker._INTERPRETER", ("/nonexistent/python",))
         worker._process.kill()
@@ -233,11 +220,11 @@ def test_a_killed_runner_leaves_no_process(sandbox, sent):
     code = f"""
 import shared.eval.sandbox.worker as worker
 worker._ENVIRONMENT |= dict([{marker!r}.split("=")])
-from shared.eval.sandbox.policy import Walls
+from shared.eval.sandbox.policy import Isolation
 from shared.eval.sandbox.runner import *
 from tests.support.sandbox_programs import program
 loop = program("    while True: pass\\n")
-run_candidates([loop] * 4, sandbox=Sandbox({sandbox.walls!r}), timeout_seconds=60, workers=2)
+run_candidates([loop] * 4, sandbox=Sandbox({sandbox.isolation!s}), timeout_seconds=60, workers=2)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     wait_for(lambda: len(processes_with(marker)) >= 6)  # two servers, two solvers, two checkers
@@ -266,5 +253,5 @@ def wait_for(condition, seconds=30):
 
 
 def test_no_candidates_need_no_sandbox():
-    assert run_candidates([], sandbox=Sandbox(Walls()), timeout_seconds=1) == []
+    assert run_candidates([], sandbox=Sandbox(Isolation.NONE), timeout_seconds=1) == []
     assert runner._num_processors() >= 1

@@ -34,7 +34,7 @@ def score(tmp_path, completions, *options, problems=(PROBLEM,)):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def walls():
+def isolation():
     try:
         open_sandbox()
     except SandboxError as error:
@@ -113,14 +113,13 @@ def test_missing_problems_are_told(tmp_path):
     assert "1 of 2 problems have no completion, such as T/1" in done.output
 
 
-def test_without_walls_nothing_is_run_unless_told_otherwise(tmp_path, monkeypatch):
+def test_without_isolation_nothing_is_run_unless_told_otherwise(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "CHOICES", ())
     done, out = score(tmp_path, [GOOD])
     assert isinstance(done.exception, SandboxError) and not out.exists()
     done, out = score(tmp_path, [GOOD], "--unsafe-no-sandbox", "--timeout", "20")
     assert json.loads(out.read_text())["sandbox"] == {
-        "walls": "none",
-        "host_reads_allowed": True,
+        "isolation": "none",
         "unsafe_no_sandbox": True,
     }
 

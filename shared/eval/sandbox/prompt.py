@@ -1,0 +1,118 @@
+"""What a prompt defines, both sides have: its classes, and objects that are nothing but themselves."""
+
+import enum
+import types
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from shared.eval.sandbox import library
+from shared.eval.sandbox.kinds import CHANGING, PLAIN, attributes
+from shared.eval.sandbox.outlines import JUDGED, is_told, marked
+from shared.eval.sandbox.table import base_among
+
+MODULE = "candidate"
+_OF_ITEMS = {**CHANGING, **PLAIN}
+
+
+def defined(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes and sentinels that a module has defined, by where it has them, such as `Outer.Inner`."""
+    found: dict[str, Any] = {}
+    places = list(namespace.items())
+    for name, value in places:  # grows
+        is_new = not any(value is other for other in found.values())
+        if isinstance(value, type) and is_new and _is_own(value) and _is_plain(value):
+            found[name] = value
+            places += [(f"{name}.{inner}", of_it) for inner, of_it in vars(value).items() if not inner.startswith("__")]
+        elif is_new and not name.startswith("__") and _is_sentinel(value):
+            found[name] = value
+    return found
+
+
+def resolved(names: Iterable[str], namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """What another module has at those places, as far as it is what it should be."""
+    found = {}
+    for name in names:
+        first, *rest = name.split(".")
+        value = namespace.get(first)
+        for inner in rest:
+            value = vars(value).get(inner) if isinstance(value, type) else None
+        if isinstance(value, type) or _is_sentinel(value):
+            found[name] = value
+    return found
+
+
+def prints(kind: type) -> dict[str, int]:
+    """What a class has under each name: of a function a checksum of its code, of anything else 0."""
+    return {marked(name, value): _print(value) for name, value in vars(kind).items() if _is_told(name)}
+
+
+def is_open(kind: type, name: str) -> bool:
+    """Whether a class of the prompt leaves a name to the program: it has none, or a function without a body."""
+    function = _function(vars(kind).get(name))
+    if function is None:
+        return name not in vars(kind)
+    code = function.__code__
+    constants = (None, ..., function.__doc__)
+    num_arguments = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
+    return (
+        code.co_nlocals == num_arguments
+        and set(code.co_names) <= {"NotImplementedError"}
+        and all(any(constant is known for known in constants) for constant in code.co_consts)
+    )
+
+
+def deciding_names(kind: type) -> frozenset[str]:
+    """The names by which a class of the prompt compares its instances, if it does; of a class that does not, none."""
+    own = [vars(base) for base in kind.__mro__ if base.__module__ == MODULE]
+    if not any(name in JUDGED and not is_open(kind, name) for names in own for name in names):
+        return frozenset()
+    codes = (_function(value).__code__ for names in own for value in names.values() if _function(value))
+    fields = (names.get("__annotations__", ()) for names in own)
+    return frozenset({"__init__"}.union(*fields, *(code.co_names for code in codes)))
+
+
+def empty_names(namespace: Mapping[str, Any]) -> list[str]:
+    """The variables that a prompt leaves empty, for a program to keep something in."""
+    kinds = (*CHANGING, *PLAIN, type(None))
+    return [name for name, value in namespace.items() if type(value) in kinds and not value and name[:2] != "__"]
+
+
+def _function(value: Any) -> Any:
+    """The function that an attribute of a class is or is made of; None of another."""
+    for name in ("fget", "__func__"):
+        value = getattr(value, name, value)
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _print(value: Any) -> int:
+    function = _function(value)
+    if function is None:
+        return 0
+    code = function.__code__
+    constants = [c for c in code.co_consts if not isinstance(c, types.CodeType)]
+    return zlib.crc32(repr((code.co_code, code.co_names, constants)).encode("utf-8", "replace"))
+
+
+def _is_own(kind: type) -> bool:
+    """Whether a class is the module's own: neither of the library nor of Python."""
+    return library.name_of(kind, any_of_library=True) is None
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether instances are no more than attributes, and items of a class of data or an exception's."""
+    solid = next(base for base in kind.__mro__ if isinstance(vars(base).get("__new__"), types.BuiltinFunctionType))
+    return solid in (object, types.SimpleNamespace, *_OF_ITEMS) or issubclass(solid, BaseException)
+
+
+def _is_sentinel(value: Any) -> bool:
+    """Whether an object is told from others by its identity alone: one without attributes or items."""
+    kind = type(value)
+    if kind is object:
+        return True
+    is_bare = kind.__module__ == MODULE and not issubclass(kind, type | enum.Enum | BaseException) and _is_plain(kind)
+    return is_bare and base_among(kind, _OF_ITEMS) is None and not attributes(value)
+
+
+def _is_told(name: str) -> bool:
+    return is_told(name) or name == "__init__"
