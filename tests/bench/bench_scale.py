@@ -291,15 +291,19 @@ def main() -> None:
     parser.add_argument("--documents", type=int, nargs="*", default=[10**3, 10**4, 10**5, 10**6, 10**7])
     parser.add_argument("--shard-tokens", type=int, default=32_768)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=["writing", "reading", "laws"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"K = {K}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        show_writing(folder, options.repeats)
-        show_reading(folder, options.repeats)
-        show_inflations(folder)
-        show_laws(folder, options.documents, options.shard_tokens)
+        if "writing" in options.only:
+            show_writing(folder, options.repeats)
+        if "reading" in options.only:
+            show_reading(folder, options.repeats)
+            show_inflations(folder)
+        if "laws" in options.only:
+            show_laws(folder, options.documents, options.shard_tokens)
 
 
 if __name__ == "__main__":

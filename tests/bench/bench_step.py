@@ -25,7 +25,7 @@ def batches_of(arguments):
     from torch.utils.data import DataLoader
 
     from shared.cache.reader import Cache
-    from stage2_student.dataset import PackedBlocks
+    from stage2_student.dataset import PackedBlocks, collate
 
     num_blocks = arguments.batch_size * (arguments.steps + 1)
     temperature = None if arguments.child in BASELINES else 1.0
@@ -36,7 +36,7 @@ def batches_of(arguments):
         num_blocks=num_blocks,
         temperature=temperature,
     )
-    return DataLoader(blocks, batch_size=arguments.batch_size, shuffle=False)
+    return DataLoader(blocks, batch_size=arguments.batch_size, shuffle=False, collate_fn=collate)
 
 
 def liger(hidden, weight, labels):

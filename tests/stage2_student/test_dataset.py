@@ -13,6 +13,7 @@ from shared.errors import ConfigError
 from shared.model.gpt import IGNORE
 from stage2_student.dataset import PackedBlocks, collate, hold_out
 from stage2_student.soft_labels import Decoding, NarrowRows, decode
+from tests.support.blocks import decoded
 from tests.support.student_cache import make_cache
 
 SIZE = 32
@@ -25,15 +26,6 @@ def cache(tmp_path_factory):
 
 def blocks_of(cache, **options):
     return PackedBlocks([cache], **{"block_size": SIZE, "seed": 0, "temperature": 1.5} | options)
-
-
-def decoded(item, data):
-    """A block's labels, by torch, as the loss gets them."""
-    batch = collate([item])
-    fields = {name.removeprefix("soft_"): field for name, field in batch.items() if name.startswith("soft_")}
-    rows = NarrowRows(**{name: field if name == "codebook" else field[0] for name, field in fields.items()})
-    sampling = data.caches[0].sampling if data.with_samples else None
-    return decode(rows, torch.arange(SIZE), Decoding(temperature=data.temperature, sampling=sampling))
 
 
 @pytest.mark.parametrize("codec", ["q", "f16"])

@@ -20,6 +20,7 @@ from shared.lock import Lock
 from shared.process import own_command
 from stage2_student.checkpoint import seal
 from stage2_student.cli import student
+from tests.support.blocks import decoded
 from tests.support.student_cache import VOCABULARY, make_cache
 from tests.support.student_kills import strew
 from tests.support.wandb_runs import wandb_steps
@@ -584,13 +585,15 @@ def test_a_run_on_sampled_targets(tmp_path, loss, drawn_from):
     model = GPT(dataclasses.replace(PRESETS["tiny"], vocab_size=VOCABULARY))
     model.load_state_dict(load_file(out / "model.safetensors"))
     kd, num_targets = 0.0, 0
-    for item in PackedBlocks([held_out], block_size=48, seed=0, temperature=1.0, with_samples=True):
+    data = PackedBlocks([held_out], block_size=48, seed=0, temperature=1.0, with_samples=True)
+    for item in data:
+        inputs = (torch.from_numpy(item[name])[None] for name in ("input_ids", "position_ids"))
         with torch.no_grad():
-            log_q = model(item["input_ids"][None], item["position_ids"][None]).logits[0].double().log_softmax(1)
-        valid = item["labels"] != IGNORE
-        rows = -(item["soft_sample_weights"] * log_q.gather(1, item["soft_sample_ids"])).sum(1)
+            log_q = model(*inputs).logits[0].double().log_softmax(1)
+        valid, soft = torch.from_numpy(item["labels"] != IGNORE), decoded(item, data)
+        rows = -(soft.sample_weights * log_q.gather(1, soft.sample_ids)).sum(1)
         if loss == "hybrid":
-            rows -= (item["soft_logp"].double().exp() * log_q.gather(1, item["soft_ids"])).sum(1)
+            rows -= (soft.logp.double().exp() * log_q.gather(1, soft.ids)).sum(1)
         kd, num_targets = kd + rows[valid].sum().item(), num_targets + int(valid.sum())
     assert record["metrics"]["eval_kd"] == pytest.approx(kd / num_targets, rel=1e-5)
     refusal = refused(arguments(cache.path, tmp_path / "none", loss=loss, temperature=2.0))
