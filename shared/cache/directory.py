@@ -74,6 +74,15 @@ def walk(directory: Path, *, folders: bool = False) -> Iterator[tuple[str, Path]
     return iter(sorted(found))
 
 
+def file_names(directory: Path) -> set[str]:
+    """Relative names of all files; the folder is listed, and no file looked at."""
+    names: set[str] = set()
+    for parent, _, files in os.walk(directory):
+        prefix = "" if parent == str(directory) else f"{Path(parent).relative_to(directory).as_posix()}/"
+        names.update(prefix + name for name in files)
+    return names
+
+
 def shown(name: str) -> str:
     """A file's name on one line of a terminal, whatever bytes are in it."""
     return name if name.isprintable() else ascii(name)

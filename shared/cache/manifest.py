@@ -6,9 +6,9 @@ import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.cache.format import (
     BUILD,
@@ -32,8 +32,7 @@ NEWER = "read it with a newer codedistill"
 _SEAL = re.compile(rb',\n  "digest": "([0-9a-f]{64})"\n}\n\Z')
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileEntry:
+class FileEntry(NamedTuple):
     """Size and SHA-256 (hex) of a file."""
 
     bytes: int
@@ -140,7 +139,8 @@ def unseal(data: bytes) -> dict[str, Any]:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Replace the manifest: the old one or the new one is there, whole, whenever the process is killed."""
-    fields = {key: value for key, value in to_dict(manifest).items() if value is not None}
+    fields = {key: value for key, value in to_dict(replace(manifest, files={})).items() if value is not None}
+    fields["files"] = {name: entry._asdict() for name, entry in manifest.files.items()}
     write_bytes(directory / MANIFEST, seal({"format": FORMAT, "version": VERSION, **fields}))
 
 
@@ -160,12 +160,14 @@ def read_manifest(directory: Path) -> Manifest:
         raise CacheCorruptError("a file of the cache cannot be read", where=file, got=error.strerror) from error
     if data is None:
         raise CacheCorruptError("the manifest is no regular file", where=file)
-    _check_version(data, file)
     try:
         value = unseal(data)
     except ValueError as error:
+        _check_version(_json_object(data), file)  # another version may be sealed otherwise
         fix = "copy the cache again, or run the command that made it again"
         raise CacheCorruptError("the manifest is damaged", where=file, got=error, fix=fix) from error
+    _check_version(value, file)
+    value["files"] = _entries(value.get("files"), file)
     manifest = from_dict(Manifest, value, where=str(file), error=CacheFormatError, strict=False)
     _check_values(file, manifest)
     return manifest
@@ -240,18 +242,33 @@ def _no_manifest(directory: Path) -> CacheFormatError:
     )
 
 
-def _check_version(data: bytes, file: Path) -> None:
-    """Refuse JSON of another format or version, whose seal may be another one; damaged JSON is the seal's matter."""
+def _json_object(data: bytes) -> Any:
+    """What JSON gives; the format's name and version alone where it gives nothing, since the seal tells of damage."""
     try:
-        value = json.loads(data)
+        return json.loads(data)
     except (ValueError, RecursionError):
-        return
+        return {"format": FORMAT, "version": VERSION}
+
+
+def _check_version(value: Any, file: Path) -> None:
+    """Refuse JSON of another format or version."""
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise CacheFormatError("not a logit cache", where=file, expected=FORMAT)
     if value.get("version") != VERSION:
         raise CacheFormatError(
             "unknown version of the cache format", where=file, expected=VERSION, got=value.get("version"), fix=NEWER
         )
+
+
+def _entries(files: Any, file: Path) -> dict[str, FileEntry]:
+    """The list of files, of which there may be a million."""
+    entries = {}
+    for name, entry in files.items() if isinstance(files, dict) else [("files", None)]:
+        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or type(digest) is not str:
+            raise CacheFormatError("the manifest lists a file wrongly", where=file, got=ascii(name))
+        entries[name] = FileEntry(size, digest)
+    return entries
 
 
 def _check_values(file: Path, manifest: Manifest) -> None:
@@ -271,11 +288,15 @@ def _check_values(file: Path, manifest: Manifest) -> None:
             refuse(f"the manifest's {key} is out of range", got=getattr(manifest, key))
     if min(manifest.documents_per_shard) < 1 or sum(manifest.documents_per_shard) != manifest.num_documents:
         refuse("documents_per_shard does not add up to num_documents", manifest.num_documents)
+    shards = set()
     for name in manifest.files:
+        if match := SHARD_PATTERN.fullmatch(name):
+            if match[2] == "h5":
+                shards.add(name)
+            continue
         path = PurePosixPath(name)  # it stays inside the folder, in its one plain spelling
         if "\0" in name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == ".":
             refuse("the manifest lists a file wrongly", got=ascii(name))
-    shards = {name for name in manifest.files if (m := SHARD_PATTERN.fullmatch(name)) and m[2] == "h5"}
     if shards != {f"{shard_name(shard)}.h5" for shard in range(manifest.num_shards)}:
         refuse("the manifest lists other shards", f"{manifest.num_shards} from {shard_name(0)} on", len(shards))
     parts = {f"identity.{key}": manifest.identity.get(key) for key in IDENTITY_PARTS}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from shared.cache import hdf5
-from shared.cache.directory import walk
+from shared.cache.directory import file_names
 from shared.cache.format import DOC_LENGTHS, TOKENIZER, Array, Sampling, indptr, shard_name
 from shared.cache.manifest import ShardRecord, parse_record, read_manifest
 from shared.cache.shard import SampledTargets, Shard, Targets, decode_shard
@@ -87,8 +87,7 @@ class Cache:
         self.bytes_per_token = 4 * self.width + 40  # of a decoded shard, about
         self.memory = memory or ShardMemory(DECODED_BYTES)
         self._checked: set[str] = set()
-        missing = self.manifest.files.keys() - {name for name, _ in walk(self.path)} if complete else ()
-        if missing:
+        if complete and (missing := self.manifest.files.keys() - file_names(self.path)):
             raise CacheCorruptError("a file of the cache is missing", where=self.path / min(missing), fix=FIX)
 
     def require_targets(self) -> None:
