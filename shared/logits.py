@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.errors import DistillError, require
+from shared.errors import CacheMismatchError, DistillError, require
 
 _BLOCK_ROWS = 8  # rows whose halves are added while they are in a processor's cache
 
@@ -43,6 +43,21 @@ class LogitSource:
             head = model.get_output_embeddings()
             self._project = Projection(head, chunk_rows, scale=probe.scale, cap=probe.cap)
             self.head_bytes = self._project.num_bytes
+
+    def require_width(self, tokenizer_size: int, where: object) -> None:
+        """Refuse a head that is narrower than a cache's tokenizer.
+
+        Raises:
+            CacheMismatchError: it is; names `where`.
+        """
+        require(
+            self.head_width >= tokenizer_size,
+            "the model's head is narrower than the cache's tokenizer",
+            error=CacheMismatchError,
+            where=where,
+            expected=f"at least {tokenizer_size}",
+            got=self.head_width,
+        )
 
     @torch.inference_mode()
     def chunks(self, ids_BT: Tensor, chosen_BT: Tensor) -> Iterator[Tensor]:

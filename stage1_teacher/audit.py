@@ -90,7 +90,7 @@ def audit_cache(
         JSON values: `passed`, the figures behind it, and the worst row by document and position.
 
     Raises:
-        CacheMismatchError: the teacher's head is narrower than the cache's vocabulary, or the labels' dtype is unknown.
+        CacheMismatchError: the teacher's head is narrower than the cache's tokenizer, or the labels' dtype is unknown.
         CacheFormatError, CacheCorruptError: the cache cannot be read.
     """
     cache, files = Cache(path), identify_model(teacher, revision)
@@ -145,14 +145,7 @@ def _load_teacher(cache: Cache, files: ModelFiles, device_map: str) -> tuple[Log
     )
     model = load_frozen(files.path, dtype, load_in=labels.get("load_in"), device_map=device_map)
     source = LogitSource(model, HEAD_ROWS)
-    require(
-        source.head_width >= cache.tokenizer_size,
-        "the teacher's head is narrower than the cache's vocabulary",
-        error=CacheMismatchError,
-        where=f"{files.name} and {cache.path}",
-        expected=f"at least {cache.tokenizer_size}",
-        got=source.head_width,
-    )
+    source.require_width(cache.tokenizer_size, where=f"{files.name} and {cache.path}")
     config = model.config.get_text_config()
     roundoff = UNIT_ROUNDOFF[dtype] + config.hidden_size**0.5 * UNIT_ROUNDOFF["float32"]
     return source, dtype, (2 * config.num_hidden_layers) ** 0.5 * roundoff

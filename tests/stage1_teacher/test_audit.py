@@ -179,5 +179,5 @@ def test_a_sample_is_chosen_by_its_seed(cache, teacher):  # noqa: F811
 def test_what_cannot_be_audited_is_refused(cache, tmp_path, tokenizer):  # noqa: F811
     narrow = save_teacher(tmp_path / "narrow", tokenizer, width=len(tokenizer) - 8)
     result = CliRunner().invoke(command, [str(cache.path), "--teacher", str(narrow)])
-    assert "the teacher's head is narrower than the cache's vocabulary" in str(result.exception)
+    assert "the model's head is narrower than the cache's tokenizer" in str(result.exception)
     assert Cache(cache.path).num_documents == 20

@@ -15,7 +15,7 @@ from shared.batching import plan_batches
 from shared.cache.format import Array
 from shared.cache.reader import Cache
 from shared.checkpoints import describe_model, dtype_name, load_model
-from shared.errors import CacheMismatchError, require
+from shared.errors import CacheMismatchError
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
 from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
 from shared.eval.inputs import cache_digest
@@ -263,13 +263,7 @@ def score_cache(model: Any, cache: Cache, *, batch_tokens: int, teacher: Any = N
 def _source(model: Any, cache: Cache) -> LogitSource:
     """A model's float32 logits: half-precision logits tie in most rows, which would decide the top-1 agreement."""
     source = LogitSource(model, _CHUNK_ROWS)
-    require(
-        source.head_width >= cache.tokenizer_size,
-        "the model's head is narrower than the cache's tokenizer",
-        error=CacheMismatchError,
-        expected=f">= {cache.tokenizer_size}",
-        got=source.head_width,
-    )
+    source.require_width(cache.tokenizer_size, where=cache.path)
     if source.notice:
         log(f"the float32 head cannot be used: {source.notice}; scoring the model's own {dtype_name(model)} logits")
     return source

@@ -152,14 +152,15 @@ def _model(name: str, folder: Path, run_dir: Path | None, together: Latency | No
     """One model's results."""
     own = files.result(folder / "latency.json", Latency, "size, speed, memory")
     results, outcomes = {}, {}
-    for key, title in BENCHMARKS.items():
-        file = folder / key / "result.json"
-        if (result := files.result(file, BenchmarkResult, title)) is None:
+    for file in [folder / key / "result.json" for key in BENCHMARKS]:
+        if not file.is_file():
             continue
+        key, result = file.parent.name, BenchmarkResult.read(file)
         results[key] = result
+        files.remember(file, result.benchmark, result.command)
         if found := read_outcomes(file, result):
             outcomes[key] = found
-            files.remember(file.with_name("verdicts.jsonl"), f"{title}, problem by problem", result.command)
+            files.remember(file.with_name("verdicts.jsonl"), f"{result.benchmark}, problem by problem", result.command)
     label = LABELS.get(name, f"{name} (folder)" if name in LABELS.values() else name)
     return Model(
         name=name,
@@ -249,8 +250,7 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(*PACKAGES),
     }
-    shown = {"report": report, "cards": tables.cards(models), "rows": tables.comparison_rows(models),
-             "proof": proof,
+    shown = {"report": report, "cards": tables.cards(models), "rows": tables.comparison_rows(models), "proof": proof,
              "plots": report_plots(models, collected.logs, collected.caches, proof)}  # fmt: skip
     pages = {name: render(f"{name}.j2", **shown).encode(errors="backslashreplace") for name in PAGES}
     report["pages"] = {name: hashlib.sha256(page).hexdigest() for name, page in pages.items()}

@@ -408,6 +408,12 @@ def test_a_benchmark_has_the_name_that_its_result_gives_it(tmp_path):
         "HumanEval problems solved, greedy: cross-entropy baseline 0/164 (86% parse, 86% run).",
     ]
     assert report["models"]["teacher"]["humaneval"]["benchmark"] == "HumanEvalPlus"
+    figures = {name: file["figures"] for name, file in report["files"].items() if "teacher/humaneval" in name}
+    assert figures == {
+        "eval/teacher/humaneval/result.json": "HumanEvalPlus",
+        "eval/teacher/humaneval/verdicts.jsonl": "HumanEvalPlus, problem by problem",
+        "eval/teacher/humaneval/completions.jsonl": "HumanEvalPlus, what the models write",
+    }
     assert report["differences"][0]["reasons"] == [
         "humaneval: the results cannot be compared: the benchmark differs in benchmark; expected: benchmark HumanEval; "
         "got: benchmark HumanEvalPlus; fix: measure both alike"
