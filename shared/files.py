@@ -40,6 +40,16 @@ def write_bytes(path: Path, data: bytes) -> None:
     replace_files(path.parent, {path.name: data})
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the system's errors say which file it was: those of a write to an open file, as on a full disk, do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def replace_files(folder: Path, files: Mapping[str, bytes | None]) -> None:
     """Replace files that belong together; None removes one.
 
@@ -49,7 +59,7 @@ def replace_files(folder: Path, files: Mapping[str, bytes | None]) -> None:
     temporary = {name: folder / f".{name}.tmp-{os.getpid()}" for name, data in files.items() if data is not None}
     try:
         for name, path in temporary.items():
-            with path.open("wb") as file:
+            with naming(folder / name), path.open("wb") as file:
                 file.write(files[name] or b"")
                 file.flush()
                 os.fsync(file.fileno())
@@ -119,7 +129,7 @@ def settle_file(path: Path) -> None:
     os.umask(mask)
     if path.stat().st_mode & 0o7777 != 0o666 & ~mask:  # only its owner may change it
         path.chmod(0o666 & ~mask)
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         os.fsync(file.fileno())
 
 

@@ -1,16 +1,18 @@
 """HF `Trainer` with the few things distillation needs: exact order, exact averages, sealed checkpoints, a JSONL log."""
 
+import contextlib
 import json
 import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
@@ -19,8 +21,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
 
 from shared.distributed import gathered, on_any, summed
-from shared.errors import NonFiniteLossError, PeerEndedError, require
-from shared.files import read_json, write_bytes, write_json
+from shared.errors import DistillError, NonFiniteLossError, PeerEndedError, require
+from shared.files import naming, read_json, write_bytes, write_json
 from shared.model.gpt import IGNORE
 from shared.process import Terminated, log, rank, world_size
 from shared.tracking import Run
@@ -168,7 +170,8 @@ class DistillTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir or "", f"checkpoint-{self.state.global_step}")
         require_no_file(folder)
-        super()._save_checkpoint(model, trial)
+        with _refusals_in_a_line(folder):
+            super()._save_checkpoint(model, trial)
         window = summed(self._window).tolist()  # after this, what the other ranks have written is there too
         if self.is_world_process_zero():
             write_json(folder / WINDOW, [*window, self.skipped_steps])
@@ -213,6 +216,23 @@ class DistillTrainer(Trainer):
         kd, ce = kd / targets, ce / targets
         loss = self._head_loss.combine(kd, ce)
         return {"loss": loss, "kd": kd, "ce": ce} if with_kd else {"loss": loss, "ce": ce}
+
+
+@contextlib.contextmanager
+def _refusals_in_a_line(checkpoint: Path) -> Iterator[None]:
+    """What the system refuses while a checkpoint is saved, in whatever form each library reports it."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        of_torch = any(word in str(error) for word in ("inline_container", "PytorchStreamWriter"))
+        if isinstance(error, RuntimeError) and not of_torch:
+            raise
+        raise DistillError(
+            "a checkpoint cannot be saved",
+            where=checkpoint,
+            got=str(error).partition("\n")[0],
+            fix="make room or give rights; the same command then continues from the last whole checkpoint",
+        ) from error
 
 
 def _warmed_up(factor: Callable[[int], float], num_warmup_steps: int) -> Callable[[int], float]:
@@ -271,7 +291,7 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         """One strict JSON line per log, and one for a reader where no progress bar shows."""
         if state.is_world_process_zero:
-            with self.log_file.open("a") as file:
+            with naming(self.log_file), self.log_file.open("a") as file:
                 file.write(_log_line({"step": state.global_step, **logs}))
             named = {(f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"): logs[key] for key in logs}
             self.tracked.log(named | {"train/global_step": state.global_step}, step=state.global_step)

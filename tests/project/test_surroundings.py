@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from shared.cache.verify import verify_cache
 from shared.cli import codedistill
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DistillError
+from tests.support.cache_faults import file_size_limit
 from tests.support.eval_models import save_model
 from tests.support.student_cache import make_cache
 
@@ -98,3 +99,20 @@ def test_a_path_that_is_not_utf8_is_refused_before_any_work(build, tmp_path):
     done = run([*build, "--out", b"caf\xe9"], tmp_path, code=1)
     assert done.stderr == r"error: a path to write to is not UTF-8; where: --out; got: 'caf\udce9'" + "\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        (3_000_000, "got: Error while serializing: I/O error: File too large"),  # of the weights, 6.5 MB
+        (8_000_000, "got: [enforce fail at inline_container.cc"),  # of the optimizer's state, 13 MB
+    ],
+)
+def test_a_disk_that_cannot_hold_a_checkpoint_is_one_line_and_the_run_goes_on_later(tmp_path, limit, words):
+    cache, run = make_cache(tmp_path / "cache"), tmp_path / "run"
+    command = ["student", "train", "--cache", str(cache.path), "--out", str(run), *TRAIN, "--set=save_steps=1"]
+    with file_size_limit(limit):
+        done = CliRunner().invoke(codedistill, command)
+    assert type(done.exception) is DistillError
+    assert f"a checkpoint cannot be saved; where: {run / 'checkpoint-1'}; {words}" in str(done.exception)
+    assert CliRunner().invoke(codedistill, command).exit_code == 0

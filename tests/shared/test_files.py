@@ -1,5 +1,6 @@
 """Files that belong together are replaced together; folders appear whole; JSONL is read strictly."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -28,9 +29,34 @@ def test_files_are_replaced_and_removed(tmp_path):
 def test_a_full_disk_leaves_the_old_files(tmp_path):
     before = {"a": b"1", "last": b"3"}
     replace_files(tmp_path, before)
-    with file_size_limit(1000), pytest.raises(OSError):
+    with file_size_limit(1000), pytest.raises(OSError) as caught:
         replace_files(tmp_path, {"a": b"4", "last": b"5" * 2000})
     assert contents(tmp_path) == before
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "last"))
+
+
+FULL = """
+import resource, signal
+import click
+from pathlib import Path
+from shared.files import write_bytes
+from shared.process import run_cli
+@click.command()
+@click.argument("path", type=Path)
+def command(path):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    write_bytes(path, bytes(2000))
+run_cli(command)
+"""
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    path = tmp_path / "result.json"
+    done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, timeout=60)
+    fix = "fix: check the path, the rights and the free space"
+    assert (done.returncode, done.stderr) == (1, f"error: File too large; where: {path}; {fix}\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -75,23 +75,10 @@ def evaluate_benchmark(
         if benchmark is not None:
             sandbox = _sandbox(benchmark.name, unsafe=unsafe)
         problems = _shared([] if benchmark is None else benchmark.problems[:limit])
-        model, tokenizer = load_model(model_dir, dtype)
-        adopt_ends(tokenizer, ends)
-        settings = {
-            "problems_sha256": problems_digest(problems),
-            "model_sha256": model_digest(model_dir),
-            "opening": list(document_ends(tokenizer).opening),
-            "eos_token_ids": eos_ids(model, tokenizer),
-            "completion_ends": ENDS,
-            "dtype": dtype_name(model),
-            "device": model.device.type,
-        }
-        start = time.monotonic()
-        completions = complete(model, tokenizer, problems, out, decoding=decoding, settings=settings)
-        generated = time.monotonic()
+        completions, settings, generation_seconds = _complete(problems, model_dir, out, decoding, dtype, ends)
     if benchmark is None or inputs is None:
         return None
-    del model
+    start = time.monotonic()
     parses = [_parses(line) for line in completions]
     verdicts = None
     if isinstance(sandbox, Sandbox):
@@ -115,13 +102,38 @@ def evaluate_benchmark(
         },
         **_generated(completions),
         files={name: hashlib.sha256(data).hexdigest() for name, data in files.items() if data is not None},
-        generation_seconds=round(generated - start, 3),
-        scoring_seconds=round(time.monotonic() - generated, 3),
+        generation_seconds=round(generation_seconds, 3),
+        scoring_seconds=round(time.monotonic() - start, 3),
     )
     replace_files(out, files | {"result.json": to_json(result.to_dict()).encode()})
     remove_parts(out)
     log(describe(result))
     return result
+
+
+def _complete(
+    problems: Sequence[Problem],
+    model_dir: Path,
+    out: Path,
+    decoding: Decoding,
+    dtype: str,
+    ends: Mapping[str, list[str]] | None,
+) -> tuple[list[dict[str, Any]], dict[str, Any], float]:
+    """The completions of a model, which is no longer held afterwards; what decided them; and the seconds they took."""
+    model, tokenizer = load_model(model_dir, dtype)
+    adopt_ends(tokenizer, ends)
+    settings = {
+        "problems_sha256": problems_digest(problems),
+        "model_sha256": model_digest(model_dir),
+        "opening": list(document_ends(tokenizer).opening),
+        "eos_token_ids": eos_ids(model, tokenizer),
+        "completion_ends": ENDS,
+        "dtype": dtype_name(model),
+        "device": model.device.type,
+    }
+    start = time.monotonic()
+    completions = complete(model, tokenizer, problems, out, decoding=decoding, settings=settings)
+    return completions, settings, time.monotonic() - start
 
 
 def _parses(line: Mapping[str, Any]) -> bool:

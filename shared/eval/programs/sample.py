@@ -1,14 +1,13 @@
 """Completions of problems, kept in a JSONL file as they are made, so that whatever ends the work ends little of it."""
 
-import contextlib
 import functools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from data.records import Problem
 from data.templates import humaneval_prompt
@@ -16,6 +15,7 @@ from shared.distributed import agree
 from shared.errors import ConfigError
 from shared.eval.programs.completion import Ending, ending_after
 from shared.eval.programs.generate import (
+    Generation,
     Request,
     Sampling,
     caches_by_token,
@@ -25,7 +25,7 @@ from shared.eval.programs.generate import (
     require_generation,
     special_texts,
 )
-from shared.files import write_bytes
+from shared.files import naming, write_bytes
 from shared.process import log, rank, world_size
 from shared.progress import progress
 from shared.tokenizer import Tokenizer, encode_prompt
@@ -135,46 +135,80 @@ def complete(
     if any(missing):
         require_generation(model, tokenizer, requests[0])
     mine = [batch for batch, is_missing in zip(batches, missing, strict=True) if is_missing][rank() :: world_size()]
-    own_file = out / f"completions.rank-{rank()}.jsonl"
-    start, num_tokens = time.monotonic(), 0
-    of_ranks = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
-    with (
-        _appending_to(own_file) as file,
-        progress(f"Generating{of_ranks}", sum(map(len, mine)), "completions") as bar,
-    ):
-        for batch in mine:
-            made = generate_batch(model, tokenizer, [requests[index] for index in batch], decoding.sampling)
-            for index, generation in zip(batch, made, strict=True):
-                task_id, sample = keys[index]
-                line = {
-                    "task_id": task_id,
-                    "sample": sample,
-                    "prompt": prompts[task_id],
-                    "completion": generation.text[: ends[task_id](generation.text)],
-                    "raw": generation.text,
-                    "finish_reason": generation.finish_reason,
-                    "num_prompt_tokens": generation.num_prompt_tokens,
-                    "num_new_tokens": generation.num_new_tokens,
-                    "settings": settings,
-                }
-                file.write(to_jsonl([line]))
-            file.flush()
-            os.fsync(file.fileno())
-            num_tokens += sum(generation.num_new_tokens for generation in made)
-            bar.advance(len(batch), f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s")
+    saver = _Saver(prompts=prompts, ends=ends, settings=settings)
+    saver.save_batches(
+        model,
+        tokenizer,
+        [[(keys[index], requests[index]) for index in batch] for batch in mine],
+        out / f"completions.rank-{rank()}.jsonl",
+        decoding.sampling,
+    )
     agree([0])
     if rank() != 0:
         return []
     whole = _read(out, settings)[0]
     for task_id, reason in refused.items():
         log(f"refused, which counts as failed: {reason}")
-        empty = {"completion": "", "raw": "", "finish_reason": REFUSED, "reason": reason}
         num_prompt_tokens = len(encode_prompt(tokenizer, prompts[task_id]))
+        none = Generation(text="", finish_reason=REFUSED, num_prompt_tokens=num_prompt_tokens, num_new_tokens=0)
         for sample in range(decoding.num_samples):
-            line = {"task_id": task_id, "sample": sample, "prompt": prompts[task_id]} | empty
-            line |= {"num_prompt_tokens": num_prompt_tokens, "num_new_tokens": 0, "settings": settings}
-            whole[task_id, sample] = line
+            whole[task_id, sample] = saver.line((task_id, sample), none) | {"reason": reason}
     return [whole[task_id, sample] for task_id in prompts for sample in range(decoding.num_samples)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Saver:
+    """Makes completions and saves each batch as soon as it is made.
+
+    Args:
+        prompts, ends: by task id.
+        settings: recorded in every line.
+    """
+
+    prompts: Mapping[str, str]
+    ends: Mapping[str, Ending]
+    settings: Mapping[str, Any]
+
+    def line(self, key: Key, generation: Generation) -> dict[str, Any]:
+        """What is saved of a sample."""
+        task_id, sample = key
+        return {
+            "task_id": task_id,
+            "sample": sample,
+            "prompt": self.prompts[task_id],
+            "completion": generation.text[: self.ends[task_id](generation.text)],
+            "raw": generation.text,
+            "finish_reason": generation.finish_reason,
+            "num_prompt_tokens": generation.num_prompt_tokens,
+            "num_new_tokens": generation.num_new_tokens,
+            "settings": self.settings,
+        }
+
+    def save_batches(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        batches: Sequence[Sequence[tuple[Key, Request]]],
+        path: Path,
+        sampling: Sampling | None,
+    ) -> None:
+        """Append this rank's batches to its own file, each durable before the next is begun."""
+        start, num_tokens = time.monotonic(), 0
+        of_ranks = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
+        num_completions = sum(map(len, batches))
+        with (
+            naming(path),
+            path.open("ab") as file,
+            progress(f"Generating{of_ranks}", num_completions, "completions") as bar,
+        ):
+            for batch in batches:
+                made = generate_batch(model, tokenizer, [request for _, request in batch], sampling)
+                lines = [self.line(key, generation) for (key, _), generation in zip(batch, made, strict=True)]
+                file.write(to_jsonl(lines))
+                file.flush()
+                os.fsync(file.fileno())
+                num_tokens += sum(generation.num_new_tokens for generation in made)
+                bar.advance(len(batch), f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s")
 
 
 def _prepare(
@@ -209,17 +243,6 @@ def remove_parts(out: Path) -> None:
 def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """Strict JSON, a row a line."""
     return b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
-
-
-@contextlib.contextmanager
-def _appending_to(path: Path) -> Iterator[BinaryIO]:
-    """The file; errors say that it is the one, as on a full disk."""
-    try:
-        with path.open("ab") as file:
-            yield file
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def _has_ended(end: Ending, text: str) -> bool:

@@ -141,12 +141,11 @@ def evaluate_draft(
         The figures of `DEFINITIONS`, None where nothing was drafted; `equality` by the teacher's dtype.
 
     Raises:
-        ConfigError: other tokenizers, a model that cannot take tokens back, no prompts, or one without room to go on.
+        ConfigError: other tokenizers, a model that cannot take tokens back, no prompts, or none with room to go on.
     """
     teacher, student, tokenizer = _load_pair(teacher_dir, student_dir, dtype)
     prompts = read_prompts(prompts_file, limit)
-    names = [name for name, _ in prompts]
-    requests = _requests(prompts, tokenizer, (teacher, student), new_tokens)
+    names, requests = _requests(prompts, tokenizer, (teacher, student), new_tokens)
     eos = eos_ids(teacher, tokenizer)
     both = _BothWays(teacher=teacher, student=student, eos=eos, draft_tokens=draft_tokens)
     _warm_up(both, requests[0])
@@ -172,7 +171,8 @@ def evaluate_draft(
         student=described[1],
         settings={
             "prompts": prompts_file.name if prompts_file else "HumanEval",
-            "num_prompts": len(prompts),
+            "num_prompts": len(requests),
+            "num_skipped": len(prompts) - len(requests),
             "batch_size": 1,
             "new_tokens": new_tokens,
             "draft_tokens": draft_tokens,
@@ -206,23 +206,30 @@ def _load_pair(teacher_dir: Path, student_dir: Path, dtype: str) -> tuple[Any, A
 
 def _requests(
     prompts: Sequence[tuple[str, str]], tokenizer: Tokenizer, models: Sequence[Any], new_tokens: int
-) -> list[tuple[list[int], int]]:
-    """Each prompt's ids, and how many tokens may follow them."""
+) -> tuple[list[str], list[tuple[list[int], int]]]:
+    """Names of prompts; their ids, and how many tokens may follow them. Prompts that leave no room are skipped.
+
+    Raises:
+        ConfigError: all of them are skipped.
+    """
     limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
     positions = min((limit for limit in limits if limit), default=None)
-    requests = []
+    names, requests = [], []
     for name, text in prompts:
         ids = encode_prompt(tokenizer, text)
         room = new_tokens if positions is None else min(new_tokens, positions - len(ids))
-        require(
-            ids and room >= 1,
-            "a prompt that cannot be continued",
-            where=name,
-            expected=f"1 token at least, fewer than {positions}",
-            got=len(ids),
-        )
-        requests.append((ids, room))
-    return requests
+        if ids and room >= 1:
+            names.append(name)
+            requests.append((ids, room))
+        else:
+            log(f"{name} is skipped: {len(ids)} tokens leave nothing to continue in {positions} positions")
+    require(
+        requests,
+        "no prompt can be continued",
+        where=", ".join(name for name, _ in prompts[:5]),
+        expected="1 token at least" + ("" if positions is None else f", fewer than {positions}"),
+    )
+    return names, requests
 
 
 def _warm_up(both: "_BothWays", request: tuple[list[int], int]) -> None:

@@ -202,12 +202,26 @@ def test_what_cannot_be_drafted_is_refused(teacher, student, prompts, tmp_path):
     (other / "tokenizer.json").write_text(text.replace('"add_prefix_space": false', '"add_prefix_space": true'))
     with pytest.raises(ConfigError, match="different tokenizers"):
         evaluate_draft(teacher, other, **OPTIONS | {"prompts_file": prompts})
-    short = save_model(tmp_path / "short", positions=14)
-    with pytest.raises(ConfigError, match="p2"):
+    short = save_model(tmp_path / "short", positions=1)
+    with pytest.raises(ConfigError, match="no prompt can be continued; where: p0, p1, p2, p3, p4; expected: 1 token"):
         evaluate_draft(teacher, short, **OPTIONS | {"prompts_file": prompts})
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ConfigError, match="no prompts"):
         evaluate_draft(teacher, student, **OPTIONS | {"prompts_file": tmp_path / "empty.jsonl"})
+
+
+def test_a_prompt_that_is_too_long_is_skipped_and_counted(teacher, prompts, tmp_path, capsys):
+    short = save_model(tmp_path / "short", positions=14)
+    result = evaluate_draft(teacher, short, **OPTIONS | {"prompts_file": prompts})
+    tokenizer = load_model(teacher)[1]
+    too_long = {f"p{i}": len(encode_prompt(tokenizer, text)) for i, text in enumerate(PROMPTS)}
+    too_long = {name: length for name, length in too_long.items() if length >= 14}
+    assert list(too_long) == ["p2"]
+    assert [row["id"] for row in result.per_prompt] == ["p0", "p1", "p3", "p4", "p5"]
+    assert (result.settings["num_prompts"], result.settings["num_skipped"]) == (5, 1)
+    assert {part.num_prompts for part in result.equality.values()} == {5}
+    said = f"p2 is skipped: {too_long['p2']} tokens leave nothing to continue in 14 positions\n"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("architecture", ["Mamba", "Qwen3Next", "Lfm2"])
