@@ -4,6 +4,7 @@
 from shared.eval.sandbox.runner import Candidate, run_candidates
 from tests.support import sandbox_crossing as crossing
 from tests.support import sandbox_library as library
+from tests.support import sandbox_unusual as unusual
 
 TEST = """
 def check(candidate):
@@ -417,6 +418,7 @@ def honest_rows():
     rows = [(name, program(body, test), ["passed"]) for name, (body, test) in honest.items()]
     rows += [(name, program(body, test, head), ["passed"]) for name, (head, body, test) in prompts.items()]
     rows += [(name, program(body, test), ["error"]) for name, (body, test) in not_judged.items()]
+    rows += _unusual_rows(unusual.HONEST)
     dishonest = DISHONEST | crossing.DISHONEST
     return rows + [(name, program(body, test), ["failed"]) for name, (body, test) in dishonest.items()]
 
@@ -434,7 +436,12 @@ def hostile_rows(*, slow):
     hostile, prompts = crossing.HOSTILE | library.HOSTILE, crossing.HOSTILE_PROMPTS | library.HOSTILE_PROMPTS
     rows += [(name, program(body, test), not_passed) for name, (body, test) in hostile.items()]
     rows += [(name, program(body, test, head), not_passed) for name, (head, body, test) in prompts.items()]
+    rows += _unusual_rows(unusual.HOSTILE)
     return [row for row in rows if ("timed out" in row[2]) == slow]
+
+
+def _unusual_rows(rows):
+    return [(name, program(body, test, head or HEAD), right.split(", ")) for name, right, head, body, test in rows]
 
 
 def wrong(rows, sandbox, timeout_seconds, workers=None):

@@ -141,7 +141,7 @@ class _Check:
             candidate.bind(peer, 0, {"__name__": entry_point, "__qualname__": entry_point})
         for name, value in shared.items():
             if isinstance(value, type):
-                peer.give_methods(value, differences[name])
+                peer.give_methods(value, differences[name], is_entry_point=value is candidate)
         if any(word in job["test"] for word in _WAITING):
             threading.Thread(target=peer.give_turns, daemon=True).start()
         self._namespace[entry_point] = candidate
@@ -219,11 +219,17 @@ class _ProgramPeer(Peer):
     def doubt(self, reason: str) -> None:
         self.doubts.append(reason)
 
-    def give_methods(self, kind: type, names: list[str]) -> None:
-        """Have a class of the prompt do as the program's class does, where the prompt leaves it open."""
+    def give_methods(self, kind: type, names: list[str], *, is_entry_point: bool) -> None:
+        """Have a class of the prompt do as the program's class does, where the prompt leaves it open.
+
+        Instances are made by the program, too. Where it makes what the test expects, it decides what that is.
+        """
+        open_names = [name for name in names if prompt.is_open(kind, name.removeprefix("="))]
         deciding = prompt.deciding_names(kind)
-        wanted = [name for name in names if name == "__init__" or prompt.is_open(kind, name.removeprefix("="))]
-        give_methods(self, kind, wanted, deciding)
+        if "__init__" in names and "__init__" not in open_names:
+            open_names.append("__init__")
+            deciding |= set() if is_entry_point else {"__init__"}
+        give_methods(self, kind, open_names, deciding)
 
     def give_turns(self) -> None:
         """Let threads of the program call the test's functions while the test does something else."""

@@ -372,7 +372,7 @@ class Decoder:
         raise NotPlainError("an unknown operation")
 
     def _member(self, kind: Any, name: Any, value: Any) -> Any:
-        """A member of an enumeration of the prompt or the library; of one that is not loaded, what it is built on."""
+        """A member of an enumeration of the prompt or the library; of one not loaded here, what it is built on."""
         if issubclass(kind, enum.Enum) and (self.table.base_of(kind) is kind or library.is_value_class(kind)):
             return kind(value) if name is None else kind[name]
         plain = base_among(kind, PLAIN)

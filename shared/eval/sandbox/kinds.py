@@ -3,9 +3,11 @@
 import array
 import collections
 import contextlib
+import dataclasses
 import datetime
 import decimal
 import fractions
+import gc
 import io
 import ipaddress
 import pathlib
@@ -55,6 +57,11 @@ def _of_text(kind: Callable[[str], Any]) -> Fixed:
     return Fixed(lambda value: [str(value)], lambda items: kind(*items))
 
 
+def _of_object(view: Callable[[Any], Any]) -> Fixed:
+    """What shows another object as it is now."""
+    return Fixed(gc.get_referents, lambda items: view(*items))
+
+
 def _with_zone(kind: Any, *names: str) -> Fixed:
     """A time whose zone is one that both sides have."""
 
@@ -69,6 +76,13 @@ def _fraction(items: list[Any]) -> fractions.Fraction:
     if list(map(type, items)) != [int, int]:  # of a text it would compute `1e400000000`
         raise TypeError("a fraction of something else than integers")
     return fractions.Fraction(*items)
+
+
+def _viewed_bytes(view: memoryview) -> list[Any] | None:
+    """What a view of bytes is made of: the object itself where all of it is seen."""
+    if view.format != "B" or view.ndim != 1:
+        return None
+    return [view.obj] if view.contiguous and view.nbytes == len(view.obj) else [bytes(view)]  # type: ignore[arg-type]
 
 
 _CLOCK = ("hour", "minute", "second", "microsecond")
@@ -91,11 +105,11 @@ FIXED: dict[type, Fixed] = {
     zoneinfo.ZoneInfo: Fixed(lambda value: [value.key] if value.key else None, lambda items: zoneinfo.ZoneInfo(*items)),
     re.Pattern: Fixed(lambda value: [value.pattern, value.flags], lambda items: re.compile(*items)),
     uuid.UUID: Fixed(lambda value: [value.int], lambda items: uuid.UUID(int=items[0])),
-    types.MappingProxyType: Fixed(lambda value: [dict(value)], lambda items: types.MappingProxyType(*items)),
+    memoryview: Fixed(_viewed_bytes, lambda items: memoryview(*items)),
+    types.MappingProxyType: _of_object(types.MappingProxyType),
     time.struct_time: Fixed(lambda value: [tuple(value)], lambda items: time.struct_time(*items)),
-    type({}.keys()): Fixed(list, lambda items: dict.fromkeys(items).keys()),
-    type({}.values()): Fixed(list, lambda items: dict(enumerate(items)).values()),
-    type({}.items()): Fixed(list, lambda items: dict(items).items()),
+    **{type(view(base())): _of_object(view)
+       for base in (dict, collections.OrderedDict) for view in (base.keys, base.values, base.items)},
     **{kind: _of_text(kind) for kind in (
         pathlib.PurePosixPath, pathlib.PosixPath, pathlib.PureWindowsPath, ipaddress.IPv4Address, ipaddress.IPv6Address,
         ipaddress.IPv4Network, ipaddress.IPv6Network)},
@@ -200,8 +214,8 @@ PLAIN: dict[type, Callable[[Any], Any]] = {
 }
 # Classes whose instances are their attributes.
 OF_ATTRIBUTES: tuple[type, ...] = (
-    collections.ChainMap, collections.UserDict, collections.UserList, collections.UserString, types.SimpleNamespace
-)  # fmt: skip
+    collections.ChainMap, collections.UserDict, collections.UserList, collections.UserString, dataclasses.Field,
+    types.SimpleNamespace)  # fmt: skip
 
 
 def attributes(value: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the whole library. From the test any function or class of the library is: a prog
 
 import builtins
 import collections.abc
+import dataclasses
 import enum
 import importlib
 import math
@@ -33,6 +34,7 @@ NAMED: dict[str, Any] = {
     **{f"{kind.__name__}:{name}": value for kind in (str, list, dict, set, int) for name, value in vars(kind).items()
        if callable(value) and not name.startswith("_")},
     "math:nan": math.nan,
+    **{f"dataclasses:{name}": getattr(dataclasses, name) for name in ("MISSING", "_FIELD", "_FIELD_CLASSVAR")},
     **{repr(value): value for value in (NotImplemented, ...)},
 }  # fmt: skip
 _NAMES = {id(value): name for name, value in NAMED.items()}
@@ -74,10 +76,11 @@ def any_named(name: str) -> Any:
 def base_named(places: str) -> type | None:
     """The first of these classes that instances of the other side's classes may be built on here; None: no such class.
 
-    These are the classes of data, exceptions of loaded modules, and `collections.abc`.
+    These are the classes of data, exceptions of loaded modules, and `collections.abc`. By those of `unittest` a program
+    would have its test skipped.
     """
     for place in places.split("|"):
-        kind = _loaded(place)
+        kind = None if place.startswith("unittest") else _loaded(place)
         if kind is not None and (kind in _DATA or kind in _ABSTRACT or issubclass(kind, BaseException)):
             return kind
     return None

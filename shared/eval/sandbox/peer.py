@@ -124,14 +124,14 @@ class Peer:
         start = time.perf_counter()
         first_new = self.table.next_number
         encoder = Encoder(self.table, exact=self._exact)
-        if self._exact:
-            released = self.table.unreferenced()
-            self.table.forget(released)
-            encoder.release(released)
         try:
             changed = self.table.changed()
             for number in changed:
                 encoder.change(number)
+            if self._exact:  # what is given up may have changed before
+                released = self.table.unreferenced()
+                self.table.forget(released)
+                encoder.release(released)
             for value in (self._surroundings.take(), *values):
                 encoder.encode(value)
         except BaseException:

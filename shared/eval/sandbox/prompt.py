@@ -49,9 +49,10 @@ def prints(kind: type) -> dict[str, int]:
 
 def is_open(kind: type, name: str) -> bool:
     """Whether a class of the prompt leaves a name to the program: it has none, or a function without a body."""
-    function = _function(vars(kind).get(name))
+    value = next((vars(base)[name] for base in kind.__mro__[:-1] if name in vars(base)), None)
+    function = _function(value)
     if function is None:
-        return name not in vars(kind)
+        return value is None
     code = function.__code__
     constants = (None, ..., function.__doc__)
     num_arguments = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)

@@ -158,6 +158,76 @@ def test_a_broken_test_is_our_error(sandbox):
     assert [v.verdict for v in verdicts] == ["error", "error"]
 
 
+# HumanEval+'s and MBPP+'s tests as they are published, but for their inputs and results.
+PLUS = """
+import numpy as np
+
+def is_floats(x) -> bool:
+    # check if it is float; List[float]; Tuple[float]
+    if isinstance(x, float):
+        return True
+    if isinstance(x, (list, tuple)):
+        return all(isinstance(i, float) for i in x)
+    if isinstance(x, np.ndarray):
+        return x.dtype == np.float64 or x.dtype == np.float32
+    return False
+
+
+def assertion(out, exp, atol):
+    exact_match = out == exp
+
+    if atol == 0 and is_floats(exp):
+        atol = 1e-6
+    if not exact_match and atol != 0:
+        assert np.allclose(out, exp, rtol=1e-07, atol=atol)
+    else:
+        assert exact_match
+
+"""
+HUMANEVAL_PLUS = """
+def check(candidate):
+    inputs = {inputs}
+    results = {results}
+    for i, (inp, exp) in enumerate(zip(inputs, results)):
+        assertion(candidate(*inp), exp, 0)
+"""
+MBPP_PLUS = """
+inputs = {inputs}
+results = {results}
+
+for i, (inp, exp) in enumerate(zip(inputs, results)):
+    assertion(f(*inp), exp, 0)
+"""
+
+
+@pytest.mark.parametrize("form", [HUMANEVAL_PLUS, MBPP_PLUS], ids=["HumanEval+", "MBPP+"])
+def test_published_plus_tests_run_with_numpy(form, sandbox):
+    means = PLUS + form.format(inputs=[[[1.0, 2.0]], [[1.0, 2.0, 4.0, 4.0]]], results=[1.5, 2.75])
+    shared = PLUS + form.format(inputs=[[(3, 4, 5)], [()]], results=[(3, 5), ()])
+    near = "    import math\n    return math.fsum(x) / len(x) + 1e-9\n"
+    lie = "    class F(float): __sub__ = __rsub__ = __abs__ = lambda *_: 0.0\n    return F(9)\n"
+    rows = [
+        ("near", program(near, means), ["passed"]),
+        ("far", program("    return 1.5\n", means), ["failed"]),
+        ("a lie", program(lie, means), ["failed"]),
+        ("tuples", program("    return tuple(v for v in x if v % 2)\n", shared), ["passed"]),
+        ("lists", program("    return [v for v in x if v % 2]\n", shared), ["failed"]),
+        ("has none", program("    import numpy\n    return 0\n", means), ["failed"]),
+        ("an array", program("    return x\n", PLUS + "def check(f):\n    f(np.zeros(2))\n"), ["error"]),
+    ]
+    assert wrong(rows, sandbox, SLOW) == []
+
+
+def test_without_numpy_a_test_that_imports_it_is_an_error(sandbox, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    test = PLUS + HUMANEVAL_PLUS.format(inputs=[[1]], results=[2])
+    (verdict,) = run_candidates([program("    return x\n", test)], sandbox=sandbox, timeout_seconds=SLOW)
+    assert (verdict.verdict, verdict.detail) == (
+        "error",
+        "the test imports what the sandbox does not have: ModuleNotFoundError: No module named 'numpy'",
+    )
+
+
 def test_where_namespaces_are_forbidden_the_other_layers_hold(monkeypatch):
     monkeypatch.setattr(probe, "CHOICES", (Isolation.WITHOUT_NAMESPACES,))
     sandbox = sandbox_or_skip()
