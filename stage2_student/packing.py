@@ -7,7 +7,7 @@ import numpy as np
 
 from shared.cache.format import Array
 
-SPARE = 100  # one block in so many is added, so that next to no document has to be cut
+SPARE = 100  # in large pools one block in so many is added, so that next to no document has to be cut
 
 
 class Segments(NamedTuple):
@@ -31,7 +31,9 @@ class Segments(NamedTuple):
 
 def num_blocks(rows: Array, block_size: int) -> Array:
     """Blocks that so many rows are packed into: i64 of the same shape, known before anything is packed."""
-    blocks: Array = -(-rows * (SPARE + 1) // (SPARE * block_size))
+    fewest = -(-rows // block_size)
+    with_spare = (2 * rows * (SPARE + 1) + SPARE * block_size) // (2 * SPARE * block_size)  # rounded
+    blocks: Array = np.maximum(fewest, with_spare)
     return blocks
 
 

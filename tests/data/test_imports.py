@@ -202,7 +202,7 @@ TIED = entries(ranks=(1, 2, 3, 5))  # the 4th ties with an id that was cut: vLLM
 def test_vllms_extra_entry_is_known_by_the_number_of_entries(tokenizer, tmp_path, capsys, rows, lengths, printed):
     import_cache(write(tmp_path / "rows.jsonl", rows), tmp_path / "c", tokenizer=str(tokenizer), teacher_name="t")
     cache = Cache(tmp_path / "c")
-    assert cache.manifest["top_k"] == max(max(of_document) for of_document in lengths)
+    assert cache.manifest.top_k == max(max(of_document) for of_document in lengths)
     for number, of_document in enumerate(lengths):
         targets = cache.targets(number, 1.0)
         assert targets.k.tolist() == of_document
