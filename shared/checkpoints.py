@@ -149,12 +149,13 @@ def weight_files(directory: Path) -> list[Path]:
         names = [WEIGHTS]
         # transformers loads the one file, vLLM what the index names. An index whose files are gone is only a leftover.
         seconds = [name for name in shards if name != WEIGHTS and (directory / name).is_file()]
+        more = f" and {len(seconds) - 3} more" if len(seconds) > 3 else ""
         require(
             not seconds,
             "the folder holds two sets of weights",
             where=directory,
             expected=f"{WEIGHTS}, or the files that {WEIGHTS_INDEX} names",
-            got=f"{WEIGHTS} and {', '.join(seconds)}",
+            got=f"{WEIGHTS}; and {', '.join(seconds[:3])}{more}",
             fix="remove those that are not the model's: readers differ in which they load",
         )
     missing = [name for name in ["config.json", *names] if not (directory / name).is_file()]

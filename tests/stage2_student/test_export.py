@@ -84,7 +84,7 @@ def test_only_what_the_run_made_is_exported_and_only_as_training_ended(tmp_path,
     (run / "model-00001-of-00001.safetensors").write_bytes(weights)
     (run / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00001.safetensors"}}')
     both = CliRunner().invoke(student, ["export", str(run), "--out", str(tmp_path / "two")])
-    assert "got: model.safetensors and model-00001-of-00001.safetensors" in str(both.exception)
+    assert "got: model.safetensors; and model-00001-of-00001.safetensors" in str(both.exception)
     assert not (tmp_path / "two").exists()
 
 

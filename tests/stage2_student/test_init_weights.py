@@ -190,7 +190,7 @@ def test_two_sets_of_weights_are_refused_by_name(cache, copy, tmp_path):
     shards = sorted(file.name for file in (tmp_path / "new").glob("model-*"))
     shutil.copytree(tmp_path / "new", copy, dirs_exist_ok=True)
     error = train(cache, tmp_path / "run", "--init-from", copy)
-    assert f"got: model.safetensors and {', '.join(shards)}" in error
+    assert f"got: model.safetensors; and {', '.join(shards[:3])}" in error
     assert not (tmp_path / "run").exists()
     for name in shards:  # the index alone is a leftover
         (copy / name).unlink()
