@@ -228,7 +228,8 @@ class _ProgramPeer(Peer):
         deciding = prompt.deciding_names(kind)
         if "__init__" in names and "__init__" not in open_names:
             open_names.append("__init__")
-            deciding |= set() if is_entry_point else {"__init__"}
+            if not is_entry_point:
+                deciding.add("__init__")
         give_methods(self, kind, open_names, deciding)
 
     def give_turns(self) -> None:

@@ -63,14 +63,18 @@ def is_open(kind: type, name: str) -> bool:
     )
 
 
-def deciding_names(kind: type) -> frozenset[str]:
+def deciding_names(kind: type) -> set[str]:
     """The names by which a class of the prompt compares its instances, if it does; of a class that does not, none."""
-    own = [vars(base) for base in kind.__mro__ if base.__module__ == MODULE]
-    if not any(name in JUDGED and not is_open(kind, name) for names in own for name in names):
-        return frozenset()
-    codes = (_function(value).__code__ for names in own for value in names.values() if _function(value))
-    fields = (names.get("__annotations__", ()) for names in own)
-    return frozenset({"__init__"}.union(*fields, *(code.co_names for code in codes)))
+    own = [vars(base) for base in reversed(kind.__mro__) if base.__module__ == MODULE]
+    functions = {name: _function(value) for names in own for name, value in names.items()}
+    found = {name for name in functions if name in JUDGED and not is_open(kind, name)}
+    names = list(found)
+    for name in names:  # grows
+        if (function := functions.get(name)) is not None:
+            new = _names(function.__code__) - found
+            found |= new
+            names += new
+    return found | ({"__init__"} if found else set())
 
 
 def empty_names(namespace: Mapping[str, Any]) -> list[str]:
@@ -84,6 +88,11 @@ def _function(value: Any) -> Any:
     for name in ("fget", "__func__"):
         value = getattr(value, name, value)
     return value if isinstance(value, types.FunctionType) else None
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))
 
 
 def _print(value: Any) -> int:
