@@ -25,7 +25,7 @@ from shared.eval.sandbox.needs import Needs
 from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
 from shared.eval.sandbox.policy import OF_PROGRAM, OF_TEST
 from shared.eval.sandbox.proxies import TEST_METHODS, Makers, Remote, RemoteFunction, give_methods
-from shared.eval.sandbox.surroundings import Surroundings, wanted
+from shared.eval.sandbox.surroundings import CheckerSurroundings, Surroundings, wanted
 from shared.eval.sandbox.table import Table
 
 _SECONDS_PER_NOTE = 0.02  # of messages
@@ -136,7 +136,9 @@ class _Check:
         shared = {name: shared[name] for name in differences if name in shared}
         candidate = shared.get(entry_point) or RemoteFunction()
         table = Table([candidate, *shared.values()])
-        peer = self._peer = _ProgramPeer(self, channel, table, Surroundings(names), "StopIteration" in job["test"])
+        peer = self._peer = _ProgramPeer(
+            self, channel, table, CheckerSurroundings(names), "StopIteration" in job["test"]
+        )
         if isinstance(candidate, RemoteFunction):
             candidate.bind(peer, 0, {"__name__": entry_point, "__qualname__": entry_point})
         for name, value in shared.items():
@@ -208,7 +210,7 @@ class _ProgramPeer(Peer):
         try:
             return self._check.attempt(lambda: call(number, method, arguments, keywords), self.has_received)
         except StopIteration as error:  # of a function it would silently end a test's map() or zip()
-            if self._expects_stop or method == "next":
+            if self._expects_stop or method in ("next", "send"):
                 raise
             raise RuntimeError("the program raised StopIteration") from error
 

@@ -12,7 +12,7 @@ from shared.eval.sandbox.channel import Channel, read_all
 from shared.eval.sandbox.exceptions import described
 from shared.eval.sandbox.peer import Peer
 from shared.eval.sandbox.proxies import PROGRAM_METHODS, Makers
-from shared.eval.sandbox.surroundings import ProgramSurroundings
+from shared.eval.sandbox.surroundings import SolverSurroundings
 from shared.eval.sandbox.table import Table
 
 LOADED, NOT_LOADED = b"L", b"E"
@@ -42,7 +42,7 @@ def main(job_fd: int, calls_fd: int) -> None:
             channel.send(json.dumps(_differences(shared, proposed["prints"])).encode())
         table = Table([function, *shared.values()])
         table.exported.add(0)
-        surroundings = ProgramSurroundings(proposed["surroundings"])
+        surroundings = SolverSurroundings(proposed["surroundings"])
         Peer(channel, table, methods=PROGRAM_METHODS, makers=Makers, surroundings=surroundings, exact=False).serve()
     os._exit(0)
 
