@@ -123,11 +123,11 @@ class _Check:
 
     def _stand_in(self, channel: Channel, job: dict[str, Any]) -> Any:
         """Run the prompt for what the test may use of it; its entry point becomes the stand-in of the program's."""
+        entry_point = job["entry_point"]
+        shared = self._run_prompt(job["prompt"])
         answer = self.attempt(lambda: _first_message(channel))
         if answer != solver.LOADED:
             self.end("failed", answer[1:].decode("utf-8", "replace"))
-        entry_point = job["entry_point"]
-        shared = self._run_prompt(job["prompt"])
         prints = {name: prompt.prints(v) if isinstance(v, type) else {} for name, v in shared.items()}
         names = wanted(job["test"])
         agreed = json.dumps({"prints": prints, "surroundings": names}).encode()

@@ -63,11 +63,13 @@ def _of_object(view: Callable[[Any], Any]) -> Fixed:
 
 
 def _with_zone(kind: Any, *names: str) -> Fixed:
-    """A time whose zone is one that both sides have."""
+    """A time; where its zone is of a class of one side's own, with what that zone is then."""
 
-    def take(value: Any) -> list[Any] | None:
-        is_known = value.tzinfo is None or type(value.tzinfo) in (datetime.timezone, zoneinfo.ZoneInfo)
-        return [*(getattr(value, name) for name in names), value.tzinfo, value.fold] if is_known else None
+    def take(value: Any) -> list[Any]:
+        zone, offset = value.tzinfo, value.utcoffset()
+        if type(zone) not in (type(None), datetime.timezone, zoneinfo.ZoneInfo):
+            zone = None if offset is None else datetime.timezone(offset, value.tzname() or "")
+        return [*(getattr(value, name) for name in names), zone, value.fold]
 
     return Fixed(take, lambda items: kind(*items[:-1], fold=items[-1]))
 
@@ -211,6 +213,8 @@ PLAIN: dict[type, Callable[[Any], Any]] = {
     bytes: lambda value: bytes.__getitem__(value, slice(None)),
     tuple: lambda value: tuple(tuple.__iter__(value)),
     frozenset: lambda value: frozenset(frozenset.__iter__(value)),
+    decimal.Decimal: decimal.Decimal,
+    fractions.Fraction: lambda value: fractions.Fraction(value.numerator, value.denominator),
 }
 # Classes whose instances are their attributes.
 OF_ATTRIBUTES: tuple[type, ...] = (
