@@ -128,11 +128,11 @@ class _Check:
         answer = self.attempt(lambda: _first_message(channel))
         if answer != solver.LOADED:
             self.end("failed", answer[1:].decode("utf-8", "replace"))
-        prints = {name: prompt.prints(v) if isinstance(v, type) else {} for name, v in shared.items()}
+        checksums = {name: prompt.checksums(v) if isinstance(v, type) else {} for name, v in shared.items()}
         names = wanted(job["test"])
-        agreed = json.dumps({"prints": prints, "surroundings": names}).encode()
+        agreed = json.dumps({"checksums": checksums, "surroundings": names}).encode()
         self.attempt(lambda: _first_send(channel, agreed))
-        differences = self.attempt(lambda: _differences(_first_message(channel))) if prints else {}
+        differences = self.attempt(lambda: _differences(_first_message(channel))) if checksums else {}
         shared = {name: shared[name] for name in differences if name in shared}
         candidate = shared.get(entry_point) or RemoteFunction()
         table = Table([candidate, *shared.values()])
@@ -283,7 +283,7 @@ def _first_message(channel: Channel) -> bytes:
 def _differences(message: bytes) -> dict[str, list[str]]:
     """What the program has of the prompt's classes and objects, and by which names the classes differ."""
     try:
-        return {str(name): [str(inner) for inner in found] for name, found in json.loads(message).items()}
+        return {str(name): [str(inner) for inner in names] for name, names in json.loads(message).items()}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise RefusedError(f"malformed data: {error}") from None
 

@@ -224,31 +224,31 @@ OF_ATTRIBUTES: tuple[type, ...] = (
 
 def attributes(value: Any) -> dict[str, Any]:
     """An instance's attributes, in its `__dict__` and in slots, whatever its class makes of them."""
-    found = {name: item for name, item in _dictionary(value).items() if not _is_special(name)}
+    by_name = {name: item for name, item in _dictionary(value).items() if not _is_special(name)}
     for name, slot in _slots(type(value)).items():
         with contextlib.suppress(AttributeError):  # not set
-            found[name] = slot.__get__(value)
-    return found
+            by_name[name] = slot.__get__(value)
+    return by_name
 
 
 def set_attributes(value: Any, wanted: dict[str, Any]) -> None:
     """Give an instance these attributes and no others."""
-    slots, own = _slots(type(value)), _dictionary(value)
-    for name in [name for name in own if not _is_special(name)]:
-        del own[name]
+    slots, dictionary = _slots(type(value)), _dictionary(value)
+    for name in [name for name in dictionary if not _is_special(name)]:
+        del dictionary[name]
     for name, item in wanted.items():
         if name in slots:
             slots[name].__set__(value, item)
         else:
-            own[name] = item
+            dictionary[name] = item
 
 
 def _dictionary(value: Any) -> dict[str, Any]:
     try:
-        found = object.__getattribute__(value, "__dict__")
+        dictionary = object.__getattribute__(value, "__dict__")
     except AttributeError:
         return {}
-    return found if type(found) is dict else {}
+    return dictionary if type(dictionary) is dict else {}
 
 
 def _slots(kind: type) -> dict[str, Any]:

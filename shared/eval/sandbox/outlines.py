@@ -63,8 +63,8 @@ def class_outline(kind: type, *, with_names: bool) -> list[Any]:
         elif not issubclass(base, enum.Enum):
             bases.append(base)
     names = {name: value for c in reversed(described) for name, value in vars(c).items() if is_told(name)}
-    told = [marked(name, value) for name, value in names.items()] if with_names else []
-    return [_text(kind.__name__), _form_of_instances(kind).decode(), is_library, len(bases), *bases, *told]
+    attributes = [marked(name, value) for name, value in names.items()] if with_names else []
+    return [_text(kind.__name__), _form_of_instances(kind).decode(), is_library, len(bases), *bases, *attributes]
 
 
 def is_told(name: str) -> bool:

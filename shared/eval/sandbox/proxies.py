@@ -102,16 +102,16 @@ def _made_class(peer: Peer, name: str, bases: tuple[type, ...], names: Iterable[
 
 def _forwards(peer: Peer, bases: Iterable[type], names: Iterable[Any]) -> dict[str, "_Forwarded"]:
     """What a class built on others gets for the names of the other side's class."""
-    found: dict[str, _Forwarded] = {}
+    forwards: dict[str, _Forwarded] = {}
     for marked in names:
         name = marked.removeprefix("=")
         kind = _KINDS.get(name, _ForwardedProperty if marked.startswith("=") else _Forwarded)
         # Such a method of this side's own is the one that judges, and what a proxy does is done by itself.
-        own = [c for base in bases for c in base.__mro__ if kind is _Judged or c in _FORMS.values()]
-        is_there = any(_is_whole(vars(c).get(name)) for c in own if c is not object)
+        classes = [c for base in bases for c in base.__mro__ if kind is _Judged or c in _FORMS.values()]
+        is_there = any(_is_whole(vars(c).get(name)) for c in classes if c is not object)
         if not is_there and (not name.startswith("__") or name in _FORWARDED):
-            found[name] = kind(peer, name)
-    return found
+            forwards[name] = kind(peer, name)
+    return forwards
 
 
 def _is_whole(method: Any) -> bool:
@@ -240,8 +240,8 @@ class _RemoteCallable(Remote):
         empty = inspect.Parameter.empty
         made = []
         for name, kind, default, annotation in parameters:
-            of_it = {"default": [empty, *default][-1], "annotation": [empty, *annotation][-1]}
-            made.append(inspect.Parameter(name, inspect._ParameterKind(kind), **of_it))
+            given = {"default": [empty, *default][-1], "annotation": [empty, *annotation][-1]}
+            made.append(inspect.Parameter(name, inspect._ParameterKind(kind), **given))
         return inspect.Signature(made, return_annotation=[empty, *returned][-1])
 
 

@@ -88,8 +88,8 @@ class CheckerSurroundings(Surroundings):
             for action, text, category, module, line in warnings.filters
         ]
 
-    def _give_warnings(self, noted: Any) -> None:
-        for warning in noted:
+    def _give_warnings(self, new_warnings: Any) -> None:
+        for warning in new_warnings:
             warnings.showwarning(warning, type(warning), "<program>", 1)
 
     def _give_output(self, printed: Any) -> None:
@@ -120,7 +120,7 @@ class SolverSurroundings(Surroundings):
             sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
             self._streams = (sys.stdout, sys.stderr)
         self._filters: Any = None
-        self._noted: list[Warning] = []
+        self._warnings: list[Warning] = []
         if "warnings" in self.names:
             warnings.showwarning = self._note_warning
 
@@ -146,8 +146,8 @@ class SolverSurroundings(Surroundings):
 
     def _take_warnings(self) -> Any:
         """What the program was warned of since the last message."""
-        noted, self._noted = self._noted, []
-        return noted
+        new_warnings, self._warnings = self._warnings, []
+        return new_warnings
 
     def _give_warnings(self, filters: Any) -> None:
         if filters != self._filters:
@@ -157,8 +157,8 @@ class SolverSurroundings(Surroundings):
                 warnings.filterwarnings(action, text or "", category, module or "", line, append=True)
 
     def _note_warning(self, message: Any, *_: Any, **__: Any) -> None:
-        if len(self._noted) < _MAX_WARNINGS:
-            self._noted.append(message)
+        if len(self._warnings) < _MAX_WARNINGS:
+            self._warnings.append(message)
 
     def _take_output(self) -> Any:
         printed = []
