@@ -27,7 +27,7 @@ class _Counted(ast.NodeTransformer):
 
 
 def _lenient(body: list[ast.stmt]) -> list[ast.stmt]:
-    found: list[ast.stmt] = []
+    lenient: list[ast.stmt] = []
     for statement in body:
         if isinstance(statement, ast.Assert):
             text = f"try: pass\nexcept BaseException as {_ERROR}: {FAILED}({_ERROR})"
@@ -37,8 +37,8 @@ def _lenient(body: list[ast.stmt]) -> list[ast.stmt]:
             statement = guard
         elif isinstance(statement, ast.For | ast.While | ast.If):
             statement.body, statement.orelse = _lenient(statement.body), _lenient(statement.orelse)
-        found.append(statement)
-    return found
+        lenient.append(statement)
+    return lenient
 
 
 def _copied(text: str, place: ast.stmt) -> list[ast.stmt]:

@@ -38,24 +38,24 @@ class Channel:
         return self._read(size)
 
     def _read(self, size: int) -> bytes | None:
-        found = bytearray()
-        while len(found) < size:
+        message = bytearray()
+        while len(message) < size:
             try:
-                part = os.read(self._descriptor, min(size - len(found), _CHUNK))
+                chunk = os.read(self._descriptor, min(size - len(message), _CHUNK))
             except ConnectionResetError:  # gone with something of ours unread
                 return None
-            if not part:
+            if not chunk:
                 return None
-            found += part
-        return bytes(found)
+            message += chunk
+        return bytes(message)
 
 
 def read_all(descriptor: int) -> bytes:
     """Everything up to the end."""
-    parts = []
-    while part := os.read(descriptor, _CHUNK):
-        parts.append(part)
-    return b"".join(parts)
+    chunks = []
+    while chunk := os.read(descriptor, _CHUNK):
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def write_all(descriptor: int, data: bytes) -> None:

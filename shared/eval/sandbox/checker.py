@@ -25,7 +25,7 @@ from shared.eval.sandbox.needs import Needs
 from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
 from shared.eval.sandbox.policy import OF_PROGRAM, OF_TEST
 from shared.eval.sandbox.proxies import TEST_METHODS, Makers, Remote, RemoteFunction, give_methods
-from shared.eval.sandbox.surroundings import Surroundings, wanted
+from shared.eval.sandbox.surroundings import CheckerSurroundings, Surroundings, wanted
 from shared.eval.sandbox.table import Table
 
 _SECONDS_PER_NOTE = 0.02  # of messages
@@ -123,20 +123,22 @@ class _Check:
 
     def _stand_in(self, channel: Channel, job: dict[str, Any]) -> Any:
         """Run the prompt for what the test may use of it; its entry point becomes the stand-in of the program's."""
+        entry_point = job["entry_point"]
+        shared = self._run_prompt(job["prompt"])
         answer = self.attempt(lambda: _first_message(channel))
         if answer != solver.LOADED:
             self.end("failed", answer[1:].decode("utf-8", "replace"))
-        entry_point = job["entry_point"]
-        shared = self._run_prompt(job["prompt"])
-        prints = {name: prompt.prints(v) if isinstance(v, type) else {} for name, v in shared.items()}
+        checksums = {name: prompt.checksums(v) if isinstance(v, type) else {} for name, v in shared.items()}
         names = wanted(job["test"])
-        agreed = json.dumps({"prints": prints, "surroundings": names}).encode()
+        agreed = json.dumps({"checksums": checksums, "surroundings": names}).encode()
         self.attempt(lambda: _first_send(channel, agreed))
-        differences = self.attempt(lambda: _differences(_first_message(channel))) if prints else {}
+        differences = self.attempt(lambda: _differences(_first_message(channel))) if checksums else {}
         shared = {name: shared[name] for name in differences if name in shared}
         candidate = shared.get(entry_point) or RemoteFunction()
         table = Table([candidate, *shared.values()])
-        peer = self._peer = _ProgramPeer(self, channel, table, Surroundings(names), "StopIteration" in job["test"])
+        peer = self._peer = _ProgramPeer(
+            self, channel, table, CheckerSurroundings(names), "StopIteration" in job["test"]
+        )
         if isinstance(candidate, RemoteFunction):
             candidate.bind(peer, 0, {"__name__": entry_point, "__qualname__": entry_point})
         for name, value in shared.items():
@@ -208,7 +210,7 @@ class _ProgramPeer(Peer):
         try:
             return self._check.attempt(lambda: call(number, method, arguments, keywords), self.has_received)
         except StopIteration as error:  # of a function it would silently end a test's map() or zip()
-            if self._expects_stop or method == "next":
+            if self._expects_stop or method in ("next", "send"):
                 raise
             raise RuntimeError("the program raised StopIteration") from error
 
@@ -228,7 +230,8 @@ class _ProgramPeer(Peer):
         deciding = prompt.deciding_names(kind)
         if "__init__" in names and "__init__" not in open_names:
             open_names.append("__init__")
-            deciding |= set() if is_entry_point else {"__init__"}
+            if not is_entry_point:
+                deciding.add("__init__")
         give_methods(self, kind, open_names, deciding)
 
     def give_turns(self) -> None:
@@ -280,7 +283,7 @@ def _first_message(channel: Channel) -> bytes:
 def _differences(message: bytes) -> dict[str, list[str]]:
     """What the program has of the prompt's classes and objects, and by which names the classes differ."""
     try:
-        return {str(name): [str(inner) for inner in found] for name, found in json.loads(message).items()}
+        return {str(name): [str(inner) for inner in names] for name, names in json.loads(message).items()}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise RefusedError(f"malformed data: {error}") from None
 

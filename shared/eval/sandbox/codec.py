@@ -106,7 +106,7 @@ class Encoder:
 
     def __init__(self, table: Table, *, exact: bool) -> None:
         self.table, self.exact = table, exact
-        self._parts: list[bytes] = []
+        self._written: list[bytes] = []
         self._num_bytes = 0
         self._work: list[Any] = []  # values, and operations on them; the last comes first
         self._unmade: set[int] = set()  # ids of objects that are made once their items are there
@@ -132,7 +132,7 @@ class Encoder:
 
     def take(self) -> bytes:
         """What has been appended."""
-        return b"".join(self._parts)
+        return b"".join(self._written)
 
     def _finish(self) -> None:
         while self._work:
@@ -142,11 +142,11 @@ class Encoder:
             else:
                 self._value(item)
 
-    def _put(self, part: bytes) -> None:
-        self._num_bytes += len(part)
+    def _put(self, data: bytes) -> None:
+        self._num_bytes += len(data)
         if self._num_bytes > MAX_BYTES:
             raise TooLargeError
-        self._parts.append(part)
+        self._written.append(data)
 
     def _value(self, value: Any) -> None:
         kind = type(value)

@@ -40,3 +40,5 @@ def install() -> None:
     """Make it the loop of this process and its children."""
     policy: Any = asyncio.DefaultEventLoopPolicy
     policy._loop_factory = EventLoop
+    for name in ("SelectorEventLoop", "EventLoop"):
+        setattr(asyncio, name, EventLoop)

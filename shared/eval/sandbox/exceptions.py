@@ -7,11 +7,11 @@ def outline(error: BaseException) -> list[Any]:
     """The arguments shown and those made with, attributes, members, cause and context."""
     try:
         _, made_with, *state = tuple(error.__reduce__())
-        found = [tuple(error.args), tuple(made_with), dict(state[0]) if state and state[0] else {}]
+        arguments = [tuple(error.args), tuple(made_with), dict(state[0]) if state and state[0] else {}]
     except BaseException:  # whatever its own methods do
-        found = [(described(error),), (described(error),), {}]
+        arguments = [(described(error),), (described(error),), {}]
     members = tuple(error.exceptions) if isinstance(error, BaseExceptionGroup) else ()
-    return [*found, members, error.__cause__, error.__context__, error.__suppress_context__]
+    return [*arguments, members, error.__cause__, error.__context__, error.__suppress_context__]
 
 
 def rebuilt(

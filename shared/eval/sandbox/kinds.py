@@ -63,11 +63,13 @@ def _of_object(view: Callable[[Any], Any]) -> Fixed:
 
 
 def _with_zone(kind: Any, *names: str) -> Fixed:
-    """A time whose zone is one that both sides have."""
+    """A time; where its zone is of a class of one side's own, with what that zone is then."""
 
-    def take(value: Any) -> list[Any] | None:
-        is_known = value.tzinfo is None or type(value.tzinfo) in (datetime.timezone, zoneinfo.ZoneInfo)
-        return [*(getattr(value, name) for name in names), value.tzinfo, value.fold] if is_known else None
+    def take(value: Any) -> list[Any]:
+        zone, offset = value.tzinfo, value.utcoffset()
+        if type(zone) not in (type(None), datetime.timezone, zoneinfo.ZoneInfo):
+            zone = None if offset is None else datetime.timezone(offset, value.tzname() or "")
+        return [*(getattr(value, name) for name in names), zone, value.fold]
 
     return Fixed(take, lambda items: kind(*items[:-1], fold=items[-1]))
 
@@ -211,6 +213,8 @@ PLAIN: dict[type, Callable[[Any], Any]] = {
     bytes: lambda value: bytes.__getitem__(value, slice(None)),
     tuple: lambda value: tuple(tuple.__iter__(value)),
     frozenset: lambda value: frozenset(frozenset.__iter__(value)),
+    decimal.Decimal: decimal.Decimal,
+    fractions.Fraction: lambda value: fractions.Fraction(value.numerator, value.denominator),
 }
 # Classes whose instances are their attributes.
 OF_ATTRIBUTES: tuple[type, ...] = (
@@ -220,31 +224,31 @@ OF_ATTRIBUTES: tuple[type, ...] = (
 
 def attributes(value: Any) -> dict[str, Any]:
     """An instance's attributes, in its `__dict__` and in slots, whatever its class makes of them."""
-    found = {name: item for name, item in _dictionary(value).items() if not _is_special(name)}
+    by_name = {name: item for name, item in _dictionary(value).items() if not _is_special(name)}
     for name, slot in _slots(type(value)).items():
         with contextlib.suppress(AttributeError):  # not set
-            found[name] = slot.__get__(value)
-    return found
+            by_name[name] = slot.__get__(value)
+    return by_name
 
 
 def set_attributes(value: Any, wanted: dict[str, Any]) -> None:
     """Give an instance these attributes and no others."""
-    slots, own = _slots(type(value)), _dictionary(value)
-    for name in [name for name in own if not _is_special(name)]:
-        del own[name]
+    slots, dictionary = _slots(type(value)), _dictionary(value)
+    for name in [name for name in dictionary if not _is_special(name)]:
+        del dictionary[name]
     for name, item in wanted.items():
         if name in slots:
             slots[name].__set__(value, item)
         else:
-            own[name] = item
+            dictionary[name] = item
 
 
 def _dictionary(value: Any) -> dict[str, Any]:
     try:
-        found = object.__getattribute__(value, "__dict__")
+        dictionary = object.__getattribute__(value, "__dict__")
     except AttributeError:
         return {}
-    return found if type(found) is dict else {}
+    return dictionary if type(dictionary) is dict else {}
 
 
 def _slots(kind: type) -> dict[str, Any]:

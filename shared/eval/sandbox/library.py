@@ -115,8 +115,8 @@ def is_library(module: str) -> bool:
 def _loaded(place: str) -> type | None:
     """A class of the library, where its module is loaded."""
     module, _, path = place.partition(":")
-    found = _found(sys.modules[module], path, None) if is_library(module) and module in sys.modules else None
-    return found if isinstance(found, type) else None
+    kind = _found(sys.modules[module], path, None) if is_library(module) and module in sys.modules else None
+    return kind if isinstance(kind, type) else None
 
 
 def _found(place: Any, path: str, *default: Any) -> Any:

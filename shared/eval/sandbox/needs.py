@@ -56,14 +56,14 @@ def _one_process(tree: ast.Module) -> str:
             modules |= {alias.asname or alias.name.partition(".")[0]: alias.name for alias in node.names}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [part for alias in node.names for part in alias.name.split(".")]
+            names = [name_part for alias in node.names for name_part in alias.name.split(".")]
             names += (node.module or "").split(".") if isinstance(node, ast.ImportFrom) else ()
         elif isinstance(node, ast.Name | ast.Attribute):
             names = [_dotted(node), node.id if isinstance(node, ast.Name) else node.attr]
         else:
             continue
-        if found := _OF_ONE_PROCESS.intersection(names):
-            return min(found)
+        if needs := _OF_ONE_PROCESS.intersection(names):
+            return min(needs)
         name = _dotted(node)
         is_set = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del)
         if is_set and name.partition(".")[0] in modules and name not in _CROSSING:

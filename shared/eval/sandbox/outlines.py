@@ -11,10 +11,10 @@ from shared.eval.sandbox import library
 # The methods with special names that only tell something of an object. They are asked of the object itself.
 OBSERVED = frozenset(
     ("__abs__", "__aenter__", "__aexit__", "__aiter__", "__anext__", "__bool__", "__call__", "__ceil__",
-     "__complex__", "__dataclass_fields__", "__delitem__", "__dir__", "__enter__", "__exit__", "__float__",
-     "__floor__", "__format__", "__getitem__", "__index__", "__int__", "__invert__", "__iter__", "__len__",
-     "__length_hint__", "__match_args__", "__missing__", "__neg__", "__pos__", "__repr__", "__reversed__",
-     "__round__", "__setitem__", "__str__", "__trunc__")
+     "__complex__", "__dataclass_fields__", "__delattr__", "__delitem__", "__dir__", "__enter__", "__exit__",
+     "__float__", "__floor__", "__format__", "__getattr__", "__getitem__", "__index__", "__int__", "__invert__",
+     "__iter__", "__len__", "__length_hint__", "__match_args__", "__missing__", "__neg__", "__pos__", "__repr__",
+     "__reversed__", "__round__", "__setattr__", "__setitem__", "__str__", "__trunc__")
 )  # fmt: skip
 # Those by which an object is compared with another, so that they may decide what a test asserts.
 _ARITHMETIC = ("add", "and", "divmod", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub",
@@ -63,8 +63,8 @@ def class_outline(kind: type, *, with_names: bool) -> list[Any]:
         elif not issubclass(base, enum.Enum):
             bases.append(base)
     names = {name: value for c in reversed(described) for name, value in vars(c).items() if is_told(name)}
-    told = [marked(name, value) for name, value in names.items()] if with_names else []
-    return [_text(kind.__name__), _form_of_instances(kind).decode(), is_library, len(bases), *bases, *told]
+    attributes = [marked(name, value) for name, value in names.items()] if with_names else []
+    return [_text(kind.__name__), _form_of_instances(kind).decode(), is_library, len(bases), *bases, *attributes]
 
 
 def is_told(name: str) -> bool:

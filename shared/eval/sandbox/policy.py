@@ -64,16 +64,16 @@ def library_folders() -> list[Path]:
 def package_folders() -> list[Path]:
     """Folders of installed packages inside `library_folders`."""
     patterns = [f"{depth}{name}" for depth in ("", "*/") for name in _PACKAGES]
-    found = (path for folder in library_folders() for pattern in patterns for path in folder.glob(pattern))
-    return sorted({path for path in found if path.is_dir()})
+    paths = (path for folder in library_folders() for pattern in patterns for path in folder.glob(pattern))
+    return sorted({path for path in paths if path.is_dir()})
 
 
 def library_files() -> list[Path]:
     """What of `library_folders` is Python's own: files, and folders with all that is in them."""
     stdlib = Path(sysconfig.get_path("stdlib"))
-    own = [path for path in stdlib.iterdir() if path.name not in _PACKAGES]
+    library = [path for path in stdlib.iterdir() if path.name not in _PACKAGES]
     shared = [path for folder in _shared_library_folders() for path in folder.glob("*.so*") if path.is_file()]
-    return [*own, Path(sysconfig.get_path("platstdlib")) / "lib-dynload", *shared, *_time_zones()]
+    return [*library, Path(sysconfig.get_path("platstdlib")) / "lib-dynload", *shared, *_time_zones()]
 
 
 def _time_zones() -> list[Path]:

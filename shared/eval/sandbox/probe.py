@@ -62,8 +62,8 @@ def probe(isolation: Isolation) -> dict[str, str]:
             raise SandboxError(
                 "a right program does not pass", where=isolation.value, got=f"{verdict.verdict}: {verdict.detail}"
             )
-        found = {}
+        outcomes = {}
         for about, candidate in attempts().items():
             verdict = worker.run(candidate, PROBE_SECONDS)
-            found[about] = "refused" if verdict.verdict == "passed" else f"{verdict.verdict}: {verdict.detail}"
-    return found
+            outcomes[about] = "refused" if verdict.verdict == "passed" else f"{verdict.verdict}: {verdict.detail}"
+    return outcomes

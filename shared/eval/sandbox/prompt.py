@@ -17,34 +17,36 @@ _OF_ITEMS = {**CHANGING, **PLAIN}
 
 def defined(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """The classes and sentinels that a module has defined, by where it has them, such as `Outer.Inner`."""
-    found: dict[str, Any] = {}
+    by_place: dict[str, Any] = {}
     places = list(namespace.items())
     for name, value in places:  # grows
-        is_new = not any(value is other for other in found.values())
+        is_new = not any(value is other for other in by_place.values())
         if isinstance(value, type) and is_new and _is_own(value) and _is_plain(value):
-            found[name] = value
-            places += [(f"{name}.{inner}", of_it) for inner, of_it in vars(value).items() if not inner.startswith("__")]
+            by_place[name] = value
+            places += [
+                (f"{name}.{inner}", attribute) for inner, attribute in vars(value).items() if not inner.startswith("__")
+            ]
         elif is_new and not name.startswith("__") and _is_sentinel(value):
-            found[name] = value
-    return found
+            by_place[name] = value
+    return by_place
 
 
 def resolved(names: Iterable[str], namespace: Mapping[str, Any]) -> dict[str, Any]:
     """What another module has at those places, as far as it is what it should be."""
-    found = {}
+    by_place = {}
     for name in names:
         first, *rest = name.split(".")
         value = namespace.get(first)
         for inner in rest:
             value = vars(value).get(inner) if isinstance(value, type) else None
         if isinstance(value, type) or _is_sentinel(value):
-            found[name] = value
-    return found
+            by_place[name] = value
+    return by_place
 
 
-def prints(kind: type) -> dict[str, int]:
+def checksums(kind: type) -> dict[str, int]:
     """What a class has under each name: of a function a checksum of its code, of anything else 0."""
-    return {marked(name, value): _print(value) for name, value in vars(kind).items() if _is_told(name)}
+    return {marked(name, value): _checksum(value) for name, value in vars(kind).items() if _is_told(name)}
 
 
 def is_open(kind: type, name: str) -> bool:
@@ -63,14 +65,18 @@ def is_open(kind: type, name: str) -> bool:
     )
 
 
-def deciding_names(kind: type) -> frozenset[str]:
+def deciding_names(kind: type) -> set[str]:
     """The names by which a class of the prompt compares its instances, if it does; of a class that does not, none."""
-    own = [vars(base) for base in kind.__mro__ if base.__module__ == MODULE]
-    if not any(name in JUDGED and not is_open(kind, name) for names in own for name in names):
-        return frozenset()
-    codes = (_function(value).__code__ for names in own for value in names.values() if _function(value))
-    fields = (names.get("__annotations__", ()) for names in own)
-    return frozenset({"__init__"}.union(*fields, *(code.co_names for code in codes)))
+    classes = [vars(base) for base in reversed(kind.__mro__) if base.__module__ == MODULE]
+    functions = {name: _function(value) for names in classes for name, value in names.items()}
+    deciding = {name for name in functions if name in JUDGED and not is_open(kind, name)}
+    names = list(deciding)
+    for name in names:  # grows
+        if (function := functions.get(name)) is not None:
+            new = _names(function.__code__) - deciding
+            deciding |= new
+            names += new
+    return deciding | ({"__init__"} if deciding else set())
 
 
 def empty_names(namespace: Mapping[str, Any]) -> list[str]:
@@ -86,7 +92,12 @@ def _function(value: Any) -> Any:
     return value if isinstance(value, types.FunctionType) else None
 
 
-def _print(value: Any) -> int:
+def _names(code: types.CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _checksum(value: Any) -> int:
     function = _function(value)
     if function is None:
         return 0

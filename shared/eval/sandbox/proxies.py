@@ -102,16 +102,16 @@ def _made_class(peer: Peer, name: str, bases: tuple[type, ...], names: Iterable[
 
 def _forwards(peer: Peer, bases: Iterable[type], names: Iterable[Any]) -> dict[str, "_Forwarded"]:
     """What a class built on others gets for the names of the other side's class."""
-    found: dict[str, _Forwarded] = {}
+    forwards: dict[str, _Forwarded] = {}
     for marked in names:
         name = marked.removeprefix("=")
-        kind = _Judged if name in JUDGED else _ForwardedProperty if marked.startswith("=") else _Forwarded
+        kind = _KINDS.get(name, _ForwardedProperty if marked.startswith("=") else _Forwarded)
         # Such a method of this side's own is the one that judges, and what a proxy does is done by itself.
-        own = [c for base in bases for c in base.__mro__ if kind is _Judged or c in _FORMS.values()]
-        is_there = any(_is_whole(vars(c).get(name)) for c in own if c is not object)
+        classes = [c for base in bases for c in base.__mro__ if kind is _Judged or c in _FORMS.values()]
+        is_there = any(_is_whole(vars(c).get(name)) for c in classes if c is not object)
         if not is_there and (not name.startswith("__") or name in _FORWARDED):
-            found[name] = kind(peer, name)
-    return found
+            forwards[name] = kind(peer, name)
+    return forwards
 
 
 def _is_whole(method: Any) -> bool:
@@ -141,6 +141,23 @@ class _ForwardedProperty(_Forwarded):
         self._peer.call(0, "set attribute", (instance, self._name, value))
 
 
+class _ForwardedByName(_Forwarded):
+    """What is done where an object has no such attribute, or whenever one is set. Names with two underscores, by which
+    other libraries ask how to read an object's memory, are not asked for."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        method = {"__getattr__": "attribute", "__setattr__": "set attribute", "__delattr__": "delete attribute"}[
+            self._name
+        ]
+
+        def ask(name: str, *value: Any) -> Any:
+            if name.startswith("__") and name not in _PUBLIC:
+                raise AttributeError(name)
+            return self._peer.call(0, method, (instance, name, *value))
+
+        return self if instance is None else ask
+
+
 class _Judged(_Forwarded):
     """A comparison or the like. A proxy is compared with nothing but a proxy."""
 
@@ -151,8 +168,8 @@ class _Judged(_Forwarded):
             return super().__get__(instance, owner)
 
         def judge(*others: Any) -> Any:
-            is_alone = isinstance(instance, Remote) and self._name != "__contains__"
-            if is_alone and not all(isinstance(other, Remote) for other in others):
+            is_proxy = isinstance(instance, Remote) and self._name != "__contains__"
+            if is_proxy and not all(isinstance(other, Remote) for other in others):
                 return NotImplemented
             return super(_Judged, self).__get__(instance, owner)(*others)
 
@@ -223,8 +240,8 @@ class _RemoteCallable(Remote):
         empty = inspect.Parameter.empty
         made = []
         for name, kind, default, annotation in parameters:
-            of_it = {"default": [empty, *default][-1], "annotation": [empty, *annotation][-1]}
-            made.append(inspect.Parameter(name, inspect._ParameterKind(kind), **of_it))
+            given = {"default": [empty, *default][-1], "annotation": [empty, *annotation][-1]}
+            made.append(inspect.Parameter(name, inspect._ParameterKind(kind), **given))
         return inspect.Signature(made, return_annotation=[empty, *returned][-1])
 
 
@@ -275,6 +292,8 @@ _FORMS: dict[str, type[Remote]] = {
     "c": _RemoteAwaitable,
 }  # fmt: skip
 _FORWARDED = OBSERVED | JUDGED | {"__init__"}
+_KINDS: dict[str, type[_Forwarded]] = dict.fromkeys(JUDGED, _Judged)
+_KINDS |= dict.fromkeys(("__getattr__", "__setattr__", "__delattr__"), _ForwardedByName)
 
 
 def _awaited(awaitable: Any) -> Any:

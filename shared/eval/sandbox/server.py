@@ -98,10 +98,10 @@ def _serve(control: socket.socket, program: bytes | None) -> bool:
         children.append(_fork(checker.main, [of_checker], cpu_seconds, program))
     for descriptor in descriptors:
         os.close(descriptor)
-    more = control.recv(1)
+    over = control.recv(1)
     statuses = [_end(child) for child in children]
     control.send(json.dumps(statuses).encode())
-    return bool(more)
+    return bool(over)
 
 
 def _receive(control: socket.socket) -> tuple[bytes, list[int]]:

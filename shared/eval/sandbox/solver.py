@@ -12,7 +12,7 @@ from shared.eval.sandbox.channel import Channel, read_all
 from shared.eval.sandbox.exceptions import described
 from shared.eval.sandbox.peer import Peer
 from shared.eval.sandbox.proxies import PROGRAM_METHODS, Makers
-from shared.eval.sandbox.surroundings import ProgramSurroundings
+from shared.eval.sandbox.surroundings import SolverSurroundings
 from shared.eval.sandbox.table import Table
 
 LOADED, NOT_LOADED = b"L", b"E"
@@ -37,12 +37,12 @@ def main(job_fd: int, calls_fd: int) -> None:
     channel.send(LOADED)
     proposed = json.loads(channel.receive() or b"null")
     if proposed:
-        shared = prompt.resolved(proposed["prints"], namespace)
-        if proposed["prints"]:
-            channel.send(json.dumps(_differences(shared, proposed["prints"])).encode())
+        shared = prompt.resolved(proposed["checksums"], namespace)
+        if proposed["checksums"]:
+            channel.send(json.dumps(_differences(shared, proposed["checksums"])).encode())
         table = Table([function, *shared.values()])
         table.exported.add(0)
-        surroundings = ProgramSurroundings(proposed["surroundings"])
+        surroundings = SolverSurroundings(proposed["surroundings"])
         Peer(channel, table, methods=PROGRAM_METHODS, makers=Makers, surroundings=surroundings, exact=False).serve()
     os._exit(0)
 
@@ -66,7 +66,7 @@ def allow_frames_below() -> None:
 def _differences(shared: dict[str, Any], proposed: dict[str, dict[str, int]]) -> dict[str, list[str]]:
     """Of what both sides have, the names under which a class here has something else than the prompt alone gives it."""
     return {
-        name: [inner for inner, found in prompt.prints(value).items() if proposed[name].get(inner) != found]
+        name: [inner for inner, checksum in prompt.checksums(value).items() if proposed[name].get(inner) != checksum]
         if isinstance(value, type) else []
         for name, value in shared.items()
     }  # fmt: skip

@@ -34,7 +34,7 @@ def wanted(test: str) -> list[str]:
 
 
 class Surroundings:
-    """What crosses, from the test's side: it has the streams.
+    """What crosses, by methods of one side: `_take_…` for what it tells the other, `_give_…` for what it is told.
 
     Args:
         names: what crosses, of `NAMES`.
@@ -45,7 +45,7 @@ class Surroundings:
 
     def take(self) -> Any:
         """The state now, as plain data; None where nothing crosses."""
-        return {name: getattr(self, f"_take_{name}")() for name in self.names} if self.names else None
+        return {name: getattr(self, f"_take_{name}", lambda: None)() for name in self.names} if self.names else None
 
     def give(self, state: Any) -> None:
         """Take over the other side's state.
@@ -53,19 +53,11 @@ class Surroundings:
         Raises:
             ValueError: it has another form.
         """
-        if (state is not None) if not self.names else (type(state) is not dict):
+        if type(state) is not (dict if self.names else type(None)):
             raise ValueError("malformed data")
-        if self.names:
-            with contextlib.suppress(TypeError, ValueError, AttributeError, OSError):
-                for name in self.names:
-                    getattr(self, f"_give_{name}")(state.get(name))
-
-    def _take_random(self) -> Any:
-        return random.getstate()
-
-    def _give_random(self, num_words: Any) -> None:
-        if type(num_words) is int and 0 <= num_words <= _MAX_WORDS:
-            random.getrandbits(32 * num_words)
+        with contextlib.suppress(TypeError, ValueError, AttributeError, OSError):
+            for name in self.names:
+                getattr(self, f"_give_{name}", lambda state: None)((state or {}).get(name))
 
     def _take_decimal(self) -> Any:
         context = decimal.getcontext()
@@ -75,11 +67,19 @@ class Surroundings:
         context = decimal.getcontext()
         context.prec, context.rounding, context.Emin, context.Emax, context.capitals, context.clamp = state
 
+
+class CheckerSurroundings(Surroundings):
+    """The test's side: it has the streams."""
+
+    def _take_random(self) -> Any:
+        return random.getstate()
+
+    def _give_random(self, num_words: Any) -> None:
+        if type(num_words) is int and 0 <= num_words <= _MAX_WORDS:
+            random.getrandbits(32 * num_words)
+
     def _take_limits(self) -> Any:
         return sys.getrecursionlimit(), sys.get_int_max_str_digits()
-
-    def _give_limits(self, limits: Any) -> None:
-        return
 
     def _take_warnings(self) -> Any:
         """The filters, in plain data."""
@@ -88,12 +88,9 @@ class Surroundings:
             for action, text, category, module, line in warnings.filters
         ]
 
-    def _give_warnings(self, noted: Any) -> None:
-        for warning in noted:
+    def _give_warnings(self, new_warnings: Any) -> None:
+        for warning in new_warnings:
             warnings.showwarning(warning, type(warning), "<program>", 1)
-
-    def _take_output(self) -> Any:
-        return None
 
     def _give_output(self, printed: Any) -> None:
         for stream, text in zip((sys.stdout, sys.stderr), printed, strict=True):
@@ -114,8 +111,8 @@ class Surroundings:
             sys.stdin.read(num_read)
 
 
-class ProgramSurroundings(Surroundings):
-    """What crosses, from the program's side: it prints into memory and reads what the test has put there."""
+class SolverSurroundings(Surroundings):
+    """The program's side: it prints into memory and reads what the test has put there."""
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__(names)
@@ -123,23 +120,34 @@ class ProgramSurroundings(Surroundings):
             sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
             self._streams = (sys.stdout, sys.stderr)
         self._filters: Any = None
-        self._noted: list[Warning] = []
+        self._warnings: list[Warning] = []
         if "warnings" in self.names:
             warnings.showwarning = self._note_warning
 
     def _take_random(self) -> Any:
-        """How many words have been drawn from the generator since it was given; None where it is at no such place."""
-        now, (_, given, _) = random.getstate(), self._given_random
-        return _num_words_between(given, now[1])
+        """How many 32-bit words have been drawn from the generator since it was given; None where that is not known."""
+        (*block, place), (*wanted, end) = self._given_random[1], random.getstate()[1]
+        twister, count = random.Random(), 0
+        twister.setstate((*self._given_random[:2], None))
+        while block != wanted and count < _MAX_WORDS:
+            count += len(block) - place + 1
+            twister.getrandbits(32 * (len(block) - place + 1))  # to the first word of the next block
+            *block, place = twister.getstate()[1]
+        return count + end - place if block == wanted else None
 
     def _give_random(self, state: Any) -> None:
         random.setstate(state)
         self._given_random = state
 
+    def _give_limits(self, limits: Any) -> None:
+        recursion, digits = limits
+        sys.setrecursionlimit(recursion)
+        sys.set_int_max_str_digits(digits)
+
     def _take_warnings(self) -> Any:
         """What the program was warned of since the last message."""
-        noted, self._noted = self._noted, []
-        return noted
+        new_warnings, self._warnings = self._warnings, []
+        return new_warnings
 
     def _give_warnings(self, filters: Any) -> None:
         if filters != self._filters:
@@ -149,16 +157,8 @@ class ProgramSurroundings(Surroundings):
                 warnings.filterwarnings(action, text or "", category, module or "", line, append=True)
 
     def _note_warning(self, message: Any, *_: Any, **__: Any) -> None:
-        if len(self._noted) < _MAX_WARNINGS:
-            self._noted.append(message)
-
-    def _take_limits(self) -> Any:
-        return None
-
-    def _give_limits(self, limits: Any) -> None:
-        recursion, digits = limits
-        sys.setrecursionlimit(recursion)
-        sys.set_int_max_str_digits(digits)
+        if len(self._warnings) < _MAX_WARNINGS:
+            self._warnings.append(message)
 
     def _take_output(self) -> Any:
         printed = []
@@ -168,25 +168,9 @@ class ProgramSurroundings(Surroundings):
             stream.truncate()
         return printed
 
-    def _give_output(self, printed: Any) -> None:
-        return
-
     def _take_input(self) -> Any:
         return sys.stdin.tell() if isinstance(sys.stdin, io.StringIO) else None
 
     def _give_input(self, text: Any) -> None:
         if isinstance(text, str):
             sys.stdin = io.StringIO(text)
-
-
-def _num_words_between(first: tuple[int, ...], last: tuple[int, ...]) -> int | None:
-    """How many 32-bit words a Mersenne twister gives between two states; None where that is too many."""
-    *block, place = first
-    *wanted, end = last
-    twister, count = random.Random(), 0
-    twister.setstate((3, first, None))
-    while block != wanted and count < _MAX_WORDS:
-        count += len(block) - place + 1
-        twister.getrandbits(32 * (len(block) - place + 1))
-        *block, place = twister.getstate()[1]
-    return count + end - place if block == wanted else None

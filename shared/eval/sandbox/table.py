@@ -82,8 +82,8 @@ class Table:
         kind = type(value)
         if kind in CHANGING:
             return CHANGING[kind].take(value)
-        own, base = attributes(value), base_among(kind, CHANGING)
-        return [len(own), *own, *own.values(), *(CHANGING[base].take(value) if base else ())]
+        by_name, base = attributes(value), base_among(kind, CHANGING)
+        return [len(by_name), *by_name, *by_name.values(), *(CHANGING[base].take(value) if base else ())]
 
     def refill(self, value: Any, items: list[Any]) -> None:
         """Have an object hold what `contents` gave, in place and without a call of its own methods."""
@@ -100,13 +100,13 @@ class Table:
 
     def changed(self) -> list[int]:
         """The objects that no longer hold what both sides agreed on, or may not."""
-        found, objects, unreachable, same = [], self.objects, self._unreachable, operator.is_
+        changed, objects, unreachable, same = [], self.objects, self._unreachable, operator.is_
         for number, (held_by, agreed) in self._agreed.items():  # of all objects, before every message
             if number not in unreachable:
-                held = held_by(objects[number])
-                if len(held) != len(agreed) or not (all(map(same, held, agreed)) or _alike(held, agreed)):
-                    found.append(number)
-        return found
+                items = held_by(objects[number])
+                if len(items) != len(agreed) or not (all(map(same, items, agreed)) or _alike(items, agreed)):
+                    changed.append(number)
+        return changed
 
     def agree(self, numbers: Iterable[int]) -> None:
         """Take what these objects hold now as what the other side has."""
@@ -142,9 +142,9 @@ def base_among(kind: type, among: Container[type]) -> Any:
     return next((base for base in kind.__mro__ if base in among), None)
 
 
-def _alike(held: Sequence[Any], agreed: Sequence[Any]) -> bool:
+def _alike(items: Sequence[Any], agreed: Sequence[Any]) -> bool:
     """Whether items are the same objects, or values that are told apart by nothing else."""
     return all(
         one is other or (type(one) is type(other) and type(one) in _BY_VALUE and one == other)
-        for one, other in zip(held, agreed, strict=True)
+        for one, other in zip(items, agreed, strict=True)
     )

@@ -88,8 +88,8 @@ class Worker:
 
     def __init__(self, isolation: Isolation, *, with_numpy: bool = False) -> None:
         self._isolation = isolation
-        found = importlib.util.find_spec("numpy") if with_numpy else None
-        self._packages = str(Path(found.origin).parents[1]) if found and found.origin else ""
+        spec = importlib.util.find_spec("numpy") if with_numpy else None
+        self._packages = str(Path(spec.origin).parents[1]) if spec and spec.origin else ""
         self._control: socket.socket
         self._process: subprocess.Popen[bytes]
         self._ready = False

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import re
+import socket
 import struct
 import threading
 import time
@@ -24,8 +25,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.eval.sandbox import library
+from shared.eval.sandbox.channel import Channel
 from shared.eval.sandbox.codec import Decoder, Encoder, NotPlainError
+from shared.eval.sandbox.peer import Peer
+from shared.eval.sandbox.proxies import Makers
 from shared.eval.sandbox.seccomp import NUMBERS, build_filter
+from shared.eval.sandbox.surroundings import Surroundings
 from shared.eval.sandbox.table import Table
 
 ATOMS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.binary()
@@ -121,6 +126,41 @@ def test_a_damaged_value_is_a_value_or_refused(value, data):
     damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(NotPlainError):
         all_decoded(bytes(damaged))
+
+
+class Own(list):
+    def push(self, value):
+        self.append(value)
+
+
+OWN = [
+    Own([1]),
+    Own,
+    ValueError("x"),
+    len,
+    lambda: 1,
+    iter([1]),
+    {1: 2}.keys(),
+    re.compile("a"),
+    object(),
+    [1, "a", 2.5],
+]
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(OWN), st.data())
+def test_what_a_program_has_is_damaged_and_becomes_something_or_is_refused(value, data):
+    """With the makers of proxies and classes, of a peer whose other side is gone."""
+    damaged = bytearray(encoded(value, exact=False))
+    for _ in range(data.draw(st.integers(0, 3))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    one, other = socket.socketpair()
+    with one:
+        other.close()
+        channel, table = Channel(one.fileno()), Table()
+        peer = Peer(channel, table, methods={}, makers=Makers, surroundings=Surroundings([]), exact=True)
+        with contextlib.suppress(NotPlainError):
+            Decoder(table, bytes(damaged), Makers(peer)).decode()
 
 
 def test_values_of_the_library_are_kept():

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from shared.eval.sandbox.surroundings import ProgramSurroundings, Surroundings
+from shared.eval.sandbox.surroundings import CheckerSurroundings, SolverSurroundings
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def _generator():
 
 @pytest.mark.parametrize("num_draws", [0, 1, 311, 312, 313, 5_000])
 def test_a_generator_goes_on_where_the_program_left_it(num_draws):
-    of_test, of_program = Surroundings(["random"]), ProgramSurroundings(["random"])
+    of_test, of_program = CheckerSurroundings(["random"]), SolverSurroundings(["random"])
     random.seed(7)
     random.random()
     given = random.getstate()
@@ -32,7 +32,7 @@ def test_a_generator_goes_on_where_the_program_left_it(num_draws):
 
 
 def test_no_program_chooses_the_state_of_the_tests_generator():
-    of_test, of_program = Surroundings(["random"]), ProgramSurroundings(["random"])
+    of_test, of_program = CheckerSurroundings(["random"]), SolverSurroundings(["random"])
     random.seed(7)
     given = random.getstate()
     of_program.give(of_test.take())
@@ -48,6 +48,6 @@ def test_no_program_chooses_the_state_of_the_tests_generator():
 @pytest.mark.parametrize("state", [[], 5, None])
 def test_a_state_of_another_form_is_refused(state):
     with pytest.raises(ValueError, match="malformed"):
-        Surroundings(["random"]).give(state)
+        CheckerSurroundings(["random"]).give(state)
     with pytest.raises(ValueError, match="malformed"):
-        Surroundings([]).give({})
+        CheckerSurroundings([]).give({})
