@@ -1,9 +1,15 @@
 """Documents by data set name: MBPP, the standard library, a local file, a Hub id."""
 
+import array
+import dataclasses
+import hashlib
+import itertools
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from data import mbpp, stdlib
 from data.hub import open_hub
@@ -18,6 +24,19 @@ DEFAULT_CONFIGS = {mbpp.HUB_ID: mbpp.CONFIG}
 FORMS = (("prompt", "completion"), ("messages",), ("text",))  # the first that a data set has the columns of
 
 
+Reader = Callable[[], Iterator[Document]]  # starts at the first document at each call
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Documents:
+    """Documents that are read from their source, one by one, whenever they are iterated over."""
+
+    read: Reader
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.read()
+
+
 def load_documents(
     dataset: str,
     split: str,
@@ -27,21 +46,39 @@ def load_documents(
     revision: str | None = None,
     config: str | None = None,
 ) -> DocumentSet:
-    """Read one split of a data set.
+    """Read one split of a data set into memory, where its `documents` are a tuple. Arguments, errors: `open_documents`.
+
+    Raises:
+        ConfigError: also for a malformed row, by file, line and field.
+    """
+    found = open_documents(dataset, split, limit_docs=limit_docs, columns=columns, revision=revision, config=config)
+    return dataclasses.replace(found, documents=tuple(found.documents))
+
+
+def open_documents(
+    dataset: str,
+    split: str,
+    *,
+    limit_docs: int | None = None,
+    columns: str | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+) -> DocumentSet:
+    """Open one split of a data set, whose documents are then read one by one at each iteration.
 
     Args:
         dataset: `mbpp`, `stdlib`, a file of one of `SUFFIXES` or a Hub id `owner/name`. Files and Hub data sets have
             MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
             where there is one.
         split: a split of that data set; a local file that is not MBPP is whatever split its user calls it.
-        limit_docs: keep only the first so many documents.
+        limit_docs: only the first so many documents; no row behind them is read.
         columns: what these columns are called in this data set, such as `prompt=instruction,completion=output`.
         revision: branch, tag or commit of a Hub id.
         config: one of a Hub data set's configurations; `owner/name:config` names it too.
 
     Raises:
-        ConfigError: an unknown data set, configuration or split, a malformed row (by file, line and field), or no
-            documents.
+        ConfigError: an unknown data set, configuration or split, or no rows; iterating, a malformed row (by file, line
+            and field) or an id that occurs twice.
     """
     if limit_docs is not None:
         require_range(limit_docs, "limit_docs", at_least=1)
@@ -52,7 +89,7 @@ def load_documents(
         found = open_hub(place, split, revision, config)
         mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns, revision=found.commit, config=config)
         commit, config = found.commit, found.config
-        name, documents = _from_table(found.table, split, names)
+        name, read = _from_table(found.table, split, names, limit_docs)
         license, attribution = _known_rights(name)
         license = license or found.license
         attribution = attribution or f"{place}, https://huggingface.co/datasets/{place}"
@@ -61,9 +98,10 @@ def load_documents(
         if kind == "stdlib":
             name, commit = "stdlib", platform.python_version()
             license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
-            documents = stdlib.read_split(split)
+            stdlib.require_split(split)
+            read = _first(limit_docs, lambda: stdlib.read_split(split))
         else:
-            name, documents = _from_table(open_table(Path(place)), split, names)
+            name, read = _from_table(open_table(Path(place)), split, names, limit_docs)
             license, attribution = _known_rights(name)
     assert mark is not None  # the commit is known by now
     return DocumentSet(
@@ -74,7 +112,7 @@ def load_documents(
         license=license,
         attribution=attribution,
         fingerprint=mark,
-        documents=tuple(documents[:limit_docs]),
+        documents=Documents(read),
     )
 
 
@@ -173,10 +211,15 @@ def parse_columns(columns: str | None) -> dict[str, str]:
     return names
 
 
-def _from_table(table: Table, split: str, names: Mapping[str, str]) -> tuple[str, list[Document]]:
+def _first(limit: int | None, read: Callable[[], list[Document]]) -> Reader:
+    """The first documents of a data set that is small enough to be read whole."""
+    return lambda: iter(read()[:limit])
+
+
+def _from_table(table: Table, split: str, names: Mapping[str, str], limit: int | None) -> tuple[str, Reader]:
     """Name and documents of a table whose columns are ours, or `names` where the user gives them; reads no other."""
     if not names and mbpp.is_mbpp(table.columns):
-        return mbpp.NAME, mbpp.read_split(table.read(mbpp.COLUMNS), split, mbpp_document)
+        return mbpp.NAME, _first(limit, lambda: mbpp.read_split(table.read(mbpp.COLUMNS), split, mbpp_document))
     form = next((form for form in FORMS if set(form) <= (names.keys() or set(table.columns))), None)
     if form is None:
         expected = "prompt and completion, or messages, or text, or MBPP's (task_id, text or prompt, code, test_list)"
@@ -188,20 +231,27 @@ def _from_table(table: Table, split: str, names: Mapping[str, str]) -> tuple[str
     wanted = [*columns, id_column] if id_column else columns
     missing = ", ".join(column for column in wanted if column not in table.columns)
     require(not missing, "a column is missing", where=table.name, expected=missing, got=", ".join(table.columns))
-    rows = table.read(wanted)
-    return table.name, list(_plain_documents(rows, table.name, form, columns, id_column))
+
+    def rows() -> Iterator[Row]:
+        return itertools.islice(table.read(wanted), limit)
+
+    return table.name, lambda: _plain_documents(rows, table.name, form, columns, id_column)
 
 
 def _plain_documents(
-    rows: Iterator[Row], name: str, form: tuple[str, ...], columns: list[str], id_column: str | None
+    rows: Callable[[], Iterator[Row]], name: str, form: tuple[str, ...], columns: list[str], id_column: str | None
 ) -> Iterator[Document]:
-    """Documents of one form, from the columns that hold its parts."""
-    seen: dict[str, str] = {}
-    for number, row in enumerate(rows, start=1):
+    """Documents of one form, from the columns that hold its parts.
+
+    Of each id eight bytes are kept. They are compared whenever the number of documents has doubled, and at the end.
+    """
+    hashes = array.array("Q")
+    for number, row in enumerate(rows(), start=1):
         id = row.id(id_column) if id_column else str(number)
-        if id in seen:
-            raise row.error(id_column or "id", expected="each id once", got=f"{id!r}, as {seen[id]}")
-        seen[id] = row.where
+        if id_column:
+            hashes.append(_hash(id))
+            if number & (number - 1) == 0:
+                _refuse_repeated_ids(hashes, rows, id_column)
         if form == ("messages",):
             document = chat_document(id, name, row.messages(columns[0]))
             if not any(m["role"] == "assistant" and m["content"].strip() for m in document.messages or ()):
@@ -210,3 +260,24 @@ def _plain_documents(
         else:
             prompt = row.text(columns[0]) if len(form) == 2 else ""
             yield prompt_document(id, name, prompt, row.text(columns[-1], blank=False))
+    if id_column:
+        _refuse_repeated_ids(hashes, rows, id_column)
+
+
+def _hash(id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
+
+
+def _refuse_repeated_ids(hashes: "array.array[int]", rows: Callable[[], Iterator[Row]], id_column: str) -> None:
+    """Refuse an id that occurs twice; where hashes are equal, the rows are read again to tell."""
+    values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
+    repeated = set(values[counts > 1].tolist())
+    if not repeated:
+        return
+    seen: dict[str, str] = {}
+    for row in itertools.islice(rows(), len(hashes)):
+        id = row.id(id_column)
+        if _hash(id) in repeated:
+            if id in seen:
+                raise row.error(id_column, expected="each id once", got=f"{id!r}, as {seen[id]}")
+            seen[id] = row.where
