@@ -14,10 +14,11 @@ import pytest
 
 from data import humaneval, load
 from data.humaneval import load_humaneval
-from data.load import fingerprint, load_documents
+from data.load import fingerprint, load_documents, open_documents
 from data.records import Document, Problem
 from data.templates import humaneval_prompt
 from shared.errors import ConfigError
+from shared.files import sha256_json
 
 REAL_MBPP = Path(__file__).parents[3] / "shared/data/mbpp.jsonl"
 
@@ -241,6 +242,35 @@ def test_limit(tmp_path):
     assert len(load_documents(path, "train", limit_docs=9).documents) == 5
     with pytest.raises(ConfigError, match="limit_docs; expected: at least 1; got: 0"):
         load_documents(path, "train", limit_docs=0)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_opened_documents_are_read_anew_each_time_and_none_behind_the_limit(tmp_path, name):
+    path = write(tmp_path, [{"text": str(i), "id": f"d{i}"} for i in range(4)] + [{"text": "", "id": "d0"}], name)
+    found = open_documents(path, "train", limit_docs=4)
+    first = list(found.documents)
+    assert [d.id for d in first] == ["d0", "d1", "d2", "d3"]
+    assert list(found.documents) == first
+    assert found.digest == load_documents(path, "train", limit_docs=4).digest
+    reading = iter(open_documents(path, "train").documents)
+    assert [next(reading).id for _ in range(4)] == ["d0", "d1", "d2", "d3"]
+    with pytest.raises(ConfigError, match=r"5, field 'text'"):
+        next(reading)
+
+
+@pytest.mark.parametrize("at", [1, 2, 40, 99])
+def test_an_id_that_occurs_twice_is_named_with_both_its_rows(tmp_path, at):
+    rows = [{"text": "x", "id": f"d{i}"} for i in range(100)]
+    rows[at]["id"] = "d0"
+    path = write(tmp_path, rows, "rows.jsonl")
+    with pytest.raises(ConfigError, match=rf"line {at + 1}, field 'id'.*got: 'd0', as rows.jsonl, line 1"):
+        load_documents(path, "train")
+    assert len(load_documents(path, "train", limit_docs=at).documents) == at
+
+
+def test_the_digest_is_that_of_the_list_of_pairs(tmp_path):
+    found = load_documents(write(tmp_path, [{"text": t, "id": t * 2} for t in ("é", "b")], "rows.jsonl"), "train")
+    assert found.digest == sha256_json([[d.id, d.digest] for d in found.documents])
 
 
 def test_a_fingerprint_is_that_of_all_that_decides_the_documents(tmp_path):
