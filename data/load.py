@@ -8,13 +8,14 @@ import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data import mbpp, stdlib
 from data.hub import open_hub
 from data.records import Document, DocumentSet
-from data.tabular import FILES, SUFFIXES, Row, Table, digest_file, open_table
+from data.tabular import FILES, MANY, Row, Table, digest_file, find_data_files, open_table
 from data.templates import chat_document, mbpp_document, prompt_document
 from shared.errors import ConfigError, require, require_range
 from shared.files import sha256_file, sha256_json
@@ -67,8 +68,8 @@ def open_documents(
     """Open one split of a data set, whose documents are then read one by one at each iteration.
 
     Args:
-        dataset: `mbpp`, `stdlib`, a file of one of `SUFFIXES` or a Hub id `owner/name`. Files and Hub data sets have
-            MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
+        dataset: `mbpp`, `stdlib`, data files (see `find_data_files`) or a Hub id `owner/name`. Files and Hub data sets
+            have MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
             where there is one.
         split: a split of that data set; a local file that is not MBPP is whatever split its user calls it.
         limit_docs: only the first so many documents; no row behind them is read.
@@ -83,7 +84,7 @@ def open_documents(
     if limit_docs is not None:
         require_range(limit_docs, "limit_docs", at_least=1)
     names = parse_columns(columns)
-    kind, place, config = _resolve(dataset, columns, revision, config)
+    kind, place, files, config = _resolve(dataset, columns, revision, config)
     commit: str | None = None
     if kind == "hub":
         found = open_hub(place, split, revision, config)
@@ -101,7 +102,7 @@ def open_documents(
             stdlib.require_split(split)
             read = _first(limit_docs, lambda: stdlib.read_split(split))
         else:
-            name, read = _from_table(open_table(Path(place)), split, names, limit_docs)
+            name, read = _from_table(open_table(files, place), split, names, limit_docs)
             license, attribution = _known_rights(name)
     assert mark is not None  # the commit is known by now
     return DocumentSet(
@@ -127,7 +128,7 @@ def fingerprint(
 ) -> str | None:
     """SHA-256 of all that decides what `load_documents` gives; parses nothing, so it takes a moment.
 
-    That is: the bytes of the file or of the library, or the Hub's commit; the arguments; and the code of this package.
+    That is: the bytes of the files or of the library, or the Hub's commit; the arguments; and the code of this package.
     Equal fingerprints mean equal documents. Different ones mean nothing: the same documents may lie in another file.
 
     Returns:
@@ -136,8 +137,8 @@ def fingerprint(
     Raises:
         ConfigError: an unknown data set, a file that cannot be read, or the Hub cannot be reached.
     """
-    kind, place, config = _resolve(dataset, columns, revision, config)
-    origin: list[str | None]
+    kind, place, files, config = _resolve(dataset, columns, revision, config)
+    origin: list[Any]
     if kind == "hub":
         pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision)
         commit = revision if pinned else find_commit(place, "dataset", revision)
@@ -147,40 +148,42 @@ def fingerprint(
     elif kind == "stdlib":
         origin = [platform.python_version(), stdlib.files_digest()]
     else:
-        origin = [Path(place).name, digest_file(Path(place))]
+        origin = [place, [[path.name, digest_file(path)] for path in files]]
     code = [sha256_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
     return sha256_json([kind, origin, split, limit_docs, columns, code])
 
 
 def _resolve(
     dataset: str, columns: str | None, revision: str | None, config: str | None
-) -> tuple[str, str, str | None]:
-    """What a data set's name stands for: `stdlib`, `file` or `hub`; the path or Hub id; the configuration.
+) -> tuple[str, str, list[Path], str | None]:
+    """What a data set's name stands for: `stdlib`, `files` or `hub`; its name or Hub id; its files; its configuration.
 
     Raises:
         ConfigError: nothing that we know, or an option that such a data set does not have.
     """
-    kind, place = "", dataset
+    kind, place, files = "", dataset, list[Path]()
     if dataset == "stdlib":
         require(columns is None, "stdlib has no columns", where="columns", got=columns)
         kind = "stdlib"
-    elif dataset.endswith(SUFFIXES):
-        kind = "file"
-    elif not Path(dataset).exists() and (found := re.fullmatch(r"(mbpp|[\w.-]+/[\w.-]+)(?::(.+))?", dataset)):
-        kind, place = "hub", mbpp.HUB_ID if found[1] == mbpp.NAME else found[1]
+    elif dataset and (found := find_data_files(dataset)):
+        kind, files = "files", found
+        names = [Path(part.strip()).name or Path(part).resolve().name for part in dataset.split(",")]
+        place = ",".join(names) if len(found) > 1 else found[0].name
+    elif not Path(dataset).exists() and (named := re.fullmatch(r"(mbpp|[\w.-]+/[\w.-]+)(?::(.+))?", dataset)):
+        kind, place = "hub", mbpp.HUB_ID if named[1] == mbpp.NAME else named[1]
         require(
-            None in (config, found[2]) or config == found[2],
+            None in (config, named[2]) or config == named[2],
             "two configurations are named",
             where=dataset,
             got=config,
             fix="name one",
         )
-        config = config or found[2] or DEFAULT_CONFIGS.get(place)
-    expected = f"mbpp, stdlib, a Hub id owner/name[:config], {FILES}"
+        config = config or named[2] or DEFAULT_CONFIGS.get(place)
+    expected = f"mbpp, stdlib, a Hub id owner/name[:config], {FILES}, {MANY}"
     require(kind, "unknown data set", where="dataset", expected=expected, got=repr(dataset))
     require(kind == "hub" or revision is None, "only a Hub data set has revisions", where=dataset, got=revision)
     require(kind == "hub" or config is None, "only a Hub data set has configurations", where=dataset, got=config)
-    return kind, place, config
+    return kind, place, files, config
 
 
 def _known_rights(name: str) -> tuple[str | None, str | None]:

@@ -32,6 +32,7 @@ from stage1_teacher.documents import CutDocument, Limits, Segment, cut_documents
 SEAL = "store.json"
 TOKENS, TARGETS, LENGTHS, METAS, META_LENGTHS = "tokens.u32", "targets.u8", "lengths.u32", "metas.jsonl", "metas.u32"
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # tokenised at once; a longer document is a batch by itself
+MAX_CHARACTERS = 1 << 26  # of one document: tokenising takes some 50 times that in bytes
 NAMED_IDS = 5
 SAMPLE = 16
 
@@ -240,6 +241,14 @@ def _batches(documents: Iterable[tuple[Document, str]]) -> Iterator[list[tuple[D
     for document, digest in documents:
         size = len(document.prompt) + len(document.completion)
         size += sum(len(text) for message in document.messages or () for text in message.values())
+        require(
+            size <= MAX_CHARACTERS,
+            "a document is too large to be tokenised",
+            where=f"{document.source} {document.id}",
+            expected=f"at most {MAX_CHARACTERS:,} characters",
+            got=f"{size:,}",
+            fix="cut it into several",
+        )
         if batch and (len(batch) == BATCH_DOCUMENTS or characters + size > BATCH_CHARACTERS):
             yield batch
             batch, characters = [], 0

@@ -131,7 +131,7 @@ def test_a_pilot_without_memory_is_one_line(teacher, rows, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("kilobytes", "what"), [(8, "No space left on device"), (40, "the disk cannot hold the cache")]
+    ("kilobytes", "what"), [(8, "No space left on device"), (36, "the disk cannot hold the cache")]
 )
 def test_a_build_that_cannot_fit_does_not_start(teacher, rows, tmp_path, kilobytes, what):  # noqa: F811
     """Neither where there is no room for its tokens, nor where there is none for the cache beside them."""

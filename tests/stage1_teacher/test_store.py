@@ -164,7 +164,7 @@ def test_a_kill_in_mid_tokenising_and_a_second_process_beside_it(corpus, made, t
     assert contents(folder) == contents(whole)
 
 
-def test_an_error_leaves_no_folder(corpus, made, tmp_path):
+def test_an_error_leaves_no_folder(corpus, made, tmp_path, monkeypatch):
     def broken():
         yield from itertools.islice(corpus.documents, 3)
         raise ConfigError("a malformed row")
@@ -179,6 +179,14 @@ def test_an_error_leaves_no_folder(corpus, made, tmp_path):
     with pytest.raises(ConfigError, match=r"no document is left.*at most 64 tokens; got: \['0', '1', '2'\]"):
         drop = dataclasses.replace(LIMITS, on_long="drop")
         make_store(tmp_path / "store", REQUEST, dataclasses.replace(corpus, documents=long), made, drop)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(
+            ConfigError, match=r"too large to be tokenised; where: s 0; expected: at most 300 characters; got: 360"
+        ),
+    ):
+        patch.setattr(module, "MAX_CHARACTERS", 300)
+        make_store(tmp_path / "store", REQUEST, dataclasses.replace(corpus, documents=long), made, LIMITS)
     digests = {document.digest for document in corpus.documents}
     with pytest.raises(ConfigError, match="every document is in a cache of --skip-in"):
         make_store(tmp_path / "store", REQUEST, corpus, made, LIMITS, skipped=digests)
