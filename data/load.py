@@ -1,14 +1,21 @@
 """Documents by data set name: MBPP, the standard library, a local file, a Hub id."""
 
+import array
+import dataclasses
+import hashlib
+import itertools
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from data import mbpp, stdlib
 from data.hub import open_hub
 from data.records import Document, DocumentSet
-from data.tabular import FILES, SUFFIXES, Row, Table, digest_file, open_table
+from data.tabular import FILES, MANY, Row, Table, digest_file, find_data_files, open_table
 from data.templates import chat_document, mbpp_document, prompt_document
 from shared.errors import ConfigError, require, require_range
 from shared.files import sha256_file, sha256_json
@@ -16,6 +23,19 @@ from shared.hub import find_commit
 
 DEFAULT_CONFIGS = {mbpp.HUB_ID: mbpp.CONFIG}
 FORMS = (("prompt", "completion"), ("messages",), ("text",))  # the first that a data set has the columns of
+
+
+Reader = Callable[[], Iterator[Document]]  # starts at the first document at each call
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Documents:
+    """Documents that are read from their source, one by one, whenever they are iterated over."""
+
+    read: Reader
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.read()
 
 
 def load_documents(
@@ -27,32 +47,50 @@ def load_documents(
     revision: str | None = None,
     config: str | None = None,
 ) -> DocumentSet:
-    """Read one split of a data set.
+    """Read one split of a data set into memory, where its `documents` are a tuple. Arguments, errors: `open_documents`.
+
+    Raises:
+        ConfigError: also for a malformed row, by file, line and field.
+    """
+    found = open_documents(dataset, split, limit_docs=limit_docs, columns=columns, revision=revision, config=config)
+    return dataclasses.replace(found, documents=tuple(found.documents))
+
+
+def open_documents(
+    dataset: str,
+    split: str,
+    *,
+    limit_docs: int | None = None,
+    columns: str | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+) -> DocumentSet:
+    """Open one split of a data set, whose documents are then read one by one at each iteration.
 
     Args:
-        dataset: `mbpp`, `stdlib`, a file of one of `SUFFIXES` or a Hub id `owner/name`. Files and Hub data sets have
-            MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
+        dataset: `mbpp`, `stdlib`, data files (see `find_data_files`) or a Hub id `owner/name`. Files and Hub data sets
+            have MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
             where there is one.
         split: a split of that data set; a local file that is not MBPP is whatever split its user calls it.
-        limit_docs: keep only the first so many documents.
+        limit_docs: only the first so many documents; no row behind them is read.
         columns: what these columns are called in this data set, such as `prompt=instruction,completion=output`.
         revision: branch, tag or commit of a Hub id.
         config: one of a Hub data set's configurations; `owner/name:config` names it too.
 
     Raises:
-        ConfigError: an unknown data set, configuration or split, a malformed row (by file, line and field), or no
-            documents.
+        ConfigError: an unknown data set, configuration or split, or no rows; iterating, a malformed row (by file, line
+            and field) or an id that occurs twice.
     """
     if limit_docs is not None:
         require_range(limit_docs, "limit_docs", at_least=1)
     names = parse_columns(columns)
-    kind, place, config = _resolve(dataset, columns, revision, config)
+    kind, place, files, config = _resolve(dataset, columns, revision, config)
     commit: str | None = None
     if kind == "hub":
         found = open_hub(place, split, revision, config)
         mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns, revision=found.commit, config=config)
         commit, config = found.commit, found.config
-        name, documents = _from_table(found.table, split, names)
+        name, read = _from_table(found.table, split, names, limit_docs)
         license, attribution = _known_rights(name)
         license = license or found.license
         attribution = attribution or f"{place}, https://huggingface.co/datasets/{place}"
@@ -61,9 +99,10 @@ def load_documents(
         if kind == "stdlib":
             name, commit = "stdlib", platform.python_version()
             license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
-            documents = stdlib.read_split(split)
+            stdlib.require_split(split)
+            read = _first(limit_docs, lambda: stdlib.read_split(split))
         else:
-            name, documents = _from_table(open_table(Path(place)), split, names)
+            name, read = _from_table(open_table(files, place), split, names, limit_docs)
             license, attribution = _known_rights(name)
     assert mark is not None  # the commit is known by now
     return DocumentSet(
@@ -74,7 +113,7 @@ def load_documents(
         license=license,
         attribution=attribution,
         fingerprint=mark,
-        documents=tuple(documents[:limit_docs]),
+        documents=Documents(read),
     )
 
 
@@ -89,7 +128,7 @@ def fingerprint(
 ) -> str | None:
     """SHA-256 of all that decides what `load_documents` gives; parses nothing, so it takes a moment.
 
-    That is: the bytes of the file or of the library, or the Hub's commit; the arguments; and the code of this package.
+    That is: the bytes of the files or of the library, or the Hub's commit; the arguments; and the code of this package.
     Equal fingerprints mean equal documents. Different ones mean nothing: the same documents may lie in another file.
 
     Returns:
@@ -98,8 +137,8 @@ def fingerprint(
     Raises:
         ConfigError: an unknown data set, a file that cannot be read, or the Hub cannot be reached.
     """
-    kind, place, config = _resolve(dataset, columns, revision, config)
-    origin: list[str | None]
+    kind, place, files, config = _resolve(dataset, columns, revision, config)
+    origin: list[Any]
     if kind == "hub":
         pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision)
         commit = revision if pinned else find_commit(place, "dataset", revision)
@@ -109,40 +148,42 @@ def fingerprint(
     elif kind == "stdlib":
         origin = [platform.python_version(), stdlib.files_digest()]
     else:
-        origin = [Path(place).name, digest_file(Path(place))]
+        origin = [place, [[path.name, digest_file(path)] for path in files]]
     code = [sha256_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
     return sha256_json([kind, origin, split, limit_docs, columns, code])
 
 
 def _resolve(
     dataset: str, columns: str | None, revision: str | None, config: str | None
-) -> tuple[str, str, str | None]:
-    """What a data set's name stands for: `stdlib`, `file` or `hub`; the path or Hub id; the configuration.
+) -> tuple[str, str, list[Path], str | None]:
+    """What a data set's name stands for: `stdlib`, `files` or `hub`; its name or Hub id; its files; its configuration.
 
     Raises:
         ConfigError: nothing that we know, or an option that such a data set does not have.
     """
-    kind, place = "", dataset
+    kind, place, files = "", dataset, list[Path]()
     if dataset == "stdlib":
         require(columns is None, "stdlib has no columns", where="columns", got=columns)
         kind = "stdlib"
-    elif dataset.endswith(SUFFIXES):
-        kind = "file"
-    elif not Path(dataset).exists() and (found := re.fullmatch(r"(mbpp|[\w.-]+/[\w.-]+)(?::(.+))?", dataset)):
-        kind, place = "hub", mbpp.HUB_ID if found[1] == mbpp.NAME else found[1]
+    elif dataset and (found := find_data_files(dataset)):
+        kind, files = "files", found
+        names = [Path(part.strip()).name or Path(part).resolve().name for part in dataset.split(",")]
+        place = ",".join(names) if len(found) > 1 else found[0].name
+    elif not Path(dataset).exists() and (named := re.fullmatch(r"(mbpp|[\w.-]+/[\w.-]+)(?::(.+))?", dataset)):
+        kind, place = "hub", mbpp.HUB_ID if named[1] == mbpp.NAME else named[1]
         require(
-            None in (config, found[2]) or config == found[2],
+            None in (config, named[2]) or config == named[2],
             "two configurations are named",
             where=dataset,
             got=config,
             fix="name one",
         )
-        config = config or found[2] or DEFAULT_CONFIGS.get(place)
-    expected = f"mbpp, stdlib, a Hub id owner/name[:config], {FILES}"
+        config = config or named[2] or DEFAULT_CONFIGS.get(place)
+    expected = f"mbpp, stdlib, a Hub id owner/name[:config], {FILES}, {MANY}"
     require(kind, "unknown data set", where="dataset", expected=expected, got=repr(dataset))
     require(kind == "hub" or revision is None, "only a Hub data set has revisions", where=dataset, got=revision)
     require(kind == "hub" or config is None, "only a Hub data set has configurations", where=dataset, got=config)
-    return kind, place, config
+    return kind, place, files, config
 
 
 def _known_rights(name: str) -> tuple[str | None, str | None]:
@@ -173,10 +214,15 @@ def parse_columns(columns: str | None) -> dict[str, str]:
     return names
 
 
-def _from_table(table: Table, split: str, names: Mapping[str, str]) -> tuple[str, list[Document]]:
+def _first(limit: int | None, read: Callable[[], list[Document]]) -> Reader:
+    """The first documents of a data set that is small enough to be read whole."""
+    return lambda: iter(read()[:limit])
+
+
+def _from_table(table: Table, split: str, names: Mapping[str, str], limit: int | None) -> tuple[str, Reader]:
     """Name and documents of a table whose columns are ours, or `names` where the user gives them; reads no other."""
     if not names and mbpp.is_mbpp(table.columns):
-        return mbpp.NAME, mbpp.read_split(table.read(mbpp.COLUMNS), split, mbpp_document)
+        return mbpp.NAME, _first(limit, lambda: mbpp.read_split(table.read(mbpp.COLUMNS), split, mbpp_document))
     form = next((form for form in FORMS if set(form) <= (names.keys() or set(table.columns))), None)
     if form is None:
         expected = "prompt and completion, or messages, or text, or MBPP's (task_id, text or prompt, code, test_list)"
@@ -188,20 +234,27 @@ def _from_table(table: Table, split: str, names: Mapping[str, str]) -> tuple[str
     wanted = [*columns, id_column] if id_column else columns
     missing = ", ".join(column for column in wanted if column not in table.columns)
     require(not missing, "a column is missing", where=table.name, expected=missing, got=", ".join(table.columns))
-    rows = table.read(wanted)
-    return table.name, list(_plain_documents(rows, table.name, form, columns, id_column))
+
+    def rows() -> Iterator[Row]:
+        return itertools.islice(table.read(wanted), limit)
+
+    return table.name, lambda: _plain_documents(rows, table.name, form, columns, id_column)
 
 
 def _plain_documents(
-    rows: Iterator[Row], name: str, form: tuple[str, ...], columns: list[str], id_column: str | None
+    rows: Callable[[], Iterator[Row]], name: str, form: tuple[str, ...], columns: list[str], id_column: str | None
 ) -> Iterator[Document]:
-    """Documents of one form, from the columns that hold its parts."""
-    seen: dict[str, str] = {}
-    for number, row in enumerate(rows, start=1):
+    """Documents of one form, from the columns that hold its parts.
+
+    Of each id eight bytes are kept. They are compared whenever the number of documents has doubled, and at the end.
+    """
+    hashes = array.array("Q")
+    for number, row in enumerate(rows(), start=1):
         id = row.id(id_column) if id_column else str(number)
-        if id in seen:
-            raise row.error(id_column or "id", expected="each id once", got=f"{id!r}, as {seen[id]}")
-        seen[id] = row.where
+        if id_column:
+            hashes.append(_hash(id))
+            if number & (number - 1) == 0:
+                _refuse_repeated_ids(hashes, rows, id_column)
         if form == ("messages",):
             document = chat_document(id, name, row.messages(columns[0]))
             if not any(m["role"] == "assistant" and m["content"].strip() for m in document.messages or ()):
@@ -210,3 +263,24 @@ def _plain_documents(
         else:
             prompt = row.text(columns[0]) if len(form) == 2 else ""
             yield prompt_document(id, name, prompt, row.text(columns[-1], blank=False))
+    if id_column:
+        _refuse_repeated_ids(hashes, rows, id_column)
+
+
+def _hash(id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
+
+
+def _refuse_repeated_ids(hashes: "array.array[int]", rows: Callable[[], Iterator[Row]], id_column: str) -> None:
+    """Refuse an id that occurs twice; where hashes are equal, the rows are read again to tell."""
+    values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
+    repeated = set(values[counts > 1].tolist())
+    if not repeated:
+        return
+    seen: dict[str, str] = {}
+    for row in itertools.islice(rows(), len(hashes)):
+        id = row.id(id_column)
+        if _hash(id) in repeated:
+            if id in seen:
+                raise row.error(id_column, expected="each id once", got=f"{id!r}, as {seen[id]}")
+            seen[id] = row.where

@@ -1,6 +1,8 @@
 """What the pipeline reads: documents to distil on, problems to evaluate on."""
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from shared.files import sha256_json
@@ -65,6 +67,8 @@ class DocumentSet:
         license: SPDX identifier; None where unknown.
         attribution: whom to credit, and where it is published; None where unknown.
         fingerprint: of what they were read from (`data.load.fingerprint`).
+        documents: those of `open_documents` are read from their source at each iteration; those of `load_documents`
+            are in memory.
     """
 
     name: str
@@ -74,9 +78,30 @@ class DocumentSet:
     license: str | None
     attribution: str | None
     fingerprint: str
-    documents: tuple[Document, ...]
+    documents: Iterable[Document]
 
     @property
     def digest(self) -> str:
         """SHA-256 over every document's id and digest, in order."""
-        return sha256_json([[document.id, document.digest] for document in self.documents])
+        running = RunningDigest()
+        for document in self.documents:
+            running.add(document.id, document.digest)
+        return running.hexdigest()
+
+
+class RunningDigest:
+    """The digest of a `DocumentSet`, document by document: SHA-256 of the JSON list of pairs (id, digest)."""
+
+    def __init__(self) -> None:
+        self._hash, self._separator = hashlib.sha256(b"["), b""
+
+    def add(self, id: str, digest: str) -> None:
+        """Take one more document in."""
+        self._hash.update(self._separator + json.dumps([id, digest], separators=(",", ":")).encode())
+        self._separator = b","
+
+    def hexdigest(self) -> str:
+        """SHA-256 (hex) of the documents so far."""
+        ended = self._hash.copy()
+        ended.update(b"]")
+        return ended.hexdigest()

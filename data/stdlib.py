@@ -35,7 +35,7 @@ def read_split(split: str, root: Path | None = None) -> list[Document]:
         split: train (about 90 % of the modules), validation or test (5 % each).
         root: the library's folder; the running interpreter's own by default.
     """
-    require(split in SPLITS, "unknown split", where="stdlib", expected=f"one of: {', '.join(SPLITS)}", got=repr(split))
+    require_split(split)
     root = root or Path(sysconfig.get_path("stdlib"))
     unique: dict[str, Document] = {}
     for path in _modules(root):
@@ -45,6 +45,11 @@ def read_split(split: str, root: Path | None = None) -> list[Document]:
     kept = [document for document in unique.values() if split_of(document.id) == split]
     require(kept, "no documented functions in the split", where=root, got=repr(split))
     return sorted(kept, key=lambda document: _hash(document.id))
+
+
+def require_split(split: str) -> None:
+    """Refuse a split that there is not."""
+    require(split in SPLITS, "unknown split", where="stdlib", expected=f"one of: {', '.join(SPLITS)}", got=repr(split))
 
 
 def files_digest(root: Path | None = None) -> str:

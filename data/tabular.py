@@ -2,17 +2,19 @@
 
 import contextlib
 import functools
+import glob
 import gzip
 import io
+import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, require
 from shared.files import sha256_file
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")  # of data files
 FILES = "FILE.jsonl[.gz|.zst] or FILE.parquet"  # the same for a reader
+MANY = "a folder, a glob or a comma-separated list of these"
+MAX_LINE_BYTES = 1 << 28  # of JSONL: tokenising takes some 100 times a text's size
 ROWS_AT_ONCE = 256  # of a Parquet file, so that long texts take little memory beside the documents
 
 
@@ -103,21 +107,59 @@ class Table:
     read: Callable[[Collection[str]], Iterator[Row]]
 
 
-def open_table(path: Path) -> Table:
-    """A file of one of `SUFFIXES` as a table.
+def find_data_files(name: str) -> list[Path] | None:
+    """The files that a data set's name stands for, in order; None where it stands for no files.
+
+    A folder stands for all data files in it and below, by path, but for hidden ones; a glob for those that it matches
+    (`**` is any depth); names that a comma separates for those of each.
 
     Raises:
-        ConfigError: the file cannot be read, or has no row.
+        ConfigError: a folder or glob without any data file, or a file twice.
     """
+    path = Path(name)
+    if path.is_dir():
+        found = {file: file.relative_to(path).parts for file in path.rglob("*")}
+    elif not path.exists() and "," in name and name.rpartition(",")[2].endswith(SUFFIXES):
+        parts = [find_data_files(part.strip()) for part in name.split(",")]
+        if None in parts:
+            return None
+        files = [file for part in parts for file in part or ()]
+        require(len(set(files)) == len(files), "a data file is named twice", where=name)
+        return files
+    elif not path.exists() and glob.has_magic(name):
+        matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+        found = {file: tuple(set(file.parts) - set(path.parts)) for file in matches}
+    else:
+        return [path] if name.endswith(SUFFIXES) else None
+    visible = [file for file, parts in found.items() if not any(part.startswith(".") for part in parts)]
+    files = sorted(file for file in visible if file.name.endswith(SUFFIXES) and file.is_file())
+    require(files, "no data file", where=name, expected=FILES)
+    return files
+
+
+def open_table(paths: Sequence[Path], name: str) -> Table:
+    """Files of `SUFFIXES` as one table, read one behind the other; `name` is that of the whole.
+
+    Raises:
+        ConfigError: a file cannot be read, or none has a row.
+    """
+    columns = next((columns for path in paths if (columns := _columns(path))), None)
+    if columns is None:
+        raise ConfigError("an empty data set", where=name, expected="at least one row")
+
+    def read(columns: Collection[str]) -> Iterator[Row]:
+        return itertools.chain.from_iterable(read_rows(path, columns) for path in paths)
+
+    return Table(name, columns, read)
+
+
+def _columns(path: Path) -> tuple[str, ...] | None:
+    """The names of a file's columns, of JSONL the fields of its first row; None where it has no row."""
     if path.suffix == ".parquet":
         with _parquet(path) as file:
-            columns = tuple(file.schema_arrow.names) if file.metadata.num_rows else None
-    else:
-        first = next(read_rows(path), None)
-        columns = tuple(first.fields) if first else None
-    if columns is None:
-        raise ConfigError("an empty data set", where=path.name, expected="at least one row")
-    return Table(path.name, columns, functools.partial(read_rows, path))
+            return tuple(file.schema_arrow.names) if file.metadata.num_rows else None
+    first = next(read_rows(path), None)
+    return tuple(first.fields) if first else None
 
 
 def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Row]:
@@ -155,14 +197,19 @@ def open_text(path: Path) -> Iterator[Iterable[bytes]]:
     with path.open("rb") as raw:
         if path.suffix == ".gz":
             with gzip.GzipFile(fileobj=raw) as plain:
-                yield plain
+                yield _lines(plain)
         elif path.suffix == ".zst":
             from pyarrow import CompressedInputStream
 
             with CompressedInputStream(raw, "zstd") as stream:
-                yield io.BufferedReader(stream)
+                yield _lines(io.BufferedReader(stream))
         else:
-            yield raw
+            yield _lines(raw)
+
+
+def _lines(file: io.BufferedIOBase) -> Iterator[bytes]:
+    """A file's lines; of one that is too long only as much as shows it."""
+    return iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
 
 
 def digest_file(path: Path) -> str:
@@ -185,6 +232,11 @@ def parse_jsonl(lines: Iterable[bytes], name: str, columns: Collection[str] | No
     """
     for number, line in enumerate(lines, start=1):
         where = f"{name}, line {number}"
+        if len(line) > MAX_LINE_BYTES:
+            expected = f"at most {MAX_LINE_BYTES >> 20} MiB a row"
+            raise ConfigError(
+                "a row is too large", where=where, expected=expected, got="more", fix="cut it into several"
+            )
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip(b" \t\r\n"):

@@ -105,20 +105,34 @@ def encode_document(tokenizer: Tokenizer, prompt: str, completion: str) -> Encod
 
     The text holds no special tokens: what spells one is plain text.
     """
-    text = prompt + completion
-    text_ids, offsets = _encode(tokenizer, text)
+    return encode_documents(tokenizer, [(prompt, completion)])[0]
+
+
+def encode_documents(tokenizer: Tokenizer, parts: Sequence[tuple[str, str]]) -> list[Encoded]:
+    """Tokenise documents, given as prompt and completion, on all processors; see `encode_document`."""
+    texts = [prompt + completion for prompt, completion in parts]
+    with plain_backend(tokenizer.backend_tokenizer) as backend:
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
+        text_ids = [encoding.ids for encoding in encodings]
+        restored = backend.decode_batch(text_ids, skip_special_tokens=True)  # as `decode`
     opening, closing = (tokenizer.convert_tokens_to_ids(list(end)) for end in document_ends(tokenizer))
-    in_prompt = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
-    num_prompt_tokens = len(opening) + in_prompt
-    first_target = max(num_prompt_tokens, 1) - len(opening)  # nothing predicts a document's very first token
-    target_text = text[offsets[first_target][0] :] if first_target < len(offsets) else ""
-    ids = opening + text_ids + closing
-    return Encoded(
-        ids=ids,
-        is_target=[i >= num_prompt_tokens for i in range(len(ids))],
-        target_bytes=len(target_text.encode()),
-        lossless=decode(tokenizer, text_ids) == text,
-    )
+    encoded = []
+    for (prompt, _), text, encoding, ids, again in zip(parts, texts, encodings, text_ids, restored, strict=True):
+        offsets = encoding.offsets
+        in_prompt = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
+        num_prompt_tokens = len(opening) + in_prompt
+        first_target = max(num_prompt_tokens, 1) - len(opening)  # nothing predicts a document's very first token
+        target_text = text[offsets[first_target][0] :] if first_target < len(offsets) else ""
+        num_tokens = len(opening) + len(ids) + len(closing)
+        encoded.append(
+            Encoded(
+                ids=opening + ids + closing,
+                is_target=[False] * num_prompt_tokens + [True] * (num_tokens - num_prompt_tokens),
+                target_bytes=len(target_text.encode()),
+                lossless=again == text,
+            )
+        )
+    return encoded
 
 
 def count_target_bytes(
@@ -137,12 +151,14 @@ def count_target_bytes(
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The ids that a document with this prompt begins with (unless a token straddles its border)."""
     opening: list[int] = tokenizer.convert_tokens_to_ids(list(document_ends(tokenizer).opening))
-    return opening + _encode(tokenizer, prompt)[0]
+    return opening + encode_text(tokenizer, prompt)
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of plain text alone."""
-    return _encode(tokenizer, text)[0]
+    with plain_backend(tokenizer.backend_tokenizer) as backend:
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -253,13 +269,6 @@ def _without_off(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_off(v) for k, v in value.items() if v is not None and v is not False and v != ""}
     return [_without_off(item) for item in value] if isinstance(value, list) else value
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character offsets of plain text."""
-    with plain_backend(tokenizer.backend_tokenizer) as backend:
-        encoding = backend.encode(text, add_special_tokens=False)
-    return encoding.ids, encoding.offsets
 
 
 @contextlib.contextmanager

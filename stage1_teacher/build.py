@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.load import fingerprint, load_documents
-from data.records import Document, DocumentSet
+from data.load import fingerprint, open_documents
+from data.records import DocumentSet
 from shared import tracking
 from shared.cache.directory import has_leftovers, is_finished, plain_errors
 from shared.cache.format import BUILD, MANIFEST
 from shared.cache.identity import require_same_labels
 from shared.cache.manifest import read_manifest, read_record
 from shared.cache.reader import Cache
-from shared.cache.writer import CacheWriter
+from shared.cache.writer import CacheWriter, check_folder
 from shared.checkpoints import ModelFiles, head_and_positions, identify_model
-from shared.errors import ConfigError, ResumeError, require
+from shared.errors import ConfigError, DistillError, ResumeError, require
 from shared.files import output_path, read_json, sha256_file, sha256_json, write_json
+from shared.lock import LOCK, Lock
+from shared.machine import versions
 from shared.process import is_main_process, log, rank, world_size
 from shared.records import to_dict
 from shared.tokenizer import (
@@ -35,7 +37,8 @@ from shared.tokenizer import (
 )
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_space
-from stage1_teacher.documents import Corpus, Segment, cut_documents, describe_loss, plan_shards
+from stage1_teacher.documents import Limits, describe_loss, plan_shards
+from stage1_teacher.store import TokenStore, find_store, make_store
 
 if TYPE_CHECKING:  # torch loads with the teacher
     from shared.logits import LogitSource
@@ -75,25 +78,11 @@ class Task:
 
     @functools.cached_property
     def data(self) -> DocumentSet:
-        """The documents, those to be skipped among them; read when they are first asked for."""
+        """The data set, opened when it is first asked for."""
         return read_documents(self.config)
 
-    def request(self) -> dict[str, Any]:
-        """What was asked for, by content: `build.json` holds it, and a resume must match it."""
-        return self.options() | {"sources": self.sources()}
-
-    def sources(self) -> list[dict[str, Any]]:
-        """The part of the request that is known once the documents are read."""
-        data = self.data
-        source = {"name": data.name, "split": data.split, "revision": data.revision, "digest": data.digest}
-        return [source | self._configuration()]
-
-    def _configuration(self) -> dict[str, str]:
-        """Which of its configurations a Hub data set was read in; nothing for other data sets."""
-        return {"configuration": self.data.config} if self.data.config else {}
-
     def options(self) -> dict[str, Any]:
-        """The rest of the request."""
+        """What was asked for, by content, but for the documents: `build.json` holds both, and a resume must match."""
         files = self.files
         return {
             "teacher": {
@@ -136,24 +125,24 @@ class Task:
             "labels": labels,
         }
 
-    def source(self, corpus: Corpus, num_skipped: int) -> dict[str, Any]:
+    def source(self, store: TokenStore) -> dict[str, Any]:
         """The manifest's record of the data set."""
-        data = self.data
+        data, facts = store.data, store.facts
         return {
             "name": data.name,
             "split": data.split,
             "revision": data.revision,
-            **self._configuration(),
+            **_configuration(data),
             "license": data.license,
             "attribution": data.attribution,
-            "digest": data.digest,
+            "digest": facts.digest,
             "fingerprint": data.fingerprint,
-            "num_documents": len(data.documents),
-            **({"num_skipped": num_skipped} if self.skip_in else {}),
-            "num_long": len(corpus.long),
+            "num_documents": facts.num_documents,
+            **({"num_skipped": facts.num_skipped} if self.skip_in else {}),
+            "num_long": facts.long.count,
             "on_long": self.config.on_long,
-            "num_lossy": len(corpus.lossy),
-            "num_without_targets": len(corpus.without_targets),
+            "num_lossy": facts.lossy.count,
+            "num_without_targets": facts.without_targets.count,
             "config": {key: value for key, value in to_dict(self.config).items() if key not in NAMED},
         }
 
@@ -164,6 +153,17 @@ class Task:
             # The head's precision is known once the teacher is loaded.
             ours = identity or self.identity(tokenizer, theirs["labels"].get("head", "none"))
             require_same_labels(theirs, ours, ours_name=cache.path, theirs_name="this build")
+
+
+def sources(data: DocumentSet, digest: str) -> list[dict[str, Any]]:
+    """The documents of a build as `build.json` names them."""
+    source = {"name": data.name, "split": data.split, "revision": data.revision, "digest": digest}
+    return [source | _configuration(data)]
+
+
+def _configuration(data: DocumentSet) -> dict[str, str]:
+    """Which of its configurations a Hub data set was read in; nothing for other data sets."""
+    return {"configuration": data.config} if data.config else {}
 
 
 def build_cache(config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = ()) -> None:
@@ -193,7 +193,6 @@ def build_cache(config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = (
         if agree([world_size() > 1 and is_main_process() and _is_done(task)]) == [1]:
             log(f"{out} is up to date")
         else:
-            _refuse_moved(task)
             _build(task)
 
 
@@ -210,16 +209,16 @@ def find_teacher(config: TeacherConfig) -> ModelFiles:
 
 
 def read_documents(config: TeacherConfig) -> DocumentSet:
-    """The documents that a configuration names.
+    """The documents that a configuration names, opened.
 
     Raises:
-        ConfigError: they cannot be read.
+        ConfigError: there are none.
     """
-    return load_documents(config.dataset, config.split, **_selection(config))
+    return open_documents(config.dataset, config.split, **_selection(config))
 
 
 def _selection(config: TeacherConfig) -> dict[str, Any]:
-    """Which documents of the data set's split: arguments of `load_documents` and `fingerprint`."""
+    """Which documents of the data set's split: arguments of `open_documents` and `fingerprint`."""
     return {
         "limit_docs": config.limit_docs,
         "columns": config.columns,
@@ -228,14 +227,11 @@ def _selection(config: TeacherConfig) -> dict[str, Any]:
     }
 
 
-def read_corpus(
-    config: TeacherConfig, files: ModelFiles, documents: Sequence[Document]
-) -> tuple[Tokenizer, Corpus, int]:
-    """The teacher's tokenizer with the documents' ends, the documents' segments, and the rows of the teacher's head.
+def load_limits(config: TeacherConfig, files: ModelFiles) -> tuple[Tokenizer, Limits]:
+    """The teacher's tokenizer with the documents' ends, and what documents are cut to.
 
     Raises:
-        ConfigError: `max_length` is beyond the teacher's positions, documents that cannot be labelled, or too many that
-            the tokenizer does not restore.
+        ConfigError: `max_length` is beyond the teacher's positions.
     """
     tokenizer = load_tokenizer(files.path)
     record_ends(tokenizer, config.open_with, config.close_with)
@@ -247,18 +243,43 @@ def read_corpus(
         expected=f"at most {positions}",
         got=asked,
     )
-    corpus = cut_documents(
-        documents, tokenizer, max_length=asked or positions, on_long=config.on_long, head_width=head_width
+    return tokenizer, Limits(max_length=asked or positions, on_long=config.on_long, head_width=head_width)
+
+
+def store_request(
+    config: TeacherConfig, files: ModelFiles, data: DocumentSet, tokenizer: Tokenizer, limits: Limits
+) -> dict[str, Any]:
+    """All that decides what a token store of these documents holds, but for the skipped documents."""
+    code = (
+        (Path(__file__).parent, ("documents.py", "store.py")),
+        (Path(tracking.__file__).parent, ("tokenizer.py", "chat.py")),
     )
-    if len(corpus.lossy) > config.max_lossy * len(documents):
+    return {
+        "fingerprint": data.fingerprint,
+        "tokenizer": [tokenizer_digest(tokenizer), files.tokenizer_files_digest],
+        "ends": [list(end) for end in document_ends(tokenizer)],
+        "limits": to_dict(limits),
+        "code": [sha256_file(folder / name) for folder, names in code for name in names],
+        "versions": versions("tokenizers", "transformers", "jinja2"),
+    }
+
+
+def require_restored(store: TokenStore, config: TeacherConfig, files: ModelFiles, data: DocumentSet) -> None:
+    """Refuse a tokenizer that does not give enough of the documents back as they were.
+
+    Raises:
+        ConfigError: with the first such document.
+    """
+    lossy, num_documents = store.facts.lossy, store.facts.num_new
+    if lossy.count > config.max_lossy * num_documents:
+        first = next(document for document in data.documents if document.id == lossy.ids[0])
         raise ConfigError(
             "the tokenizer does not give documents back as they were",
             where=files.name,
-            expected=f"at most {config.max_lossy:.0%} of {len(documents):,} documents (--max-lossy)",
-            got=f"{len(corpus.lossy):,}, such as {describe_loss(documents, corpus.lossy[0], tokenizer)}",
+            expected=f"at most {config.max_lossy:.0%} of {num_documents:,} documents (--max-lossy)",
+            got=f"{lossy.count:,}, such as {describe_loss(first, load_tokenizer(files.path))}",
             fix="take a teacher whose tokenizer keeps code as it is: the student learns only what the tokenizer keeps",
         )
-    return tokenizer, corpus, head_width
 
 
 def _is_done(task: Task) -> bool:
@@ -271,7 +292,7 @@ def _is_done(task: Task) -> bool:
     now = fingerprint(task.config.dataset, task.config.split, **_selection(task.config))
     before = [source.get("fingerprint") for source in read_manifest(task.out).sources]
     # Documents are read only where their fingerprint leaves open whether they are the same: parsing takes seconds.
-    return (now is not None and before == [now]) or options.get("sources") == task.sources()
+    return (now is not None and before == [now]) or options.get("sources") == sources(task.data, task.data.digest)
 
 
 def _refuse_moved(task: Task) -> None:
@@ -296,48 +317,86 @@ def _refuse_moved(task: Task) -> None:
 
 
 def _build(task: Task) -> None:
-    config, out = task.config, task.out
-    documents = _new_documents(task)
-    tokenizer, corpus, head_width = read_corpus(config, task.files, documents)
+    """Tokenise the documents, unless that is done; label them and write the cache."""
+    from shared.distributed import wait
+
+    config, out, folder = task.config, task.out, store_folder(task.out)
+    tokenizer, limits = load_limits(config, task.files)
     task.require_skipped_labels(None, tokenizer)
-    _report(corpus, task.data, len(documents), config)
-    shards = plan_shards(corpus.lengths, config.shard_tokens)
-    present_bytes = sum(file.stat().st_size for file in out.glob("shard-*.h5"))
-    least = least_bytes_per_token(config, len(tokenizer))
-    require_space(out, sum(corpus.lengths), least, present_bytes=present_bytes)
-    options = task.request() | {
-        "tokenizer_digest": tokenizer_digest(tokenizer),
-        "tokenizer_size": len(tokenizer),
-        **{end: list(tokens) for end, tokens in document_ends(tokenizer)._asdict().items()},
-        "head_width": head_width,
-        "num_shards": len(shards),
-    }
-    source = task.source(corpus, len(task.data.documents) - len(documents))
-    with _opened(out, options) as writer:
-        if writer is None:
-            return
-        with _tracked(writer, config) as run:
-            report_ends = functools.partial(_report_ends, task, tokenizer, documents)
-            _label(task, writer, shards, corpus.segments, run, report_ends)
+    is_new = is_main_process() and _tokenise(task, tokenizer, limits)
+    wait()
+    store = TokenStore(folder)
+    shards = plan_shards(store.lengths, config.shard_tokens)
+    with contextlib.ExitStack() as stack:
+        try:
+            _report(store, config)
+            present_bytes = sum(file.stat().st_size for file in out.glob("shard-*.h5"))
+            least = least_bytes_per_token(config, len(tokenizer))
+            require_space(out, store.facts.num_tokens, least, present_bytes=present_bytes)
+            options = task.options() | {
+                "sources": sources(store.data, store.facts.digest),
+                "tokenizer_digest": tokenizer_digest(tokenizer),
+                "tokenizer_size": len(tokenizer),
+                **{end: list(tokens) for end, tokens in document_ends(tokenizer)._asdict().items()},
+                "head_width": limits.head_width,
+                "num_shards": len(shards),
+            }
+            writer = stack.enter_context(_opened(out, options))
+        except DistillError:
+            if is_new:  # a build that is refused leaves nothing behind
+                store.remove()
+            raise
+        if writer is not None:
+            run = stack.enter_context(_tracked(writer, config))
+            report_ends = functools.partial(_report_ends, task, tokenizer, store)
+            _label(task, writer, shards, store, run, report_ends)
             if is_main_process():
-                _finish(task, writer, tokenizer, source, run)
+                _finish(task, writer, tokenizer, task.source(store), run)
+    if is_main_process():
+        store.remove()
 
 
-def _new_documents(task: Task) -> Sequence[Document]:
-    """The documents that no cache of `skip_in` holds, by the digest of their text."""
-    documents = task.data.documents
-    if not task.skip_in:
-        return documents
-    known = {
-        meta.get("digest")
-        for cache in task.skip_in
+def store_folder(out: Path) -> Path:
+    """Where the tokens lie until the cache is finished: beside it, for a cache holds nothing that is of no cache."""
+    return out.parent / f".{out.name}.tokens"
+
+
+def _tokenise(task: Task, tokenizer: Tokenizer, limits: Limits) -> bool:
+    """Make the token store, unless it is there; refuse first whatever can be refused without the tokens.
+
+    Returns:
+        Whether it was made.
+    """
+    out, folder = task.out, store_folder(task.out)
+    _refuse_moved(task)
+    check_folder(out, json.loads(json.dumps(task.options())), partly=True)
+    request = store_request(task.config, task.files, task.data, tokenizer, limits)
+    request |= {"skip_in": [cache.manifest.digest for cache in task.skip_in]}
+    found = find_store(folder, request)
+    if found is None:
+        if (out / LOCK).exists():
+            Lock(out).release()  # refuses where another process is labelling the store's tokens
+        store = make_store(folder, request, task.data, tokenizer, limits, skipped=_known_digests(task.skip_in))
+    else:
+        store = found
+        log(f"{store.facts.num_new:,} documents are tokenised already")
+    try:
+        require_restored(store, task.config, task.files, task.data)
+    except ConfigError:
+        store.remove()
+        raise
+    return found is None
+
+
+def _known_digests(caches: Sequence[Cache]) -> set[str]:
+    """The digests of the documents of caches."""
+    return {
+        str(meta["digest"])
+        for cache in caches
         for shard in range(cache.num_shards)
         for meta in cache.document_meta(shard)
+        if meta.get("digest")
     }
-    new = [document for document in documents if document.digest not in known]
-    log(f"{len(documents) - len(new):,} of {len(documents):,} documents are skipped: --skip-in holds them")
-    require(new, "every document is in a cache of --skip-in", where=task.data.name, fix="train on these caches")
-    return new
 
 
 @contextlib.contextmanager
@@ -360,7 +419,7 @@ def _label(
     task: Task,
     writer: CacheWriter,
     shards: Sequence[range],
-    segments: Sequence[Segment],
+    store: TokenStore,
     run: tracking.Run,
     report_ends: Callable[["LogitSource"], None],
 ) -> None:
@@ -375,9 +434,7 @@ def _label(
     mine = {shard: shards[shard] for shard in todo[rank() :: world_size()]}
     if mine:
         first = is_main_process() and len(todo) == len(shards)
-        capture_shards(
-            writer, task.config, task.files, mine, segments, run, report_ends if first else lambda source: None
-        )
+        capture_shards(writer, task.config, task.files, mine, store, run, report_ends if first else lambda source: None)
     wait()
 
 
@@ -399,29 +456,32 @@ def _finish(task: Task, writer: CacheWriter, tokenizer: Tokenizer, source: dict[
     _run_file(out).unlink(missing_ok=True)
 
 
-def _report(corpus: Corpus, data: DocumentSet, num_documents: int, config: TeacherConfig) -> None:
-    """Log what was read, and which documents were cut or dropped."""
-    log(f"{data.name} {data.split}: {num_documents:,} documents, {sum(corpus.lengths):,} tokens")
-    first = data.documents[0]
-    if first.prompt:
+def _report(store: TokenStore, config: TeacherConfig) -> None:
+    """Log what was read, and which documents were cut, dropped or skipped."""
+    data, facts = store.data, store.facts
+    if facts.num_skipped:
+        log(f"{facts.num_skipped:,} of {facts.num_documents:,} documents are skipped: --skip-in holds them")
+    log(f"{data.name} {data.split}: {facts.num_new:,} documents, {facts.num_tokens:,} tokens")
+    first = next(iter(facts.documents()), None)
+    if first is not None and first.prompt:
         log(f"prompt and completion meet as in {first.id}: {first.prompt[-30:]!r} + {first.completion[:30]!r}")
     verb = {"split": "split", "truncate": "truncated", "drop": "dropped"}[config.on_long]
     happened = {
-        f"too long and {verb}": corpus.long,
-        "left without a target, since the completion lies beyond the limit": corpus.without_targets,
-        "not restored by the tokenizer": corpus.lossy,
+        f"too long and {verb}": facts.long,
+        "left without a target, since the completion lies beyond the limit": facts.without_targets,
+        "not restored by the tokenizer": facts.lossy,
     }
-    for what, ids in happened.items():
-        if ids:
-            others = f" and {len(ids) - 5:,} more" if len(ids) > 5 else ""
-            log(f"{len(ids):,} documents {what}: {', '.join(ids[:5])}{others}")
+    for what, noted in happened.items():
+        if noted.count:
+            others = f" and {noted.count - len(noted.ids):,} more" if noted.count > len(noted.ids) else ""
+            log(f"{noted.count:,} documents {what}: {', '.join(noted.ids)}{others}")
 
 
-def _report_ends(task: Task, tokenizer: Tokenizer, documents: Sequence[Document], source: "LogitSource") -> None:
+def _report_ends(task: Task, tokenizer: Tokenizer, store: TokenStore, source: "LogitSource") -> None:
     """Log what documents open and close with, and what that and other tokens cost the teacher."""
     from stage1_teacher.ends import describe_ends, weigh_ends
 
-    ends = weigh_ends(source, tokenizer, documents, head_and_positions(task.files.path)[1])
+    ends = weigh_ends(source, tokenizer, store.facts.documents(), head_and_positions(task.files.path)[1])
     for label, text in describe_ends(ends):
         log(f"{label} of documents: {text}")
 

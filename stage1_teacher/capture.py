@@ -27,6 +27,7 @@ from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_space
 from stage1_teacher.documents import Segment
 from stage1_teacher.sampling import draw, to_samples, uniforms
+from stage1_teacher.store import TokenStore
 from stage1_teacher.topk import CapturedRows, capture_rows
 
 MAX_EXCESS_MASS = 1e-4
@@ -176,7 +177,7 @@ def to_arrays(
     kept_SK = np.arange(K) < k[:, None]
     arrays = ShardArrays(
         tokens=tokens,
-        loss_mask=np.concatenate([np.array([*segment.is_target[1:], False], np.uint8) for segment in segments]),
+        loss_mask=np.concatenate([np.append(segment.is_target[1:], False) for segment in segments]).astype(np.uint8),
         doc_indptr=ends,
         doc_meta=[segment.meta for segment in segments],
         k=k,
@@ -298,7 +299,7 @@ def capture_shards(
     config: TeacherConfig,
     files: ModelFiles,
     shards: Mapping[int, range],
-    all_segments: Sequence[Segment],
+    store: TokenStore,
     run: tracking.Run,
     loaded: Callable[[LogitSource], None] = lambda source: None,
 ) -> None:
@@ -309,7 +310,7 @@ def capture_shards(
         config: options of the build.
         files: the teacher's.
         shards: for each shard's number the places of its segments.
-        all_segments: of the whole build.
+        store: the segments of the whole build.
         run: where figures of each shard are logged.
         loaded: called with the teacher's logits before anything is captured.
 
@@ -340,7 +341,7 @@ def capture_shards(
         "versions": versions("codedistill", "torch", "transformers", "tokenizers", "numpy", "h5py")
         | {"compressor": COMPRESSOR},
     }
-    num_tokens = sum(len(all_segments[i].ids) for positions in shards.values() for i in positions)
+    num_tokens = sum(int(store.lengths[places.start : places.stop].sum()) for places in shards.values())
     tokenizer_size = writer.build["tokenizer_size"]
     share = "labelling" if world_size() == 1 else f"labelling, rank {rank()}'s share of {world_size()}"
     with progress(share, num_tokens, "tokens") as bar, Background() as background:
@@ -351,7 +352,7 @@ def capture_shards(
             bar.advance(amount)
 
         for shard, positions in shards.items():
-            segments = [all_segments[i] for i in positions]
+            segments = store.segments(positions)
             captured, budget = _capture_within_memory(source, segments, config, tokenizer_size, advance)
             background.start(sink.write, shard, segments, captured, budget)
         background.wait()

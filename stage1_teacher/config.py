@@ -26,7 +26,7 @@ class TeacherConfig:
     Attributes:
         teacher: a model directory or a Hub id.
         revision: branch, tag or commit of a Hub id; the commit it stands for is recorded.
-        dataset: `mbpp`, `stdlib`, a file (`data.tabular.SUFFIXES`), or a Hub id.
+        dataset: `mbpp`, `stdlib`, data files (`data.tabular.find_data_files`), or a Hub id.
         split: the data set's split.
         dataset_config: which of a Hub data set's configurations; its name is recorded.
         dataset_revision: branch, tag or commit of a Hub data set; the commit it stands for is recorded.

@@ -1,13 +1,16 @@
 """Documents → token segments within the length limit → shards."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from data.records import Document
+from shared.cache.format import Array
 from shared.chat import encode_chat
 from shared.errors import ConfigError, require
-from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, decode, encode_document, encode_text
+from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, decode, encode_documents, encode_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,107 +18,115 @@ class Segment:
     """The tokens of a document, or of a part of a long one.
 
     Attributes:
-        ids: token ids.
-        is_target: for each id whether it is a training target; never the first, which nothing predicts.
+        ids: u32 `[n]`, token ids.
+        is_target: bool `[n]`, for each id whether it is a training target; never the first, which nothing predicts.
         meta: the cache's JSON object of the document.
     """
 
-    ids: list[int]
-    is_target: list[bool]
+    ids: Array
+    is_target: Array
     meta: dict[str, Any]
 
 
-@dataclass(kw_only=True, slots=True)
-class Corpus:
-    """All segments in order, and the ids of the documents that something happened to.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What documents are cut to.
 
     Attributes:
-        long: documents that are longer than the limit.
-        lossy: documents that the tokenizer does not restore.
-        without_targets: documents that have targets, all of which lie beyond the limit.
-    """
-
-    segments: list[Segment] = field(default_factory=list)
-    long: list[str] = field(default_factory=list)
-    lossy: list[str] = field(default_factory=list)
-    without_targets: list[str] = field(default_factory=list)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each segment."""
-        return [len(segment.ids) for segment in self.segments]
-
-
-def cut_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, *, max_length: int | None, on_long: str, head_width: int
-) -> Corpus:
-    """Tokenise documents and bring each within the limit.
-
-    Args:
-        documents: texts with prompt and completion.
-        tokenizer: the teacher's.
         max_length: most tokens of a segment; None for no limit.
         on_long: `split` into segments that overlap by one token, so that every token is predicted exactly once;
             `truncate` to the first segment; `drop`.
         head_width: rows of the teacher's head.
+    """
+
+    max_length: int | None
+    on_long: str
+    head_width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutDocument:
+    """A document's segments, and what happened to it.
+
+    Attributes:
+        is_long: it is longer than the limit.
+        is_lossy: the tokenizer does not restore it.
+        lacks_targets: it has targets, all of which lie beyond the limit.
+    """
+
+    document: Document
+    segments: list[Segment]
+    is_long: bool
+    is_lossy: bool
+    lacks_targets: bool
+
+
+def cut_documents(documents: Sequence[tuple[Document, str]], tokenizer: Tokenizer, limits: Limits) -> list[CutDocument]:
+    """Tokenise documents, each given with its digest, on all processors and bring each within the limit.
 
     Raises:
-        ConfigError: an id that the head cannot predict (the document is named), or no document is left.
+        ConfigError: a chat that the template refuses, or an id that the head cannot predict; the document is named.
     """
-    corpus = Corpus()
-    for document in documents:
-        encoded = _encode(document, tokenizer)
-        length = len(encoded.ids)
-        require(
-            encoded.ids and max(encoded.ids) < head_width,
-            "a document that the teacher cannot label",
-            where=f"{document.source} {document.id}",
-            expected=f"token ids below {head_width}, at least one",
-            got=max(encoded.ids, default="none"),
+    plain = [document for document, _ in documents if document.messages is None]
+    encoded = iter(encode_documents(tokenizer, [(document.prompt, document.completion) for document in plain]))
+    return [
+        _cut(
+            document,
+            digest,
+            next(encoded) if document.messages is None else _encode_chat(document, tokenizer),
+            tokenizer,
+            limits,
         )
-        if not encoded.lossless:
-            corpus.lossy.append(document.id)
-        starts = [0]
-        if max_length is not None and length > max_length:
-            corpus.long.append(document.id)
-            starts = {"split": list(range(0, length - 1, max_length - 1)), "truncate": [0], "drop": []}[on_long]
-        meta = {"id": document.id, "source": document.source, "origin": "corpus", "digest": document.digest}
-        first = len(corpus.segments)
-        for part, start in enumerate(starts):
-            stop = length if max_length is None else min(start + max_length, length)
-            place = {"part": part, "parts": len(starts)} if len(starts) > 1 else {}
-            corpus.segments.append(_segment(encoded, start, stop, tokenizer, meta | place))
-        has_targets = any(any(segment.is_target) for segment in corpus.segments[first:])
-        if starts and any(encoded.is_target[1:]) and not has_targets:
-            corpus.without_targets.append(document.id)
+        for document, digest in documents
+    ]
+
+
+def _cut(document: Document, digest: str, encoded: Encoded, tokenizer: Tokenizer, limits: Limits) -> CutDocument:
+    """Bring one tokenised document within the limit."""
+    length, max_length = len(encoded.ids), limits.max_length
     require(
-        corpus.segments,
-        "no document is left",
-        expected=f"documents of at most {max_length} tokens",
-        got=corpus.long[:3],
+        encoded.ids and max(encoded.ids) < limits.head_width,
+        "a document that the teacher cannot label",
+        where=f"{document.source} {document.id}",
+        expected=f"token ids below {limits.head_width}, at least one",
+        got=max(encoded.ids, default="none"),
     )
-    return corpus
+    starts, is_long = [0], max_length is not None and length > max_length
+    if is_long:
+        assert max_length is not None
+        starts = {"split": list(range(0, length - 1, max_length - 1)), "truncate": [0], "drop": []}[limits.on_long]
+    meta = {"id": document.id, "source": document.source, "origin": "corpus", "digest": digest}
+    segments = []
+    for part, start in enumerate(starts):
+        stop = length if max_length is None else min(start + max_length, length)
+        place = {"part": part, "parts": len(starts)} if len(starts) > 1 else {}
+        segments.append(_segment(encoded, start, stop, tokenizer, meta | place))
+    has_targets = any(segment.is_target.any() for segment in segments)
+    return CutDocument(
+        document=document,
+        segments=segments,
+        is_long=is_long,
+        is_lossy=not encoded.lossless,
+        lacks_targets=bool(starts) and any(encoded.is_target[1:]) and not has_targets,
+    )
 
 
-def describe_loss(documents: Iterable[Document], id: str, tokenizer: Tokenizer) -> str:
+def describe_loss(document: Document, tokenizer: Tokenizer) -> str:
     """A document's id, and where its text first differs from what the tokenizer makes of its ids."""
-    document = next(document for document in documents if document.id == id)
     if document.messages is not None:
-        return f"{id}, a chat"
+        return f"{document.id}, a chat"
     text = document.prompt + document.completion
     restored = decode(tokenizer, encode_text(tokenizer, text))
     at = next(
         (i for i, (a, b) in enumerate(zip(text, restored, strict=False)) if a != b), min(len(text), len(restored))
     )
     part = slice(max(at - 10, 0), at + 20)
-    return f"{id}, where {text[part]!r} becomes {restored[part]!r}"
+    return f"{document.id}, where {text[part]!r} becomes {restored[part]!r}"
 
 
-def _encode(document: Document, tokenizer: Tokenizer) -> Encoded:
-    if document.messages is None:
-        return encode_document(tokenizer, document.prompt, document.completion)
+def _encode_chat(document: Document, tokenizer: Tokenizer) -> Encoded:
     try:
-        return encode_chat(tokenizer, document.messages)
+        return encode_chat(tokenizer, document.messages or ())
     except ConfigError as error:
         places = [f"{document.source} {document.id}", error.where]
         where = ", ".join(str(place) for place in places if place is not None)
@@ -127,13 +138,13 @@ def _segment(encoded: Encoded, start: int, stop: int, tokenizer: Tokenizer, meta
     if stop - start < len(encoded.ids):
         target_bytes = count_target_bytes(tokenizer, encoded.ids, encoded.is_target, start, stop)
     return Segment(
-        ids=encoded.ids[start:stop],
-        is_target=[False, *encoded.is_target[start + 1 : stop]],
+        ids=np.array(encoded.ids[start:stop], np.uint32),
+        is_target=np.array([False, *encoded.is_target[start + 1 : stop]], bool),
         meta=meta | {"target_bytes": target_bytes},
     )
 
 
-def plan_shards(lengths: Sequence[int], shard_tokens: int) -> list[range]:
+def plan_shards(lengths: Sequence[int] | Array, shard_tokens: int) -> list[range]:
     """Cut segments, in order, into shards of at most `shard_tokens` tokens; a longer segment is a shard by itself.
 
     A pure function of the lengths, so that every resume and every number of processes plans the same shards.
@@ -145,11 +156,12 @@ def plan_shards(lengths: Sequence[int], shard_tokens: int) -> list[range]:
     Returns:
         The segment indices of each shard.
     """
+    ends = np.cumsum(lengths, dtype=np.int64)
     shards: list[range] = []
-    start = tokens = 0
-    for index, length in enumerate(lengths):
-        if index > start and tokens + length > shard_tokens:
-            shards.append(range(start, index))
-            start, tokens = index, 0
-        tokens += length
-    return [*shards, range(start, len(lengths))] if lengths else []
+    start = 0
+    while start < len(ends):
+        before = int(ends[start - 1]) if start else 0
+        stop = max(int(np.searchsorted(ends, before + shard_tokens, side="right")), start + 1)
+        shards.append(range(start, stop))
+        start = stop
+    return shards

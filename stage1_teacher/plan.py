@@ -7,6 +7,7 @@ often as in the data. Seconds come from a fit over its batches, bytes from encod
 import functools
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +28,11 @@ from shared.machine import machine
 from shared.process import world_size
 from shared.progress import progress
 from shared.tokenizer import Tokenizer
-from stage1_teacher.build import find_teacher, read_corpus, read_documents
+from stage1_teacher.build import find_teacher, load_limits, read_documents, require_restored
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import free_bytes
 from stage1_teacher.documents import Segment, plan_shards
+from stage1_teacher.store import TokenStore, make_store
 
 if TYPE_CHECKING:  # torch loads with the pilot
     from shared.logits import LogitSource
@@ -58,41 +60,52 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
     """
     require(world_size() == 1, "`teacher plan` runs in one process", expected=1, got=f"{world_size()} processes")
     files, data = find_teacher(config), read_documents(config)
-    tokenizer, corpus, head_width = read_corpus(config, files, data.documents)
-    segments, lengths = corpus.segments, corpus.lengths
-    shards = plan_shards(lengths, config.shard_tokens)
-    batches = [
-        [shard[i] for i in batch]
-        for shard in shards
-        for batch in plan_batches([lengths[i] for i in shard], config.batch_tokens)
-    ]
-    cells = np.array([len(batch) * (lengths[batch[0]] - 1) for batch in batches])
-    chosen = [segments[i] for i in spread_by_length(lengths, pilot_docs)]
-    largest = [segments[i] for i in batches[int(cells.argmax())]]
-    pilot = run_pilot(config, files, chosen, largest, tokenizer, data.documents)
+    tokenizer, limits = load_limits(config, files)
+    with tempfile.TemporaryDirectory(prefix="codedistill-plan-") as folder:
+        store = make_store(Path(folder) / "tokens", {}, data, tokenizer, limits)
+        require_restored(store, config, files, data)
+        return _measure(config, out, files, tokenizer, store, limits.head_width, pilot_docs)
 
-    shard_tokens = np.array([sum(lengths[i] for i in shard) for shard in shards])
+
+def _measure(
+    config: TeacherConfig,
+    out: Path,
+    files: ModelFiles,
+    tokenizer: Tokenizer,
+    store: TokenStore,
+    head_width: int,
+    pilot_docs: int,
+) -> dict[str, Any]:
+    """The plan of documents that are tokenised."""
+    lengths, facts = store.lengths, store.facts
+    shards = plan_shards(lengths, config.shard_tokens)
+    cells, widest = _batch_cells(lengths, shards, config.batch_tokens)
+    chosen = [store.segments(range(i, i + 1))[0] for i in spread_by_length(lengths, pilot_docs)]
+    largest = [store.segments(range(i, i + 1))[0] for i in widest]
+    pilot = run_pilot(config, files, chosen, largest, tokenizer, facts.documents())
+
+    shard_tokens = np.array([int(lengths[shard.start : shard.stop].sum()) for shard in shards])
     choices = weigh_choices(config, pilot, shard_tokens, len(tokenizer), head_width)
     own = next(choice for choice in choices if choice["chosen"])
     other_bytes = len(tokenizer.backend_tokenizer.to_str(pretty=True).encode()) + MANIFEST_BYTES
-    size = {key: round(value * sum(lengths) + other_bytes) for key, value in own["bytes_per_token"].items()}
+    size = {key: round(value * facts.num_tokens + other_bytes) for key, value in own["bytes_per_token"].items()}
     free = free_bytes(out)
     return {
         "teacher": {"name": files.name, "license": files.license, **pilot.teacher},
         "data": {
-            "name": data.name,
-            "split": data.split,
-            "documents": len(data.documents),
-            "tokens": sum(lengths),
-            "targets": sum(sum(segment.is_target) for segment in segments),
-            "long": {"documents": len(corpus.long), "become": config.on_long},
-            "not_restored_by_the_tokenizer": len(corpus.lossy),
-            "lengths": _histogram(np.array(lengths)),
+            "name": store.data.name,
+            "split": store.data.split,
+            "documents": facts.num_documents,
+            "tokens": facts.num_tokens,
+            "targets": facts.num_targets,
+            "long": {"documents": facts.long.count, "become": config.on_long},
+            "not_restored_by_the_tokenizer": facts.lossy.count,
+            "lengths": _histogram(lengths),
         },
         "batches": {
             "shards": len(shards),
-            "batches": len(batches),
-            "padding": 1 - (sum(lengths) - len(lengths)) / max(int(cells.sum()), 1),
+            "batches": len(cells),
+            "padding": 1 - (facts.num_tokens - len(lengths)) / max(int(cells.sum()), 1),
         },
         "pilot": {
             "documents": len(chosen),
@@ -108,11 +121,23 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
     }
 
 
-def spread_by_length(lengths: Sequence[int], count: int) -> list[int]:
+def _batch_cells(lengths: Array, shards: Sequence[range], batch_tokens: int) -> tuple[Array, list[int]]:
+    """Tokens of each planned batch, padding included, and the segments of the batch that has most."""
+    cells, widest, most = list[int](), list[int](), -1
+    for shard in shards:
+        own = lengths[shard.start : shard.stop].tolist()
+        for batch in plan_batches(own, batch_tokens):
+            cells.append(len(batch) * (own[batch[0]] - 1))
+            if cells[-1] > most:
+                most, widest = cells[-1], [shard[i] for i in batch]
+    return np.array(cells), widest
+
+
+def spread_by_length(lengths: Sequence[int] | Array, count: int) -> list[int]:
     """Positions of `count` documents, evenly spaced in order of length, ascending; all where there are fewer."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    order = np.argsort(lengths, kind="stable")
     count = min(count, len(order))
-    return sorted(order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count))
+    return sorted(int(order[(2 * i + 1) * len(order) // (2 * count)]) for i in range(count))
 
 
 def _histogram(lengths: Array) -> list[dict[str, int]]:

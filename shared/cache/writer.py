@@ -80,7 +80,7 @@ class CacheWriter:
         self._lock: Lock | None = None
         self._buffer: list[ShardArrays] = []
         self._next_shard = 0
-        self._check_folder()
+        check_folder(self.path, self.build)
         if not is_main_process:
             self.finished, self._lock = False, SharedLock(self.path)
             return
@@ -203,7 +203,7 @@ class CacheWriter:
         self._locked()
         if self._buffer:
             self._flush()
-        self._check_folder()
+        check_folder(self.path, self.build)
         found = {int(m[1]) for entry in self.path.iterdir() if (m := SHARD_PATTERN.fullmatch(entry.name))}
         num_shards = self.build.get("num_shards", len(found))
         if found != set(range(num_shards)) or not found:
@@ -263,7 +263,7 @@ class CacheWriter:
 
     def _begin(self) -> None:
         """Look again, now that the folder is ours; clear what a killed process left; write `build.json`."""
-        self._check_folder()
+        check_folder(self.path, self.build)
         remove_leftovers(self.path)
         self.finished = is_finished(self.path)
         if self.finished:
@@ -282,54 +282,57 @@ class CacheWriter:
             raise ResumeError("this cache is finished or its writer closed", where=self.path)
         return self._lock
 
-    def _check_folder(self) -> None:
-        """Refuse a folder that is no cache, or one that was begun with other options."""
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise ResumeError("the cache's path is not a folder", where=self.path, fix="name another --out")
-        for entry in self.path.iterdir():
-            if not is_ours(entry):
-                raise ResumeError(
-                    "the folder holds something that is no cache",
-                    where=self.path,
-                    got=entry.name,
-                    fix="name another --out",
-                )
-        try:
-            old = json.loads((self.path / BUILD).read_bytes())
-        except FileNotFoundError:
-            started = [entry.name for entry in self.path.iterdir() if SHARD_PATTERN.fullmatch(entry.name)]
-            if started:
-                raise ResumeError(
-                    "the folder holds shards and no build.json", where=self.path, got=started[0]
-                ) from None
-            return
-        except ValueError as error:
-            raise ResumeError("build.json cannot be read", where=self.path / BUILD, got=error) from error
-        if not isinstance(old, dict) or old.get("format") != FORMAT or not isinstance(old.get("options"), dict):
-            raise ResumeError("build.json is not that of a cache", where=self.path / BUILD, fix="name another --out")
-        if old.get("version") != VERSION:
+
+def check_folder(path: Path, options: Mapping[str, Any], *, partly: bool = False) -> None:
+    """Refuse a folder that is no cache, or one that was begun with other options.
+
+    Args:
+        path: need not be there.
+        options: of the build, as JSON values; with `partly` those that are known yet.
+
+    Raises:
+        ResumeError: with what differs.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ResumeError("the cache's path is not a folder", where=path, fix="name another --out")
+    for entry in path.iterdir():
+        if not is_ours(entry):
             raise ResumeError(
-                "the build has another version", where=self.path, expected=VERSION, got=old.get("version")
+                "the folder holds something that is no cache", where=path, got=entry.name, fix="name another --out"
             )
-        # Other sources also change the number of shards, which tells nobody anything.
-        differences = sorted(option_differences(old["options"], self.build), key=lambda found: found[0] == "num_shards")
-        for key, before, now in differences:
-            more = ""
-            if key == "sources":
-                more = f"; with --skip-in {self.path} a new cache holds only what this one does not"
-                before, now = (
-                    ", ".join(f"{s.get('name')} {s.get('split')}, digest {s.get('digest')}" for s in sources)
-                    for sources in (before, now)
-                )
-            raise ResumeError(
-                f"the cache was begun with {'other sources' if key == 'sources' else f'another {key}'}",
-                where=self.path,
-                expected=before,
-                got=now,
-                fix=f"use the old option, or name another --out{more}",
+    try:
+        old = json.loads((path / BUILD).read_bytes())
+    except FileNotFoundError:
+        started = [entry.name for entry in path.iterdir() if SHARD_PATTERN.fullmatch(entry.name)]
+        if started:
+            raise ResumeError("the folder holds shards and no build.json", where=path, got=started[0]) from None
+        return
+    except ValueError as error:
+        raise ResumeError("build.json cannot be read", where=path / BUILD, got=error) from error
+    if not isinstance(old, dict) or old.get("format") != FORMAT or not isinstance(old.get("options"), dict):
+        raise ResumeError("build.json is not that of a cache", where=path / BUILD, fix="name another --out")
+    if old.get("version") != VERSION:
+        raise ResumeError("the build has another version", where=path, expected=VERSION, got=old.get("version"))
+    begun = {key: value for key, value in old["options"].items() if not partly or key in options}
+    # Other sources also change the number of shards, which tells nobody anything.
+    differences = sorted(option_differences(begun, options), key=lambda found: found[0] == "num_shards")
+    for key, before, now in differences:
+        more = ""
+        if key == "sources":
+            more = f"; with --skip-in {path} a new cache holds only what this one does not"
+            before, now = (
+                ", ".join(f"{s.get('name')} {s.get('split')}, digest {s.get('digest')}" for s in sources)
+                for sources in (before, now)
             )
+        raise ResumeError(
+            f"the cache was begun with {'other sources' if key == 'sources' else f'another {key}'}",
+            where=path,
+            expected=before,
+            got=now,
+            fix=f"use the old option, or name another --out{more}",
+        )
 
 
 def option_differences(

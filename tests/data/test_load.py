@@ -14,10 +14,11 @@ import pytest
 
 from data import humaneval, load
 from data.humaneval import load_humaneval
-from data.load import fingerprint, load_documents
+from data.load import fingerprint, load_documents, open_documents
 from data.records import Document, Problem
 from data.templates import humaneval_prompt
 from shared.errors import ConfigError
+from shared.files import sha256_json
 
 REAL_MBPP = Path(__file__).parents[3] / "shared/data/mbpp.jsonl"
 
@@ -243,6 +244,70 @@ def test_limit(tmp_path):
         load_documents(path, "train", limit_docs=0)
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_opened_documents_are_read_anew_each_time_and_none_behind_the_limit(tmp_path, name):
+    path = write(tmp_path, [{"text": str(i), "id": f"d{i}"} for i in range(4)] + [{"text": "", "id": "d0"}], name)
+    found = open_documents(path, "train", limit_docs=4)
+    first = list(found.documents)
+    assert [d.id for d in first] == ["d0", "d1", "d2", "d3"]
+    assert list(found.documents) == first
+    assert found.digest == load_documents(path, "train", limit_docs=4).digest
+    reading = iter(open_documents(path, "train").documents)
+    assert [next(reading).id for _ in range(4)] == ["d0", "d1", "d2", "d3"]
+    with pytest.raises(ConfigError, match=r"5, field 'text'"):
+        next(reading)
+
+
+@pytest.mark.parametrize("at", [1, 2, 40, 99])
+def test_an_id_that_occurs_twice_is_named_with_both_its_rows(tmp_path, at):
+    rows = [{"text": "x", "id": f"d{i}"} for i in range(100)]
+    rows[at]["id"] = "d0"
+    path = write(tmp_path, rows, "rows.jsonl")
+    with pytest.raises(ConfigError, match=rf"line {at + 1}, field 'id'.*got: 'd0', as rows.jsonl, line 1"):
+        load_documents(path, "train")
+    assert len(load_documents(path, "train", limit_docs=at).documents) == at
+
+
+def test_the_digest_is_that_of_the_list_of_pairs(tmp_path):
+    found = load_documents(write(tmp_path, [{"text": t, "id": t * 2} for t in ("é", "b")], "rows.jsonl"), "train")
+    assert found.digest == sha256_json([[d.id, d.digest] for d in found.documents])
+
+
+def test_several_files_are_one_data_set(tmp_path):
+    texts = [f"{i}" for i in range(7)]
+    whole = load_documents(write(tmp_path, [{"text": text} for text in texts], "whole.jsonl"), "train")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    write(parts, [{"text": text} for text in texts[:3]], "a.jsonl")
+    (parts / "b.jsonl").touch()
+    write(parts, [{"text": text, "more": 1} for text in texts[3:]], "c.parquet")
+    for name, called in (
+        (parts, "parts"),
+        (parts / "*", "*"),
+        (f"{parts}/a.jsonl,{parts}/c.parquet", "a.jsonl,c.parquet"),
+    ):
+        found = load_documents(str(name), "train")
+        assert [(d.id, d.prompt, d.completion) for d in found.documents] == [
+            (d.id, d.prompt, d.completion) for d in whole.documents
+        ]
+        assert (found.name, {d.source for d in found.documents}, found.digest) == (called, {called}, whole.digest)
+        assert found.fingerprint == fingerprint(str(name), "train")
+    assert [d.id for d in load_documents(str(parts), "train", limit_docs=4).documents] == ["1", "2", "3", "4"]
+    before = fingerprint(str(parts), "train")
+    (parts / "a.jsonl").rename(parts / "d.jsonl")
+    assert fingerprint(str(parts), "train") != before
+    (parts / "c.parquet").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"cannot read a parquet file; where: .*c.parquet"):
+        load_documents(str(parts), "train")
+
+
+def test_mbpp_in_several_files_is_recognised(tmp_path):
+    for name, ids in (("a.jsonl", (601, 700)), ("b.parquet", (11, 602))):
+        write(tmp_path, [mbpp_row(i) for i in ids], name)
+    found = load_documents(str(tmp_path), "train")
+    assert (found.name, [d.id for d in found.documents]) == ("mbpp", ["mbpp/601", "mbpp/700", "mbpp/602"])
+
+
 def test_a_fingerprint_is_that_of_all_that_decides_the_documents(tmp_path):
     path = write(tmp_path, [{"text": "a"}, {"text": "b"}], "rows.jsonl")
     read = load_documents(path, "train")
@@ -341,7 +406,7 @@ def test_a_parquet_file_without_rows_is_an_error(tmp_path):
 
 
 def test_unknown_names(tmp_path):
-    for name in ("mbbp", "", str(tmp_path), "rows.csv"):
+    for name in ("mbbp", "", "rows.csv"):
         with pytest.raises(ConfigError, match="unknown data set"):
             load_documents(name, "train")
 

@@ -3,12 +3,14 @@
 import gzip
 import hashlib
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.tabular import open_table, read_rows
+from data import tabular
+from data.tabular import find_data_files, open_table, read_rows
 from shared.errors import ConfigError
 
 
@@ -88,7 +90,7 @@ def test_compressed_lines_read_like_plain_ones(tmp_path, suffix):
     packed.write_bytes(compress(LINES))
     assert fields(packed) == fields(plain)
     assert [row.where for row in read_rows(packed)][::998] == [f"rows.jsonl{suffix}, line {n}" for n in (1, 999)]
-    assert open_table(packed).columns == ("a", "text")
+    assert open_table([packed], "name").columns == ("a", "text")
     packed.write_bytes(compress(LINES[:12_345]) + compress(LINES[12_345:]))  # as two files put together
     assert fields(packed) == fields(plain)
     packed.write_bytes(compress(b"\xef\xbb\xbf" + LINES[:-1].replace(b"\n", b"\r\n")))
@@ -198,7 +200,7 @@ def test_rows_of_many_row_groups_are_read_in_order_with_the_columns_that_are_the
     rows = list(read_rows(tmp_path / "rows.parquet", ("c", "a", "absent")))
     assert [row.fields for row in rows] == [{"a": i, "c": None} for i in range(1_000)]
     assert [row.where for row in rows[298:302]] == [f"rows.parquet, row {i}" for i in range(299, 303)]
-    assert open_table(tmp_path / "rows.parquet").columns == ("a", "b", "c")
+    assert open_table([tmp_path / "rows.parquet"], "name").columns == ("a", "b", "c")
 
 
 def test_parquet_faults(tmp_path):
@@ -215,3 +217,51 @@ def test_parquet_faults(tmp_path):
     pq.write_table(pa.Table.from_arrays([bad], names=["a"]), path)
     with pytest.raises(ConfigError, match="cannot read a parquet file"):
         fields(path)
+
+
+@pytest.mark.parametrize("suffix", ["", *COMPRESS])
+def test_a_row_that_is_too_large_is_refused_by_line(tmp_path, monkeypatch, suffix):
+    packed = tmp_path / f"rows.jsonl{suffix}"
+    packed.write_bytes(COMPRESS.get(suffix, bytes)(b'{"a": 1}\n{"a": "' + b"x" * 991 + b'"}\n'))
+    assert [len(row.fields) for row in read_rows(packed)] == [1, 1]
+    monkeypatch.setattr(tabular, "MAX_LINE_BYTES", 1_001)
+    assert len(list(read_rows(packed))) == 2
+    monkeypatch.setattr(tabular, "MAX_LINE_BYTES", 1_000)
+    with pytest.raises(ConfigError, match=rf"a row is too large; where: rows.jsonl{suffix}, line 2"):
+        list(read_rows(packed))
+
+
+def test_the_files_that_a_name_stands_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "b/2.jsonl",
+        "b/10.jsonl.gz",
+        "a.parquet",
+        "b/notes.txt",
+        "b/.hidden.jsonl",
+        ".git/c.jsonl",
+        "x,y.jsonl",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = {
+        ".": ["a.parquet", "b/10.jsonl.gz", "b/2.jsonl", "x,y.jsonl"],
+        "b": ["b/10.jsonl.gz", "b/2.jsonl"],
+        "b/*": ["b/10.jsonl.gz", "b/2.jsonl"],
+        "**/*.jsonl": ["b/2.jsonl", "x,y.jsonl"],
+        "b/2.jsonl, a.parquet": ["b/2.jsonl", "a.parquet"],
+        "b,a.parquet": ["b/10.jsonl.gz", "b/2.jsonl", "a.parquet"],
+        "x,y.jsonl": ["x,y.jsonl"],
+        "absent.jsonl": ["absent.jsonl"],
+    }
+    for name, found in names.items():
+        assert find_data_files(name) == [Path(file) for file in found]
+    assert find_data_files(str(tmp_path / "b/*.gz")) == [tmp_path / "b/10.jsonl.gz"]
+    assert find_data_files(str(tmp_path / "b")) == [tmp_path / "b/10.jsonl.gz", tmp_path / "b/2.jsonl"]
+    for name in ("mbpp", "owner/name", "absent/"):
+        assert find_data_files(name) is None
+    for name in ("absent/*.jsonl", "b/*.txt"):
+        with pytest.raises(ConfigError, match="no data file"):
+            find_data_files(name)
+    with pytest.raises(ConfigError, match="named twice"):
+        find_data_files("b,b/2.jsonl")

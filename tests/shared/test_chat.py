@@ -9,7 +9,7 @@ from data.records import Document
 from shared.chat import encode_chat
 from shared.errors import ConfigError
 from shared.tokenizer import decode
-from stage1_teacher.documents import cut_documents
+from stage1_teacher.documents import Limits, cut_documents
 from tests.shared.test_tokenizer import train
 
 CHATML = (
@@ -102,7 +102,7 @@ def test_without_a_chat_template_the_teacher_and_the_document_are_named():
     made.name_or_path = "owner/base-model"
     document = Document(id="d7", source="chats", messages=tuple(CHAT))
     with pytest.raises(ConfigError, match=r"has no chat template; where: chats d7, owner/base-model"):
-        cut_documents([document], made, max_length=None, on_long="split", head_width=400)
+        cut_documents([(document, "")], made, Limits(max_length=None, on_long="split", head_width=400))
 
 
 def test_segments_of_a_chat_predict_each_target_once():
@@ -110,7 +110,8 @@ def test_segments_of_a_chat_predict_each_target_once():
     whole = encode_chat(made, CHAT)
     document = Document(id="d", source="s", messages=tuple(CHAT))
     for max_length in (5, 16, 33):
-        segments = cut_documents([document], made, max_length=max_length, on_long="split", head_width=400).segments
+        limits = Limits(max_length=max_length, on_long="split", head_width=400)
+        segments = cut_documents([(document, "")], made, limits)[0].segments
         assert sum(segment.meta["target_bytes"] for segment in segments) == whole.target_bytes
         learnt = [id for segment in segments for id, t in zip(segment.ids, segment.is_target, strict=True) if t]
         assert learnt == [id for id, t in zip(whole.ids, whole.is_target, strict=True) if t]

@@ -147,13 +147,13 @@ def test_a_finished_build_parses_no_document_again(teacher, rows, tmp_path, monk
     from stage1_teacher import build as module
 
     first, _ = build(teacher, rows, tmp_path / "cache")
-    load_documents, parsed = module.load_documents, []
+    open_documents, parsed = module.open_documents, []
 
     def count(*arguments, **options):
         parsed.append(arguments)
-        return load_documents(*arguments, **options)
+        return open_documents(*arguments, **options)
 
-    monkeypatch.setattr(module, "load_documents", count)
+    monkeypatch.setattr(module, "open_documents", count)
     again, _ = build(teacher, rows, tmp_path / "cache")
     assert (parsed, again.manifest) == ([], first.manifest)
     # The same rows in other bytes: only reading them tells.

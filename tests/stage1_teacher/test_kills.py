@@ -23,8 +23,10 @@ def test_a_killed_build_goes_on_to_the_same_bytes(builds, tmp_path):
     status, said = builds.run(path)
     assert status == 0, said
     assert f"{len(kept) // 2} of {builds.num_shards} shards are done already" in said
+    assert "40 documents are tokenised already" in said
     assert contents(path) == builds.expected
     assert whole_shards(path).items() >= kept.items()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["killed"]
 
 
 def test_signals_end_a_build_within_seconds_at_a_clean_point_and_it_goes_on_to_the_same_bytes(builds, tmp_path):

@@ -1,0 +1,326 @@
+"""The token store: a corpus tokenised once, in flat files beside the cache that is built from it.
+
+All processes of a build map the same files, and a resume maps them again. Only what a shard needs is in memory. The
+store's JSON is written last and holds every file's SHA-256, so a store is whole or it is made again.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Container, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.records import Document, DocumentSet, RunningDigest
+from shared.cache.directory import check_files, plain_errors
+from shared.cache.format import Array, indptr
+from shared.cache.manifest import FileEntry, seal, unseal
+from shared.errors import DistillError, require
+from shared.files import fsync_directory, write_bytes
+from shared.lock import Lock
+from shared.process import log
+from shared.records import from_dict, to_dict
+from shared.tokenizer import Tokenizer
+from stage1_teacher.documents import CutDocument, Limits, Segment, cut_documents
+
+SEAL = "store.json"
+TOKENS, TARGETS, LENGTHS, METAS, META_LENGTHS = "tokens.u32", "targets.u8", "lengths.u32", "metas.jsonl", "metas.u32"
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # tokenised at once; a longer document is a batch by itself
+MAX_CHARACTERS = 1 << 26  # of one document: tokenising takes some 50 times that in bytes
+NAMED_IDS = 5
+SAMPLE = 16
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Noted:
+    """How many documents something happened to, and the ids of the first."""
+
+    count: int = 0
+    ids: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, id: str) -> None:
+        """Count one more."""
+        self.count += 1
+        if len(self.ids) < NAMED_IDS:
+            self.ids.append(id)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Facts:
+    """What one pass over a data set has found.
+
+    Attributes:
+        digest: of the data set; num_documents: in it.
+        num_skipped: of these, documents that another cache holds.
+        num_tokens, num_targets: of the segments.
+        long, lossy, without_targets: see `CutDocument`.
+        sample: up to 16 documents that are no chats, the first among them, evenly spaced.
+    """
+
+    digest: str = ""
+    num_documents: int = 0
+    num_skipped: int = 0
+    num_tokens: int = 0
+    num_targets: int = 0
+    long: Noted = dataclasses.field(default_factory=Noted)
+    lossy: Noted = dataclasses.field(default_factory=Noted)
+    without_targets: Noted = dataclasses.field(default_factory=Noted)
+    sample: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def num_new(self) -> int:
+        """Documents that are not skipped."""
+        return self.num_documents - self.num_skipped
+
+    def documents(self) -> list[Document]:
+        """The sample."""
+        return [Document(**fields) for fields in self.sample]
+
+
+class TokenStore:
+    """A finished store. Its files stay readable here after another process has removed them.
+
+    Attributes:
+        facts: of the pass that made it.
+        data: the data set's origin, without its documents.
+        lengths: i64 `[D]`, tokens of each segment.
+
+    Raises:
+        OSError, ValueError, DistillError: there is none, or its JSON is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        sealed = unseal((folder / SEAL).read_bytes())
+        self.request: dict[str, Any] = sealed["request"]
+        self.files = {name: FileEntry(**entry) for name, entry in sealed["files"].items()}
+        self.facts = from_dict(Facts, sealed["facts"], where=str(folder / SEAL))
+        self.data = DocumentSet(**sealed["data"], documents=())
+        self.lengths: Array = np.fromfile(folder / LENGTHS, np.uint32).astype(np.int64)
+        self._token_ends = indptr(self.lengths)
+        self._meta_ends = indptr(np.fromfile(folder / META_LENGTHS, np.uint32))
+        self._open = {name: (folder / name).open("rb") for name in (TOKENS, TARGETS, METAS)}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def segments(self, positions: range) -> list[Segment]:
+        """Consecutive segments. They are views of the files, whose pages leave memory with them."""
+        first, stop = positions.start, positions.stop
+        ends = self._token_ends[first : stop + 1] - self._token_ends[first]
+        tokens = self._map(TOKENS, np.uint32, int(self._token_ends[first]), int(ends[-1]))
+        targets = self._map(TARGETS, np.bool_, int(self._token_ends[first]), int(ends[-1]))
+        start, size = int(self._meta_ends[first]), int(self._meta_ends[stop] - self._meta_ends[first])
+        metas = self._map(METAS, np.uint8, start, size).tobytes().splitlines()
+        return [
+            Segment(ids=tokens[a:b], is_target=targets[a:b], meta=json.loads(meta))
+            for a, b, meta in zip(ends[:-1], ends[1:], metas, strict=True)
+        ]
+
+    def _map(self, name: str, dtype: type, start: int, count: int) -> Array:
+        offset = start * np.dtype(dtype).itemsize
+        mapped: Array = np.memmap(self._open[name], dtype, mode="r", offset=offset, shape=(count,))
+        return mapped.view(np.ndarray)
+
+    def remove(self) -> None:
+        """Remove the store's folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def find_store(folder: Path, request: Mapping[str, Any]) -> TokenStore | None:
+    """The store in a folder, if it is whole and was made for this request."""
+    if not (folder / SEAL).exists():
+        return None
+    try:
+        store = TokenStore(folder)
+    except (OSError, ValueError, KeyError, TypeError, DistillError):
+        problems = True
+    else:
+        if store.request != request:
+            return None
+        problems = bool(check_files(folder, store.files))
+    if problems:
+        log(f"{folder} is damaged; the documents are tokenised again")
+        return None
+    return store
+
+
+def make_store(
+    folder: Path,
+    request: Mapping[str, Any],
+    data: DocumentSet,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    *,
+    skipped: Container[str] = (),
+) -> TokenStore:
+    """Tokenise a data set into a folder, in place of what is in it. An exception leaves no folder behind.
+
+    Args:
+        folder: made where it is missing.
+        request: all that decides the store's content, as JSON values.
+        data: read once, from its first to its last document.
+        tokenizer: the teacher's, with its ends recorded; not used by anyone else meanwhile.
+        limits: of the segments.
+        skipped: digests of documents to leave out.
+
+    Raises:
+        ConfigError: documents that cannot be read or labelled, or none is left.
+        ResumeError: another process is at it, or the disk is full.
+    """
+    with plain_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder, "tokenising the documents of this cache")
+        try:
+            for file in folder.iterdir():
+                if file != lock.path:
+                    file.unlink()
+            with _Writer(folder) as writer:
+                _tokenise(writer, data, tokenizer, limits, skipped)
+                writer.finish(request, data)
+            return TokenStore(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            lock.release()
+
+
+def _tokenise(
+    writer: "_Writer", data: DocumentSet, tokenizer: Tokenizer, limits: Limits, skipped: Container[str]
+) -> None:
+    """Read a batch and write another one while a third is tokenised, on all processors."""
+    pending: Future[list[CutDocument]] | None = None
+    with ThreadPoolExecutor(1, "tokeniser") as pool:
+        for batch in _batches(_new_documents(data.documents, writer.facts, skipped)):
+            done = pending.result() if pending else []
+            pending = pool.submit(cut_documents, batch, tokenizer, limits)
+            writer.add(done)
+        require(
+            pending is not None,
+            "every document is in a cache of --skip-in",
+            where=data.name,
+            fix="train on these caches",
+        )
+        if pending is not None:
+            writer.add(pending.result())
+    require(
+        writer.facts.num_tokens,
+        "no document is left",
+        expected=f"documents of at most {limits.max_length} tokens",
+        got=writer.facts.long.ids[:3],
+    )
+
+
+def _new_documents(
+    documents: Iterable[Document], facts: Facts, skipped: Container[str]
+) -> Iterator[tuple[Document, str]]:
+    """Each document that is not skipped, with its digest; the facts get the digest of all."""
+    running = RunningDigest()
+    for document in documents:
+        digest = document.digest
+        running.add(document.id, digest)
+        facts.num_documents += 1
+        if digest in skipped:
+            facts.num_skipped += 1
+        else:
+            yield document, digest
+    facts.digest = running.hexdigest()
+
+
+def _batches(documents: Iterable[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
+    """Consecutive documents, no more at once than fit in little memory."""
+    batch: list[tuple[Document, str]] = []
+    characters = 0
+    for document, digest in documents:
+        size = len(document.prompt) + len(document.completion)
+        size += sum(len(text) for message in document.messages or () for text in message.values())
+        require(
+            size <= MAX_CHARACTERS,
+            "a document is too large to be tokenised",
+            where=f"{document.source} {document.id}",
+            expected=f"at most {MAX_CHARACTERS:,} characters",
+            got=f"{size:,}",
+            fix="cut it into several",
+        )
+        if batch and (len(batch) == BATCH_DOCUMENTS or characters + size > BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append((document, digest))
+        characters += size
+    if batch:
+        yield batch
+
+
+class _Writer:
+    """Writes a store's files one behind the other, and hashes what it writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.facts = Facts()
+        self._folder, self._num_plain, self._stride = folder, 0, 1
+        names = (TOKENS, TARGETS, LENGTHS, METAS, META_LENGTHS)
+        with contextlib.ExitStack() as stack:
+            self._files = {name: stack.enter_context((folder / name).open("wb")) for name in names}
+            self._close = stack.pop_all()
+        self._hashes = {name: hashlib.sha256() for name in names}
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close.close()
+
+    def add(self, documents: Iterable[CutDocument]) -> None:
+        """Write documents."""
+        facts, lengths, meta_lengths = self.facts, list[int](), list[int]()
+        for each in documents:
+            happened = ((facts.long, each.is_long), (facts.lossy, each.is_lossy))
+            for noted, did in (*happened, (facts.without_targets, each.lacks_targets)):
+                if did:
+                    noted.add(each.document.id)
+            if each.document.messages is None:
+                self._sample(each.document)
+            for segment in each.segments:
+                meta = json.dumps(segment.meta).encode() + b"\n"
+                self._write(TOKENS, segment.ids.tobytes())
+                self._write(TARGETS, segment.is_target.tobytes())
+                self._write(METAS, meta)
+                lengths.append(len(segment.ids))
+                meta_lengths.append(len(meta))
+                facts.num_targets += int(segment.is_target.sum())
+        facts.num_tokens += sum(lengths)
+        self._write(LENGTHS, np.array(lengths, np.uint32).tobytes())
+        self._write(META_LENGTHS, np.array(meta_lengths, np.uint32).tobytes())
+
+    def finish(self, request: Mapping[str, Any], data: DocumentSet) -> None:
+        """Make all files durable; then write the JSON that says they are whole."""
+        entries = {}
+        for name, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            entries[name] = {"bytes": file.tell(), "sha256": self._hashes[name].hexdigest()}
+        fsync_directory(self._folder)
+        origin = {each.name: getattr(data, each.name) for each in dataclasses.fields(data) if each.name != "documents"}
+        facts = to_dict(self.facts)
+        sealed = {"request": dict(request), "data": origin, "facts": facts, "files": entries}
+        write_bytes(self._folder / SEAL, seal(sealed))
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._files[name].write(data)
+        self._hashes[name].update(data)
+
+    def _sample(self, document: Document) -> None:
+        """Keep every n-th document that is no chat; n doubles when there are too many."""
+        sample = self.facts.sample
+        if self._num_plain % self._stride == 0:
+            sample.append({key: getattr(document, key) for key in ("id", "source", "prompt", "completion")})
+            if len(sample) > SAMPLE:
+                del sample[1::2]
+                self._stride *= 2
+        self._num_plain += 1
