@@ -151,7 +151,7 @@ soak: setup ## long fault campaigns: kills, flipped bytes, full disks (an hour o
 BENCH_DATASET ?= mbpp
 bench: setup ## ours, the best peer or naive way, and the limit (after `make all PROFILE=demo`)
 	$(BIN)/python tests/bench/bench_cache_size.py --dataset $(BENCH_DATASET)
-	$(BIN)/python tests/bench/bench_cache_io.py
+	$(BIN)/python tests/bench/bench_scale.py
 	$(BIN)/python tests/bench/bench_capture.py --dataset $(BENCH_DATASET) --documents 40
 	$(BIN)/python tests/bench/bench_loss.py
 	$(BIN)/python tests/bench/bench_step.py

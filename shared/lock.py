@@ -34,7 +34,7 @@ class Lock:
         ResumeError: another live process holds the folder.
     """
 
-    def __init__(self, directory: Path, work: str = "building this cache") -> None:
+    def __init__(self, directory: Path, work: str = "at work in this folder") -> None:
         self.path, self._work = directory / LOCK, work
         self._text = json.dumps(_this_process() | {"token": uuid.uuid4().hex})
         while not self._create():

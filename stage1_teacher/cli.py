@@ -57,7 +57,7 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @teacher.command(cls=GroupedCommand, groups=GROUPS)
 @_option("--teacher", "Any causal language model: a Hub id or a directory (safetensors).", "ID|DIR")
 @_option("--revision", "Branch, tag or commit of a Hub id; the commit is recorded.", "REV")
-@_option("--dataset", "mbpp, stdlib, a Hub id, FILE.jsonl[.gz|.zst], FILE.parquet; a folder, glob or list of files.", "NAME|FILE")
+@_option("--dataset", "mbpp, stdlib, a Hub id, FILE.jsonl[.gz|.zst], FILE.parquet; a folder, glob, files.", "NAME|FILE")
 @_option("--split", "The data set's split.", "NAME")
 @_option("--dataset-config", "Which of a Hub data set's configurations; also owner/name:config.", "NAME")
 @_option("--dataset-revision", "Branch, tag or commit of a Hub data set; the commit is recorded.", "REV")

@@ -184,7 +184,7 @@ def require_labels(config: StudentConfig, cache: Cache) -> None:
         return
     wanted = {"sampled": "full", "hybrid": "tail"}[config.loss]
     try:
-        samples = cache.samples(0, 0, 0)
+        samples = cache.sampling
     except CacheMismatchError as error:
         raise ConfigError(
             f"loss={config.loss} needs sampled targets, and the cache holds none",

@@ -35,7 +35,7 @@ def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
             )
     read_manifest(directory)
     with plain_errors(directory):
-        lock = Lock(directory)
+        lock = Lock(directory, "changing this cache")
         try:
             _replace_files(directory, files, lock)
         finally:

@@ -20,7 +20,6 @@ SAMPLES = (  # all or none
 )
 IDENTITY_PARTS = ("teacher", "tokenizer", "labels")
 FILTERS = ("gzip", "zstd")
-TEMPERATURES_DEFAULT = (0.5, 1.0, 1.5, 2.0)
 MAX_TOP_K = 65_535
 MAX_SAMPLES = 65_535
 SAMPLED_FROM = ("full", "tail")
@@ -87,7 +86,7 @@ class ShardArrays:
         doc_indptr: i64 `[D+1]`, first token of each document.
         doc_meta: one JSON object per document; `id` names it in errors, `target_bytes` is summed into the statistics.
         k: i64 `[S]`, entries of each row.
-        topk_ids: i64 `[E]`, the rows' token ids, one row after the other.
+        topk_ids: i64 `[E]`, the rows' token ids, one row after the other; the file holds their ranks.
         topk_margins: f32 `[E]`, z_1 − z_i in logits: 0 first, then ascending within the row.
         tail_log: f64 `[S, T]`, log Σ_{j∉K} exp((z_j − z_1)/T) in nats, −inf where nothing is left.
         gold_logprob: f32 `[S]`, log-probability of the next token at T = 1 in nats, NaN in a document's last row; None

@@ -55,7 +55,7 @@ def repair_cache(path: Path | str) -> list[str]:
         return [f"{shown(name)}: {what}; left alone" for name, what in foreign_files(directory, manifest)]
     cleared = ["what a killed process left: cleared"] if has_leftovers(directory) else []
     with plain_errors(directory):
-        lock = Lock(directory)
+        lock = Lock(directory, "changing this cache")
         try:
             remove_leftovers(directory)
             return [*cleared, *_repair(directory, _manifest(directory))]

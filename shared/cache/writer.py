@@ -90,7 +90,7 @@ class CacheWriter:
         try:
             with plain_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = Lock(self.path)
+                self._lock = Lock(self.path, "building this cache")
                 self._begin()
         except BaseException:
             self.close()

@@ -23,6 +23,7 @@ PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib
 RESULT_FILES = ("fidelity.json", "latency.json", "draft.json", *(f"{key}/result.json" for key in BENCHMARKS))
 BULKY = ("per_document", "per_prompt", "ece_bins", "outcomes", "definitions")  # in report.json, not on the page
 PAGES = ("report.md", "report.html")
+UNSHOWN = ("files", "name", "build", "documents_per_shard", "digest")  # of a manifest
 NUM_PROMPTS = 3
 
 
@@ -210,9 +211,10 @@ def _cache(path: Path, files: Files) -> dict[str, Any]:
         return {"name": name, "reasons": {"manifest": "the cache has no manifest.json: it is unfinished"}}
     manifest = read_json(file)
     require(isinstance(manifest, dict), "a manifest of another form", where=file, expected="a JSON object")
-    command = (manifest.get("derived_from") or {}).get("command", "teacher build")
+    made = (manifest.get(key) or {} for key in ("derived_from", "build"))
+    command = next((each["command"] for each in made if "command" in each), "teacher build")
     files.remember(file, "captured mass, teacher, documents", f"codedistill {command}")
-    return {"name": name} | {key: value for key, value in manifest.items() if key not in ("files", "name")}
+    return {"name": name} | {key: value for key, value in manifest.items() if key not in UNSHOWN}
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

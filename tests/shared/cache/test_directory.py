@@ -1,4 +1,4 @@
-"""A cache as a directory: built, killed, resumed, claimed, changed, read and verified."""
+"""A cache as a directory: built, killed, resumed, changed, read and verified."""
 
 import copy
 import hashlib
