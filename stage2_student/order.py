@@ -4,7 +4,7 @@ Neighbouring shards form pools of about `POOL_BLOCKS` blocks or more. An epoch's
 order, each packed anew into blocks of its own (`packing`). That sequence is cut into equally long lanes, and block i
 comes from lane i mod L: neighbouring blocks lie far apart in the cache, and whoever reads every n-th block, with n a
 divisor of L, as one of several ranks or workers does, meets the pools of its own lanes only, one after the other.
-A loader deals micro-batches of b blocks to R ranks in turn, and a rank's to its W workers in turn: n is b times R times W.
+A loader deals micro-batches of b blocks to R ranks in turn, and a rank's to its W workers in turn: n = b x R x W.
 
 No block costs more with more documents: how many blocks a pool gives follows from its number of rows, so the
 place of any block is found by a search over pools, and a pool is packed when it is reached.
