@@ -167,8 +167,9 @@ def read_manifest(directory: Path) -> Manifest:
         fix = "copy the cache again, or run the command that made it again"
         raise CacheCorruptError("the manifest is damaged", where=file, got=error, fix=fix) from error
     _check_version(value, file)
-    value["files"] = _entries(value.get("files"), file)
-    manifest = from_dict(Manifest, value, where=str(file), error=CacheFormatError, strict=False)
+    files = _entries(value.get("files"), file)
+    record = from_dict(Manifest, value | {"files": {}}, where=str(file), error=CacheFormatError, strict=False)
+    manifest = replace(record, files=files)
     _check_values(file, manifest)
     return manifest
 
