@@ -77,6 +77,23 @@ def replace_files(folder: Path, files: Mapping[str, bytes | None]) -> None:
     fsync_directory(folder)
 
 
+def link_file(source: Path, path: Path) -> bool:
+    """Give a file a second name, in place of what has that name.
+
+    Returns:
+        Whether the file system could: both are on one that knows hard links, and the user may.
+    """
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    try:
+        os.link(source.resolve(), temporary)
+    except OSError:
+        return False
+    temporary.replace(path)
+    temporary.unlink(missing_ok=True)  # where both were one file already, the system has replaced nothing
+    fsync_directory(path.parent)
+    return True
+
+
 @contextlib.contextmanager
 def publish_folder(out: Path) -> Iterator[Path]:
     """A new folder that stands at `out` once the block ends, whole, also after a power cut; or not at all.

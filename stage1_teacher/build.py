@@ -69,12 +69,14 @@ class Task:
         config: options; out: the cache's directory.
         files: the teacher's.
         skip_in: finished caches whose documents are skipped.
+        part: i and N where only the i-th of N parts is built.
     """
 
     config: TeacherConfig
     out: Path
     files: ModelFiles
     skip_in: tuple[Cache, ...]
+    part: tuple[int, int] | None
 
     @functools.cached_property
     def data(self) -> DocumentSet:
@@ -92,6 +94,7 @@ class Task:
                 "tokenizer_files_digest": files.tokenizer_files_digest,
             },
             "skip_in": [cache.manifest.digest for cache in self.skip_in],
+            **({"part": list(self.part)} if self.part else {}),
             **{key: value for key, value in to_dict(self.config).items() if key in OPTIONS},
         }
 
@@ -166,24 +169,28 @@ def _configuration(data: DocumentSet) -> dict[str, str]:
     return {"configuration": data.config} if data.config else {}
 
 
-def build_cache(config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = ()) -> None:
+def build_cache(
+    config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = (), part: tuple[int, int] | None = None
+) -> None:
     """Label a data set with a teacher and write the cache. Run again, it resumes, or reports the cache up to date.
 
     Args:
         config: teacher, data and options.
         out: the cache's directory.
         skip_in: finished caches of the same label identity; a document that one of them holds is skipped.
+        part: i and N, 1 ≤ i ≤ N: only the i-th of N runs of the build's shards, as a cache of its own. `merge_caches`
+            makes of all parts the shards of the whole build.
 
     Raises:
-        ConfigError: options, teacher or documents that cannot be used, a disk that cannot hold the cache, or no
-            document that is not skipped.
+        ConfigError: options, teacher or documents that cannot be used, a disk that cannot hold the cache, no document
+            that is not skipped, or a part without a shard.
         ResumeError: `out` was begun with other options, teacher, documents or skipped caches, or holds something else.
         CacheFormatError: labels that may not be written, such as NaN logits; or `skip_in` names no finished cache.
         CacheMismatchError: `skip_in` names a cache of another label identity.
     """
     files = find_teacher(config)
     out = output_path(out)
-    task = Task(config=config, out=out, files=files, skip_in=tuple(map(Cache, skip_in)))
+    task = Task(config=config, out=out, files=files, skip_in=tuple(map(Cache, skip_in)), part=part)
     if world_size() == 1 and _is_done(task):  # answered without loading torch
         log(f"{out} is up to date")
         return
@@ -287,7 +294,7 @@ def _is_done(task: Task) -> bool:
     if not is_finished(task.out) or has_leftovers(task.out):
         return False
     options = read_json(task.out / BUILD)["options"]
-    if any(options.get(key) != value for key, value in task.options().items()):
+    if any(options.get(key) != value for key, value in ({"part": None} | task.options()).items()):
         return False
     now = fingerprint(task.config.dataset, task.config.split, **_selection(task.config))
     before = [source.get("fingerprint") for source in read_manifest(task.out).sources]
@@ -326,13 +333,14 @@ def _build(task: Task) -> None:
     is_new = is_main_process() and _tokenise(task, tokenizer, limits)
     wait()
     store = TokenStore(folder)
-    shards = plan_shards(store.lengths, config.shard_tokens)
     with contextlib.ExitStack() as stack:
         try:
             _report(store, config)
+            shards = _own_shards(plan_shards(store.lengths, config.shard_tokens), task.part)
+            num_tokens = int(store.lengths[shards[0].start : shards[-1].stop].sum())
             present_bytes = sum(file.stat().st_size for file in out.glob("shard-*.h5"))
             least = least_bytes_per_token(config, len(tokenizer))
-            require_space(out, store.facts.num_tokens, least, present_bytes=present_bytes)
+            require_space(out, num_tokens, least, present_bytes=present_bytes)
             options = task.options() | {
                 "sources": sources(store.data, store.facts.digest),
                 "tokenizer_digest": tokenizer_digest(tokenizer),
@@ -354,6 +362,18 @@ def _build(task: Task) -> None:
                 _finish(task, writer, tokenizer, task.source(store), run)
     if is_main_process():
         store.remove()
+
+
+def _own_shards(shards: list[range], part: tuple[int, int] | None) -> list[range]:
+    """The consecutive shards of one part of the build; all where it has no parts."""
+    if part is None:
+        return shards
+    number, count = part
+    own = shards[(number - 1) * len(shards) // count : number * len(shards) // count]
+    fix = "fewer parts, or a smaller --shard-tokens in all of them"
+    require(own, "the part has no shard", where=f"--part {number}/{count}", got=f"{len(shards)} shards in all", fix=fix)
+    log(f"part {number} of {count}: {len(own):,} of {len(shards):,} shards")
+    return own
 
 
 def store_folder(out: Path) -> Path:

@@ -1,6 +1,7 @@
 """`codedistill teacher fetch-demo|build|plan`, and `cache audit`, which the root command mounts."""
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -16,7 +17,7 @@ GROUPS = {
     "Teacher": "teacher revision dtype load_in",
     "Data": "dataset dataset_config split dataset_revision columns limit_docs max_length on_long max_lossy skip_in",
     "Labels": "open_with close_with top_k top_p codec samples samples_from samples_temperature",
-    "Cache": "out filter shard_tokens",
+    "Cache": "out part filter shard_tokens",
     "Hardware": "batch_tokens device_map gpus_per_teacher",
 }
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TeacherConfig)}
@@ -32,6 +33,16 @@ def _option(flag: str, text: str, metavar: str | None = None) -> Callable[[Any],
     kind = click.Choice(typing.get_args(hint)) if typing.get_origin(hint) is Literal else hint
     shown = "" if default in (None, "") else f"  [default: {default}]"
     return click.option(flag, type=kind, metavar=metavar, help=text + shown)
+
+
+def _read_part(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """I and N of `--part I/N`."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", value)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise click.BadParameter(f"{value!r} is not I/N with 1 ≤ I ≤ N, such as 3/16", context, option)
+    return int(found[1]), int(found[2])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,6 +77,8 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @click.option("--skip-in", metavar="CACHE", multiple=True, type=click.Path(path_type=Path),
               help="Skip documents that this cache of the same labels holds; may be repeated.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The cache's directory.")
+@click.option("--part", metavar="I/N", callback=_read_part,
+              help="Build only the I-th of N parts, as a cache; `cache merge` joins them.")  # fmt: skip
 @_option("--top-k", "Logits kept per token.", "K")
 @_option("--top-p", "Fewer where they hold this share of the probability, such as 0.98.", "P")
 @_option("--codec", "q: logits of about 3 bits each; f16: half precision.")
@@ -86,12 +99,17 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @_option("--gpus-per-teacher", "GPUs that each process spreads its teacher over.", "G")
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path),
               help="Defaults for these options, by TeacherConfig's names.")  # fmt: skip
-def build(out: Path, profile: Path | None, skip_in: tuple[Path, ...], **options: Any) -> None:
+def build(
+    out: Path, profile: Path | None, skip_in: tuple[Path, ...], part: tuple[int, int] | None, **options: Any
+) -> None:
     """Label a data set and write the cache.
 
     The cache holds the tokens, for each token the teacher's K best next tokens with their logits, the mass of all
     others at temperatures 0.5, 1, 1.5 and 2, the tokenizer, and who made it from what. Options given here override
     --config, which overrides the defaults (stage1_teacher/config.py).
+
+    With --part I/N each of N machines builds a cache of its own and knows nothing of the others; the cache that `cache
+    merge` makes of all parts has the shards of one build.
 
     If it is interrupted, the same command resumes and keeps finished shards. It refuses other options, another teacher
     or an edited data set. It reports a finished cache up to date within seconds.
@@ -104,14 +122,19 @@ def build(out: Path, profile: Path | None, skip_in: tuple[Path, ...], **options:
     from shared.cache.info import summary
     from stage1_teacher.build import build_cache
 
-    build_cache(_config(profile, options), out, skip_in=skip_in)
+    build_cache(_config(profile, options), out, skip_in=skip_in, part=part)
     click.echo(summary(out))
 
 
 @teacher.command(
     cls=GroupedCommand,
-    groups={**GROUPS, "Data": GROUPS["Data"].removesuffix(" skip_in"), "Plan": "pilot_docs as_json"},
-    params=[option for option in build.params if option.name != "skip_in"],
+    groups={
+        **GROUPS,
+        "Data": GROUPS["Data"].removesuffix(" skip_in"),
+        "Cache": GROUPS["Cache"].replace(" part", ""),
+        "Plan": "pilot_docs as_json",
+    },
+    params=[option for option in build.params if option.name not in ("skip_in", "part")],
 )
 @click.option("--pilot-docs", metavar="N", type=click.IntRange(min=1), default=64, show_default=True,
               help="Documents to label for the measurement.")  # fmt: skip

@@ -78,8 +78,9 @@ def repair(path: Path, out: Path | None) -> None:
 def merge(paths: tuple[Path, ...], out: Path) -> None:
     """Join caches of one teacher.
 
-    Teacher, tokenizer and label options must be equal. Shards are copied byte for byte. A document that several caches
-    hold is taken from the first. After an interruption the same command continues.
+    Teacher, tokenizer and label options must be equal. Shards are linked where the file system can, else copied. A
+    document that several caches hold is taken from the first; parts of one build are put in order, and lose none. After
+    an interruption the same command continues.
     """
     from shared.cache.info import summary
     from shared.cache.transform import merge_caches

@@ -17,8 +17,8 @@ from shared.cache.reader import Cache
 from shared.cache.rows import exact, select, truncate
 from shared.cache.shard import decode_shard
 from shared.cache.writer import CacheWriter
-from shared.errors import CacheMismatchError, ConfigError
-from shared.files import write_bytes
+from shared.errors import CacheMismatchError, ConfigError, require
+from shared.files import sha256_json, write_bytes
 from shared.progress import progress
 
 TEACHERS_OWN = ("entropy_nats", "teacher_nll_nats", "teacher_nll_all_nats")  # figures of no row that is stored
@@ -36,19 +36,22 @@ class Part:
 def merge_caches(paths: Sequence[Path | str], out: Path | str) -> int:
     """Write the documents of several caches, in order, as one cache; run again after a kill it continues.
 
-    Shards are copied byte for byte. A document whose digest an earlier cache holds is left out, which encodes its shard
-    again. `teacher_eval/` comes from the first cache that has one.
+    Shards are taken byte for byte, where the file system can as hard links. A document whose digest an earlier cache
+    holds is left out, which encodes its shard again. Parts of one build (`teacher build --part`) hold different
+    documents by construction: nothing is left out between them, and they are put in order if nothing else is merged.
+    `teacher_eval/` comes from the first cache that has one.
 
     Returns:
         The number of documents left out.
 
     Raises:
+        ConfigError: fewer than two caches, or a part twice.
         CacheMismatchError: the caches' labels or encodings differ; both are named, and in what.
         CacheFormatError, CacheCorruptError: one of them is no finished cache, or damaged.
     """
     if len(paths) < 2:
         raise ConfigError("nothing to merge", expected="two caches or more", got=len(paths))
-    inputs = [Cache(path, complete=False) for path in paths]
+    inputs = _in_order([Cache(path, complete=False) for path in paths])
     first = inputs[0]
     for other in inputs[1:]:
         require_same_labels(
@@ -89,20 +92,40 @@ def merge_caches(paths: Sequence[Path | str], out: Path | str) -> int:
     return num_duplicates
 
 
+def _part_of_build(cache: Cache) -> tuple[str, int] | None:
+    """The build that a cache is a part of, and which part; None for a cache that is a whole."""
+    build = dict(cache.manifest.build or {})
+    match build.pop("part", None):
+        case [int(number), int(count)]:
+            build.pop("num_shards", None)
+            return sha256_json([build, count]), number
+    return None
+
+
+def _in_order(caches: list[Cache]) -> list[Cache]:
+    """The caches as given, or by number where all are parts of one build."""
+    found = [_part_of_build(cache) for cache in caches]
+    parts = [part for part in found if part is not None]
+    for part, cache in zip(found, caches, strict=True):
+        require(part is None or parts.count(part) == 1, "a part is given twice", where=cache.path)
+    if len(parts) < len(caches) or len({build for build, _ in parts}) > 1:
+        return caches
+    return [cache for _, cache in sorted(zip(parts, caches, strict=True), key=lambda pair: pair[0][1])]
+
+
 def _merged(inputs: Sequence[Cache]) -> tuple[list[Part], int]:
     """The shards to write, and how many documents are in an earlier cache already."""
     parts, num_duplicates = [], 0
-    seen: set[str] = set()
-    for cache in inputs:
-        here: set[str] = set()
+    seen: dict[Any, Any] = {}  # by digest: where the document was seen first
+    for number, cache in enumerate(inputs):
+        part = _part_of_build(cache)
+        here = number if part is None else part[0]
         for shard in range(cache.num_shards):
             digests = [meta.get("digest") for meta in cache.document_meta(shard)]
-            keep = np.array([digest is None or digest not in seen for digest in digests])
-            here.update(digest for digest in digests if isinstance(digest, str))
+            keep = np.array([digest is None or seen.setdefault(digest, here) == here for digest in digests])
             num_duplicates += int((~keep).sum())
             if keep.any():
                 parts.append(Part(source=cache, shard=shard, keep=keep))
-        seen |= here
     return parts, num_duplicates
 
 
@@ -234,8 +257,8 @@ def write_derived(
         with progress("writing", len(parts), "shards") as bar:
             for number, part in enumerate(parts):
                 if not writer.has_shard(number):
-                    data, record = _encode(part, writer.build, cut)
-                    writer.copy_shard(data, replace(record, shard=number))
+                    data, record, file = _encode(part, writer.build, cut)
+                    writer.copy_shard(data, replace(record, shard=number), source=file)
                 bar.advance(1)
         for source, folder in ((files, TOKENIZER), (teacher_eval, TEACHER_EVAL)):
             names = [name for name in source.manifest.files if name.startswith(f"{folder}/")] if source else []
@@ -248,12 +271,13 @@ def write_derived(
 
 def _encode(
     part: Part, build: Mapping[str, Any], cut: Callable[[ShardArrays], ShardArrays] | None
-) -> tuple[bytes, ShardRecord]:
+) -> tuple[bytes, ShardRecord, Path | None]:
+    """A part's bytes and record, and the file that has these bytes where one does."""
     cache, name = part.source, f"{shard_name(part.shard)}.h5"
     record, data = cache.record(part.shard), cache.read(name)
     whole = bool(part.keep.all())
     if whole and cut is None and build["filter"] == cache.manifest.filter:
-        return data, record
+        return data, record, cache.path / name
     arrays = exact(decode_shard(data, cache.path / name), cache.temperatures)
     if not whole:
         arrays = select(arrays, part.keep)
@@ -262,7 +286,7 @@ def _encode(
         statistics |= {key: record.statistics[key] for key in TEACHERS_OWN}
     if cut is None:
         statistics["codec_kl_nats"] = record.statistics["codec_kl_nats"]
-    return data, replace(
+    record = replace(
         record,
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
@@ -270,3 +294,4 @@ def _encode(
         documents=[meta.get("id") for meta in arrays.doc_meta],
         doc_lengths=np.diff(arrays.doc_indptr).tolist(),
     )
+    return data, record, None

@@ -48,7 +48,7 @@ from shared.cache.manifest import (
 )
 from shared.cache.statistics import combine
 from shared.errors import CacheCorruptError, CacheFormatError, ResumeError
-from shared.files import write_bytes, write_json
+from shared.files import link_file, write_bytes, write_json
 from shared.lock import Lock, SharedLock
 from shared.process import log
 
@@ -127,11 +127,13 @@ class CacheWriter:
             ),
         )
 
-    def copy_shard(self, data: bytes, record: ShardRecord) -> ShardRecord:
-        """Write a shard that is encoded already."""
+    def copy_shard(self, data: bytes, record: ShardRecord, *, source: Path | None = None) -> ShardRecord:
+        """Write a shard that is encoded already; where the file system can, as a second name of `source`, its file."""
         self._locked().check()
+        file = self.path / f"{shard_name(record.shard)}.h5"
         with plain_errors(self.path):
-            write_bytes(self.path / f"{shard_name(record.shard)}.h5", data)
+            if source is None or not link_file(source, file):
+                write_bytes(file, data)
             write_record(self.path, record)
         return record
 
