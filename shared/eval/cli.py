@@ -186,7 +186,7 @@ def _of_a_benchmark(command: Callable[..., None], *, max_new_tokens: int) -> Cal
                      help="Completions generated at once."),
         click.option("--limit", type=click.IntRange(1), help="Only the first problems."),
         click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0,
-                     show_default=True, help="Max wall seconds per program."),
+                     show_default=True, help="Max wall seconds per program, not counting message time."),
         _DTYPE,
         _TEACHER_CACHE,
         click.option("--unsafe-no-sandbox", is_flag=True,

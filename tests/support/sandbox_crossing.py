@@ -70,7 +70,6 @@ DISHONEST = {
 }  # fmt: skip
 # Proxies, classes, written-back objects and crossing state, used to pass or to force an error.
 _ALL = "    class All:\n        __eq__ = __ne__ = __lt__ = __gt__ = __le__ = __ge__ = __contains__ = lambda *_: True\n        __hash__ = lambda self: 0\n        __add__ = __sub__ = __abs__ = __radd__ = __rsub__ = lambda *_: All()\n"
-_PEER = "    import sys\n    peer = next(v for v in sys._getframe(2).f_locals.values() if type(v).__name__ == 'Peer')\n"
 _PLAIN = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(41) == 42\n"
 _POINT = "from dataclasses import dataclass\n\n\n@dataclass\nclass Point:\n    x: int\n\n\ndef f(x):\n    '''Doc.'''\n"
 HOSTILE = {
@@ -82,8 +81,6 @@ HOSTILE = {
     "a proxy as its own class": (_ALL + "    All.__class__ = int\n    return All()\n", "def check(candidate):\n    assert isinstance(candidate(1), int)\n"),
     "empties what is expected": ("    x.clear()\n    return True\n", "def check(candidate):\n    want = [1, 2]\n    assert candidate(want) and len(want) == 2\n"),
     "the globals of the test's function": ("    return x.__globals__['check'].__code__.co_consts\n", "def check(candidate):\n    assert candidate(lambda: 1) == 2\n"),
-    "asks for an attribute of the test's function": (_PEER + "    return peer.call(x._number, 'getattr', ('__globals__',))\n", "def check(candidate):\n    assert candidate(lambda: 1) == 2\n"),
-    "calls what it was not given": (_PEER + "    try: peer.call(0, 'call', (1,))\n    except BaseException: pass\n    return peer.call(10 ** 6, 'call', ())\n", _PLAIN),
     "describes itself as nonsense": ("    return x\nf.__signature__ = 5\nf.__doc__ = 5\n", "import inspect\ndef check(candidate):\n    assert candidate.__doc__ is None and candidate(1) == 2\n"),
     "writes a verdict": ("    import os\n    for d in range(3, 9):\n        try: os.write(d, b'[\"passed\", \"\"]\\n')\n        except OSError: pass\n    return 0\n", _PLAIN),
     "prints without end": ("    for _ in range(20): print('x' * 1000000)\n    return 0\n", "import io, contextlib\ndef check(candidate):\n    with contextlib.redirect_stdout(io.StringIO()): assert candidate(1) == 2\n"),
@@ -92,16 +89,10 @@ HOSTILE = {
     "a stream that lies": ("    import sys, io\n    sys.stdin = io.StringIO('x' * 100)\n    sys.stdin.seek(90)\n    return 0\n", "import io, sys\ndef check(candidate):\n    sys.stdin = io.StringIO('ab')\n    assert candidate(1) == 2\n"),
     "an exception that forges": ("    class E(BaseException):\n        def __reduce__(self): return (eval, ('1',))\n    raise E\n", _PLAIN),
     "an iterator that answers later": ("    KEPT.append(x)\n    return (v for v in KEPT)\nKEPT = []\n", "def check(candidate):\n    first = candidate(1)\n    candidate(2)\n    assert list(first) == [1]\n"),
-    "patches the table": ("    import sys\n    values = sys.modules['shared.eval.sandbox.values']\n    values.Table.changed = lambda self: 1 / 0\n    return 0\n", _PLAIN),
-    "patches the encoder": ("    import sys\n    values = sys.modules['shared.eval.sandbox.values']\n    values.Encoder.encode = lambda self, value: self._put(b'?')\n    return 0\n", _PLAIN),
-    "numbers without end": (_PEER + "    peer._channel.send(b'R' + b'\\xff' * 8)\n    return 0\n", _PLAIN),
-    "changes what cannot change": (_PEER + "    import struct\n    peer._channel.send(b'R' + struct.pack('<III', 0, 1, 0) + b'm' + struct.pack('<I', 0))\n    return 0\n", _PLAIN),
     "calls without end": ("    return x()\n", "def check(candidate):\n    def again(): return candidate(again)\n    assert candidate(again) == 2\n"),
     "a returned function that dies": ("    import os\n    return lambda: os._exit(0)\n", "def check(candidate):\n    g = candidate(1)\n    try: g()\n    except Exception: pass\n"),
-    "a returned iterator that answers nonsense": ("    import sys\n    class I:\n        def __iter__(self): return self\n        def __next__(self):\n            peer = next(v for v in sys._getframe(3).f_locals.values() if hasattr(v, '_channel'))\n            peer._channel.send(b'R?')\n    return I()\n", "def check(candidate):\n    try: list(candidate(1))\n    except Exception: pass\n"),
     "leaves a name of the test unset": ("    return []\n", "def check(candidate):\n    for v in candidate(1): last = v\n    assert last == 2\n"),
     "fails where the test has a word in a string": ("    return x\n", "def check(candidate):\n    assert candidate('mock os.environ') == 'other', 'mock.patch'\n"),
-    "a fraction to be computed": ("    import sys\n    values = sys.modules['shared.eval.sandbox.values']\n    def put(self, value, kind, depth):\n        self.table.add(value)\n        self._put(b'Q')\n        self._items(['1e400000000', 1], depth)\n    values.Encoder._object = put\n    return [x]\n", _PLAIN),
 }  # fmt: skip
 # The prompt's classes, made anew by the program so that they are equal to all; the checker has its own.
 HOSTILE_PROMPTS = {

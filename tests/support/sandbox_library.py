@@ -57,8 +57,6 @@ HOSTILE = {
     "ends as soon as it is loaded": ("    return 0\nimport os, threading, time\nthreading.Thread(target=lambda: (time.sleep(0.0005), os._exit(0))).start()\n", "def check(candidate):\n    assert candidate(1) == 2\n"),
     "builtin entry, described": ("    return 0\nf = len\n", "import inspect\ndef check(candidate):\n    assert candidate(1) == 2\n"),
     "entry property raises": ("    return 0\nclass C:\n    @property\n    def __annotations__(self): 1/0\n    def __call__(self, x): return 0\nf = C()\n", "import inspect\ndef check(candidate):\n    assert candidate(1) == 2\n"),
-    "entry describes garbage": ("    return 0\nimport sys\nm = sys.modules['shared.eval.sandbox.proxies']\nm.PROGRAM_METHODS['describe'] = lambda v: 5\n", "import inspect\ndef check(candidate):\n    assert candidate(1) == 2\n"),
-    "describe raises SystemExit": ("    return 0\nimport sys\nm = sys.modules['shared.eval.sandbox.proxies']\nm.PROGRAM_METHODS['describe'] = lambda v: sys.exit(0)\n", "import inspect\ndef check(candidate):\n    assert candidate(1) == 2\n"),
     "leaves a local of the test unset": ("    return []\n", "def check(candidate):\n    for v in candidate(3): last = v\n    assert last == 2\n"),
     "leaves a global of the test unset": ("    return []\n", "for_all = 1\ndef check(candidate):\n    global last\n    for v in candidate(3): last = v\n    assert last == 2\n"),
     "an answer decides how deep the next argument is": ("    return 400 if x == 0 else 1\n", "def check(candidate):\n    v = []\n    for _ in range(candidate(0)): v = [v]\n    assert candidate(v) == 2\n"),
@@ -72,12 +70,7 @@ HOSTILE = {
     "dict subclass lies": ("    class T(dict):\n        def __missing__(self, k): return 2\n        def __eq__(s, o): return True\n    return T()\n", "def check(candidate):\n    assert candidate(1) == {1: 2}\n"),
     "namespace of proxies": ("    from types import SimpleNamespace as S\n    class A:\n        __eq__ = lambda *_: True\n    return S(a=A())\n", "from types import SimpleNamespace as S\ndef check(candidate):\n    assert candidate(1) == S(a=2)\n"),
     "user list over a proxy": ("    from collections import UserList\n    class B:\n        __eq__ = lambda *_: True\n    u = UserList(); u.data = B()\n    return u\n", "def check(candidate):\n    assert candidate(1) == [2]\n"),
-    "library function by name from program": ("    return 0\nimport sys\nv = sys.modules['shared.eval.sandbox.values']\nv.Encoder._value = lambda self, value, depth: self._sized(b'P', b'os:system')\n", "def check(candidate):\n    assert candidate(1) == 2\n"),
-    "a library enum unknown": ("    return 0\nimport sys\nv = sys.modules['shared.eval.sandbox.library']\nv.state = lambda value: ('unittest.mock:ANY', [1])\nf = lambda x: [object()]\n", "import unittest\ndef check(candidate):\n    assert candidate(1) == [2]\n"),
-    "record class of no record": ("    return 0\nimport sys\nv = sys.modules['shared.eval.sandbox.library']\nv.state = lambda value: ('subprocess:Popen', [1])\nf = lambda x: object()\n", "import subprocess\ndef check(candidate):\n    assert candidate(1) == 2\n"),
     "a callable object is no function": ("    class C:\n        def __call__(self): return 2\n    return C()\n", "import types\ndef check(candidate):\n    assert isinstance(candidate(1), types.FunctionType)\n"),
-    "type name with a null": ("    T = type('T', (), {})\n    T.__name__ = 'T'\n    import sys\n    v = sys.modules['shared.eval.sandbox.values']\n    old = v.Encoder._value\n    v.Encoder._value = lambda self, value, depth: old(self, 'a\\0b' if value == 'T' else value, depth)\n    return T()\n", "def check(candidate):\n    assert candidate(1) == 2\n"),
-    "pre-sent answers": ("    return 0\nimport os, struct\nm = b'R' + struct.pack('<II', 0, 0) + b'N' + b'j' + struct.pack('<q', 1) + b'j' + struct.pack('<q', 2)\nos.write(4, (struct.pack('<Q', 1) + b'L') + (struct.pack('<Q', len(m)) + m) * 1)\nimport time; time.sleep(0.2)\n", "def check(candidate):\n    assert candidate(1) == 3\n"),
     "a stream at an absurd place": ("    x.seek(10 ** 15)\n", "import io\ndef check(candidate):\n    s = io.StringIO('abc')\n    candidate(s)\n    s.write('d')\n    assert s.getvalue() == 'abcd'\n"),
     "a state of random that overflows": ("    import random\n    random.getstate = lambda: (3, (2 ** 80,) * 625, None)\n    return 1\n", "import random\ndef check(candidate):\n    random.seed(1)\n    assert candidate(1) == 2\n"),
     "swallows the callback's assertion": ("    try: x(0)\n    except BaseException: pass\n    return 1\n", "def check(candidate):\n    seen = []\n    def cb(v):\n        seen.append(v)\n        assert v == 1\n    candidate(cb)\n    assert seen == [1]\n"),
@@ -88,7 +81,6 @@ HOSTILE = {
 }  # fmt: skip
 HOSTILE_PROMPTS = {
     "enum member's value rewritten": ("import enum\nclass C(enum.Enum):\n    A = 1\n    B = 2\n\ndef f(x):\n    '''Doc.'''\n", "    C.A._value_ = 2\n    return C.A\n", "def check(candidate):\n    c = C.A\n    assert candidate(c).value == 1 and C.A.value == 1 and candidate(1) is C.B\n"),
-    "changes a member of the prompt's enumeration by a forged message": ("import enum\nclass C(enum.Enum):\n    A = 1\n\ndef f(x):\n    '''Doc.'''\n", "    import sys, struct\n    peer = next(v for v in sys._getframe(2).f_locals.values() if type(v).__name__ == 'Peer')\n    n = peer.table.number(x)\n    name = lambda t: b's' + struct.pack('<I', len(t)) + t\n    peer._channel.send(b'R' + struct.pack('<III', 0, 1, n) + b'm' + struct.pack('<I', 2) + name(b'_value_') + b'j' + struct.pack('<q', 2) + b'N' + b'j' + struct.pack('<q', 1) + b'N')\n    import time; time.sleep(9)\n", "def check(candidate):\n    candidate(C.A)\n    assert C.A.value == 2\n"),
 }  # fmt: skip
 # The test's own need: `error`, whatever the program.
 NOT_JUDGED = {

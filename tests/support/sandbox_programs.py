@@ -2,6 +2,7 @@
 """Programs for the sandbox, honest and hostile, with the verdict that each must get."""
 
 from shared.eval.sandbox.runner import Candidate, run_candidates
+from tests.support import sandbox_attacks as attacks
 from tests.support import sandbox_crossing as crossing
 from tests.support import sandbox_library as library
 from tests.support import sandbox_unusual as unusual
@@ -95,7 +96,7 @@ FORGED = (
     "struct.pack('<Q', 1) + b'L'",
     'b\'["passed", ""]\\n\'',
     'b\'\\n["passed", ""]\\n\' * 100',
-    "struct.pack('<Q', 3) + b'RSN'",
+    "struct.pack('<Q', 11) + b'RN' + bytes(4) + b'N' + bytes(4)",  # an answer: None
 )
 EVERYWHERE = "for d in [*range(64), *range(1000, 1010)]:\n    try: os.write(d, {data})\n    except OSError: pass\n"
 
@@ -128,7 +129,7 @@ HOSTILE = {
     },
     "forged messages from a thread": (
         "    return 0\nimport os, struct, threading, time\ndef forge():\n    while True:\n        for d in range(64):\n"
-        "            try: os.write(d, struct.pack('<Q', 3) + b'RSN')\n            except OSError: pass\n"
+        f"            try: os.write(d, {FORGED[-1]})\n            except OSError: pass\n"
         "threading.Thread(target=forge, daemon=True).start()\ntime.sleep(0.1)\n",
         ("failed", "killed"),
     ),
@@ -260,10 +261,6 @@ HOSTILE = {
     ),
     "a pickle that acts": (
         "    class P:\n        def __reduce__(self): import os; return os._exit, (0,)\n    return P()\n",
-        "failed",
-    ),
-    "the checker's code replaced": (
-        "    return 0\nimport sys\nsys.modules['shared.eval.sandbox.checker']._Check._verdict = lambda *a: None\n",
         "failed",
     ),
     "modules forgotten": ("    return 0\nimport sys\nsys.modules.clear()\n", ("failed", "killed")),
@@ -438,6 +435,11 @@ def hostile_rows(*, slow):
     rows += [(name, program(body, test, head), not_passed) for name, (head, body, test) in prompts.items()]
     rows += _unusual_rows(unusual.HOSTILE)
     return [row for row in rows if ("timed out" in row[2]) == slow]
+
+
+def attack_rows():
+    """Of each attack by the sandbox's own parts its name, itself and the detail of its verdict, which is `failed`."""
+    return [(name, program(body, test, head or HEAD), detail) for name, head, body, test, detail in attacks.ATTACKS]
 
 
 def _unusual_rows(rows):

@@ -48,10 +48,11 @@ def evaluate_benchmark(
 ) -> BenchmarkResult | None:
     """Score a model's completions, in one process or in several under torchrun, of which rank 0 scores.
 
-    Writes problems.jsonl, completions.jsonl, verdicts.jsonl and, last, result.json into `out`, all at the end: until
-    then an earlier evaluation's files stay as they are. Completions that are there from the same settings are reused,
-    so an interrupted run continues. Where no sandbox can be had, programs are not run: the result says so, with nulls
-    and their reasons.
+    Each rank saves its completions as they are made, in a part file, `completions.rank-N.jsonl`. At the end rank 0
+    writes problems.jsonl, completions.jsonl, verdicts.jsonl and, last, result.json into `out` and removes the part
+    files; until then an earlier evaluation's files stay as they are. A run reuses completions of the same settings from
+    part files and completions.jsonl, so it resumes an interrupted one. Where no sandbox can be had, programs are not
+    run: the result says so, with nulls and their reasons.
 
     Args:
         benchmark: on rank 0 the problems; None on other ranks.
@@ -60,7 +61,7 @@ def evaluate_benchmark(
         inputs: on rank 0 what the result records of its inputs, or None where the result is up to date already.
         decoding: how completions are made.
         limit: only the first problems; None for all.
-        timeout_seconds: wall time of one program.
+        timeout_seconds: wall seconds of one program with its test, without message time (see `run_candidates`).
         dtype: one of `checkpoints.DTYPES`.
         unsafe: run programs without isolation.
         ends: what prompts open with, where the model's tokenizer has no record of it (`tokenizer.recorded_ends`).

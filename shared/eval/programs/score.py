@@ -51,7 +51,7 @@ def score_file(
         completions_file: rows with `task_id completion`, and `prompt` where known (see `to_candidate`); or with
             `task_id solution`, a whole program, which comes before a completion in the same row, as in EvalPlus.
         out: JSONL; its folder is made where missing.
-        timeout_seconds: wall time of one program.
+        timeout_seconds: wall seconds of one program with its test, without message time (see `run_candidates`).
         workers: programs at once; None for one per processor.
         unsafe: go on without isolation where there is none; every line says so.
 

@@ -65,7 +65,8 @@ def run_candidates(
     Args:
         candidates: run in any order.
         sandbox: from `open_sandbox`.
-        timeout_seconds: wall time of one candidate, all of it.
+        timeout_seconds: wall seconds of one candidate, program and test together. Message time does not count: calls by
+            the test extend the deadline to at most ten times the limit, calls by the program by at most one limit.
         workers: candidates at once; as many as there are processors by default.
 
     Raises:

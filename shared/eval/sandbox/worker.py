@@ -37,8 +37,9 @@ _ENVIRONMENT = {"PYTHONHASHSEED": "0", "PATH": "", "HOME": "/", "OMP_NUM_THREADS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A program (prompt and completion), the test that defines `check(candidate)`, and the name it is given.
+    """A program (prompt and completion), its test, and the name of the entry point that the test calls.
 
+    A test that defines `check(candidate)` has it called with the entry point; any other text is only run.
     `same_process`: the test uses more of the program's names than the entry point; such a verdict can be forged.
     `solution`: the whole program, in place of prompt and completion; the test still has what the prompt defines.
     """
@@ -58,7 +59,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What became of a candidate: `passed`, `failed`, `timed out`, `killed` (it vanished) or `error` (ours).
+    """What became of a candidate: `passed`, `failed`, `timed out`, `killed` (it vanished) or `error` (not judged).
 
     `loaded`: the program ran to its end and defined the entry point; `asserts_passed`: how many of the test's asserts
     held, of those tried. None where that is not known.

@@ -16,7 +16,7 @@ from shared.eval.sandbox import probe, runner
 from shared.eval.sandbox.policy import Isolation
 from shared.eval.sandbox.runner import Candidate, Sandbox, open_sandbox, run_candidates
 from shared.eval.sandbox.worker import Worker
-from tests.support.sandbox_programs import REFUSED, honest_rows, hostile_rows, program, wrong
+from tests.support.sandbox_programs import REFUSED, attack_rows, honest_rows, hostile_rows, program, wrong
 
 SLOW = 10.0  # seconds: other tests may be running
 
@@ -41,6 +41,14 @@ def test_hostile_programs_get_theirs(sandbox):
     endless = [row for row in hostile_rows(slow=True) if row[0] in ("signals ignored", "sleeps at load")]
     assert wrong(hostile_rows(slow=False), sandbox, SLOW) == []
     assert wrong(endless, sandbox, 0.5) == []
+
+
+def test_attacks_by_the_sandboxs_own_parts_reach_what_refuses_them(sandbox):
+    """One that relies on a part that has been renamed fails of itself, with another detail."""
+    names, candidates, details = zip(*attack_rows(), strict=True)
+    verdicts = run_candidates(candidates, sandbox=sandbox, timeout_seconds=SLOW)
+    found = {name: (v.verdict, v.detail) for name, v in zip(names, verdicts, strict=True)}
+    assert found == {name: ("failed", detail) for name, detail in zip(names, details, strict=True)}
 
 
 def test_canonical_solutions_all_pass_and_empty_completions_all_fail(sandbox):
