@@ -130,7 +130,7 @@ class _Forwarded:
         if instance is None and self._peer.table.number(owner) is None:  # which is being made
             return self
         if self.decides:
-            self._peer.doubt(f"the test goes by {self._name} of a class of the program")
+            self._peer.doubt(f"the program's own {self._name} decides what the test asserts")
         return self._peer.call(0, "attribute", (owner if instance is None else instance, self._name))
 
 
