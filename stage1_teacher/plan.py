@@ -255,7 +255,10 @@ def _hours_of(
     labelling = dict(zip(("expected", "low", "high"), predict_seconds(pilot.cells, pilot.seconds, cells), strict=True))
     seconds = {key: None if s is None else fixed + max(s, encoding) for key, s in labelling.items()}
     rate = num_tokens / (seconds["expected"] or 1)
-    return {key: None if s is None else s / 3600 for key, s in seconds.items()} | {"tokens_per_second": rate}
+    # A live teacher labels the data anew in every epoch of every student.
+    break_even = (seconds["expected"] or 0) / max(labelling["expected"] or 0, 1e-9)
+    hours = {key: None if s is None else s / 3600 for key, s in seconds.items()}
+    return hours | {"tokens_per_second": rate, "break_even_epochs": break_even}
 
 
 def predict_seconds(cells: Array, seconds: Array, planned_cells: Array) -> tuple[float, float | None, float | None]:

@@ -1,5 +1,6 @@
 """A plan as text: its facts, a label and a line each, and the table of choices."""
 
+import math
 from typing import Any
 
 from stage1_teacher.ends import describe_ends
@@ -53,6 +54,11 @@ def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
             f"{pilot['seconds']:,.1f} s",
         ),
         ("time", f"{_hours(hours['expected'])} ({bounds}), {hours['tokens_per_second']:,.0f} tokens/s"),
+        (
+            "worth it",
+            f"from {math.ceil(hours['break_even_epochs'])} epochs of training on, all students together: a live "
+            "teacher labels the data anew in each",
+        ),
         (
             "size",
             f"{_bytes(size['expected'])} ({_bytes(size['low'])} to {_bytes(size['high'])}); {_bytes(size['free'])} "

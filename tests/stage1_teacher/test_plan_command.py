@@ -68,6 +68,7 @@ def test_the_plan_is_what_the_build_then_takes(teacher, rows, tmp_path):  # noqa
     assert planned["bytes"]["fits"] is True
     hours = planned["hours"]
     assert 0 < hours["low"] <= hours["expected"] <= hours["high"] < 1
+    assert 1 <= hours["break_even_epochs"] < 100
     (weights,) = teacher.glob("*.safetensors")
     assert planned["memory"]["weight_bytes"] == pytest.approx(weights.stat().st_size, abs=4096)  # but for its header
     assert planned["memory"]["peak_resident_bytes"] > planned["memory"]["weight_bytes"]
