@@ -88,20 +88,21 @@ def read_problems(path: Path) -> tuple[Problem, ...]:
 
 
 def read_completions(path: Path) -> Iterator[Completion]:
-    """The lines of a file of completions, in order: `task_id`, and `completion` or EvalPlus's `solution`.
+    """The lines of a file of completions, in order: `task_id`, and `completion` or EvalPlus's `solution`, which counts
+    where a line has both.
 
     Raises:
         ConfigError: the file cannot be read, or a row is malformed (by file, line and field).
     """
     for row in read_rows(path, ("task_id", "completion", "solution", "prompt")):
-        given = [key for key in ("completion", "solution") if row.fields.get(key) is not None]
-        if len(given) != 1:
-            raise row.error("completion", expected="completion or solution", got=" and ".join(given) or "neither")
+        is_program = row.fields.get("solution") is not None
+        if not is_program and row.fields.get("completion") is None:
+            raise row.error("completion", expected="completion or solution", got="neither")
         yield Completion(
             row=row,
             task_id=row.text("task_id"),
-            text=row.text(given[0]),
-            is_program=given == ["solution"],
+            text=row.text("solution" if is_program else "completion"),
+            is_program=is_program,
             prompt=row.fields.get("prompt"),
         )
 

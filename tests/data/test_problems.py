@@ -142,7 +142,7 @@ def test_inputs_that_no_test_runs_are_said(tmp_path, capsys):
 def test_completions_continue_the_prompt_and_solutions_are_whole_programs(tmp_path):
     rows = [
         {"task_id": "a", "completion": " return 1", "prompt": "def f():"},
-        {"task_id": "a", "solution": "def f(): return 2", "completion": None, "_identifier": "x"},
+        {"task_id": "a", "solution": "def f(): return 2", "completion": "pass", "_identifier": "x"},
         {"task_id": "b", "completion": ""},
     ]
     path = write(tmp_path, rows, "samples.jsonl")
@@ -162,7 +162,6 @@ def test_completions_continue_the_prompt_and_solutions_are_whole_programs(tmp_pa
     [
         ({"task_id": "a"}, "line 1, field 'completion'; expected: completion or solution; got: neither"),
         ({"task_id": "a", "solution": None}, "expected: completion or solution; got: neither"),
-        ({"task_id": "a", "solution": "", "completion": ""}, "got: completion and solution"),
         ({"task_id": "a", "solution": 1}, "line 1, field 'solution'; expected: a string; got: int 1"),
         ({"task_id": 0, "solution": ""}, "line 1, field 'task_id'; expected: a string; got: int 0"),
         ({"solution": ""}, "line 1, field 'task_id'; expected: the field in every row"),

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.humaneval import read_problems
+from data.humaneval import read_completions, read_problems
 from data.records import Problem
-from data.tabular import read_rows
 from data.templates import humaneval_prompt
 from shared.errors import ConfigError
 from shared.eval.sandbox.runner import Candidate, open_sandbox, run_candidates
@@ -61,15 +60,14 @@ def score_file(
     """
     by_id = {problem.task_id: problem for problem in read_problems(problems_file)}
     candidates, task_ids = [], []
-    for row in read_rows(completions_file):
-        task_id = row.text("task_id")
-        solution = None if row.fields.get("solution") is None else row.text("solution")
-        completion = row.text("completion") if solution is None else ""
-        problem = by_id.get(task_id)
+    for written in read_completions(completions_file):
+        problem = by_id.get(written.task_id)
         if problem is None:
-            raise row.error("task_id", expected=f"a problem of {problems_file}", got=repr(task_id))
-        task_ids.append(task_id)
-        candidates.append(to_candidate(problem, completion, row.fields.get("prompt"), solution=solution))
+            expected = f"a problem of {problems_file}"
+            raise written.row.error("task_id", expected=expected, got=repr(written.task_id))
+        task_ids.append(written.task_id)
+        text, solution = ("", written.text) if written.is_program else (written.text, None)
+        candidates.append(to_candidate(problem, text, written.prompt, solution=solution))
     if not candidates:
         raise ConfigError("no completions in the file", where=completions_file)
     if missing := by_id.keys() - set(task_ids):
