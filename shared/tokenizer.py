@@ -118,11 +118,12 @@ def encode_documents(tokenizer: Tokenizer, parts: Sequence[tuple[str, str]]) -> 
     opening, closing = (tokenizer.convert_tokens_to_ids(list(end)) for end in document_ends(tokenizer))
     encoded = []
     for (prompt, _), text, encoding, ids, again in zip(parts, texts, encodings, text_ids, restored, strict=True):
-        offsets = encoding.offsets
-        in_prompt = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
+        # `token_to_chars` gives one token's offsets; the list of all would take longer than what is needed of it.
+        beyond = (i for i in range(len(ids)) if encoding.token_to_chars(i)[1] > len(prompt))
+        in_prompt = next(beyond, len(ids))
         num_prompt_tokens = len(opening) + in_prompt
         first_target = max(num_prompt_tokens, 1) - len(opening)  # nothing predicts a document's very first token
-        target_text = text[offsets[first_target][0] :] if first_target < len(offsets) else ""
+        target_text = text[encoding.token_to_chars(first_target)[0] :] if first_target < len(ids) else ""
         num_tokens = len(opening) + len(ids) + len(closing)
         encoded.append(
             Encoded(

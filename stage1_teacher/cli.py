@@ -143,8 +143,8 @@ def plan(out: Path, profile: Path | None, pilot_docs: int, as_json: bool, **opti
     """Measure a build before running it.
 
     Prints tokens, size against the free disk, hours, memory, and for each K what rows would hold, lose and take. Takes
-    the options of `teacher build`. All documents are tokenised; some, evenly spaced in order of length, are labelled
-    and encoded. Nothing is written.
+    the options of `teacher build`. All documents are tokenised, with --limit-docs the first N; some, evenly spaced in
+    order of length, are labelled and encoded. Nothing stays written.
     """
     from shared.files import to_json
     from stage1_teacher.plan import plan_build

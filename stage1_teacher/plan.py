@@ -44,7 +44,9 @@ MANIFEST_BYTES = 8_192
 
 
 def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str, Any]:
-    """Measure what `teacher build` with this configuration would take; writes nothing.
+    """Measure what `teacher build` with this configuration would take; leaves nothing written.
+
+    The documents' tokens go to a temporary folder meanwhile.
 
     Args:
         config: teacher, data and options, as for a build.

@@ -22,10 +22,11 @@ from shared.cache.info import cache_info
 from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
 from shared.machine import versions
-from stage1_teacher.build import find_teacher, read_corpus, read_documents
+from stage1_teacher.build import find_teacher, load_limits, read_documents
 from stage1_teacher.capture import capture_shard, load_teacher, to_arrays
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.documents import plan_shards
+from stage1_teacher.store import make_store
 
 K = 128
 LIMITS = {"K=16": 35, "K=50": 92, "K=64": 116, "top-p 0.98 within 64": 43}  # bytes per token, codec q with gzip
@@ -39,15 +40,17 @@ def capture(teacher: str, dataset: str, split: str, shard_tokens: int) -> tuple[
     """The exact rows of a build, shard by shard, with the tokenizer's size and the head's width."""
     config = TeacherConfig(teacher=teacher, dataset=dataset, split=split, top_k=K, shard_tokens=shard_tokens)
     files, documents = find_teacher(config), read_documents(config)
-    tokenizer, corpus, width = read_corpus(config, files, documents.documents)
+    tokenizer, limits = load_limits(config, files)
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(Path(folder) / "tokens", {}, documents, tokenizer, limits)
     _, source = load_teacher(config, files)
     shards = []
-    for part in plan_shards(corpus.lengths, shard_tokens):
-        segments = [corpus.segments[i] for i in part]
+    for part in plan_shards(store.lengths, shard_tokens):
+        segments = store.segments(part)
         captured = capture_shard(source, segments, config, len(tokenizer), lambda tokens: None)
         shards.append(to_arrays(captured, segments, config, len(tokenizer))[0])
         print(f"captured {sum(len(shard.tokens) for shard in shards):,} tokens", flush=True)
-    return shards, len(tokenizer), width
+    return shards, len(tokenizer), limits.head_width
 
 
 def write_cache(path: Path, shards: list[ShardArrays], size: int, width: int, **options: object) -> dict:

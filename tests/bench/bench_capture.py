@@ -34,7 +34,7 @@ from shared.logits import LogitSource
 from shared.tokenizer import load_tokenizer
 from stage1_teacher.capture import capture_shard, to_arrays
 from stage1_teacher.config import TeacherConfig
-from stage1_teacher.documents import cut_documents, plan_shards
+from stage1_teacher.documents import Limits, cut_documents, plan_shards
 
 SPEEDUP, MEMORY, SHARE_CPU, SHARE_GPU, SCALING = 1.8, 0.5, 0.88, 0.95, 0.05
 # https://huggingface.co/bigcode/starcoder2-3b/blob/main/config.json
@@ -67,8 +67,10 @@ class Bench:
         tokenizer = load_tokenizer(Path(options.teacher))
         documents = load_documents(options.dataset, "train", limit_docs=options.documents).documents
         self.size = len(tokenizer)
-        corpus = cut_documents(documents, tokenizer, max_length=2_048, on_long="split", head_width=self.size)
-        self.segments, self.lengths = corpus.segments, corpus.lengths
+        limits = Limits(max_length=2_048, on_long="split", head_width=self.size)
+        cut = cut_documents([(document, document.digest) for document in documents], tokenizer, limits)
+        self.segments = [segment for document in cut for segment in document.segments]
+        self.lengths = [len(segment.ids) for segment in self.segments]
         self.device = "cuda" if on_gpu else "cpu"
         if options.shape:
             from transformers import Starcoder2Config, Starcoder2ForCausalLM
@@ -129,7 +131,7 @@ class Bench:
         lengths = [self.lengths[i] - drop_last for i in documents]
         ids_BT = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
         for row, i in enumerate(documents):
-            ids_BT[row, : lengths[row]] = torch.tensor(self.segments[i].ids[: lengths[row]])
+            ids_BT[row, : lengths[row]] = torch.from_numpy(self.segments[i].ids[: lengths[row]].astype(np.int64))
         real_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return ids_BT.to(self.device), real_BT.to(self.device)
 
