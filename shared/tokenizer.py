@@ -108,13 +108,22 @@ def encode_document(tokenizer: Tokenizer, prompt: str, completion: str) -> Encod
     return encode_documents(tokenizer, [(prompt, completion)])[0]
 
 
-def encode_documents(tokenizer: Tokenizer, parts: Sequence[tuple[str, str]]) -> list[Encoded]:
-    """Tokenise documents, given as prompt and completion, on all processors; see `encode_document`."""
+def encode_documents(
+    tokenizer: Tokenizer, parts: Sequence[tuple[str, str]], encodings: Sequence[Any] | None = None
+) -> list[Encoded]:
+    """Tokenise documents on all processors; see `encode_document`.
+
+    Args:
+        tokenizer: decides what documents open and close with.
+        parts: prompt and completion of each.
+        encodings: what `TextEncoder` made of each text, prompt and completion together, if it did.
+    """
     texts = [prompt + completion for prompt, completion in parts]
-    with plain_backend(tokenizer.backend_tokenizer) as backend:
-        encodings = backend.encode_batch(texts, add_special_tokens=False)
-        text_ids = [encoding.ids for encoding in encodings]
-        restored = backend.decode_batch(text_ids, skip_special_tokens=True)  # as `decode`
+    if encodings is None:
+        with plain_backend(tokenizer.backend_tokenizer) as backend:
+            encodings = backend.encode_batch(texts, add_special_tokens=False)
+    text_ids = [encoding.ids for encoding in encodings]
+    restored = tokenizer.backend_tokenizer.decode_batch(text_ids, skip_special_tokens=True)  # as `decode`
     opening, closing = (tokenizer.convert_tokens_to_ids(list(end)) for end in document_ends(tokenizer))
     encoded = []
     for (prompt, _), text, encoding, ids, again in zip(parts, texts, encodings, text_ids, restored, strict=True):
@@ -134,6 +143,21 @@ def encode_documents(tokenizer: Tokenizer, parts: Sequence[tuple[str, str]]) -> 
             )
         )
     return encoded
+
+
+class TextEncoder:
+    """Encodes plain texts on all processors, in a thread of its own if need be: it is a copy of the tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self._backend = Backend.from_str(tokenizer.backend_tokenizer.to_str())
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """The encodings of texts, as `encode_documents` takes them. Python's lock is free meanwhile."""
+        with plain_backend(self._backend) as backend:
+            encodings: list[Any] = backend.encode_batch(list(texts), add_special_tokens=False)
+        return encodings
 
 
 def count_target_bytes(

@@ -61,14 +61,25 @@ class CutDocument:
     lacks_targets: bool
 
 
-def cut_documents(documents: Sequence[tuple[Document, str]], tokenizer: Tokenizer, limits: Limits) -> list[CutDocument]:
+def cut_documents(
+    documents: Sequence[tuple[Document, str]],
+    tokenizer: Tokenizer,
+    limits: Limits,
+    encodings: Sequence[Any] | None = None,
+) -> list[CutDocument]:
     """Tokenise documents, each given with its digest, on all processors and bring each within the limit.
+
+    Args:
+        documents: texts with prompt and completion, or chats.
+        tokenizer: the teacher's.
+        limits: of the segments.
+        encodings: of the documents that are no chats; see `shared.tokenizer.encode_documents`.
 
     Raises:
         ConfigError: a chat that the template refuses, or an id that the head cannot predict; the document is named.
     """
-    plain = [document for document, _ in documents if document.messages is None]
-    encoded = iter(encode_documents(tokenizer, [(document.prompt, document.completion) for document in plain]))
+    parts = [(document.prompt, document.completion) for document, _ in documents if document.messages is None]
+    encoded = iter(encode_documents(tokenizer, parts, encodings))
     return [
         _cut(
             document,

@@ -4,6 +4,7 @@ All processes of a build map the same files, and a resume maps them again. Only 
 store's JSON is written last and holds every file's SHA-256, so a store is whole or it is made again.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -26,15 +27,18 @@ from shared.files import fsync_directory, write_bytes
 from shared.lock import Lock
 from shared.process import log
 from shared.records import from_dict, to_dict
-from shared.tokenizer import Tokenizer
+from shared.tokenizer import TextEncoder, Tokenizer
 from stage1_teacher.documents import CutDocument, Limits, Segment, cut_documents
 
 SEAL = "store.json"
 TOKENS, TARGETS, LENGTHS, METAS, META_LENGTHS = "tokens.u32", "targets.u8", "lengths.u32", "metas.jsonl", "metas.u32"
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # tokenised at once; a longer document is a batch by itself
 MAX_CHARACTERS = 1 << 26  # of one document: tokenising takes some 50 times that in bytes
+BATCHES_AHEAD = 2  # that are encoded or wait for it
 NAMED_IDS = 5
 SAMPLE = 16
+
+Batch = list[tuple[Document, str]]  # documents with their digests
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -195,21 +199,27 @@ def make_store(
 def _tokenise(
     writer: "_Writer", data: DocumentSet, tokenizer: Tokenizer, limits: Limits, skipped: Container[str]
 ) -> None:
-    """Read a batch and write another one while a third is tokenised, on all processors."""
-    pending: Future[list[CutDocument]] | None = None
-    with ThreadPoolExecutor(1, "tokeniser") as pool:
+    """Read, cut and write batches while others are encoded, on all processors, in a thread beside this one."""
+    encoder, pending = TextEncoder(tokenizer), collections.deque[tuple[Batch, Future[list[Any]]]]()
+
+    def write() -> None:
+        batch, encodings = pending.popleft()
+        writer.add(cut_documents(batch, tokenizer, limits, encodings.result()))
+
+    with ThreadPoolExecutor(1, "encoder") as pool:
         for batch in _batches(_new_documents(data.documents, writer.facts, skipped)):
-            done = pending.result() if pending else []
-            pending = pool.submit(cut_documents, batch, tokenizer, limits)
-            writer.add(done)
-        require(
-            pending is not None,
-            "every document is in a cache of --skip-in",
-            where=data.name,
-            fix="train on these caches",
-        )
-        if pending is not None:
-            writer.add(pending.result())
+            texts = [document.prompt + document.completion for document, _ in batch if document.messages is None]
+            pending.append((batch, pool.submit(encoder.encode, texts)))
+            if len(pending) > BATCHES_AHEAD:
+                write()
+        while pending:
+            write()
+    require(
+        writer.facts.num_new,
+        "every document is in a cache of --skip-in",
+        where=data.name,
+        fix="train on these caches",
+    )
     require(
         writer.facts.num_tokens,
         "no document is left",
@@ -234,9 +244,9 @@ def _new_documents(
     facts.digest = running.hexdigest()
 
 
-def _batches(documents: Iterable[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
+def _batches(documents: Iterable[tuple[Document, str]]) -> Iterator[Batch]:
     """Consecutive documents, no more at once than fit in little memory."""
-    batch: list[tuple[Document, str]] = []
+    batch: Batch = []
     characters = 0
     for document, digest in documents:
         size = len(document.prompt) + len(document.completion)

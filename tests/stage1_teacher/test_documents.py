@@ -23,7 +23,7 @@ def letters(monkeypatch):
             lossless="~" not in prompt + completion,
         )
 
-    monkeypatch.setattr(module, "encode_documents", lambda tokenizer, parts: [encode(*part) for part in parts])
+    monkeypatch.setattr(module, "encode_documents", lambda tokenizer, parts, _: [encode(*part) for part in parts])
     monkeypatch.setattr("shared.tokenizer.decode", lambda tokenizer, ids: "".join(chr(i) for i in ids if i))
 
 

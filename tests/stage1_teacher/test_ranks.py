@@ -84,7 +84,9 @@ def test_a_rank_that_is_killed_ends_the_job_and_another_number_finishes(argument
     errors = process.communicate(timeout=100)[1]
     assert process.returncode == 0, errors
     assert "shards are done already" in errors
+    assert errors.count("60 documents are tokenised already") == 1
     assert contents(out) == whole
+    assert [entry.name for entry in tmp_path.iterdir()] == ["cache"]
 
 
 def test_one_error_for_all_ranks(arguments, tmp_path):
