@@ -2,9 +2,8 @@
 
 1. Tokens per second of `make_store` over JSONL on disk, beside `encode_batch` of the tokenizers library over the same
    texts, which lie in memory already. Each runs several times, in turn; the best counts.
-2. The most memory of a whole build beyond what the teacher takes, by number of documents, from a process of its own for
-   each: opened, tokenised, planned, and its first shards labelled by a tiny random teacher. The teacher's share is the
-   memory of a build of a few documents.
+2. The most memory of a build, by number of documents, from a process of its own for each: opened, tokenised, planned,
+   and its first shards labelled by a tiny random teacher. Beside it, what a process takes that only loads that teacher.
 3. Seconds from the start of a resumed build to its first label: digests are checked, nothing is tokenised.
 
     python tests/bench/bench_stage1.py --tokenizer DIR [--documents 10000 100000] [--tokens 900] [--repeats 3]
@@ -29,7 +28,6 @@ from shared.tokenizer import load_tokenizer, plain_backend, record_ends
 from stage1_teacher.documents import Limits
 from stage1_teacher.store import BATCH_DOCUMENTS, make_store
 
-FEW = 64  # documents, for the teacher's own memory
 SPEED_DOCUMENTS = 2_000
 SHARDS = 2  # that are labelled
 
@@ -92,20 +90,18 @@ def show_speed(folder: Path, options) -> None:
 def show_memory(folder: Path, options) -> None:
     teacher = folder / "teacher"
     make_teacher(teacher, options.tokenizer)
-    alone = None
-    for count in (FEW, *options.documents):
+    alone = child(teacher, Path(), Path())["peak_bytes"]
+    print(f"the teacher alone: {alone / 2**20:,.0f} MiB", flush=True)
+    for count in options.documents:
         path, out = folder / f"{count}.jsonl", folder / f"cache-{count}"
         write_documents(path, count, load_tokenizer(options.tokenizer), options.tokens)
         found = child(teacher, path, out)
-        alone = alone or found["peak_bytes"]
         peak, beyond = found["peak_bytes"] / 2**20, (found["peak_bytes"] - alone) / 2**20
         line = (
             f"{count:>9,} documents, {found['tokens']:>12,} tokens: most memory {peak:,.0f} MiB, {beyond:,.0f} beyond "
         )
-        line += f"the smallest; first label after {found['seconds']:,.1f} s"
-        if count != FEW:
-            again = child(teacher, path, out)
-            line += f", resumed after {again['seconds']:,.1f} s"
+        line += f"the teacher; first label after {found['seconds']:,.1f} s, "
+        line += f"resumed after {child(teacher, path, out)['seconds']:,.1f} s"
         print(line, flush=True)
         path.unlink()
 
@@ -120,14 +116,16 @@ def child(teacher: Path, path: Path, out: Path) -> dict:
 
 
 def build(teacher: str, dataset: str, out: str) -> None:
-    """Build until some shards are captured."""
+    """Build until some shards are captured; without documents only load the teacher."""
     began = time.monotonic()
     from stage1_teacher import capture
-    from stage1_teacher.build import build_cache, store_folder
+    from stage1_teacher.build import build_cache, find_teacher, store_folder
     from stage1_teacher.config import TeacherConfig
     from stage1_teacher.store import TokenStore
 
-    capture_shard, starts = capture.capture_shard, []
+    capture_shard, starts, num_tokens = capture.capture_shard, [], 0
+    options = {"dtype": "float32", "top_k": 8, "shard_tokens": 8_192, "device_map": "cpu"}
+    config = TeacherConfig(teacher=teacher, dataset=dataset, **options)
 
     def counted(*arguments):
         starts.append(time.monotonic() - began)
@@ -136,14 +134,15 @@ def build(teacher: str, dataset: str, out: str) -> None:
         return capture_shard(*arguments)
 
     capture.capture_shard = counted
-    config = TeacherConfig(
-        teacher=teacher, dataset=dataset, dtype="float32", top_k=8, shard_tokens=8_192, device_map="cpu"
-    )
-    with contextlib.suppress(KeyboardInterrupt):
-        build_cache(config, Path(out))
-    tokens = TokenStore(store_folder(Path(out))).facts.num_tokens
+    if dataset == str(Path()):
+        capture.load_teacher(config, find_teacher(config))
+        starts.append(time.monotonic() - began)
+    else:
+        with contextlib.suppress(KeyboardInterrupt):
+            build_cache(config, Path(out))
+        num_tokens = TokenStore(store_folder(Path(out))).facts.num_tokens
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"tokens": tokens, "seconds": starts[0], "peak_bytes": peak}))
+    print(json.dumps({"tokens": num_tokens, "seconds": starts[0], "peak_bytes": peak}))
 
 
 def make_teacher(folder: Path, tokenizer: str) -> None:
