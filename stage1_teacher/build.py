@@ -395,7 +395,7 @@ def _tokenise(task: Task, tokenizer: Tokenizer, limits: Limits) -> bool:
     found = find_store(folder, request)
     if found is None:
         if (out / LOCK).exists():
-            Lock(out).release()  # refuses where another process is labelling the store's tokens
+            Lock(out, "building this cache").release()  # refuses where another process is labelling the store's tokens
         store = make_store(folder, request, task.data, tokenizer, limits, skipped=_known_digests(task.skip_in))
     else:
         store = found
