@@ -57,11 +57,12 @@ def decode(rows: NarrowRows, chosen_N: Tensor, decoding: Decoding) -> SoftLabels
         decoding: T and the sampling.
     """
     num_blocks, num_codes = rows.codebook.shape
-    ids_NK = rows.ids[chosen_N].long()
+    # Unsigned 16-bit numbers can be copied on every device, but not indexed: they are widened first.
+    ids_NK = rows.ids.int()[chosen_N].long()
     k_N = rows.k[chosen_N].long()
     # m̂ [N, K]: each block's codes follow those of the block before in one long codebook
     shift_N = chosen_N // (len(rows.k) // num_blocks) * num_codes
-    margins_NK = rows.codebook.flatten()[rows.codes[chosen_N].long() + shift_N[:, None]]
+    margins_NK = rows.codebook.flatten()[rows.codes.int()[chosen_N].long() + shift_N[:, None]]
     outside_NK = torch.arange(ids_NK.shape[1], device=k_N.device) >= k_N[:, None]
     # log p [N, K] and log p_τ [N]
     log_weights_NK = (margins_NK / -decoding.temperature).masked_fill_(outside_NK, -torch.inf)
@@ -72,7 +73,7 @@ def decode(rows: NarrowRows, chosen_N: Tensor, decoding: Decoding) -> SoftLabels
         return soft
     assert rows.sample_ids is not None and rows.sample_log_tail is not None
     weights = _sample_weights(rows, chosen_N, decoding, margins_NK.masked_fill(outside_NK, torch.inf), log_total_N, k_N)
-    return soft._replace(sample_ids=rows.sample_ids[chosen_N].long(), sample_weights=weights)
+    return soft._replace(sample_ids=rows.sample_ids.int()[chosen_N].long(), sample_weights=weights)
 
 
 def _sample_weights(
@@ -87,7 +88,7 @@ def _sample_weights(
     sampling, T = decoding.sampling, decoding.temperature
     assert sampling is not None and rows.sample_counts is not None
     assert rows.sample_margins is not None and rows.sample_log_tail is not None
-    counts_NS = rows.sample_counts[chosen_N].float()
+    counts_NS = rows.sample_counts.int()[chosen_N].float()
     drawn_tail_N = rows.sample_log_tail[chosen_N]
     drawn_total_N = _log_total(margins_NK / -sampling.temperature, drawn_tail_N, k_N)
     log_ratio_NS = torch.zeros_like(counts_NS)
