@@ -32,12 +32,12 @@ class ShardMemory:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.num_reads = 0  # shards that were read and decoded so far
-        self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
+        self._shards: OrderedDict[tuple[Path, int], Shard] = OrderedDict()
         self._num_bytes = 0
 
     def get(self, cache: "Cache", number: int) -> Shard:
         """A cache's shard, from memory or read now."""
-        key = (id(cache), number)
+        key = (cache.path, number)
         if key in self._shards:
             self._shards.move_to_end(key)
             return self._shards[key]

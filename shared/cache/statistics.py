@@ -17,7 +17,7 @@ QUANTILES = {"p1": 0.01, "p10": 0.10}
 def measure(
     a: ShardArrays, decoded: Array, tail: Array, *, temperatures: Sequence[float], scale: int
 ) -> dict[str, Any]:
-    """Compute a shard's statistics, in float64 but for the captured mass, which is in float32.
+    """Compute a shard's statistics in float64.
 
     The encoding's error is measured on every row of a shard of up to `WHOLE_ROWS` rows, and on every `EVERY`-th row of
     a larger one.
@@ -66,7 +66,7 @@ def _head_mass(a: ShardArrays, tail_log: Array, T: float) -> Array:
     if not len(tail_log):
         return np.zeros(0)
     starts = a.row_indptr()[:-1][a.k > 0]
-    head = np.add.reduceat(np.exp(a.topk_margins / np.float32(-T)), starts).astype(np.float64)
+    head = np.add.reduceat(np.exp(a.topk_margins.astype(np.float64) / -T), starts)
     with np.errstate(over="ignore"):
         mass: Array = head / (head + np.exp(tail_log))
     return mass

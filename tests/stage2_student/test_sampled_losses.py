@@ -107,4 +107,4 @@ def test_weights_by_hand():
         ("tail", [2, 3], 0.5, [0.75 * sharp[2] * p[2:].sum() / p[2], 0.25 * sharp[3] * p[2:].sum() / p[3]]),
     ):
         got = weights(drawn_from, ids, temperature)
-        np.testing.assert_allclose(got, [[*expected, 0, 0], [0] * 4], rtol=2e-6)
+        np.testing.assert_allclose(got, [[*expected, 0, 0], [0] * 4], rtol=1e-6)

@@ -102,10 +102,7 @@ def test_kl_is_bounded_and_measured_right(row, codec):
         kl = float(np.sum(p[alive] * (exact[alive] - decoded[alive])))
         assert kl <= BOUND_NATS
         assert list(statistics["codec_kl_nats"][f"{T:g}"].values()) == pytest.approx([kl, kl], abs=1e-12)
-        assert statistics["captured_mass"][f"{T:g}"]["mean"] == pytest.approx(
-            float(p[:-1].sum()),
-            abs=2e-6,  # it is summed in float32
-        )
+        assert statistics["captured_mass"][f"{T:g}"]["mean"] == pytest.approx(float(p[:-1].sum()), abs=1e-12)
 
         errors = np.append((arrays.topk_margins.astype(np.float64) - shard.margins) / T, 0.0)
         if alive[-1]:
