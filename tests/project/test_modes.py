@@ -11,7 +11,9 @@ from tests.support.eval_models import save_model
 
 
 @pytest.fixture
-def umask():
+def umask(monkeypatch):
+    # One W&B service writes for all tests of a process, under the umask of the test that started it.
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     before = os.umask(0o027)
     yield
     os.umask(before)
