@@ -13,6 +13,7 @@ from shared.cache.reader import Cache
 from shared.errors import ConfigError, require
 from shared.files import read_json, sha256_file, sha256_json
 from shared.hub import fetch_model, read_card, stated_license
+from shared.machine import require_usable_card
 from shared.process import local_rank, log
 from shared.tokenizer import Tokenizer, load_tokenizer
 
@@ -254,14 +255,16 @@ def load_frozen(directory: Path, dtype: str = "auto", *, load_in: str | None = N
             `max_memory`.
 
     Raises:
-        ConfigError: bitsandbytes is missing, or the directory holds no model that transformers can load, or not all of
-            one: transformers would draw at random what is missing.
+        ConfigError: bitsandbytes is missing; torch cannot use the card that is there; or the directory holds no model
+            that transformers can load, or not all of one: transformers would draw at random what is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     weight_files(directory)
+    if placement.get("device_map") != "cpu":
+        require_usable_card()
     disable_progress_bar()
     if load_in:
         placement["quantization_config"] = quantization_config(load_in, dtype)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shared.errors import require
+
 
 def machine() -> dict[str, Any]:
     """Describe this machine: host, processor, cores, memory, accelerators (those that torch sees, if it is loaded)."""
@@ -42,3 +44,31 @@ def versions(*packages: str) -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def require_usable_card() -> None:
+    """Refuse to run on the processor where torch cannot use the NVIDIA card: it would take days, silently.
+
+    Cards that CUDA_VISIBLE_DEVICES hides are not meant to be used.
+
+    Raises:
+        ConfigError: the driver lists a card and torch sees none.
+    """
+    import pynvml
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    try:
+        pynvml.nvmlInit()
+        cards, driver = pynvml.nvmlDeviceGetCount(), pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return  # no driver, so no card
+    require(
+        not cards,
+        "torch cannot use this machine's NVIDIA card",
+        expected=f"a driver for CUDA {torch.version.cuda}" if torch.version.cuda else "a CUDA build of torch",
+        got=f"torch {torch.__version__}, driver {driver}",
+        fix="update the driver, or install a torch that it can run (https://pytorch.org/get-started/locally); "
+        "CUDA_VISIBLE_DEVICES=-1 runs on the processor",
+    )
