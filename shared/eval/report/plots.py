@@ -16,6 +16,7 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from shared.cache.manifest import Manifest
 from shared.eval.report.tables import Measured, Model
 from shared.eval.results import Proof
 
@@ -75,7 +76,7 @@ class Plot:
 def report_plots(
     models: Sequence[Model],
     logs: Mapping[str, Sequence[Mapping[str, Any]]],
-    caches: Sequence[Mapping[str, Any]],
+    caches: Mapping[str, Manifest | None],
     proof: Proof | None,
 ) -> dict[str, Plot]:
     """The report's plots for which there is data, by name.
@@ -83,7 +84,7 @@ def report_plots(
     Args:
         models: teacher first.
         logs: by label of the students, in the report's order, the records of `training_log.jsonl`.
-        caches: manifests.
+        caches: manifests by name.
         proof: what `student proof` wrote.
     """
     plots = {
@@ -145,16 +146,16 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float,
     return sorted({r["step"]: r[key] for r in records if r.get(key) is not None and "step" in r}.items())
 
 
-def mass_plot(caches: Sequence[Mapping[str, Any]]) -> Plot | None:
+def mass_plot(caches: Mapping[str, Manifest | None]) -> Plot | None:
     """Draw the teacher's probability mass inside the cached rows by temperature, as manifests have it."""
     lines: list[Line] = []
     words, ticks = [], set()
-    for index, cache in enumerate(caches, 1):
-        masses = (cache.get("statistics") or {}).get("captured_mass", {})
+    for index, (name, manifest) in enumerate(caches.items(), 1):
+        masses = manifest.statistics["captured_mass"] if manifest else {}
         known = sorted((float(T), mass) for T, mass in masses.items() if mass["mean"] is not None)
         if known:
             means, tenths = ([(T, mass[key]) for T, mass in known] for key in ("mean", "p10"))
-            name, colour = cache["name"], _colour(index)
+            colour = _colour(index)
             lines.append((name, means, {"color": colour, "marker": "o", "markersize": 3.5}))
             lines.append((f"{name}, 10th percentile", tenths, {"color": colour, "linestyle": ":"}))
             words.append(f"{name}: " + ", ".join(f"{mean:.3f} at T={T:g}" for T, mean in means))

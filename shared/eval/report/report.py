@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.cache.format import FORMAT, MANIFEST, VERSION
+from shared.cache.manifest import Manifest, read_manifest
 from shared.checkpoints import WEIGHTS, model_digest
 from shared.errors import ConfigError, require
 from shared.eval.report import tables
@@ -18,12 +20,13 @@ from shared.eval.results import BenchmarkResult, Draft, Fidelity, Latency, Proof
 from shared.files import read_json, replace_files, sha256_file, to_json
 from shared.machine import machine, versions
 from shared.process import log
+from shared.records import to_dict
 
 PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib", "jinja2")
 RESULT_FILES = ("fidelity.json", "latency.json", "draft.json", *(f"{key}/result.json" for key in BENCHMARKS))
 BULKY = ("per_document", "per_prompt", "ece_bins", "outcomes", "definitions")  # in report.json, not on the page
 PAGES = ("report.md", "report.html")
-UNSHOWN = ("files", "name", "build", "documents_per_shard", "digest")  # of a manifest
+UNSHOWN = ("files", "build", "documents_per_shard")  # of a manifest
 NUM_PROMPTS = 3
 
 
@@ -34,14 +37,14 @@ class Collected:
     Args:
         models: teacher first.
         logs: training logs by label.
-        caches: what their manifests say.
+        caches: manifests by name; None for an unfinished cache.
         prompts: the first prompts, and what the models write after them.
         files: see `Files`.
     """
 
     models: Sequence[Model]
     logs: Mapping[str, list[dict[str, Any]]]
-    caches: Sequence[dict[str, Any]]
+    caches: Mapping[str, Manifest | None]
     proof: Proof | None
     prompts: Sequence[dict[str, Any]]
     files: Mapping[str, dict[str, Any]]
@@ -90,7 +93,7 @@ def collect(
             results'.
     """
     files = Files(out_dir.parent)
-    cache_entries = [_cache(path, files) for path in caches]
+    manifests = {files.name(path): _manifest(path, files) for path in caches}
     together = files.result(eval_dir / "latency.json", Latency, "size, speed, memory")
     timed = list(together.models) if together else []
     folders = _model_folders(eval_dir, runs, caches, timed)
@@ -114,7 +117,7 @@ def collect(
     return Collected(
         models=models,
         logs=logs,
-        caches=cache_entries,
+        caches=manifests,
         proof=files.result(proof_file, Proof, "variants over several seeds") if proof_file else None,
         prompts=_prompts(models, folders, files),
         files=files.files,
@@ -204,17 +207,14 @@ def _prompts(models: Sequence[Model], folders: Mapping[str, Path], files: Files)
     ]  # fmt: skip
 
 
-def _cache(path: Path, files: Files) -> dict[str, Any]:
-    """A cache's manifest without its list of files; only a reason where there is none."""
-    name, file = files.name(path), path / "manifest.json"
-    if not file.is_file():
-        return {"name": name, "reasons": {"manifest": "the cache has no manifest.json: it is unfinished"}}
-    manifest = read_json(file)
-    require(isinstance(manifest, dict), "a manifest of another form", where=file, expected="a JSON object")
-    made = (manifest.get(key) or {} for key in ("derived_from", "build"))
-    command = next((each["command"] for each in made if "command" in each), "teacher build")
-    files.remember(file, "captured mass, teacher, documents", f"codedistill {command}")
-    return {"name": name} | {key: value for key, value in manifest.items() if key not in UNSHOWN}
+def _manifest(path: Path, files: Files) -> Manifest | None:
+    if not (path / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(path)
+    made = [each for each in (manifest.derived_from, manifest.build) if each and "command" in each]
+    command = made[0]["command"] if made else "teacher build"
+    files.remember(path / MANIFEST, "captured mass, teacher, documents", f"codedistill {command}")
+    return manifest
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
     from shared.eval.report.plots import report_plots
 
     models, proof, pairs = collected.models, collected.proof, differences(collected.models)
-    render, given = _renderer(), facts(models, pairs, collected.caches, proof)
+    render, given = _renderer(), facts(models, pairs, collected.caches.values(), proof)
 
     def sentences(name: str) -> list[str]:
         """A template's paragraphs, each on one line."""
@@ -246,7 +246,7 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "proof": proof and proof.to_dict(),
         "prompts": collected.prompts,
         "caveats": sentences("caveats"),
-        "caches": collected.caches,
+        "caches": [_cache_json(*cache) for cache in collected.caches.items()],
         "files": collected.files,
         "inputs": collected.inputs,
         "machine": machine(),
@@ -278,6 +278,15 @@ def _model_json(model: Model, teacher: Model) -> dict[str, Any]:
         "results": {kind: result.to_dict() for kind, result in model.results.items()} | {"run": dict(model.run)},
         "outcomes": model.outcomes,
     }
+
+
+def _cache_json(name: str, manifest: Manifest | None) -> dict[str, Any]:
+    """What a manifest says but for its files; only a reason where there is none."""
+    if manifest is None:
+        return {"name": name, "reasons": {"manifest": "the cache has no manifest.json: it is unfinished"}}
+    fields = to_dict(dataclasses.replace(manifest, files={})).items()
+    shown = {key: value for key, value in fields if key not in UNSHOWN and value is not None}
+    return {"name": name, "format": FORMAT, "version": VERSION, **shown}
 
 
 def _score_json(result: BenchmarkResult) -> dict[str, Any]:

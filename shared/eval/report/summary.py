@@ -1,9 +1,10 @@
 """The report's sentences: the facts that `templates/{headline,background,caveats}.j2` put into words."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from shared.cache.manifest import Manifest
 from shared.errors import ConfigError
 from shared.eval.report.compare import Row, result_rows
 from shared.eval.report.tables import BASELINE, BENCHMARKS, NOT_HELD_OUT, Model, benchmarks_of
@@ -63,7 +64,7 @@ def _judged(baseline: Model, model: Model, kind: str) -> list[Row]:
 def facts(
     models: Sequence[Model],
     pairs: Sequence[Mapping[str, Any]],
-    caches: Sequence[Mapping[str, Any]],
+    manifests: Iterable[Manifest | None],
     proof: Proof | None,
 ) -> dict[str, Any]:
     """What the templates of the sentences are given."""
@@ -76,7 +77,7 @@ def facts(
         "student": student,
         "baseline": baseline,
         "paired": {row["figure"]: row for row in paired},
-        "manifest": next((cache for cache in caches if "sources" in cache), None),
+        "manifest": next(filter(None, manifests), None),
         "proof": proof,
         "best": max(ghosts, key=lambda variant: variant.k or 0, default=None),
         "benchmarks": benchmarks_of(models),
