@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from shared.cache.manifest import Manifest
-from shared.eval.report.tables import Measured, Model
+from shared.eval.report.tables import FIGURES, Cell, Model
 from shared.eval.results import Proof
 
 
@@ -171,7 +171,7 @@ def mass_plot(caches: Mapping[str, Manifest | None]) -> Plot | None:
 def fidelity_plot(models: Sequence[Model]) -> Plot | None:
     """Draw held-out NLL and KL to the teacher as bars with their 95 % intervals."""
     titles = {"heldout_nll_nats": "NLL, nats per token", "kl_to_teacher_nats": "KL to the teacher, nats per token"}
-    panels = {title: [model.measured(key) for model in models] for key, title in titles.items()}
+    panels = {title: [model.cell(FIGURES[key]) for model in models] for key, title in titles.items()}
     panels = {title: bars for title, bars in panels.items() if any(bar.value is not None for bar in bars)}
 
     def draw(figure: Figure) -> None:
@@ -198,7 +198,7 @@ def fidelity_plot(models: Sequence[Model]) -> Plot | None:
     return Plot(draw=draw, alt=f"Bars. {'; '.join(words)}.", size=size) if panels else None
 
 
-def _draw_bar(axes: Axes, row: int, bar: Measured) -> None:
+def _draw_bar(axes: Axes, row: int, bar: Cell) -> None:
     end = bar.value or 0
     axes.barh(row, end, color=_colour(row), height=0.62)
     if bar.ci95:

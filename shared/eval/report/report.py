@@ -252,8 +252,8 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(*PACKAGES),
     }
-    shown = {"report": report, "cards": tables.cards(models), "rows": tables.comparison_rows(models), "proof": proof,
-             "plots": report_plots(models, collected.logs, collected.caches, proof)}  # fmt: skip
+    shown = {"report": report, "rows": tables.comparison(models), "benchmark": next(iter(tables.benchmarks(models))),
+             "proof": proof, "plots": report_plots(models, collected.logs, collected.caches, proof)}  # fmt: skip
     pages = {name: render(f"{name}.j2", **shown).encode(errors="backslashreplace") for name in PAGES}
     report["pages"] = {name: hashlib.sha256(page).hexdigest() for name, page in pages.items()}
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -263,21 +263,24 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
 
 def _model_json(model: Model, teacher: Model) -> dict[str, Any]:
     """A model's figures, each None with a reason where it is missing, and the results that they come from."""
-    measured = {key: model.measured(key) for key in FIGURES}
-    scores = {key: model.score(model.benchmark(key)) for key in BENCHMARKS}
+    cells = {key: model.cell(figure) for key, figure in FIGURES.items()}
+    reasons = {key: cell.reason for key, cell in cells.items()}
+    for key in BENCHMARKS:
+        reasons[key] = f"not measured: there is no {key}/result.json for this model"
+        if result := model.benchmarks.get(key):
+            reasons[key] = None if result.solved else result.reasons.get("pass_at_1", "unknown")
     return {
         "label": model.label,
         "digests": model.digests,
-        **{key: each.value for key, each in measured.items()},
-        "ci95": {key: each.ci95 for key, each in measured.items() if each.ci95},
+        **{key: cell.value for key, cell in cells.items()},
+        "ci95": {key: cell.ci95 for key, cell in cells.items() if cell.ci95},
         **{key: _score_json(model.benchmarks[key]) if key in model.benchmarks else {} for key in BENCHMARKS},
-        "reasons": {key: each.reason for key, each in (measured | scores).items() if each.reason},
-        "ratios_to_teacher": {
-            key: tables.ratio_to_teacher(key, model, teacher) for key, f in FIGURES.items() if f.less
-        },
+        "reasons": {key: reason for key, reason in reasons.items() if reason},
+        "ratios_to_teacher": {key: tables.ratio_to_teacher(figure, model, teacher)
+                              for key, figure in FIGURES.items() if figure.less},
         "results": {kind: result.to_dict() for kind, result in model.results.items()} | {"run": dict(model.run)},
         "outcomes": model.outcomes,
-    }
+    }  # fmt: skip
 
 
 def _cache_json(name: str, manifest: Manifest | None) -> dict[str, Any]:
