@@ -45,13 +45,13 @@ class Request:
     Args:
         ids: the prompt's, BOS included; not empty.
         max_new_tokens: 1 or more, and no more than the model's positions allow.
-        finished: told the text so far every few tokens, says whether more of it is of no use.
+        finished: told the text so far every few tokens, says whether more of it is of no use; None: it never is.
         seed: what the sampled tokens follow from, whatever the batch; unused where greedy.
     """
 
     ids: list[int]
     max_new_tokens: int
-    finished: Callable[[str], bool]
+    finished: Callable[[str], bool] | None = None
     seed: str = ""
 
 
@@ -95,7 +95,7 @@ def prepare(
     prompt: str,
     *,
     max_new_tokens: int,
-    finished: Callable[[str], bool],
+    finished: Callable[[str], bool] | None = None,
     where: str = "",
 ) -> Request:
     """A request for a prompt as `data.templates` renders it; fewer tokens where the model's positions run out.
@@ -221,7 +221,7 @@ def _ends(
         text, reason = decode(tokenizer, new_ids), None
         if new_ids[-1] in eos:
             reason = "eos"
-        elif request.finished(text):
+        elif request.finished and request.finished(text):
             reason = "finished"
         elif len(new_ids) == request.max_new_tokens:
             reason = "length"
