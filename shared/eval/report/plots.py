@@ -74,24 +74,20 @@ class Plot:
 
 
 def report_plots(
-    models: Sequence[Model],
-    logs: Mapping[str, Sequence[Mapping[str, Any]]],
-    caches: Mapping[str, Manifest | None],
-    proof: Proof | None,
+    models: Sequence[Model], caches: Mapping[str, Manifest | None], proof: Proof | None
 ) -> dict[str, Plot]:
     """The report's plots for which there is data, by name.
 
     Args:
         models: teacher first.
-        logs: by label of the students, in the report's order, the records of `training_log.jsonl`.
         caches: manifests by name.
         proof: what `student proof` wrote.
     """
     plots = {
         "fidelity": fidelity_plot(models),
         "tradeoff": tradeoff_plot(models),
-        "ce": training_plot(logs, "ce"),
-        "kd": training_plot(logs, "kd"),
+        "ce": training_plot(models, "ce"),
+        "kd": training_plot(models, "kd"),
         "calibration": calibration_plot(models),
         "mass": mass_plot(caches),
         "proof": proof_plot(proof) if proof else None,
@@ -134,13 +130,18 @@ def _line_plot(what: str, lines: Sequence[Line], **settings: Any) -> Plot | None
     return Plot(draw=draw, alt=f"{what}. {'; '.join(words)}.")
 
 
-def training_plot(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> Plot | None:
+def training_plot(models: Sequence[Model], key: str) -> Plot | None:
     """Draw a loss in nats per token against the step, with its held-out counterpart `eval_<key>` where there is one."""
     lines: list[Line] = []
-    for index, (label, records) in enumerate(logs.items(), 1):
+    for index, model in enumerate(models):
         held_out = {"marker": "o", "markersize": 3}
-        for name, text, style in ((key, label, {"alpha": 0.45}), (f"eval_{key}", f"{label}, held out", held_out)):
-            known = {r["step"]: r[name] for r in records if r.get(name) is not None and "step" in r}  # a resume's last
+        for name, text, style in (
+            (key, model.label, {"alpha": 0.45}),
+            (f"eval_{key}", f"{model.label}, held out", held_out),
+        ):
+            known = {
+                r["step"]: r[name] for r in model.log if r.get(name) is not None and "step" in r
+            }  # a resume's last
             if known:
                 lines.append((text, sorted(known.items()), {"color": _colour(index), **style}))
     return _line_plot("Loss by step", lines, xlabel="optimizer step", ylabel="nats per token")

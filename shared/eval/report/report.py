@@ -36,14 +36,12 @@ class Collected:
 
     Args:
         models: teacher first.
-        logs: training logs by label.
         caches: manifests by name; None for an unfinished cache.
         prompts: the first prompts, and what the models write after them.
         files: see `Files`.
     """
 
     models: Sequence[Model]
-    logs: Mapping[str, list[dict[str, Any]]]
     caches: Mapping[str, Manifest | None]
     proof: Proof | None
     prompts: Sequence[dict[str, Any]]
@@ -109,14 +107,8 @@ def collect(
         recorded = (m.fidelity.teacher_nll_nats for m in models if m.fidelity)
         nll = next((nll for nll in recorded if nll is not None), None)
         models[0] = dataclasses.replace(models[0], cached_nll=nll)
-    logs = {
-        model.label: files.lines(runs[model.name] / "training_log.jsonl", "training curves",
-                                 "codedistill student train, as for run.json")
-        for model in models if model.name in runs
-    }  # fmt: skip
     return Collected(
         models=models,
-        logs=logs,
         caches=manifests,
         proof=files.result(proof_file, Proof, "variants over several seeds") if proof_file else None,
         prompts=_prompts(models, folders, files),
@@ -156,25 +148,29 @@ def _model(name: str, folder: Path, run_dir: Path | None, together: Latency | No
     """One model's results."""
     own = files.result(folder / "latency.json", Latency, "size, speed, memory")
     results, outcomes = {}, {}
-    for file in [folder / key / "result.json" for key in BENCHMARKS]:
+    for key in BENCHMARKS:
+        file = folder / key / "result.json"
         if not file.is_file():
             continue
-        key, result = file.parent.name, BenchmarkResult.read(file)
-        results[key] = result
+        result = results[key] = BenchmarkResult.read(file)
         files.remember(file, result.benchmark, result.command)
         if found := read_outcomes(file, result):
             outcomes[key] = found
             files.remember(file.with_name("verdicts.jsonl"), f"{result.benchmark}, problem by problem", result.command)
-    label = LABELS.get(name, f"{name} (folder)" if name in LABELS.values() else name)
+    run, log = {}, []
+    if run_dir:
+        run = files.record(run_dir / "run.json", "how the student was trained")
+        log = files.lines(run_dir / "training_log.jsonl", "training curves", run.get("command", ""))
     return Model(
         name=name,
-        label=label,
+        label=LABELS.get(name, f"{name} (folder)" if name in LABELS.values() else name),
         fidelity=files.result(folder / "fidelity.json", Fidelity, "NLL, KL, agreement, calibration"),
         latency=together if together and name in together.models else own,
         draft=files.result(folder / "draft.json", Draft, "speculative decoding"),
         benchmarks=results,
         outcomes=outcomes,
-        run=files.record(run_dir / "run.json", "how the student was trained") if run_dir else {},
+        run=run,
+        log=log,
         run_digest=model_digest(run_dir) if run_dir and (run_dir / WEIGHTS).is_file() else None,
     )
 
@@ -253,7 +249,7 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "versions": versions(*PACKAGES),
     }
     shown = {"report": report, "rows": tables.comparison(models), "benchmark": next(iter(tables.benchmarks(models))),
-             "proof": proof, "plots": report_plots(models, collected.logs, collected.caches, proof)}  # fmt: skip
+             "proof": proof, "plots": report_plots(models, collected.caches, proof)}  # fmt: skip
     pages = {name: render(f"{name}.j2", **shown).encode(errors="backslashreplace") for name in PAGES}
     report["pages"] = {name: hashlib.sha256(page).hexdigest() for name, page in pages.items()}
     out_dir.mkdir(parents=True, exist_ok=True)

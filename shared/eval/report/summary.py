@@ -10,8 +10,6 @@ from shared.eval.report.compare import Row, result_rows
 from shared.eval.report.tables import BASELINE, BENCHMARKS, FIGURES, NOT_HELD_OUT, Model, benchmarks
 from shared.eval.results import Proof
 
-FULL_SIZES = {"HumanEval": 164, "MBPP": 500}
-TOO_FEW_PROMPTS = 10
 MAY_DIFFER = {"alpha"}  # between a student and its baseline
 
 
@@ -82,8 +80,6 @@ def facts(
         "proof": proof,
         "best": max(ghosts, key=lambda variant: variant.k or 0, default=None),
         "benchmarks": benchmarks(models),
-        "full_sizes": FULL_SIZES,
-        "too_few_prompts": TOO_FEW_PROMPTS,
         "other_settings": _other_settings(student, baseline) if student and baseline else [],
         "machines": list(dict.fromkeys(_machine(m.latency.machine) for m in models if m.latency)),
     }

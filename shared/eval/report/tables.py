@@ -78,7 +78,8 @@ class Model:
         label: for the reader.
         fidelity, latency, draft: see `shared.eval.results`; the latency may hold other models too.
         benchmarks: by folder, see `BENCHMARKS`; `outcomes` of each problem likewise.
-        run: a student's run.json; empty where there is none. `run_digest` is the digest of the model in its folder.
+        run, log: a student's run.json and training_log.jsonl; empty where there is none. `run_digest` is the digest of
+            the model in the run's folder.
         cached_nll: the teacher's NLL as a cache recorded it, if the teacher itself was not scored.
     """
 
@@ -90,6 +91,7 @@ class Model:
     benchmarks: Mapping[str, BenchmarkResult] = field(default_factory=dict)
     outcomes: Mapping[str, Outcomes] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
+    log: Sequence[Mapping[str, Any]] = ()
     run_digest: str | None = None
     cached_nll: float | None = None
 
