@@ -304,22 +304,12 @@ def _renderer() -> Callable[..., str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    texts = (tables.count, tables.signed, tables.ratio_words, tables.spread_text, tables.paired_text)
+    texts = (tables.count, tables.signed, tables.ratio_words, tables.difference_cells, tables.variant_cells)
     environment.globals |= {"zip": zip} | {text.__name__: text for text in texts}
     environment.filters |= {
         "pretty": lambda value: to_json(value).rstrip(),
         "slim": lambda results: {kind: {key: value for key, value in result.items() if key not in BULKY}
                                  for kind, result in results.items()},
-        "figure": lambda value, row: "–" if value is None else format(value, ".1%" if row["is_share"] else ".3f"),
-        "signed": _signed,
-        "judged": lambda row: "not told apart" if row["verdict"] == "noise" else row["verdict"],
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|"),
     }  # fmt: skip
     return lambda name, **given: environment.get_template(name).render(**given)
-
-
-def _signed(value: float | None, row: Mapping[str, Any]) -> str:
-    """A difference between two figures; that of shares in percentage points."""
-    if value is None:
-        return "–"
-    return f"{tables.signed(100 * value, '+.1f')} pp" if row["is_share"] else tables.signed(value)

@@ -318,11 +318,33 @@ def signed(value: float, form: str = "+.3f") -> str:
     return format(value, form).replace("-", "−")
 
 
-def spread_text(spread: results.Spread) -> str:
-    """Mean and standard deviation."""
-    return f"{spread.mean:.3f}" + ("" if spread.sd is None else f" ± {spread.sd:.3f}")
+def difference_cells(row: Mapping[str, Any]) -> list[str]:
+    """A judged row of two students in text: both figures, difference, interval or p-value, verdict."""
+
+    def difference(value: float) -> str:
+        return f"{signed(100 * value, '+.1f')} pp" if row["is_share"] else signed(value)
+
+    form = ".1%" if row["is_share"] else ".3f"
+    sides = ["–" if row[side] is None else format(row[side], form) for side in ("a", "b")]
+    judged_by = "–" if row["p_value"] is None else f"p = {row['p_value']:.3g}"
+    if row["ci95"]:
+        judged_by = " to ".join(map(difference, row["ci95"]))
+    change = "–" if row["difference"] is None else difference(row["difference"])
+    return [*sides, change, judged_by, "not told apart" if row["verdict"] == "noise" else row["verdict"]]
 
 
-def paired_text(paired: results.PairedDifference | None) -> str:
-    """A paired difference with its interval."""
-    return f"{signed(paired.difference)} ({' to '.join(map(signed, paired.ci95))})" if paired else "–"
+def variant_cells(variant: results.ProofVariant) -> list[str]:
+    """A variant of the proof in text: settings, NLL, its difference, p-value, significance, KL, its difference."""
+
+    def spread(figure: results.Spread) -> str:
+        return f"{figure.mean:.3f}" + ("" if figure.sd is None else f" ± {figure.sd:.3f}")
+
+    def paired(figure: results.PairedDifference) -> str:
+        return f"{signed(figure.difference)} ({' to '.join(map(signed, figure.ci95))})"
+
+    k, versus = "" if variant.k is None else f", K {variant.k}", variant.versus_ce
+    settings = f"loss {variant.loss}{k}, lr {variant.learning_rate}, epochs {variant.epochs:g}"
+    if versus is None:
+        return [settings, spread(variant.test_nll), "–", "–", "–", spread(variant.test_kl), "–"]
+    found = [f"{versus.p_holm:.2g}", "yes" if versus.significant else "no"]
+    return [settings, spread(variant.test_nll), paired(versus), *found, spread(variant.test_kl), paired(versus.kl)]
