@@ -3,8 +3,9 @@
 Importing this module loads neither torch nor transformers.
 """
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,15 @@ def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
     tokenizer = load_tokenizer(directory)
     device = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     return load_frozen(directory, dtype).to(device), tokenizer
+
+
+@contextlib.contextmanager
+def trial(what: str, where: str, expected: str | None = None) -> Iterator[None]:
+    """Try a model before long work: whatever it raises inside becomes a `ConfigError` of this message."""
+    try:
+        yield
+    except Exception as error:  # models raise many unrelated types
+        raise ConfigError(what, where=where, expected=expected, got=f"{type(error).__name__}: {error}") from error
 
 
 def quantization_config(load_in: str, dtype: str) -> Any:

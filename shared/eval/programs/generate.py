@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from shared.checkpoints import trial
 from shared.errors import ConfigError
 from shared.eval.programs.completion import Ending
 from shared.tokenizer import Tokenizer, decode, encode_prompt, special_ids
@@ -131,12 +132,8 @@ def require_generation(model: Any, tokenizer: Tokenizer, request: Request) -> No
     Raises:
         ConfigError: transformers cannot generate with this model here.
     """
-    try:
+    with trial("transformers cannot generate with this model", type(model).__name__):
         generate_batch(model, tokenizer, [replace(request, max_new_tokens=min(request.max_new_tokens, 3))])
-    except Exception as error:  # models raise many unrelated types here
-        got = f"{type(error).__name__}: {error}"
-        what = "transformers cannot generate with this model"
-        raise ConfigError(what, where=type(model).__name__, got=got) from error
 
 
 def plan_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache
 
 from shared.cache.format import Array
-from shared.checkpoints import describe_model, dtype_name, load_model
+from shared.checkpoints import describe_model, dtype_name, load_model, trial
 from shared.errors import ConfigError, require
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
 from shared.eval.programs.generate import caches_by_token, eos_ids, prepare
@@ -148,7 +148,8 @@ def evaluate_draft(
     names, requests = _requests(prompts, tokenizer, (teacher, student), new_tokens)
     eos = eos_ids(teacher, tokenizer)
     both = _BothWays(teacher=teacher, student=student, eos=eos, draft_tokens=draft_tokens)
-    _warm_up(both, requests[0])
+    with trial("these models cannot draft for each other", f"{type(teacher).__name__} and {type(student).__name__}"):
+        both.run(requests[0], drafts_first=False)
     rounds = both.rounds(requests, repeats)
     equality = {dtype_name(teacher): compare_tokens(names, rounds[-1])}
     described = [ModelFacts(**describe_model(*pair)) for pair in ((teacher, teacher_dir), (student, student_dir))]
@@ -221,16 +222,6 @@ def _requests(
     if not requests:
         raise refusals[0]
     return names, requests
-
-
-def _warm_up(both: "_BothWays", request: tuple[list[int], int]) -> None:
-    """Run both ways once, which also tells whether they can be run."""
-    try:
-        both.run(request, drafts_first=False)
-    except Exception as error:  # models raise many unrelated types here
-        names = f"{type(both.teacher).__name__} and {type(both.student).__name__}"
-        got = f"{type(error).__name__}: {error}"
-        raise ConfigError("these models cannot draft for each other", where=names, got=got) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
