@@ -48,12 +48,9 @@ def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None
 
 
 def locate_model(name: str, cache_dir: Path | None = None) -> Path:
-    """The directory of a model that is to be evaluated.
+    """The directory of a model, given by directory or Hub id, that is to be evaluated.
 
-    Args:
-        name: a directory or a Hub id.
-        cache_dir: a finished cache. If the Hub id is its teacher's, the commit that made the cache is taken, wherever
-            the main branch is now.
+    If the Hub id is that of the cache's teacher, the commit that made the cache is taken, wherever the main branch is.
 
     Raises:
         ConfigError: there is no such directory or model.

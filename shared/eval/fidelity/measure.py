@@ -214,15 +214,9 @@ def _document_rows(columns: Mapping[str, Array], metas: list[dict[str, Any]]) ->
 
 @torch.inference_mode()
 def score_cache(model: Any, cache: Cache, *, batch_tokens: int, teacher: Any = None) -> Sums:
-    """Compare a model with text and teacher on all targets.
+    """Compare a model with text and teacher on all targets; the cache has the distributions where no teacher runs.
 
     Batches are padded on the right, out of sight of every real token under a causal mask, as in stage 1.
-
-    Args:
-        model: a transformers model.
-        cache: the documents, and the teacher's distributions where no teacher is given.
-        batch_tokens: tokens at a time, padding included.
-        teacher: a transformers model that sees the same pieces of documents.
     """
     names = ["targets", "nll_nats", "kl_nats", "reverse_kl_nats", "top1_agreed", "top5_overlap"]
     names += ["teacher_nll_nats"] if teacher else []

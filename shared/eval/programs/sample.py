@@ -152,12 +152,7 @@ def complete(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Saver:
-    """Makes completions and saves each batch as soon as it is made.
-
-    Args:
-        prompts, ends: by task id.
-        settings: recorded in every line.
-    """
+    """Makes completions, by task id, and saves each batch as soon as it is made, with `settings` in every line."""
 
     prompts: Mapping[str, str]
     ends: Mapping[str, Ending]
@@ -204,11 +199,7 @@ class _Saver:
 def _prepare(
     model: Any, tokenizer: Tokenizer, prompts: Mapping[str, str], ends: Mapping[str, Ending], max_new_tokens: int
 ) -> tuple[dict[str, Request], dict[str, str]]:
-    """The requests of the prompts that the model can take, and why it cannot take the others.
-
-    Raises:
-        ConfigError: it can take none.
-    """
+    """The requests of the prompts that the model can take, and why it cannot take the others; refused if none."""
     prepared: dict[str, Request] = {}
     refused: dict[str, str] = {}
     for task_id, prompt in prompts.items():
@@ -239,10 +230,7 @@ def _parts(out: Path) -> list[Path]:
 
 
 def _resume(out: Path, keys: Sequence[Key], settings: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
-    """What earlier runs made under these settings; unless it is all in `completions.jsonl`, it becomes rank 0's part.
-
-    So half-written lines are gone before a rank appends to its part.
-    """
+    """What earlier runs made under these settings; lines of parts become rank 0's, without those half written."""
     out.mkdir(parents=True, exist_ok=True)
     found, differing, num_unreadable = _read(out, settings)
     if differing:

@@ -169,11 +169,7 @@ def _number_text(value: float | None) -> str:
 
 
 def result_rows(results: Sequence[Result], outcomes: Sequence[Outcomes]) -> list[Row]:
-    """Judge every figure of two results of one kind, the second being the new one.
-
-    Args:
-        results: two of fidelity, latency or a benchmark.
-        outcomes: what `read_outcomes` gives of each.
+    """Judge every figure of two results of one kind, the second being the new one, with the outcomes of each.
 
     Raises:
         ConfigError: they are not of the same documents, problems, settings or machine; it says what differs.

@@ -76,13 +76,7 @@ class Plot:
 def report_plots(
     models: Sequence[Model], caches: Mapping[str, Manifest | None], proof: Proof | None
 ) -> dict[str, Plot]:
-    """The report's plots for which there is data, by name.
-
-    Args:
-        models: teacher first.
-        caches: manifests by name.
-        proof: what `student proof` wrote.
-    """
+    """The report's plots for which there is data, by name; the teacher is the first model."""
     plots = {
         "fidelity": fidelity_plot(models),
         "tradeoff": tradeoff_plot(models),

@@ -217,12 +217,7 @@ def _manifest(path: Path, files: Files) -> Manifest | None:
 
 
 def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
-    """Write `report.md`, `report.html` and, last, `report.json`, and return the last as data.
-
-    Args:
-        collected: see `collect`.
-        out_dir: made if absent.
-    """
+    """Write `report.md`, `report.html` and, last, `report.json`, and return the last as data."""
     from shared.eval.report.plots import report_plots
 
     models, proof, pairs = collected.models, collected.proof, differences(collected.models)

@@ -129,9 +129,7 @@ def evaluate_draft(
 
     Args:
         teacher_dir, student_dir: transformers directories with one tokenizer.
-        prompts_file: rows with `prompt`, `.jsonl` or `.parquet`; None for HumanEval's. White space at a prompt's end is
-            left out.
-        limit: only the first prompts; None for all.
+        prompts_file, limit: see `read_prompts`.
         new_tokens: at most as many per prompt, fewer where an end token comes or positions run out.
         draft_tokens: drafted before each pass of the teacher.
         repeats: timed rounds; in each, every prompt goes through both ways in turn.

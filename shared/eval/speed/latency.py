@@ -51,9 +51,7 @@ def measure_latency(
     warm-up; peak memory is measured in it.
 
     Args:
-        model_dirs: name → transformers directory.
-        prompt_tokens: length of a prompt.
-        new_tokens: decode steps after it.
+        model_dirs: transformers directories by name.
         repeats: timed rounds.
         dtype: one of `checkpoints.DTYPES`.
 
