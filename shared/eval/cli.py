@@ -377,7 +377,7 @@ def _quieten() -> None:
 
     from transformers.utils import logging
 
-    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", FutureWarning)  # every version of transformers knows the name `past_key_values`
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
