@@ -89,6 +89,7 @@ def collect(
     Raises:
         ConfigError: there are no results; a file cannot be read as what it should be; or a student's name is not its
             results'.
+        CacheFormatError, CacheCorruptError: a manifest is of another version, or damaged.
     """
     files = Files(out_dir.parent)
     manifests = {files.name(path): _manifest(path, files) for path in caches}
