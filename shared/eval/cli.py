@@ -372,15 +372,12 @@ def trace(context: click.Context, path: Path, look_in: tuple[Path, ...], as_json
 
 
 def _quieten() -> None:
-    """Keep transformers' own bars and deprecation notes out of ours.
-
-    `past_key_values` is the one name that every supported version of transformers knows.
-    """
+    """Keep transformers' own bars and deprecation notes out of ours."""
     import warnings
 
     from transformers.utils import logging
 
-    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", FutureWarning)  # every version of transformers knows the name `past_key_values`
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
