@@ -27,7 +27,7 @@ def info(path: str, as_json: bool) -> None:
 
 @cache.command()
 @click.argument("path", metavar="CACHE", type=click.Path())
-@click.option("--strict", is_flag=True, help="Refuse what a transport left, too: .DS_Store, .gitattributes, ….")
+@click.option("--strict", is_flag=True, help="Also refuse stray files such as .DS_Store and .gitattributes.")
 def verify(path: str, strict: bool) -> None:
     """Check every byte against the manifest.
 
@@ -94,9 +94,9 @@ def merge(paths: tuple[Path, ...], out: Path) -> None:
 @click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new cache.")
 @click.option("--top-k", metavar="K", type=int, help="Max entries per row; the others join its tail.")
-@click.option("--top-p", metavar="P", type=float, help="Rows keep the shortest prefix of this probability at T = 1.")
+@click.option("--top-p", metavar="P", type=float, help="Keep the fewest entries that cover this probability at T = 1.")
 @click.option("--documents", metavar="N", type=int, help="Keep the first N documents.")
-@click.option("--source", metavar="NAME", help="Keep only the documents of one data set.")
+@click.option("--source", metavar="NAME", help="Keep only the documents of this data set, as `cache info` names it.")
 @click.option("--codec", metavar="q|f16", help="Encode with another codec.")
 @click.option("--filter", metavar="gzip|zstd", help="Compress with another filter.")
 def slice_command(path: Path, out: Path, **options: Any) -> None:

@@ -67,7 +67,7 @@ def summary(path: Path | str) -> str:
     info = cache_info(path)
     if not info["finished"]:
         of = "" if info["num_shards"] is None else f" of {info['num_shards']}"
-        state = "being built" if info["in_progress"] else "unfinished; run the same command again to continue"
+        state = "being built" if info["in_progress"] else "unfinished; the command that began it continues it"
         return f"{path}: {state}, {info['shards_done']}{of} shards done"
     statistics = info["statistics"]
     lines = [
