@@ -51,10 +51,10 @@ def verify(path: str, strict: bool) -> None:
 @cache.command()
 @click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Write the whole shards here, as a cache, and leave CACHE alone."
+    "--out", type=click.Path(path_type=Path), help="Write the intact shards here, as a cache, and leave CACHE alone."
 )
 def repair(path: Path, out: Path | None) -> None:
-    """Keep the whole shards of a damaged cache.
+    """Keep the intact shards of a damaged cache.
 
     Removes damaged shards and names their documents. Run the command that built the cache again: it makes only those,
     and ends with the same bytes. Files that the others prove are restored. A whole cache stays as it is.
