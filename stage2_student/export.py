@@ -51,7 +51,7 @@ def export(run: Path, out: Path) -> None:
 
 
 def _is_exported(run: Path, out: Path) -> bool:
-    """Whether `out` is an export of this run whose files are as they were written."""
+    """Whether `out` is an export of this run, its files unchanged."""
     lineage = read_json(out / LINEAGE) if (out / LINEAGE).is_file() else {}
     files = {out / name: digest for name, digest in lineage.get("files", {}).items()}
     is_of_run = bool(files) and lineage["run"]["sha256"] == sha256_file(run / "run.json")

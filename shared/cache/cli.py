@@ -59,7 +59,7 @@ def repair(path: Path, out: Path | None) -> None:
     Removes damaged shards and names their documents. Run the command that built the cache again: it makes only those,
     and ends with the same bytes. Files that the others prove are restored. A whole cache stays as it is.
 
-    Where teacher or data are gone, --out makes a smaller, complete cache of the whole shards.
+    Where teacher or data are gone, --out makes a smaller, complete cache of the intact shards.
     """
     from shared.cache.repair import copy_whole_shards, repair_cache
 
