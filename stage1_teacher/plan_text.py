@@ -6,8 +6,8 @@ from typing import Any
 from stage1_teacher.ends import describe_ends
 
 NOTE = (
-    "mass: probability in the row, mean; KL: what the codec adds over row and tail at T=1, in nats; grad. error: "
-    "relative, for an untrained student; next in row: share of the text's next tokens that are in the row"
+    "mass: in the row, mean; KL: what the codec adds over row and tail at T=1, in nats; grad. error: relative, for an "
+    "untrained student; next in row: share of the text's next tokens that are in the row"
 )
 
 
