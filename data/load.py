@@ -227,7 +227,7 @@ def _from_table(table: Table, split: str, names: Mapping[str, str], limit: int |
     if form is None:
         expected = "prompt and completion, or messages, or text, or MBPP's (task_id, text or prompt, code, test_list)"
         got = ", ".join(sorted(table.columns))
-        fix = "--columns prompt=THEIRS,completion=THEIRS"
+        fix = "name your columns: --columns text=NAME, or prompt=NAME,completion=NAME"
         raise ConfigError("unknown columns", where=table.name, expected=expected, got=got, fix=fix)
     columns = [names.get(column, column) for column in form]
     id_column = names.get("id", "id" if "id" in table.columns else None)

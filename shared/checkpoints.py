@@ -154,7 +154,7 @@ def weight_files(directory: Path) -> list[Path]:
         "the model lacks a file",
         where=directory,
         expected=", ".join(missing),
-        fix="save it with save_pretrained (safetensors)",
+        fix="save it with save_pretrained (safetensors); if it is a run, finish it with `codedistill student train`",
     )
     config = read_json(directory / "config.json")
     others = ["adapter_config.json"] if (directory / "adapter_config.json").exists() else []

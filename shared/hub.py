@@ -148,7 +148,7 @@ def explain(error: Exception, where: str) -> ConfigError:
         fix = "check the name; for a private one `hf auth login` or HF_TOKEN"
         return ConfigError("the Hub has no such repository", where=where, got=got, fix=fix)
     if _is_unreachable(chain):
-        fix = "HF_HUB_OFFLINE=1 if it was fetched before, HF_ENDPOINT for a mirror, or name local files"
+        fix = "check the path of local files; HF_HUB_OFFLINE=1 if it was fetched before, HF_ENDPOINT for a mirror"
         got = f"no answer from {constants.ENDPOINT} ({got})"
         return ConfigError("the Hub cannot be reached", where=where, got=got, fix=fix)
     return ConfigError("cannot load from the Hub", where=where, got=got, fix="check the name and the split")

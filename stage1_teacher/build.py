@@ -211,7 +211,7 @@ def find_teacher(config: TeacherConfig) -> ModelFiles:
     """
     for name in ("teacher", "dataset"):
         fix = f"pass --{name}, or set it in the configuration file"
-        require(getattr(config, name), f"no {name} is named", fix=fix)
+        require(getattr(config, name), f"--{name} is missing", fix=fix)
     return identify_model(config.teacher, config.revision)
 
 
@@ -484,7 +484,7 @@ def _report(store: TokenStore, config: TeacherConfig) -> None:
     log(f"{data.name} {data.split}: {facts.num_new:,} documents, {facts.num_tokens:,} tokens")
     first = next(iter(facts.documents()), None)
     if first is not None and first.prompt:
-        log(f"prompt and completion meet as in {first.id}: {first.prompt[-30:]!r} + {first.completion[:30]!r}")
+        log(f"prompt and completion of {first.id} are joined as {first.prompt[-30:]!r} + {first.completion[:30]!r}")
     verb = {"split": "split", "truncate": "truncated", "drop": "dropped"}[config.on_long]
     happened = {
         f"too long and {verb}": facts.long,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from shared.options import GroupedCommand
+from shared.options import GroupedCommand, RecordingGroup
 
 
 class Weighted(click.ParamType[tuple[Path, float | None]]):
@@ -58,7 +58,7 @@ def _open(*paths: Path) -> None:
         Cache(path)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=RecordingGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def student() -> None:
     """Stage 2: train and export students."""
 
@@ -70,14 +70,15 @@ def student() -> None:
 })  # fmt: skip
 @click.option("--cache", "caches", required=True, multiple=True, type=Weighted(), metavar="CACHE[:WEIGHT]",
               help="A logit cache to train on; may be repeated.")  # fmt: skip
-@click.option("--validation", type=click.Path(path_type=Path), help="A cache of held-out documents, same teacher.")
+@click.option("--validation", type=click.Path(path_type=Path),
+              help="A cache of held-out documents, same teacher; scored every eval_steps and at the end.")  # fmt: skip
 @click.option("--teacher-logprobs", metavar="F.npy", type=click.Path(path_type=Path),
               help="The teacher's full distribution, for loss=dense.")  # fmt: skip
 @click.option("--preset", metavar="NAME", help="The student's size: gpt-125m or tiny.  [default: gpt-125m]")
 @click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path),
               help="Start from the weights of a run, an export or a compatible checkpoint.")  # fmt: skip
-@click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="A file of settings.")
-@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One setting; may be repeated.")
+@click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="TOML file of settings.")
+@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Such as alpha=0.5; may be repeated.")
 @click.option("--batch-tokens", type=BatchTokens(), metavar="N|auto",
               help="Max tokens per micro-batch; does not change the effective batch size.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
@@ -96,19 +97,19 @@ def train(
 
     Neither the teacher nor a network is needed.
 
-    --set wins over --config, which wins over the defaults (stage2_student/config.py). Keys are the config's names,
-    such as alpha, temperature, block_size, and those of transformers' TrainingArguments, such as learning_rate,
-    max_steps. alpha=0 trains the cross-entropy baseline: same initial weights, data order and number of steps.
-    hidden_size, num_hidden_layers and so on override the preset's sizes.
+    --set wins over --config, which wins over the defaults (stage2_student/config.py). Keys are alpha, temperature,
+    block_size and the like; those of transformers' TrainingArguments, such as learning_rate and max_steps; and sizes
+    that override the preset's, such as hidden_size. alpha=0 trains the cross-entropy baseline: same initial weights,
+    data order and number of steps.
 
-    --init-from takes the weights of a directory with equal sizes and tokenizer (Starcoder2's architecture). The
-    optimizer starts fresh.
+    The same command continues an interrupted run from its last complete checkpoint. A finished run is not extended:
+    a larger max_steps needs another --out.
 
     Several caches must have one teacher and equal label options. An epoch is every document of every cache once. With
-    weights (for all caches or none) an epoch has the same number of tokens, divided by weight; a cache's documents
-    repeat only after all of them have been used.
+    weights (for all caches or none) an epoch has as many tokens, taken from the caches in proportion to the weights; a
+    cache's documents repeat only after all of them have been used.
 
-    An interrupted run continues with the same command, from its last complete checkpoint.
+    --init-from needs equal sizes, an equal tokenizer and Starcoder2's architecture. The optimizer starts fresh.
 
     \b
     Example:
@@ -137,7 +138,8 @@ def train(
 @student.command()
 @click.option("--cache", "caches", required=True, multiple=True, type=Weighted(), metavar="CACHE[:WEIGHT]",
               help="A logit cache to train on; may be repeated.")  # fmt: skip
-@click.option("--validation", type=click.Path(path_type=Path), help="A cache of held-out documents, same teacher.")
+@click.option("--validation", type=click.Path(path_type=Path),
+              help="A cache of held-out documents, same teacher; without it nothing is ranked.")  # fmt: skip
 @click.option("--grid", required=True, metavar="F.toml", type=click.Path(path_type=Path), help="What to vary.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder of all runs.")
 @click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path), help="As for `train`, for every run.")
@@ -223,7 +225,7 @@ def proof(cache: Path, validation: Path, test: Path, config: Path, teacher: Path
 @student.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The new directory.")
-@click.option("--push-to-hub", "repo_id", metavar="OWNER/NAME", help="Also upload it; needs a token of the Hub.")
+@click.option("--push-to-hub", "repo_id", metavar="OWNER/NAME", help="Also upload it; needs a Hub token.")
 @click.option("--private", is_flag=True, help="Make the Hub repository private.")
 def export(run: Path, out: Path, repo_id: str | None, private: bool) -> None:
     """Export a run as a transformers directory.
