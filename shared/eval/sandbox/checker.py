@@ -24,7 +24,7 @@ from shared.eval.sandbox.codec import NotPlainError, TooLargeError
 from shared.eval.sandbox.needs import Needs
 from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
 from shared.eval.sandbox.policy import OF_PROGRAM, OF_TEST
-from shared.eval.sandbox.proxies import TEST_METHODS, Makers, Remote, RemoteFunction, give_methods
+from shared.eval.sandbox.proxies import Remote, RemoteFunction, give_methods
 from shared.eval.sandbox.surroundings import CheckerSurroundings, Surroundings, wanted
 from shared.eval.sandbox.table import Table
 
@@ -198,7 +198,7 @@ class _ProgramPeer(Peer):
     def __init__(
         self, check: _Check, channel: Channel, table: Table, surroundings: Surroundings, expects_stop: bool
     ) -> None:
-        super().__init__(channel, table, methods=TEST_METHODS, makers=Makers, surroundings=surroundings, exact=True)
+        super().__init__(channel, table, surroundings, exact=True)
         self.was_called = False
         self.doubts: list[str] = []
         self._check, self._expects_stop = check, expects_stop

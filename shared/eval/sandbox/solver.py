@@ -11,7 +11,6 @@ from shared.eval.sandbox import prompt
 from shared.eval.sandbox.channel import Channel, read_all
 from shared.eval.sandbox.exceptions import described
 from shared.eval.sandbox.peer import Peer
-from shared.eval.sandbox.proxies import PROGRAM_METHODS, Makers
 from shared.eval.sandbox.surroundings import SolverSurroundings
 from shared.eval.sandbox.table import Table
 
@@ -42,8 +41,7 @@ def main(job_fd: int, calls_fd: int) -> None:
             channel.send(json.dumps(_differences(shared, proposed["checksums"])).encode())
         table = Table([function, *shared.values()])
         table.exported.add(0)
-        surroundings = SolverSurroundings(proposed["surroundings"])
-        Peer(channel, table, methods=PROGRAM_METHODS, makers=Makers, surroundings=surroundings, exact=False).serve()
+        Peer(channel, table, SolverSurroundings(proposed["surroundings"]), exact=False).serve()
     os._exit(0)
 
 
