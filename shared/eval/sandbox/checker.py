@@ -21,6 +21,7 @@ from shared.eval.sandbox import prompt, solver
 from shared.eval.sandbox.asserts import FAILED, HELD, count_asserts
 from shared.eval.sandbox.channel import Channel, GoneError, RefusedError, read_all, write_all
 from shared.eval.sandbox.codec import NotPlainError, TooLargeError
+from shared.eval.sandbox.exceptions import described
 from shared.eval.sandbox.needs import Needs
 from shared.eval.sandbox.peer import Peer
 from shared.eval.sandbox.policy import OF_PROGRAM, OF_TEST
@@ -101,10 +102,7 @@ class _Check:
 
     def _fail(self, error: BaseException) -> None:
         """Record a failure; what follows changes it no more."""
-        try:
-            text = f"{type(error).__name__}: {error}".removesuffix(": ")
-        except BaseException:
-            text = "an exception without a readable text"
+        text = described(error)
         reason = "" if self._peer is None else self._not_judged(error, self._peer)
         self._verdict("error" if reason else "failed", f"{reason}: {text}" if reason else text)
 
