@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from shared import tracking
 from shared.cache.identity import require_same
@@ -188,10 +187,11 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
         "parameters": num_parameters,
     }
     blocks, held_out_blocks = _data(task, config)
-    record["data"] = _describe_blocks(blocks, config, model)
+    record["data"] = _describe_blocks(blocks, config, model, num_parameters)
     arguments = training_arguments(config, out, has_validation=held_out_blocks is not None)
+    per_step = _blocks_per_step(config)
     if config.save_steps:
-        for step in range(config.save_steps, len(blocks) // _blocks_per_step(config) + 1, config.save_steps):
+        for step in range(config.save_steps, len(blocks) // per_step + 1, config.save_steps):
             require_no_file(out / f"checkpoint-{step}")
 
     run_id = earlier["wandb_run_id"] if earlier else None
@@ -199,10 +199,8 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
         record["wandb_run_id"] = run.id
         if is_main_process():
             write_json(out / "run.json", record | {"state": "running"})
-        tokens_per_step = blocks.num_rows * blocks.num_epochs / blocks.num_blocks * _blocks_per_step(config)
-        recorder = RunRecorder(
-            out, save_total_limit=config.save_total_limit, tokens_per_step=tokens_per_step, tracked=run
-        )
+        tokens_per_step = (1 - blocks.padding) * config.block_size * per_step
+        recorder = RunRecorder(out, config.save_total_limit, tokens_per_step, run)
         stop, early = StopOnSignal(), StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
         trainer = DistillTrainer(
             model=model,
@@ -211,18 +209,16 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
             train_dataset=blocks,
             eval_dataset=held_out_blocks,
             data_collator=collate,
-            callbacks=[recorder, early, stop, _epoch_ends(config, blocks)],
+            callbacks=[recorder, early, stop, EpochEnds(config.training, blocks.epoch_ends(), per_step)],
         )
         trainer.remove_callback(PrinterCallback)
         start = time.monotonic()
         with stop:
             if checkpoint:
                 log(f"continuing from {checkpoint}")
-                trainer.restore_window(checkpoint)
-            if checkpoint and early.is_due(read_json(checkpoint / TRAINER_STATE_NAME)["log_history"]):
-                trainer.take_up(checkpoint)
+                trainer.continue_from(checkpoint, early)
             else:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.train()
             stop.raise_requested()
             # From here on a signal waits: without a last checkpoint (save_steps=0) only memory holds the weights.
             _finish(trainer, task, out, run, seconds=time.monotonic() - start)
@@ -241,22 +237,16 @@ def _newest_checkpoint(out: Path, earlier: dict[str, Any] | None) -> Path | None
     return None if step < 0 else out / f"checkpoint-{step}"
 
 
-def _describe_blocks(blocks: PackedBlocks, config: StudentConfig, model: GPT) -> dict[str, Any]:
+def _describe_blocks(blocks: PackedBlocks, config: StudentConfig, model: GPT, num_parameters: int) -> dict[str, Any]:
     """What `run.json` records of the training data, which is also logged."""
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     embeddings = model.model.embed_tokens.weight.numel() / num_parameters  # the output head is the same tensor
-    padding = 1 - blocks.num_rows * blocks.num_epochs / (blocks.num_blocks * config.block_size)
     log(
         f"student {config.preset}: {num_parameters:,} parameters ({embeddings:.0%} in embeddings); "
         f"{blocks.num_rows:,} rows x {blocks.num_epochs:.4g} epochs in {blocks.num_blocks:,} blocks of "
-        f"{config.block_size} ({padding:.1%} padding)"
+        f"{config.block_size} ({blocks.padding:.1%} padding)"
     )
-    return {
-        "rows_per_epoch": blocks.num_rows,
-        "epochs": blocks.num_epochs,
-        "blocks": blocks.num_blocks,
-        "padding": padding,
-    }
+    return {"rows_per_epoch": blocks.num_rows, "epochs": blocks.num_epochs, "blocks": blocks.num_blocks,
+            "padding": blocks.padding}  # fmt: skip
 
 
 def _finish(trainer: DistillTrainer, task: Task, out: Path, run: tracking.Run, *, seconds: float) -> None:
@@ -282,15 +272,7 @@ def _finish(trainer: DistillTrainer, task: Task, out: Path, run: tracking.Run, *
         finished = {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)}
         write_json(out / "run.json", record | finished)
         log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
-    agree([0])  # the lock holds until all are here
-
-
-def _epoch_ends(config: StudentConfig, blocks: PackedBlocks) -> EpochEnds:
-    """What to do at the last step of each epoch of the data set, which to HF `Trainer` is one epoch."""
-    per_step = _blocks_per_step(config)
-    steps = {-(-block // per_step) for block in blocks.epoch_ends()}
-    strategies = [config.training.get(name) for name in ("eval_strategy", "save_strategy")]
-    return EpochEnds(steps, evaluates=strategies[0] == "epoch", saves=strategies[1] == "epoch")
+    wait()  # the lock holds until all are here
 
 
 def _data(task: Task, config: StudentConfig) -> tuple[PackedBlocks, PackedBlocks | None]:
@@ -330,17 +312,8 @@ def _describe(
     config: StudentConfig, caches: Sequence[Cache], weights: Sequence[float] | None, validation: Cache | None
 ) -> dict[str, Any]:
     """What the run is made from, as `run.json` records it."""
-    cache = caches[0]
-    all_caches = [*caches, *([validation] if validation else [])]
-    for other in all_caches[1:]:
-        require_same(
-            "the label identities",
-            cache.label_identity,
-            other.label_identity,
-            ours_name=cache.path,
-            theirs_name=other.path,
-            fix="build all caches with the same teacher and options",
-        )
+    cache, all_caches = caches[0], [*caches, *([validation] if validation else [])]
+    require_same_labels(all_caches)
     require(config.temperature in cache.temperatures, "the cache holds no tails at this temperature",
             error=CacheMismatchError, where=cache.path, got=config.temperature,
             expected=f"temperature one of {', '.join(f'{T:g}' for T in cache.temperatures)}")  # fmt: skip
@@ -368,6 +341,14 @@ def _describe(
     }
 
 
+def require_same_labels(caches: Sequence[Cache]) -> None:
+    """Raise `CacheMismatchError` unless all caches have one teacher and equal label options."""
+    for other in caches[1:]:
+        require_same("the label identities", caches[0].label_identity, other.label_identity,
+                     ours_name=caches[0].path, theirs_name=other.path,
+                     fix="build all caches with the same teacher and options")  # fmt: skip
+
+
 def identify(cache: Cache) -> dict[str, Any]:
     """A cache by its digests, and whose labels of what it holds."""
     return {
@@ -380,39 +361,35 @@ def identify(cache: Cache) -> dict[str, Any]:
 
 def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `run.json` in the folder, which must be of the same run; None in a new or empty folder."""
-    if out.exists() and not out.is_dir():
-        raise ResumeError("the run's path is not a folder", where=out, fix="choose another --out")
+    other: dict[str, Any] = {"error": ResumeError, "where": out, "fix": "choose another --out"}
+    require(out.is_dir() or not out.exists(), "the run's path is not a folder", **other)
     if not (out / "run.json").exists():
-        if out.exists() and not all(is_leftover(path) or is_side_file(path) for path in out.iterdir()):
-            raise ResumeError("the folder holds something that is no run", where=out, fix="choose another --out")
+        is_free = not out.exists() or all(is_leftover(path) or is_side_file(path) for path in out.iterdir())
+        require(is_free, "the folder holds something that is no run", **other)
         return None
     earlier: dict[str, Any] = read_json(out / "run.json")
-    if (earlier.get("format"), earlier.get("version")) != (record["format"], record["version"]):
-        raise ResumeError("run.json is not that of a run", where=out, fix="choose another --out")
-    ours, theirs = (
-        {
-            **r["config"],
-            "cache.label_identity": r["caches"][0]["label_identity"],
-            "cache.shards": sha256_json([cache["shards"] for cache in r["caches"]]),
-            "cache.weight": [cache["weight"] for cache in r["caches"]],
-            "init_from": (r.get("init_from") or {}).get("weights_sha256"),
-            "validation cache": r["validation"] and sha256_json(r["validation"]["shards"]),
-            BLOCKS: r["world_size"]
-            * r["config"]["per_device_train_batch_size"]
-            * r["config"]["gradient_accumulation_steps"],
-        }
-        for r in (record, earlier)
-    )
-    for key in ours:
-        if key not in FREE_ON_RESUME and ours[key] != theirs.get(key):
-            raise ResumeError(
-                f"the folder holds a run with another {key}",
-                where=out,
-                expected=theirs.get(key),
-                got=ours[key],
-                fix="choose another --out, or give the options of that run",
-            )
+    is_run = (earlier.get("format"), earlier.get("version")) == (RUN_FORMAT, RUN_VERSION)
+    require(is_run, "run.json is not that of a run", **other)
+    ours, theirs = _decisive(record), _decisive(earlier)
+    for key in (key for key in ours if key not in FREE_ON_RESUME):
+        require(ours[key] == theirs.get(key), f"the folder holds a run with another {key}", error=ResumeError,
+                where=out, expected=theirs.get(key), got=ours[key],
+                fix="choose another --out, or give the options of that run")  # fmt: skip
     return earlier
+
+
+def _decisive(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run another one where it differs, except for `FREE_ON_RESUME`."""
+    config, caches, validation = record["config"], record["caches"], record["validation"]
+    return {
+        **config,
+        "cache.label_identity": caches[0]["label_identity"],
+        "cache.shards": sha256_json([cache["shards"] for cache in caches]),
+        "cache.weight": [cache["weight"] for cache in caches],
+        "init_from": (record.get("init_from") or {}).get("weights_sha256"),
+        "validation cache": validation and sha256_json(validation["shards"]),
+        BLOCKS: record["world_size"] * config["per_device_train_batch_size"] * config["gradient_accumulation_steps"],
+    }
 
 
 def _blocks_per_step(config: StudentConfig) -> int:
