@@ -3,43 +3,36 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import click
 
 from shared.options import GroupedCommand, RecordingGroup
 
 
-class Weighted(click.ParamType[tuple[Path, float | None]]):
-    """`CACHE` or `CACHE:WEIGHT`; a path that exists is never split."""
-
-    name = "CACHE[:WEIGHT]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Path, float | None]:
-        """Split at the last `:` where a number follows it."""
-        found = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", value)
-        if not found or Path(value).exists():
-            return Path(value), None
-        weight = float(found[2])
-        if not 0 < weight < math.inf:
-            self.fail(f"the weight of {found[1]!r} must be above 0 and finite, not {found[2]}", param, ctx)
-        return Path(found[1]), weight
+def weighted(text: str) -> tuple[Path, float | None]:
+    """Read `CACHE` or `CACHE:WEIGHT`, split at the last `:` where a number follows; no path that exists is split."""
+    found = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", text)
+    if not found or Path(text).exists():
+        return Path(text), None
+    if not 0 < float(found[2]) < math.inf:
+        raise click.BadParameter(f"the weight of {found[1]!r} must be above 0 and finite, not {found[2]}")
+    return Path(found[1]), float(found[2])
 
 
-class BatchTokens(click.ParamType[int | str]):
-    """A number of tokens, or `auto`."""
+def batch_tokens(text: str) -> int | str:
+    """Read a number of tokens above 0, or `auto`."""
+    if text != "auto" and not re.fullmatch(r"[1-9]\d*", text):
+        raise click.BadParameter(f"{text!r} is neither a number of tokens nor 'auto'")
+    return text if text == "auto" else int(text)
 
-    name = "N|auto"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """Keep `auto`; anything else is a number above 0."""
-        if value == "auto":
-            return "auto"
-        if not re.fullmatch(r"[1-9]\d*", str(value)):
-            self.fail(f"{value!r} is neither a number of tokens nor 'auto'", param, ctx)
-        return int(value)
+# Options of several commands.
+CACHES = click.option("--cache", "caches", required=True, multiple=True, type=weighted, metavar="CACHE[:WEIGHT]",
+                      help="A logit cache to train on; may be repeated.")  # fmt: skip
+VALIDATION = click.option("--validation", type=click.Path(path_type=Path),
+                          help="A cache of held-out documents, same teacher; students are scored on it.")  # fmt: skip
+JOBS = click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
+                    help="Students trained at once: one GPU each, or a share of the processor's threads.")  # fmt: skip
 
 
 def _split_weights(caches: tuple[tuple[Path, float | None], ...]) -> tuple[list[Path], list[float] | None]:
@@ -68,10 +61,8 @@ def student() -> None:
     "Student": "preset init_from profile assignments",
     "Hardware": "batch_tokens",
 })  # fmt: skip
-@click.option("--cache", "caches", required=True, multiple=True, type=Weighted(), metavar="CACHE[:WEIGHT]",
-              help="A logit cache to train on; may be repeated.")  # fmt: skip
-@click.option("--validation", type=click.Path(path_type=Path),
-              help="A cache of held-out documents, same teacher; scored every eval_steps and at the end.")  # fmt: skip
+@CACHES
+@VALIDATION
 @click.option("--teacher-logprobs", metavar="F.npy", type=click.Path(path_type=Path),
               help="The teacher's full distribution, for loss=dense.")  # fmt: skip
 @click.option("--preset", metavar="NAME", help="The student's size: gpt-125m or tiny.  [default: gpt-125m]")
@@ -79,7 +70,7 @@ def student() -> None:
               help="Start from the weights of a run, an export or a compatible checkpoint.")  # fmt: skip
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="TOML file of settings.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Such as alpha=0.5; may be repeated.")
-@click.option("--batch-tokens", type=BatchTokens(), metavar="N|auto",
+@click.option("--batch-tokens", type=batch_tokens, metavar="N|auto",
               help="Max tokens per micro-batch; does not change the effective batch size.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 def train(
@@ -136,15 +127,12 @@ def train(
 
 
 @student.command()
-@click.option("--cache", "caches", required=True, multiple=True, type=Weighted(), metavar="CACHE[:WEIGHT]",
-              help="A logit cache to train on; may be repeated.")  # fmt: skip
-@click.option("--validation", type=click.Path(path_type=Path),
-              help="A cache of held-out documents, same teacher; without it nothing is ranked.")  # fmt: skip
+@CACHES
+@VALIDATION
 @click.option("--grid", required=True, metavar="F.toml", type=click.Path(path_type=Path), help="What to vary.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder of all runs.")
 @click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path), help="As for `train`, for every run.")
-@click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
-              help="Students trained at once: one GPU each, or a share of the processor's threads.")  # fmt: skip
+@JOBS
 def sweep(
     caches: tuple[tuple[Path, float | None], ...],
     validation: Path | None,
@@ -198,8 +186,7 @@ def sweep(
 @click.option("--teacher", metavar="DIR", type=click.Path(path_type=Path),
               help="The model that made the caches, for loss=dense.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The proof's folder.")
-@click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
-              help="Students trained at once: one GPU each, or a share of the processor's threads.")  # fmt: skip
+@JOBS
 def proof(cache: Path, validation: Path, test: Path, config: Path, teacher: Path | None, out: Path, jobs: int) -> None:
     """Compare losses on a test set, seed by seed.
 
