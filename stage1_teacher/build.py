@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.load import fingerprint, open_documents
+from data.load import Source, fingerprint, open_documents
 from data.records import DocumentSet
 from shared import tracking
 from shared.cache.directory import has_leftovers, is_finished, plain_errors
@@ -81,7 +81,7 @@ class Task:
     @functools.cached_property
     def data(self) -> DocumentSet:
         """The data set, opened when it is first asked for."""
-        return read_documents(self.config)
+        return open_documents(source_of(self.config))
 
     def options(self) -> dict[str, Any]:
         """What was asked for, by content, but for the documents: `build.json` holds both, and a resume must match."""
@@ -215,23 +215,16 @@ def find_teacher(config: TeacherConfig) -> ModelFiles:
     return identify_model(config.teacher, config.revision)
 
 
-def read_documents(config: TeacherConfig) -> DocumentSet:
-    """The documents that a configuration names, opened.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    return open_documents(config.dataset, config.split, **_selection(config))
-
-
-def _selection(config: TeacherConfig) -> dict[str, Any]:
-    """Which documents of the data set's split: arguments of `open_documents` and `fingerprint`."""
-    return {
-        "limit_docs": config.limit_docs,
-        "columns": config.columns,
-        "revision": config.dataset_revision,
-        "config": config.dataset_config,
-    }
+def source_of(config: TeacherConfig) -> Source:
+    """The data set that a configuration names."""
+    return Source(
+        config.dataset,
+        config.split,
+        limit_docs=config.limit_docs,
+        columns=config.columns,
+        revision=config.dataset_revision,
+        config=config.dataset_config,
+    )
 
 
 def load_limits(config: TeacherConfig, files: ModelFiles) -> tuple[Tokenizer, Limits]:
@@ -296,7 +289,7 @@ def _is_done(task: Task) -> bool:
     options = read_json(task.out / BUILD)["options"]
     if any(options.get(key) != value for key, value in ({"part": None} | task.options()).items()):
         return False
-    now = fingerprint(task.config.dataset, task.config.split, **_selection(task.config))
+    now = fingerprint(source_of(task.config))
     before = [source.get("fingerprint") for source in read_manifest(task.out).sources]
     # Documents are read only where their fingerprint leaves open whether they are the same: parsing takes seconds.
     return (now is not None and before == [now]) or options.get("sources") == sources(task.data, task.data.digest)

@@ -271,13 +271,15 @@ class ShardSink:
     ) -> None:
         self._writer, self._config, self._extra, self._bar, self._run = writer, config, extra, bar, run
         self._tokenizer_size: int = writer.build["tokenizer_size"]
+        assert bar.total is not None
+        self._total = bar.total
         self._bytes = self._tokens = 0
 
     def write(self, shard: int, segments: Sequence[Segment], captured: Captured, token_budget: int) -> None:
         """Write one shard; its JSON records the batches' token budget, so that an audit runs the same batches."""
         least = least_bytes_per_token(self._config, self._tokenizer_size)
         bytes_per_token = self._bytes / self._tokens if self._tokens else least
-        require_space(self._writer.path, (self._bar.total - self._tokens) * world_size(), bytes_per_token)
+        require_space(self._writer.path, (self._total - self._tokens) * world_size(), bytes_per_token)
         arrays, excess_mass = to_arrays(captured, segments, self._config, self._tokenizer_size)
         own = {"token_budget": token_budget, "excess_mass": excess_mass}
         record = self._writer.write_shard(shard, arrays, {**self._extra, **own})

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.load import open_documents
 from data.records import Document
 from shared.batching import plan_batches
 from shared.cache.encode import encode_shard
@@ -28,7 +29,7 @@ from shared.machine import machine
 from shared.process import world_size
 from shared.progress import progress
 from shared.tokenizer import Tokenizer
-from stage1_teacher.build import find_teacher, load_limits, read_documents, require_restored
+from stage1_teacher.build import find_teacher, load_limits, require_restored, source_of
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import free_bytes
 from stage1_teacher.documents import Segment, plan_shards
@@ -61,7 +62,7 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
         ConfigError: options, teacher or documents that cannot be used.
     """
     require(world_size() == 1, "`teacher plan` runs in one process", expected=1, got=f"{world_size()} processes")
-    files, data = find_teacher(config), read_documents(config)
+    files, data = find_teacher(config), open_documents(source_of(config))
     tokenizer, limits = load_limits(config, files)
     with tempfile.TemporaryDirectory(prefix="codedistill-plan-") as folder:
         store = make_store(Path(folder) / "tokens", {}, data, tokenizer, limits)

@@ -26,6 +26,7 @@ from shared.errors import DistillError, require
 from shared.files import fsync_directory, write_bytes
 from shared.lock import Lock
 from shared.process import log
+from shared.progress import progress
 from shared.records import from_dict, to_dict
 from shared.tokenizer import TextEncoder, Tokenizer
 from stage1_teacher.documents import CutDocument, Limits, Segment, cut_documents
@@ -205,8 +206,12 @@ def _tokenise(
     def write() -> None:
         batch, encodings = pending.popleft()
         writer.add(cut_documents(batch, tokenizer, limits, encodings.result()))
+        num_tokens = writer.facts.num_tokens
+        bar.advance(
+            writer.facts.num_documents - bar.done, f"{num_tokens:,} tokens, {num_tokens / bar.seconds():,.0f} tokens/s"
+        )
 
-    with ThreadPoolExecutor(1, "encoder") as pool:
+    with progress("tokenising", data.num_documents, "documents") as bar, ThreadPoolExecutor(1, "encoder") as pool:
         for batch in _batches(_new_documents(data.documents, writer.facts, skipped)):
             texts = [document.prompt + document.completion for document, _ in batch if document.messages is None]
             pending.append((batch, pool.submit(encoder.encode, texts)))

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from data.load import open_documents
+from data.load import Source, open_documents
 from shared.tokenizer import load_tokenizer, plain_backend, record_ends
 from stage1_teacher.documents import Limits
 from stage1_teacher.store import BATCH_DOCUMENTS, make_store
@@ -67,7 +67,7 @@ def show_speed(folder: Path, options) -> None:
     record_ends(tokenizer)
     path = folder / "speed.jsonl"
     write_documents(path, SPEED_DOCUMENTS, tokenizer, options.tokens)
-    data = open_documents(str(path), "train")
+    data = open_documents(Source(str(path), "train"))
     texts = [document.prompt + document.completion for document in data.documents]
     ours, theirs = [], []
     limits = Limits(max_length=None, on_long="split", head_width=len(tokenizer))
