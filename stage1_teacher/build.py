@@ -38,7 +38,7 @@ from shared.tokenizer import (
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_space
 from stage1_teacher.documents import Limits, describe_loss, plan_shards
-from stage1_teacher.store import TokenStore, find_store, make_store
+from stage1_teacher.store import TokenStore, find_store, make_store, store_folder
 
 if TYPE_CHECKING:  # torch loads with the teacher
     from shared.logits import LogitSource
@@ -247,9 +247,9 @@ def load_limits(config: TeacherConfig, files: ModelFiles) -> tuple[Tokenizer, Li
 
 
 def store_request(
-    config: TeacherConfig, files: ModelFiles, data: DocumentSet, tokenizer: Tokenizer, limits: Limits
+    files: ModelFiles, data: DocumentSet, tokenizer: Tokenizer, limits: Limits, skip_in: Sequence[Cache] = ()
 ) -> dict[str, Any]:
-    """All that decides what a token store of these documents holds, but for the skipped documents."""
+    """All that decides what a token store of these documents holds."""
     code = (
         (Path(__file__).parent, ("documents.py", "store.py")),
         (Path(tracking.__file__).parent, ("tokenizer.py", "chat.py")),
@@ -261,6 +261,7 @@ def store_request(
         "limits": to_dict(limits),
         "code": [sha256_file(folder / name) for folder, names in code for name in names],
         "versions": versions("tokenizers", "transformers", "jinja2"),
+        "skip_in": [cache.manifest.digest for cache in skip_in],
     }
 
 
@@ -369,11 +370,6 @@ def _own_shards(shards: list[range], part: tuple[int, int] | None) -> list[range
     return own
 
 
-def store_folder(out: Path) -> Path:
-    """Where the tokens lie until the cache is finished: beside it, for a cache holds nothing that is of no cache."""
-    return out.parent / f".{out.name}.tokens"
-
-
 def _tokenise(task: Task, tokenizer: Tokenizer, limits: Limits) -> bool:
     """Make the token store, unless it is there; refuse first whatever can be refused without the tokens.
 
@@ -383,8 +379,7 @@ def _tokenise(task: Task, tokenizer: Tokenizer, limits: Limits) -> bool:
     out, folder = task.out, store_folder(task.out)
     _refuse_moved(task)
     check_folder(out, json.loads(json.dumps(task.options())), partly=True)
-    request = store_request(task.config, task.files, task.data, tokenizer, limits)
-    request |= {"skip_in": [cache.manifest.digest for cache in task.skip_in]}
+    request = store_request(task.files, task.data, tokenizer, limits, task.skip_in)
     found = find_store(folder, request)
     if found is None:
         if (out / LOCK).exists():

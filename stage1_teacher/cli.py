@@ -108,8 +108,8 @@ def build(
     others at temperatures 0.5, 1, 1.5 and 2, the tokenizer, and who made it from what. Options given here override
     --config, which overrides the defaults (stage1_teacher/config.py).
 
-    With --part I/N each of N machines builds a cache of its own and knows nothing of the others; the cache that `cache
-    merge` makes of all parts has the shards of one build.
+    With --part I/N each of N machines builds a cache of its own; the cache that `cache merge` makes of all parts has
+    the shards of one build.
 
     If it is interrupted, the same command resumes and keeps finished shards. It refuses other options, another teacher
     or an edited data set. It reports a finished cache up to date within seconds.

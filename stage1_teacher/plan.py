@@ -24,16 +24,16 @@ from shared.cache.format import Array, ShardArrays
 from shared.cache.rows import select, truncate
 from shared.checkpoints import ModelFiles, device_kinds, head_and_positions
 from shared.errors import ConfigError, require
-from shared.files import to_json
+from shared.files import output_path, to_json
 from shared.machine import machine
 from shared.process import world_size
 from shared.progress import progress
 from shared.tokenizer import Tokenizer
-from stage1_teacher.build import find_teacher, load_limits, require_restored, source_of
+from stage1_teacher.build import find_teacher, load_limits, require_restored, source_of, store_request
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import free_bytes
 from stage1_teacher.documents import Segment, plan_shards
-from stage1_teacher.store import TokenStore, make_store
+from stage1_teacher.store import TokenStore, find_store, make_store, store_folder
 
 if TYPE_CHECKING:  # torch loads with the pilot
     from shared.logits import LogitSource
@@ -47,7 +47,7 @@ MANIFEST_BYTES = 8_192
 def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str, Any]:
     """Measure what `teacher build` with this configuration would take; leaves nothing written.
 
-    The documents' tokens go to a temporary folder meanwhile.
+    The tokens are those of a build that has begun at `out` with the same documents; else they go to a temporary folder.
 
     Args:
         config: teacher, data and options, as for a build.
@@ -65,7 +65,9 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
     files, data = find_teacher(config), open_documents(source_of(config))
     tokenizer, limits = load_limits(config, files)
     with tempfile.TemporaryDirectory(prefix="codedistill-plan-") as folder:
-        store = make_store(Path(folder) / "tokens", {}, data, tokenizer, limits)
+        request = store_request(files, data, tokenizer, limits)
+        store = find_store(store_folder(output_path(out)), request)
+        store = store or make_store(Path(folder) / "tokens", request, data, tokenizer, limits)
         require_restored(store, config, files, data)
         return _measure(config, out, files, tokenizer, store, limits.head_width, pilot_docs)
 
