@@ -5,10 +5,10 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.load import Source, fingerprint, open_documents
 from data.records import DocumentSet
@@ -40,25 +40,9 @@ from stage1_teacher.disk import least_bytes_per_token, require_space
 from stage1_teacher.documents import Limits, describe_loss, plan_shards
 from stage1_teacher.store import TokenStore, find_store, make_store, store_folder
 
-if TYPE_CHECKING:  # torch loads with the teacher
-    from shared.logits import LogitSource
-
 LABELLING = datetime.timedelta(days=30)  # ranks may work that long before they meet again
 NAMED = ("teacher", "revision", "dataset", "dataset_revision", "dataset_config", "split")  # recorded with the source
-OPTIONS = (
-    *("columns", "codec", "filter", "temperatures", "top_k", "top_p", "dtype", "shard_tokens", "batch_tokens"),
-    *(
-        "head_rows",
-        "max_length",
-        "on_long",
-        "open_with",
-        "close_with",
-        "load_in",
-        "samples",
-        "samples_from",
-        "samples_temperature",
-    ),
-)
+FREE = (*NAMED, "limit_docs", "max_lossy", "device_map", "gpus_per_teacher")  # a resume may have others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +79,7 @@ class Task:
             },
             "skip_in": [cache.manifest.digest for cache in self.skip_in],
             **({"part": list(self.part)} if self.part else {}),
-            **{key: value for key, value in to_dict(self.config).items() if key in OPTIONS},
+            **{key: value for key, value in to_dict(self.config).items() if key not in FREE},
         }
 
     def identity(self, tokenizer: Tokenizer, head: str) -> dict[str, Any]:
@@ -132,13 +116,9 @@ class Task:
         """The manifest's record of the data set."""
         data, facts = store.data, store.facts
         return {
-            "name": data.name,
-            "split": data.split,
-            "revision": data.revision,
-            **_configuration(data),
+            **_origin(data, facts.digest),
             "license": data.license,
             "attribution": data.attribution,
-            "digest": facts.digest,
             "fingerprint": data.fingerprint,
             "num_documents": facts.num_documents,
             **({"num_skipped": facts.num_skipped} if self.skip_in else {}),
@@ -158,15 +138,10 @@ class Task:
             require_same_labels(theirs, ours, ours_name=cache.path, theirs_name="this build")
 
 
-def sources(data: DocumentSet, digest: str) -> list[dict[str, Any]]:
-    """The documents of a build as `build.json` names them."""
-    source = {"name": data.name, "split": data.split, "revision": data.revision, "digest": digest}
-    return [source | _configuration(data)]
-
-
-def _configuration(data: DocumentSet) -> dict[str, str]:
-    """Which of its configurations a Hub data set was read in; nothing for other data sets."""
-    return {"configuration": data.config} if data.config else {}
+def _origin(data: DocumentSet, digest: str) -> dict[str, Any]:
+    """What tells a data set from every other: of one of the Hub also its configuration."""
+    configuration = {"configuration": data.config} if data.config else {}
+    return {"name": data.name, "split": data.split, "revision": data.revision, **configuration, "digest": digest}
 
 
 def build_cache(
@@ -293,7 +268,7 @@ def _is_done(task: Task) -> bool:
     now = fingerprint(source_of(task.config))
     before = [source.get("fingerprint") for source in read_manifest(task.out).sources]
     # Documents are read only where their fingerprint leaves open whether they are the same: parsing takes seconds.
-    return (now is not None and before == [now]) or options.get("sources") == sources(task.data, task.data.digest)
+    return (now is not None and before == [now]) or options.get("sources") == [_origin(task.data, task.data.digest)]
 
 
 def _refuse_moved(task: Task) -> None:
@@ -336,7 +311,7 @@ def _build(task: Task) -> None:
             least = least_bytes_per_token(config, len(tokenizer))
             require_space(out, num_tokens, least, present_bytes=present_bytes)
             options = task.options() | {
-                "sources": sources(store.data, store.facts.digest),
+                "sources": [_origin(store.data, store.facts.digest)],
                 "tokenizer_digest": tokenizer_digest(tokenizer),
                 "tokenizer_size": len(tokenizer),
                 **{end: list(tokens) for end, tokens in document_ends(tokenizer)._asdict().items()},
@@ -350,8 +325,7 @@ def _build(task: Task) -> None:
             raise
         if writer is not None:
             run = stack.enter_context(_tracked(writer, config))
-            report_ends = functools.partial(_report_ends, task, tokenizer, store)
-            _label(task, writer, shards, store, run, report_ends)
+            _label(task, writer, shards, tokenizer, store, run)
             if is_main_process():
                 _finish(task, writer, tokenizer, task.source(store), run)
     if is_main_process():
@@ -427,13 +401,14 @@ def _label(
     task: Task,
     writer: CacheWriter,
     shards: Sequence[range],
+    tokenizer: Tokenizer,
     store: TokenStore,
     run: tracking.Run,
-    report_ends: Callable[["LogitSource"], None],
 ) -> None:
     """Capture this rank's share of the shards that are not there yet; returns once all ranks are done."""
     from shared.distributed import agree, wait
-    from stage1_teacher.capture import capture_shards
+    from stage1_teacher.capture import capture_shards, load_teacher
+    from stage1_teacher.ends import describe_ends, weigh_ends
 
     missing = [shard for shard in range(len(shards)) if not writer.has_shard(shard)] if is_main_process() else []
     todo = agree(missing)
@@ -441,8 +416,12 @@ def _label(
         log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
     mine = {shard: shards[shard] for shard in todo[rank() :: world_size()]}
     if mine:
-        first = is_main_process() and len(todo) == len(shards)
-        capture_shards(writer, task.config, task.files, mine, store, run, report_ends if first else lambda source: None)
+        source = load_teacher(task.config, task.files)
+        if is_main_process() and len(todo) == len(shards):
+            _, positions = head_and_positions(task.files.path)
+            for label, text in describe_ends(weigh_ends(source, tokenizer, store.facts.documents(), positions)):
+                log(f"{label} of documents: {text}")
+        capture_shards(writer, task.config, source, mine, store, run)
     wait()
 
 
@@ -483,15 +462,6 @@ def _report(store: TokenStore, config: TeacherConfig) -> None:
         if noted.count:
             others = f" and {noted.count - len(noted.ids):,} more" if noted.count > len(noted.ids) else ""
             log(f"{noted.count:,} documents {what}: {', '.join(noted.ids)}{others}")
-
-
-def _report_ends(task: Task, tokenizer: Tokenizer, store: TokenStore, source: "LogitSource") -> None:
-    """Log what documents open and close with, and what that and other tokens cost the teacher."""
-    from stage1_teacher.ends import describe_ends, weigh_ends
-
-    ends = weigh_ends(source, tokenizer, store.facts.documents(), head_and_positions(task.files.path)[1])
-    for label, text in describe_ends(ends):
-        log(f"{label} of documents: {text}")
 
 
 # --- tracking --------------------------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ def run_pilot(
     from stage1_teacher.ends import weigh_ends
 
     start = time.perf_counter()
-    model, source = load_teacher(config, files)
+    source = load_teacher(config, files)
+    model = source.model
     load_seconds = time.perf_counter() - start
     wide = replace(config, top_k=max(config.top_k, TOP_KS[-1]), top_p=None)
     cuda = [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(device)]

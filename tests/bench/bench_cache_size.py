@@ -44,7 +44,7 @@ def capture(teacher: str, dataset: str, split: str, shard_tokens: int) -> tuple[
     tokenizer, limits = load_limits(config, files)
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder) / "tokens", {}, documents, tokenizer, limits)
-    _, source = load_teacher(config, files)
+    source = load_teacher(config, files)
     shards = []
     for part in plan_shards(store.lengths, shard_tokens):
         segments = store.segments(part)
