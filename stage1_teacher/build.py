@@ -54,18 +54,54 @@ class Task:
         files: the teacher's.
         skip_in: finished caches whose documents are skipped.
         part: i and N where only the i-th of N parts is built.
+
+    Raises:
+        ConfigError: what cannot be used of teacher and data set, as each is first asked for.
     """
 
     config: TeacherConfig
     out: Path
     files: ModelFiles
-    skip_in: tuple[Cache, ...]
-    part: tuple[int, int] | None
+    skip_in: tuple[Cache, ...] = ()
+    part: tuple[int, int] | None = None
+
+    @functools.cached_property
+    def origin(self) -> Source:
+        """What names the data set."""
+        config = self.config
+        return Source(
+            config.dataset,
+            config.split,
+            limit_docs=config.limit_docs,
+            columns=config.columns,
+            revision=config.dataset_revision,
+            config=config.dataset_config,
+        )
 
     @functools.cached_property
     def data(self) -> DocumentSet:
-        """The data set, opened when it is first asked for."""
-        return open_documents(source_of(self.config))
+        """The data set, opened."""
+        return open_documents(self.origin)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The teacher's, with the documents' ends recorded."""
+        tokenizer = load_tokenizer(self.files.path)
+        record_ends(tokenizer, self.config.open_with, self.config.close_with)
+        return tokenizer
+
+    @functools.cached_property
+    def limits(self) -> Limits:
+        """What documents are cut to."""
+        head_width, positions = head_and_positions(self.files.path)
+        asked = self.config.max_length
+        require(
+            asked is None or positions is None or asked <= positions,
+            "--max-length is beyond the teacher's positions",
+            expected=f"at most {positions}",
+            got=asked,
+        )
+        return Limits(max_length=asked or positions, on_long=self.config.on_long, head_width=head_width)
 
     def options(self) -> dict[str, Any]:
         """What was asked for, by content, but for the documents: `build.json` holds both, and a resume must match."""
@@ -77,14 +113,33 @@ class Task:
                 "config_digest": files.config_digest,
                 "tokenizer_files_digest": files.tokenizer_files_digest,
             },
-            "skip_in": [cache.manifest.digest for cache in self.skip_in],
+            "skip_in": self._skipped(),
             **({"part": list(self.part)} if self.part else {}),
             **{key: value for key, value in to_dict(self.config).items() if key not in FREE},
         }
 
-    def identity(self, tokenizer: Tokenizer, head: str) -> dict[str, Any]:
+    def _skipped(self) -> list[str]:
+        return [cache.manifest.digest for cache in self.skip_in]
+
+    def store_request(self) -> dict[str, Any]:
+        """All that decides what a token store of the documents holds."""
+        code = (
+            (Path(__file__).parent, ("documents.py", "store.py")),
+            (Path(tracking.__file__).parent, ("tokenizer.py", "chat.py")),
+        )
+        return {
+            "fingerprint": self.data.fingerprint,
+            "tokenizer": [tokenizer_digest(self.tokenizer), self.files.tokenizer_files_digest],
+            "ends": [list(end) for end in document_ends(self.tokenizer)],
+            "limits": to_dict(self.limits),
+            "code": [sha256_file(folder / name) for folder, names in code for name in names],
+            "versions": versions("tokenizers", "transformers", "jinja2"),
+            "skip_in": self._skipped(),
+        }
+
+    def identity(self, head: str) -> dict[str, Any]:
         """Who makes the labels; `head` is the precision of the teacher's head."""
-        config, files, ends = self.config, self.files, document_ends(tokenizer)
+        config, files, ends = self.config, self.files, document_ends(self.tokenizer)
         labels = {
             "temperatures": list(config.temperatures),
             "top_k": config.top_k,
@@ -108,7 +163,7 @@ class Task:
                 "weights_digest": files.weights_digest,
                 "config_digest": files.config_digest,
             },
-            "tokenizer": {"digest": tokenizer_digest(tokenizer), **special_ids(tokenizer)},
+            "tokenizer": {"digest": tokenizer_digest(self.tokenizer), **special_ids(self.tokenizer)},
             "labels": labels,
         }
 
@@ -129,12 +184,30 @@ class Task:
             "config": {key: value for key, value in to_dict(self.config).items() if key not in NAMED},
         }
 
-    def require_skipped_labels(self, identity: dict[str, Any] | None, tokenizer: Tokenizer) -> None:
+    def require_restored(self, store: TokenStore) -> None:
+        """Refuse a tokenizer that does not give enough of the documents back as they were.
+
+        Raises:
+            ConfigError: with the first such document.
+        """
+        lossy, num_documents, most = store.facts.lossy, store.facts.num_new, self.config.max_lossy
+        if lossy.count > most * num_documents:
+            first = next(document for document in self.data.documents if document.id == lossy.ids[0])
+            raise ConfigError(
+                "the tokenizer does not give documents back as they were",
+                where=self.files.name,
+                expected=f"at most {most:.0%} of {num_documents:,} documents (--max-lossy)",
+                got=f"{lossy.count:,}, such as {describe_loss(first, self.tokenizer)}",
+                fix="take a teacher whose tokenizer keeps code as it is: the student learns only what the tokenizer "
+                "keeps",
+            )
+
+    def require_skipped_labels(self, identity: dict[str, Any] | None = None) -> None:
         """Refuse skipped documents whose labels are of another kind than this build's, as far as those are known."""
         for cache in self.skip_in:
             theirs = cache.manifest.identity
             # The head's precision is known once the teacher is loaded.
-            ours = identity or self.identity(tokenizer, theirs["labels"].get("head", "none"))
+            ours = identity or self.identity(theirs["labels"].get("head", "none"))
             require_same_labels(theirs, ours, ours_name=cache.path, theirs_name="this build")
 
 
@@ -190,74 +263,6 @@ def find_teacher(config: TeacherConfig) -> ModelFiles:
     return identify_model(config.teacher, config.revision)
 
 
-def source_of(config: TeacherConfig) -> Source:
-    """The data set that a configuration names."""
-    return Source(
-        config.dataset,
-        config.split,
-        limit_docs=config.limit_docs,
-        columns=config.columns,
-        revision=config.dataset_revision,
-        config=config.dataset_config,
-    )
-
-
-def load_limits(config: TeacherConfig, files: ModelFiles) -> tuple[Tokenizer, Limits]:
-    """The teacher's tokenizer with the documents' ends, and what documents are cut to.
-
-    Raises:
-        ConfigError: `max_length` is beyond the teacher's positions.
-    """
-    tokenizer = load_tokenizer(files.path)
-    record_ends(tokenizer, config.open_with, config.close_with)
-    head_width, positions = head_and_positions(files.path)
-    asked = config.max_length
-    require(
-        asked is None or positions is None or asked <= positions,
-        "--max-length is beyond the teacher's positions",
-        expected=f"at most {positions}",
-        got=asked,
-    )
-    return tokenizer, Limits(max_length=asked or positions, on_long=config.on_long, head_width=head_width)
-
-
-def store_request(
-    files: ModelFiles, data: DocumentSet, tokenizer: Tokenizer, limits: Limits, skip_in: Sequence[Cache] = ()
-) -> dict[str, Any]:
-    """All that decides what a token store of these documents holds."""
-    code = (
-        (Path(__file__).parent, ("documents.py", "store.py")),
-        (Path(tracking.__file__).parent, ("tokenizer.py", "chat.py")),
-    )
-    return {
-        "fingerprint": data.fingerprint,
-        "tokenizer": [tokenizer_digest(tokenizer), files.tokenizer_files_digest],
-        "ends": [list(end) for end in document_ends(tokenizer)],
-        "limits": to_dict(limits),
-        "code": [sha256_file(folder / name) for folder, names in code for name in names],
-        "versions": versions("tokenizers", "transformers", "jinja2"),
-        "skip_in": [cache.manifest.digest for cache in skip_in],
-    }
-
-
-def require_restored(store: TokenStore, config: TeacherConfig, files: ModelFiles, data: DocumentSet) -> None:
-    """Refuse a tokenizer that does not give enough of the documents back as they were.
-
-    Raises:
-        ConfigError: with the first such document.
-    """
-    lossy, num_documents = store.facts.lossy, store.facts.num_new
-    if lossy.count > config.max_lossy * num_documents:
-        first = next(document for document in data.documents if document.id == lossy.ids[0])
-        raise ConfigError(
-            "the tokenizer does not give documents back as they were",
-            where=files.name,
-            expected=f"at most {config.max_lossy:.0%} of {num_documents:,} documents (--max-lossy)",
-            got=f"{lossy.count:,}, such as {describe_loss(first, load_tokenizer(files.path))}",
-            fix="take a teacher whose tokenizer keeps code as it is: the student learns only what the tokenizer keeps",
-        )
-
-
 def _is_done(task: Task) -> bool:
     """Whether a whole, finished cache of the same request is there."""
     if not is_finished(task.out) or has_leftovers(task.out):
@@ -265,7 +270,7 @@ def _is_done(task: Task) -> bool:
     options = read_json(task.out / BUILD)["options"]
     if any(options.get(key) != value for key, value in ({"part": None} | task.options()).items()):
         return False
-    now = fingerprint(source_of(task.config))
+    now = fingerprint(task.origin)
     before = [source.get("fingerprint") for source in read_manifest(task.out).sources]
     # Documents are read only where their fingerprint leaves open whether they are the same: parsing takes seconds.
     return (now is not None and before == [now]) or options.get("sources") == [_origin(task.data, task.data.digest)]
@@ -296,12 +301,11 @@ def _build(task: Task) -> None:
     """Tokenise the documents, unless that is done; label them and write the cache."""
     from shared.distributed import wait
 
-    config, out, folder = task.config, task.out, store_folder(task.out)
-    tokenizer, limits = load_limits(config, task.files)
-    task.require_skipped_labels(None, tokenizer)
-    is_new = is_main_process() and _tokenise(task, tokenizer, limits)
+    config, out, tokenizer = task.config, task.out, task.tokenizer
+    task.require_skipped_labels()
+    is_new = is_main_process() and _tokenise(task)
     wait()
-    store = TokenStore(folder)
+    store = TokenStore(store_folder(out))
     with contextlib.ExitStack() as stack:
         try:
             _report(store, config)
@@ -315,7 +319,7 @@ def _build(task: Task) -> None:
                 "tokenizer_digest": tokenizer_digest(tokenizer),
                 "tokenizer_size": len(tokenizer),
                 **{end: list(tokens) for end, tokens in document_ends(tokenizer)._asdict().items()},
-                "head_width": limits.head_width,
+                "head_width": task.limits.head_width,
                 "num_shards": len(shards),
             }
             writer = stack.enter_context(_opened(out, options))
@@ -325,9 +329,9 @@ def _build(task: Task) -> None:
             raise
         if writer is not None:
             run = stack.enter_context(_tracked(writer, config))
-            _label(task, writer, shards, tokenizer, store, run)
+            _label(task, writer, shards, store, run)
             if is_main_process():
-                _finish(task, writer, tokenizer, task.source(store), run)
+                _finish(task, writer, store, run)
     if is_main_process():
         store.remove()
 
@@ -344,7 +348,7 @@ def _own_shards(shards: list[range], part: tuple[int, int] | None) -> list[range
     return own
 
 
-def _tokenise(task: Task, tokenizer: Tokenizer, limits: Limits) -> bool:
+def _tokenise(task: Task) -> bool:
     """Make the token store, unless it is there; refuse first whatever can be refused without the tokens.
 
     Returns:
@@ -353,17 +357,17 @@ def _tokenise(task: Task, tokenizer: Tokenizer, limits: Limits) -> bool:
     out, folder = task.out, store_folder(task.out)
     _refuse_moved(task)
     check_folder(out, json.loads(json.dumps(task.options())), partly=True)
-    request = store_request(task.files, task.data, tokenizer, limits, task.skip_in)
-    found = find_store(folder, request)
-    if found is None:
+    request = task.store_request()
+    store = found = find_store(folder, request)
+    if store is not None:
+        log(f"{store.facts.num_new:,} documents are tokenised already")
+    else:
         if (out / LOCK).exists():
             Lock(out, "building this cache").release()  # refuses where another process is labelling the store's tokens
-        store = make_store(folder, request, task.data, tokenizer, limits, skipped=_known_digests(task.skip_in))
-    else:
-        store = found
-        log(f"{store.facts.num_new:,} documents are tokenised already")
+        skipped = _known_digests(task.skip_in)
+        store = make_store(folder, request, task.data, task.tokenizer, task.limits, skipped=skipped)
     try:
-        require_restored(store, task.config, task.files, task.data)
+        task.require_restored(store)
     except ConfigError:
         store.remove()
         raise
@@ -397,14 +401,7 @@ def _opened(out: Path, options: dict[str, Any]) -> Iterator[CacheWriter | None]:
         yield writer
 
 
-def _label(
-    task: Task,
-    writer: CacheWriter,
-    shards: Sequence[range],
-    tokenizer: Tokenizer,
-    store: TokenStore,
-    run: tracking.Run,
-) -> None:
+def _label(task: Task, writer: CacheWriter, shards: Sequence[range], store: TokenStore, run: tracking.Run) -> None:
     """Capture this rank's share of the shards that are not there yet; returns once all ranks are done."""
     from shared.distributed import agree, wait
     from stage1_teacher.capture import capture_shards, load_teacher
@@ -419,22 +416,22 @@ def _label(
         source = load_teacher(task.config, task.files)
         if is_main_process() and len(todo) == len(shards):
             _, positions = head_and_positions(task.files.path)
-            for label, text in describe_ends(weigh_ends(source, tokenizer, store.facts.documents(), positions)):
+            for label, text in describe_ends(weigh_ends(source, task.tokenizer, store.facts.documents(), positions)):
                 log(f"{label} of documents: {text}")
         capture_shards(writer, task.config, source, mine, store, run)
     wait()
 
 
-def _finish(task: Task, writer: CacheWriter, tokenizer: Tokenizer, source: dict[str, Any], run: tracking.Run) -> None:
+def _finish(task: Task, writer: CacheWriter, store: TokenStore, run: tracking.Run) -> None:
     """Write tokenizer and manifest."""
     out = task.out
     with plain_errors(out):
-        save_tokenizer(tokenizer, out / "tokenizer")
+        save_tokenizer(task.tokenizer, out / "tokenizer")
     records = [read_record(out, shard) for shard in range(writer.build["num_shards"])]
     fused = all(record is not None and record.capture["fused_head"] for record in records)
-    identity = task.identity(tokenizer, "float32" if fused else task.config.dtype)
-    task.require_skipped_labels(identity, tokenizer)
-    writer.finish(identity, [source])
+    identity = task.identity("float32" if fused else task.config.dtype)
+    task.require_skipped_labels(identity)
+    writer.finish(identity, [task.source(store)])
     digests = {
         "label_identity": read_manifest(out).label_identity,
         "manifest_sha256": sha256_file(out / MANIFEST),
