@@ -39,6 +39,12 @@ def log(message: str) -> None:
         sys.stderr.flush()
 
 
+LESS_MEMORY = (
+    "in training --batch-tokens auto, a smaller per_device_train_batch_size or gradient_checkpointing=true; "
+    "in evaluation a smaller --batch-size or --batch-tokens; nothing finished is lost"
+)
+
+
 class Terminated(BaseException):
     """SIGTERM arrived; raised in the main thread so that `finally` blocks run."""
 
@@ -83,5 +89,10 @@ def run_cli(command: Any) -> NoReturn:
         if error.filename is None:
             raise
         log(f"error: {error.strerror}; where: {error.filename}; fix: check the path, the rights and the free space")
+        code = 1
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which nothing here imports
+            raise
+        log(f"error: the device has too little memory; got: {str(error).partition('. ')[0]}; fix: {LESS_MEMORY}")
         code = 1
     sys.exit(code)

@@ -66,7 +66,7 @@ class Experiment:
         path: the file.
         fixed: settings of every run.
         grid: values by key. Every combination is trained, with every variant.
-        variants: the first one is the baseline.
+        variant: each `[[variant]]`; the first one is the baseline.
         run: the settings of each `[[run]]`, which stands outside the grid.
         confirm: see `Seeds`.
     """
@@ -74,7 +74,7 @@ class Experiment:
     path: str
     fixed: dict[str, Any]
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    variants: tuple[Variant, ...]
+    variant: tuple[Variant, ...]
     run: list[dict[str, Any]] = field(default_factory=list)
     confirm: Seeds = Seeds()
 
@@ -86,16 +86,14 @@ class Experiment:
         """
         product = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
         listed: list[tuple[Variant | None, dict[str, Any]]] = []
-        if self.grid or self.variants:
-            listed = [(variant, values) for variant in self.variants or (None,) for values in product]
+        if self.grid or self.variant:
+            listed = [(variant, values) for variant in self.variant or (None,) for values in product]
         return self._resolve([*listed, *((None, values) for values in self.run)], forced or {})
 
     def confirming_runs(self, chosen: Mapping[str, Mapping[str, Any]], forced: Mapping[str, Any]) -> list[Run]:
         """Seed by seed a run of each variant, with the values `chosen` for it in the search."""
         listed = [
-            (variant, {**chosen[variant.name], "seed": seed})
-            for seed in self.confirm.seeds
-            for variant in self.variants
+            (variant, {**chosen[variant.name], "seed": seed}) for seed in self.confirm.seeds for variant in self.variant
         ]
         return self._resolve(listed, forced)
 
@@ -134,7 +132,7 @@ def read_experiment(path: Path) -> Experiment:
     tables = {name: fixed.pop(name) for name in ("grid", "run", "confirm") if name in fixed}
     listed = convert(fixed.pop("variant", []), list[dict[str, Any]], where=f"{where}, variant")
     variants = [_variant_fields(table) for table in listed]
-    experiment = from_dict(Experiment, tables | {"path": where, "fixed": fixed, "variants": variants}, where=where)
+    experiment = from_dict(Experiment, tables | {"path": where, "fixed": fixed, "variant": variants}, where=where)
     for key, values in experiment.grid.items():
         require(values, "a grid's key needs a list of values", where=f"{path}: grid.{key}", got=repr(values))
     require(all(experiment.run), "each [[run]] must be a table of settings", where=path)
@@ -152,11 +150,11 @@ def _variant_fields(table: dict[str, Any]) -> dict[str, Any]:
 
 def _require_distinct(experiment: Experiment) -> None:
     """Refuse variants that cannot be told apart, paired, or compared as they ask for."""
-    where, names = experiment.path, [variant.name for variant in experiment.variants]
+    where, names = experiment.path, [variant.name for variant in experiment.variant]
     distinct = len(set(names)) == len(names) and all(re.fullmatch(r"[a-z0-9.-]+", name) for name in names)
     require(distinct, "the variants cannot be told apart", where=where, got=", ".join(names),
             expected="for each variant a name of its own of lower-case letters, digits, dots and dashes")  # fmt: skip
-    for variant in experiment.variants:
+    for variant in experiment.variant:
         shared = ", ".join(sorted(variant.settings.keys() & {*experiment.grid, "seed"}))
         require(not shared, "every variant has the same grid and seeds", where=where, got=shared)
         unknown = ", ".join(sorted(set(variant.versus) - (set(names) - {variant.name})))

@@ -97,7 +97,7 @@ def prove(
 def choose(experiment: Experiment, searched: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Each variant's values of the grid: those of its run with the lowest validation NLL, the first of equals."""
     chosen = {}
-    for variant in experiment.variants:
+    for variant in experiment.variant:
         trials = [row for row in searched if row.swept["variant"] == variant.name]
         best = min(trials, key=lambda row: min(row.validation_nll_nats))
         chosen[variant.name] = {key: best.swept[key] for key in experiment.grid}
@@ -113,9 +113,9 @@ def summarise_proof(
         ConfigError: runs without figures, or runs of one seed that did not begin alike.
     """
     _require_pairs(runs)
-    versus = {variant.name: variant.versus for variant in experiment.variants}
+    versus = {variant.name: variant.versus for variant in experiment.variant}
     comparisons = compare_settings(figures_of(runs, lambda row: row.swept["variant"]), versus)
-    baseline = experiment.variants[0].name
+    baseline = experiment.variant[0].name
     against_baseline = {row.setting: row for row in comparisons if row.versus == baseline}
     return Proof(
         command=command_line(),
@@ -166,7 +166,7 @@ def _train(runner: Runner) -> list[Row]:
 
 def _require_confirmable(experiment: Experiment, searching: Sequence[Run]) -> None:
     where = experiment.path
-    count = len(experiment.variants)
+    count = len(experiment.variant)
     require(count > 1 and not experiment.run, "a proof compares variants", where=where,
             expected="two or more [[variant]] and no [[run]]", got=f"{count} and {len(experiment.run)}")  # fmt: skip
     seeds, search_seed = experiment.confirm.seeds, searching[0].config.seed

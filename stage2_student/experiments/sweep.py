@@ -68,7 +68,7 @@ def _write(experiment: Experiment, rows: Sequence[Row], out: Path) -> str:
 
 def _compare(experiment: Experiment, rows: Sequence[Row]) -> list[Comparison]:
     """Settings that share seeds: each with the first one, and a variant with those it names, at equal other values."""
-    named = {variant.name: variant.versus for variant in experiment.variants}
+    named = {variant.name: variant.versus for variant in experiment.variant}
     versus: dict[str, list[str]] = {}
     for row in rows:
         variant = row.swept.get("variant", "")

@@ -23,6 +23,9 @@ def command(what):
         raise ConfigError("a thing is wrong", where="here", expected=1, got=2, fix="mend it")
     if what == "bug":
         raise KeyError("a bug")
+    if what == "memory":
+        import torch
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 80 GiB")
     if what == "wait":
         print("ready", flush=True)
         time.sleep(60)
@@ -44,6 +47,12 @@ def test_exit_codes_and_one_line_per_domain_error():
     assert usage.returncode == 2 and "Missing argument" in usage.stderr
     bug = run("bug")
     assert bug.returncode == 1 and "Traceback" in bug.stderr and "KeyError" in bug.stderr
+
+
+def test_a_device_without_memory_is_one_line_that_says_what_to_lower():
+    found = run("memory")
+    assert (found.returncode, found.stderr.count("\n")) == (1, 1)
+    assert found.stderr.startswith("error: the device has too little memory; got: CUDA out of memory; fix: in training")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
