@@ -473,6 +473,7 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
         prediction_loss_only=True,
         average_tokens_across_devices=True,
         report_to=[],
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # pinned batches: the host goes on
         disable_tqdm=not sys.stderr.isatty(),
         use_cpu=not torch.accelerator.is_available(),
     )
