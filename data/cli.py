@@ -8,15 +8,15 @@ import click
 
 @click.command("import")
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
-@click.option("--tokenizer", required=True, metavar="DIR", help="The tokenizer that the token ids are of.")
+@click.option("--tokenizer", required=True, metavar="DIR", help="The tokenizer that made the token ids.")
 @click.option("--teacher-name", required=True, metavar="NAME", help="Who made the logprobs; recorded as declared.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The cache's directory.")
 @click.option(
-    "--top-k", metavar="K", type=click.IntRange(1, 65_535), help="Most entries of a row.  [default: the longest's]"
+    "--top-k", metavar="K", type=click.IntRange(1, 65_535), help="Max entries per row.  [default: the longest row]"
 )
 @click.option("--codec", metavar="q|f16", default="q", show_default=True, help="How the entries are encoded.")
 @click.option(
-    "--filter", "compression", metavar="gzip|zstd", default="gzip", show_default=True, help="How the shards are packed."
+    "--filter", "compression", metavar="gzip|zstd", default="gzip", show_default=True, help="Compression of the shards."
 )
 @click.option(
     "--shard-tokens",
@@ -24,7 +24,7 @@ import click
     type=click.IntRange(1),
     default=32_768,
     show_default=True,
-    help="Tokens per shard, about.",
+    help="Approximate tokens per shard.",
 )
 def import_command(file: Path, out: Path, **options: Any) -> None:
     """Make a cache from recorded logprobs.

@@ -29,16 +29,19 @@ class HubSplit:
     table: Table
 
 
-def open_hub(hub_id: str, split: str, revision: str | None = None, config: str | None = None) -> HubSplit:
-    """Fetch and open one split.
+def open_hub(
+    hub_id: str, split: str, revision: str | None = None, config: str | None = None, limit: int | None = None
+) -> HubSplit:
+    """Open one split: fetched and mapped into memory, or streamed where only its first rows are wanted.
 
-    Offline (`HF_HUB_OFFLINE=1`) these are the rows prepared last, and the commit is theirs.
+    Offline (`HF_HUB_OFFLINE=1`) these are the rows prepared last, and the commit is theirs; nothing is streamed.
 
     Args:
         hub_id: `owner/name`.
         split: as the data set names it.
         revision: branch, tag or commit; the main branch by default.
         config: one of its configurations; by default the only one, or the one that its card says is the default.
+        limit: no more rows than that will be read; nothing of them is kept on the disk.
 
     Raises:
         ConfigError: the Hub cannot be reached, has no such data set, revision, configuration or split; several
@@ -52,37 +55,36 @@ def open_hub(hub_id: str, split: str, revision: str | None = None, config: str |
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(hub_id, config, split=split, revision=commit)
+        streaming = commit is not None and limit is not None
+        rows = datasets.load_dataset(hub_id, config, split=split, revision=commit, streaming=streaming)
+        # Streamed rows of JSONL: their columns are known once one is read.
+        names = tuple(rows.column_names or next(iter(rows), ()))
     except Exception as error:  # the library raises many unrelated types
         where = ", ".join([hub_id, *([f"configuration {config!r}"] if config else []), f"split {split!r}"])
         raise (commit and _explain_config(hub_id, commit, config)) or explain(error, where) from error
-    prepared = _prepared_commit(rows)
-    require(
-        commit in (None, prepared),
-        "another commit of the data set was read",
-        where=hub_id,
-        expected=commit,
-        got=prepared,
-    )
-    require(
-        commit is not None or revision in (None, prepared),
-        "the local Hub cache holds another commit",
-        where=hub_id,
-        expected=revision,
-        got=prepared,
-        fix="fetch it once without HF_HUB_OFFLINE=1",
-    )
-    require(len(rows), "an empty data set", where=f"{hub_id}, split {split!r}", expected="at least one row")
+    if not streaming:
+        asked, commit = commit or revision, _prepared_commit(rows)
+        require(
+            asked in (None, commit),
+            "the local Hub cache holds another commit",
+            where=hub_id,
+            expected=asked,
+            got=commit,
+            fix="fetch it once without HF_HUB_OFFLINE=1",
+        )
+    assert commit is not None
+    is_empty = not names if streaming else len(rows) == 0
+    require(not is_empty, "an empty data set", where=f"{hub_id}, split {split!r}", expected="at least one row")
 
     def read(columns: Collection[str]) -> Iterator[Row]:
-        chosen = rows.select_columns([name for name in rows.column_names if name in columns])
+        chosen = rows.select_columns([name for name in names if name in columns])
         return (Row(f"{hub_id}, row {number}", row) for number, row in enumerate(chosen, start=1))
 
     return HubSplit(
-        commit=prepared,
+        commit=commit,
         config=rows.config_name,
-        license=_license(hub_id, prepared),
-        table=Table(hub_id, tuple(rows.column_names), read),
+        license=_license(hub_id, commit),
+        table=Table(hub_id, names, read, lambda: None if streaming else len(rows)),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from data import mbpp, stdlib
 from data.hub import open_hub
 from data.records import Document, DocumentSet
-from data.tabular import FILES, MANY, Row, Table, digest_file, find_data_files, open_table
+from data.tabular import FILES, MANY, Row, Table, digest_files, find_data_files, open_table
 from data.templates import chat_document, mbpp_document, prompt_document
 from shared.errors import ConfigError, require, require_range
 from shared.files import sha256_file, sha256_json
@@ -38,36 +38,11 @@ class Documents:
         return self.read()
 
 
-def load_documents(
-    dataset: str,
-    split: str,
-    *,
-    limit_docs: int | None = None,
-    columns: str | None = None,
-    revision: str | None = None,
-    config: str | None = None,
-) -> DocumentSet:
-    """Read one split of a data set into memory, where its `documents` are a tuple. Arguments, errors: `open_documents`.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """What names the documents of one split of a data set.
 
-    Raises:
-        ConfigError: also for a malformed row, by file, line and field.
-    """
-    found = open_documents(dataset, split, limit_docs=limit_docs, columns=columns, revision=revision, config=config)
-    return dataclasses.replace(found, documents=tuple(found.documents))
-
-
-def open_documents(
-    dataset: str,
-    split: str,
-    *,
-    limit_docs: int | None = None,
-    columns: str | None = None,
-    revision: str | None = None,
-    config: str | None = None,
-) -> DocumentSet:
-    """Open one split of a data set, whose documents are then read one by one at each iteration.
-
-    Args:
+    Attributes:
         dataset: `mbpp`, `stdlib`, data files (see `find_data_files`) or a Hub id `owner/name`. Files and Hub data sets
             have MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
             where there is one.
@@ -76,60 +51,85 @@ def open_documents(
         columns: what these columns are called in this data set, such as `prompt=instruction,completion=output`.
         revision: branch, tag or commit of a Hub id.
         config: one of a Hub data set's configurations; `owner/name:config` names it too.
+    """
+
+    dataset: str
+    split: str
+    limit_docs: int | None = None
+    columns: str | None = None
+    revision: str | None = None
+    config: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit_docs is not None:
+            require_range(self.limit_docs, "limit_docs", at_least=1)
+
+
+def load_documents(dataset: str, split: str, **options: Any) -> DocumentSet:
+    """Read one split of a data set into memory, where its `documents` are a tuple; the arguments are `Source`'s.
+
+    Raises:
+        ConfigError: as `open_documents`; also for a malformed row, by file, line and field.
+    """
+    found = open_documents(Source(dataset, split, **options))
+    return dataclasses.replace(found, documents=tuple(found.documents))
+
+
+def open_documents(source: Source) -> DocumentSet:
+    """Open one split of a data set, whose documents are then read one by one at each iteration.
 
     Raises:
         ConfigError: an unknown data set, configuration or split, or no rows; iterating, a malformed row (by file, line
             and field) or an id that occurs twice.
     """
-    if limit_docs is not None:
-        require_range(limit_docs, "limit_docs", at_least=1)
-    names = parse_columns(columns)
-    kind, place, files, config = _resolve(dataset, columns, revision, config)
+    kind, place, files, config = _resolve(source)
     commit: str | None = None
+    license: str | None = None
+    attribution: str | None = None
+    num_documents: int | None = None
     if kind == "hub":
-        found = open_hub(place, split, revision, config)
-        mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns, revision=found.commit, config=config)
-        commit, config = found.commit, found.config
-        name, read = _from_table(found.table, split, names, limit_docs)
-        license, attribution = _known_rights(name)
-        license = license or found.license
-        attribution = attribution or f"{place}, https://huggingface.co/datasets/{place}"
-    else:
-        mark = fingerprint(dataset, split, limit_docs=limit_docs, columns=columns)
-        if kind == "stdlib":
-            name, commit = "stdlib", platform.python_version()
-            license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
-            stdlib.require_split(split)
-            read = _first(limit_docs, lambda: stdlib.read_split(split))
-        else:
-            name, read = _from_table(open_table(files, place), split, names, limit_docs)
-            license, attribution = _known_rights(name)
+        # All of MBPP is read, whatever the limit: its rows are checked, and they are few.
+        found = open_hub(
+            place, source.split, source.revision, config, None if place == mbpp.HUB_ID else source.limit_docs
+        )
+        commit, config, license = found.commit, found.config, found.license
+        attribution = f"{place}, https://huggingface.co/datasets/{place}"
+    mark = fingerprint(dataclasses.replace(source, revision=commit))
     assert mark is not None  # the commit is known by now
+    if kind == "stdlib":
+        name, commit = "stdlib", platform.python_version()
+        license, attribution = stdlib.LICENSE, stdlib.ATTRIBUTION
+        stdlib.require_split(source.split)
+        read = _first(source.limit_docs, lambda: stdlib.read_split(source.split))
+    else:
+        table = found.table if kind == "hub" else open_table(files, place)
+        if _is_mbpp(source, table):
+            name, license, attribution = mbpp.NAME, mbpp.LICENSE, mbpp.ATTRIBUTION
+            read = _first(
+                source.limit_docs, lambda: mbpp.read_split(table.read(mbpp.COLUMNS), source.split, mbpp_document)
+            )
+        else:
+            name, read = table.name, _read_plain(table, parse_columns(source.columns), source.limit_docs)
+            num_documents = source.limit_docs or table.count()
     return DocumentSet(
         name=name,
-        split=split,
+        split=source.split,
         revision=commit,
         config=config,
         license=license,
         attribution=attribution,
         fingerprint=mark,
         documents=Documents(read),
+        num_documents=num_documents,
     )
 
 
-def fingerprint(
-    dataset: str,
-    split: str,
-    *,
-    limit_docs: int | None = None,
-    columns: str | None = None,
-    revision: str | None = None,
-    config: str | None = None,
-) -> str | None:
-    """SHA-256 of all that decides what `load_documents` gives; parses nothing, so it takes a moment.
+def fingerprint(source: Source) -> str | None:
+    """SHA-256 of all that decides what `open_documents` gives; parses no more than a row, so it takes a moment.
 
     That is: the bytes of the files or of the library, or the Hub's commit; the arguments; and the code of this package.
-    Equal fingerprints mean equal documents. Different ones mean nothing: the same documents may lie in another file.
+    With `limit_docs` it is only the bytes that hold those rows. Equal fingerprints mean equal documents. Different ones
+    mean nothing: the same documents may lie in another file.
 
     Returns:
         None where only reading tells the commit (a Hub data set offline).
@@ -137,7 +137,8 @@ def fingerprint(
     Raises:
         ConfigError: an unknown data set, a file that cannot be read, or the Hub cannot be reached.
     """
-    kind, place, files, config = _resolve(dataset, columns, revision, config)
+    kind, place, files, config = _resolve(source)
+    limit, revision = source.limit_docs, source.revision
     origin: list[Any]
     if kind == "hub":
         pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision)
@@ -148,22 +149,22 @@ def fingerprint(
     elif kind == "stdlib":
         origin = [platform.python_version(), stdlib.files_digest()]
     else:
-        origin = [place, [[path.name, digest_file(path)] for path in files]]
+        is_limited = limit is not None and not _is_mbpp(source, open_table(files, place))
+        origin = [place, digest_files(files, limit if is_limited else None)]
     code = [sha256_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
-    return sha256_json([kind, origin, split, limit_docs, columns, code])
+    return sha256_json([kind, origin, source.split, limit, source.columns, code])
 
 
-def _resolve(
-    dataset: str, columns: str | None, revision: str | None, config: str | None
-) -> tuple[str, str, list[Path], str | None]:
+def _resolve(source: Source) -> tuple[str, str, list[Path], str | None]:
     """What a data set's name stands for: `stdlib`, `files` or `hub`; its name or Hub id; its files; its configuration.
 
     Raises:
         ConfigError: nothing that we know, or an option that such a data set does not have.
     """
+    dataset, config = source.dataset, source.config
     kind, place, files = "", dataset, list[Path]()
     if dataset == "stdlib":
-        require(columns is None, "stdlib has no columns", where="columns", got=columns)
+        require(source.columns is None, "stdlib has no columns", where="columns", got=source.columns)
         kind = "stdlib"
     elif dataset and (found := find_data_files(dataset)):
         kind, files = "files", found
@@ -181,14 +182,14 @@ def _resolve(
         config = config or named[2] or DEFAULT_CONFIGS.get(place)
     expected = f"mbpp, stdlib, a Hub id owner/name[:config], {FILES}, {MANY}"
     require(kind, "unknown data set", where="dataset", expected=expected, got=repr(dataset))
-    require(kind == "hub" or revision is None, "only a Hub data set has revisions", where=dataset, got=revision)
-    require(kind == "hub" or config is None, "only a Hub data set has configurations", where=dataset, got=config)
+    for option, value in (("revisions", source.revision), ("configurations", config)):
+        require(kind == "hub" or value is None, f"only a Hub data set has {option}", where=dataset, got=value)
     return kind, place, files, config
 
 
-def _known_rights(name: str) -> tuple[str | None, str | None]:
-    """License and attribution of rows that were recognised."""
-    return (mbpp.LICENSE, mbpp.ATTRIBUTION) if name == mbpp.NAME else (None, None)
+def _is_mbpp(source: Source, table: Table) -> bool:
+    """Whether rows are MBPP's, of which every one is read, whatever the limit: their `task_id` tells the split."""
+    return source.columns is None and mbpp.is_mbpp(table.columns)
 
 
 def parse_columns(columns: str | None) -> dict[str, str]:
@@ -219,15 +220,13 @@ def _first(limit: int | None, read: Callable[[], list[Document]]) -> Reader:
     return lambda: iter(read()[:limit])
 
 
-def _from_table(table: Table, split: str, names: Mapping[str, str], limit: int | None) -> tuple[str, Reader]:
-    """Name and documents of a table whose columns are ours, or `names` where the user gives them; reads no other."""
-    if not names and mbpp.is_mbpp(table.columns):
-        return mbpp.NAME, _first(limit, lambda: mbpp.read_split(table.read(mbpp.COLUMNS), split, mbpp_document))
+def _read_plain(table: Table, names: Mapping[str, str], limit: int | None) -> Reader:
+    """The documents of a table whose columns are ours, or `names` where the user gives them; reads no other column."""
     form = next((form for form in FORMS if set(form) <= (names.keys() or set(table.columns))), None)
     if form is None:
         expected = "prompt and completion, or messages, or text, or MBPP's (task_id, text or prompt, code, test_list)"
         got = ", ".join(sorted(table.columns))
-        fix = "--columns prompt=THEIRS,completion=THEIRS"
+        fix = "name your columns: --columns text=NAME, or prompt=NAME,completion=NAME"
         raise ConfigError("unknown columns", where=table.name, expected=expected, got=got, fix=fix)
     columns = [names.get(column, column) for column in form]
     id_column = names.get("id", "id" if "id" in table.columns else None)
@@ -238,7 +237,7 @@ def _from_table(table: Table, split: str, names: Mapping[str, str], limit: int |
     def rows() -> Iterator[Row]:
         return itertools.islice(table.read(wanted), limit)
 
-    return table.name, lambda: _plain_documents(rows, table.name, form, columns, id_column)
+    return lambda: _plain_documents(rows, table.name, form, columns, id_column)
 
 
 def _plain_documents(
@@ -248,7 +247,7 @@ def _plain_documents(
 
     Of each id eight bytes are kept. They are compared whenever the number of documents has doubled, and at the end.
     """
-    hashes = array.array("Q")
+    hashes, number = array.array("Q"), 0
     for number, row in enumerate(rows(), start=1):
         id = row.id(id_column) if id_column else str(number)
         if id_column:
@@ -263,6 +262,7 @@ def _plain_documents(
         else:
             prompt = row.text(columns[0]) if len(form) == 2 else ""
             yield prompt_document(id, name, prompt, row.text(columns[-1], blank=False))
+    require(number, "an empty data set", where=name, expected="at least one row")
     if id_column:
         _refuse_repeated_ids(hashes, rows, id_column)
 

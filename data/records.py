@@ -69,6 +69,7 @@ class DocumentSet:
         fingerprint: of what they were read from (`data.load.fingerprint`).
         documents: those of `open_documents` are read from their source at each iteration; those of `load_documents`
             are in memory.
+        num_documents: at most so many; None where only reading tells.
     """
 
     name: str
@@ -79,6 +80,7 @@ class DocumentSet:
     attribution: str | None
     fingerprint: str
     documents: Iterable[Document]
+    num_documents: int | None = None
 
     @property
     def digest(self) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import glob
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -100,11 +101,13 @@ class Table:
         name: for errors.
         columns: the names of its columns; of JSONL the fields of its first row.
         read: gives its rows; of a Parquet file only with these columns, where it has them.
+        count: the number of its rows; None where only reading tells.
     """
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[Collection[str]], Iterator[Row]]
+    count: Callable[[], int | None]
 
 
 def find_data_files(name: str) -> list[Path] | None:
@@ -150,7 +153,10 @@ def open_table(paths: Sequence[Path], name: str) -> Table:
     def read(columns: Collection[str]) -> Iterator[Row]:
         return itertools.chain.from_iterable(read_rows(path, columns) for path in paths)
 
-    return Table(name, columns, read)
+    def count() -> int | None:
+        return sum(map(_num_rows, paths)) if all(path.suffix == ".parquet" for path in paths) else None
+
+    return Table(name, columns, read, count)
 
 
 def _columns(path: Path) -> tuple[str, ...] | None:
@@ -160,6 +166,12 @@ def _columns(path: Path) -> tuple[str, ...] | None:
             return tuple(file.schema_arrow.names) if file.metadata.num_rows else None
     first = next(read_rows(path), None)
     return tuple(first.fields) if first else None
+
+
+def _num_rows(path: Path) -> int:
+    """Rows of a Parquet file, from its footer."""
+    with _parquet(path) as file:
+        return int(file.metadata.num_rows)
 
 
 def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Row]:
@@ -175,10 +187,30 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Ro
     """
     if path.suffix == ".parquet":
         yield from _read_parquet(path, columns)
-        return
-    try:
-        with open_text(path) as lines:
+    else:
+        with _open_text(path) as lines:
             yield from parse_jsonl(lines, path.name, columns)
+
+
+@contextlib.contextmanager
+def _open_text(path: Path) -> Iterator[Iterable[bytes]]:
+    """The lines of a text file, decompressed where its name ends in `.gz` or `.zst`.
+
+    Raises:
+        ConfigError: it cannot be read, or its compression is damaged or cut off; also while its lines are read.
+    """
+    try:
+        with path.open("rb") as raw:
+            if path.suffix == ".gz":
+                with gzip.GzipFile(fileobj=raw) as plain:
+                    yield _lines(plain)
+            elif path.suffix == ".zst":
+                from pyarrow import CompressedInputStream
+
+                with CompressedInputStream(raw, "zstd") as stream:
+                    yield _lines(io.BufferedReader(stream))
+            else:
+                yield _lines(raw)
     except (EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise _unreadable(path, error) from error
@@ -186,42 +218,37 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Ro
         raise ConfigError("a compressed file is damaged", where=path, got=error, fix=fix) from error
 
 
-@contextlib.contextmanager
-def open_text(path: Path) -> Iterator[Iterable[bytes]]:
-    """The lines of a text file, decompressed where its name ends in `.gz` or `.zst`.
-
-    Raises:
-        OSError: the file cannot be read; without `errno` where its compression is damaged.
-        EOFError, zlib.error: its compression is cut off or damaged.
-    """
-    with path.open("rb") as raw:
-        if path.suffix == ".gz":
-            with gzip.GzipFile(fileobj=raw) as plain:
-                yield _lines(plain)
-        elif path.suffix == ".zst":
-            from pyarrow import CompressedInputStream
-
-            with CompressedInputStream(raw, "zstd") as stream:
-                yield _lines(io.BufferedReader(stream))
-        else:
-            yield _lines(raw)
-
-
 def _lines(file: io.BufferedIOBase) -> Iterator[bytes]:
     """A file's lines; of one that is too long only as much as shows it."""
     return iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a data file's bytes.
+def digest_files(paths: Iterable[Path], limit: int | None = None) -> list[list[str]]:
+    """Name and SHA-256 of each data file; with a limit only of what holds the first so many rows.
+
+    That is whole Parquet files, and of JSONL the lines that hold them, decompressed.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: a file cannot be read.
     """
-    try:
-        return sha256_file(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    digests, left = list[list[str]](), limit
+    for path in paths:
+        if left == 0:
+            break
+        if left is None or path.suffix == ".parquet":
+            try:
+                digests.append([path.name, sha256_file(path)])
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            left = None if left is None else max(left - _num_rows(path), 0)
+        else:
+            running = hashlib.sha256()
+            with _open_text(path) as lines:
+                for _, line in itertools.islice(_filled(lines), left):
+                    running.update(line)
+                    left -= 1
+            digests.append([path.name, running.hexdigest()])
+    return digests
 
 
 def parse_jsonl(lines: Iterable[bytes], name: str, columns: Collection[str] | None = None) -> Iterator[Row]:
@@ -230,17 +257,13 @@ def parse_jsonl(lines: Iterable[bytes], name: str, columns: Collection[str] | No
     A byte order mark at the start is dropped. Lines are cut at LF bytes only: U+2028 and U+0085 are text. NaN and
     Infinity are refused in the fields that `columns` names; in all by default.
     """
-    for number, line in enumerate(lines, start=1):
+    for number, line in _filled(lines):
         where = f"{name}, line {number}"
         if len(line) > MAX_LINE_BYTES:
             expected = f"at most {MAX_LINE_BYTES >> 20} MiB a row"
             raise ConfigError(
                 "a row is too large", where=where, expected=expected, got="more", fix="cut it into several"
             )
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip(b" \t\r\n"):
-            continue
         try:
             value = json.loads(line.decode("utf-8"), object_pairs_hook=functools.partial(_object, where=where))
         except ConfigError:
@@ -256,6 +279,15 @@ def parse_jsonl(lines: Iterable[bytes], name: str, columns: Collection[str] | No
             if (columns is None or field in columns) and not _is_finite(value[field]):
                 raise row.error(field, expected="finite numbers", got="NaN or Infinity")
         yield row
+
+
+def _filled(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers; the first without a byte order mark."""
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip(b" \t\r\n"):
+            yield number, line
 
 
 def _unreadable(path: Path, error: OSError) -> ConfigError:

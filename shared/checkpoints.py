@@ -3,11 +3,12 @@
 Importing this module loads neither torch nor transformers.
 """
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shared.cache.reader import Cache
 from shared.errors import ConfigError, require
@@ -16,9 +17,6 @@ from shared.hub import fetch_model, read_card, stated_license
 from shared.machine import require_usable_card
 from shared.process import local_rank, log
 from shared.tokenizer import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from torch import nn
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -36,9 +34,7 @@ _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.jinja")
 def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None]:
     """A model's directory, and its commit if it came from the Hub; downloads what is not there yet.
 
-    Args:
-        name: a directory or a Hub id.
-        revision: branch, tag or commit of a Hub id.
+    `name` is a directory or a Hub id, `revision` a branch, tag or commit of the latter.
 
     Raises:
         ConfigError: there is no such directory or model.
@@ -47,22 +43,15 @@ def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None
     if path.is_dir():
         require(revision is None, "a directory has no revision", where=name, got=revision, fix="leave --revision out")
         return path, None
-    require(
-        _HUB_ID.fullmatch(name) and not path.exists(),
-        "no such model",
-        where=name,
-        expected="a model directory or a Hub id such as owner/name",
-    )
+    is_hub_id = _HUB_ID.fullmatch(name) and not path.exists()
+    require(is_hub_id, "no such model", where=name, expected="a model directory or a Hub id such as owner/name")
     return fetch_model(name, revision)
 
 
 def locate_model(name: str, cache_dir: Path | None = None) -> Path:
-    """The directory of a model that is to be evaluated.
+    """The directory of a model, given by directory or Hub id, that is to be evaluated.
 
-    Args:
-        name: a directory or a Hub id.
-        cache_dir: a finished cache. If the Hub id is its teacher's, the commit that made the cache is taken, wherever
-            the main branch is now.
+    If the Hub id is that of the cache's teacher, the commit that made the cache is taken, wherever the main branch is.
 
     Raises:
         ConfigError: there is no such directory or model.
@@ -165,7 +154,7 @@ def weight_files(directory: Path) -> list[Path]:
         "the model lacks a file",
         where=directory,
         expected=", ".join(missing),
-        fix="save it with save_pretrained (safetensors)",
+        fix="save it with save_pretrained (safetensors); if it is a run, finish it with `codedistill student train`",
     )
     config = read_json(directory / "config.json")
     others = ["adapter_config.json"] if (directory / "adapter_config.json").exists() else []
@@ -249,7 +238,7 @@ def load_frozen(directory: Path, dtype: str = "auto", *, load_in: str | None = N
 
     Args:
         directory: `config.json` and safetensors weights.
-        dtype: one of `DTYPES`; `auto` is what the model's configuration says.
+        dtype: one of `DTYPES`; `auto` is the configuration's.
         load_in: `8bit` or `4bit` quantises the weights (bitsandbytes).
         placement: `device_map`, as transformers reads it (`auto` means the CPU where there is no accelerator), and
             `max_memory`.
@@ -258,13 +247,17 @@ def load_frozen(directory: Path, dtype: str = "auto", *, load_in: str | None = N
         ConfigError: bitsandbytes is missing; torch cannot use the card that is there; or the directory holds no model
             that transformers can load, or not all of one: transformers would draw at random what is missing.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    weight_files(directory)
+    files = weight_files(directory)
     if placement.get("device_map") != "cpu":
         require_usable_card()
+        if placement.get("device_map") == "auto" and torch.backends.mps.is_available():
+            log("a Mac's GPU has no float64: the model runs on the processor")
+            placement["device_map"] = "cpu"
     disable_progress_bar()
     if load_in:
         placement["quantization_config"] = quantization_config(load_in, dtype)
@@ -283,8 +276,8 @@ def load_frozen(directory: Path, dtype: str = "auto", *, load_in: str | None = N
     model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
-        files = ", ".join(file.name for file in weight_files(directory))
-        raise ConfigError("the files lack weights of the model", where=directory, expected=f"all of them in {files}",
+        expected = f"all of them in {', '.join(file.name for file in files)}"
+        raise ConfigError("the files lack weights of the model", where=directory, expected=expected,
                           got=f"no {missing[0]}, {len(missing)} missing in all",
                           fix="copy or fetch the folder again")  # fmt: skip
     return model.eval().requires_grad_(False)
@@ -292,10 +285,6 @@ def load_frozen(directory: Path, dtype: str = "auto", *, load_in: str | None = N
 
 def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
     """Load model and tokenizer for evaluation, on a GPU where there is one; ranks take turns over several.
-
-    Args:
-        directory: a teacher, a training run or an export.
-        dtype: one of `DTYPES`.
 
     Raises:
         ConfigError: the directory is missing or holds no model that transformers can load.
@@ -307,6 +296,15 @@ def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
     tokenizer = load_tokenizer(directory)
     device = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     return load_frozen(directory, dtype).to(device), tokenizer
+
+
+@contextlib.contextmanager
+def trial(what: str, where: str, expected: str | None = None) -> Iterator[None]:
+    """Try a model before long work: whatever it raises inside becomes a `ConfigError` of this message."""
+    try:
+        yield
+    except Exception as error:  # models raise many unrelated types
+        raise ConfigError(what, where=where, expected=expected, got=f"{type(error).__name__}: {error}") from error
 
 
 def quantization_config(load_in: str, dtype: str) -> Any:
@@ -344,30 +342,19 @@ def dtype_name(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def num_parameters(model: "nn.Module") -> int:
-    """Parameters, those of tied tensors once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def embedding_share(model: Any) -> float:
-    """The share of the parameters that lies in the token embeddings and the output head, tied ones once."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    sizes: dict[Any, int] = {weight: weight.numel() for layer in layers if layer for weight in layer.parameters()}
-    return sum(sizes.values()) / num_parameters(model)
-
-
-def weight_bytes(directory: Path) -> int:
-    """Size of a model's weight files on disk."""
-    return sum(path.stat().st_size for path in weight_files(directory))
-
-
 def describe_model(model: Any, directory: Path) -> dict[str, Any]:
-    """What a result says of a model: where it is, its commit, size and dtype."""
+    """What a result says of a model: where it is, its commit, size and dtype.
+
+    Tied parameters count once; `embedding_share` is the share of them in the token embeddings and the output head.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {weight for layer in layers if layer for weight in layer.parameters()}
+    parameters = sum(weight.numel() for weight in model.parameters())
     return {
         "path": str(directory),
         "commit": hub_commit(directory),
-        "parameters": num_parameters(model),
-        "embedding_share": embedding_share(model),
-        "bytes": weight_bytes(directory),
+        "parameters": parameters,
+        "embedding_share": sum(weight.numel() for weight in embeddings) / parameters,
+        "bytes": sum(path.stat().st_size for path in weight_files(directory)),
         "dtype": dtype_name(model),
     }

@@ -91,18 +91,9 @@ def require_repository(repo_id: str) -> None:
     except errors.HFValidationError as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError("not the id of a repository", where=repo_id, expected="OWNER/NAME", got=reason) from error
-    require(
-        not constants.HF_HUB_OFFLINE,
-        "the Hub is switched off (HF_HUB_OFFLINE=1)",
-        where=repo_id,
-        fix="unset HF_HUB_OFFLINE",
-    )
-    require(
-        get_token() is not None,
-        "there is no token for the Hub",
-        where=constants.ENDPOINT,
-        fix="`hf auth login` with a token that may write, or HF_TOKEN",
-    )
+    is_on, fix = not constants.HF_HUB_OFFLINE, "`hf auth login` with a token that may write, or HF_TOKEN"
+    require(is_on, "the Hub is switched off (HF_HUB_OFFLINE=1)", where=repo_id, fix="unset HF_HUB_OFFLINE")
+    require(get_token() is not None, "there is no token for the Hub", where=constants.ENDPOINT, fix=fix)
 
 
 def push(folder: Path, repo_id: str, *, private: bool) -> str:
@@ -127,21 +118,12 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
         url = hub.create_repo(repo_id, private=private or None, exist_ok=True)
         is_public = private and not hub.repo_info(repo_id).private
         if not is_public:
-            hub.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                allow_patterns=MODEL_FILES,
-                ignore_patterns=["*/*"],
-                commit_message="Upload a student made by codedistill",
-            )
+            message = "Upload a student made by codedistill"
+            hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, **_WANTED)
     except Exception as error:  # transport errors have another base class in each version
         raise _explain_push(error, folder, repo_id) from error
-    require(
-        not is_public,
-        "the repository is there already and is public",
-        where=url,
-        fix=f"make it private there, then `hf upload {repo_id} {folder}`; or name another",
-    )
+    fix = f"make it private there, then `hf upload {repo_id} {folder}`; or name another"
+    require(not is_public, "the repository is there already and is public", where=url, fix=fix)
     return str(url)
 
 
@@ -166,7 +148,7 @@ def explain(error: Exception, where: str) -> ConfigError:
         fix = "check the name; for a private one `hf auth login` or HF_TOKEN"
         return ConfigError("the Hub has no such repository", where=where, got=got, fix=fix)
     if _is_unreachable(chain):
-        fix = "HF_HUB_OFFLINE=1 if it was fetched before, HF_ENDPOINT for a mirror, or name local files"
+        fix = "check the path of local files; HF_HUB_OFFLINE=1 if it was fetched before, HF_ENDPOINT for a mirror"
         got = f"no answer from {constants.ENDPOINT} ({got})"
         return ConfigError("the Hub cannot be reached", where=where, got=got, fix=fix)
     return ConfigError("cannot load from the Hub", where=where, got=got, fix="check the name and the split")

@@ -33,13 +33,17 @@ _COMMAND_LINE = "shared.options.command_line"
 
 
 class RecordingGroup(click.Group):
-    """A group that remembers its command line for `command_line`."""
+    """A group that lists its commands as they are declared, and remembers its command line for `command_line`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as any group does; the outermost group's words are kept, however Python was started."""
         name = self.name or ""
         ctx.meta.setdefault(_COMMAND_LINE, [*dict.fromkeys(("codedistill", name)), *args])
         return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of the pipeline, in which they are declared."""
+        return list(self.commands)
 
 
 def command_line() -> str:

@@ -59,7 +59,8 @@ def load_tokenizer(path_or_id: str | Path, revision: str = "main") -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(str(path_or_id), revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types here
         got = f"{type(error).__name__}: {error}"
-        raise DistillError("cannot load the tokenizer", where=path_or_id, got=got) from error
+        fix = "save it beside the weights with tokenizer.save_pretrained"
+        raise DistillError("cannot load the tokenizer", where=path_or_id, got=got, fix=fix) from error
     if not tokenizer.is_fast:
         expected = "a tokenizer with a `tokenizers` backend (tokenizer.json)"
         raise DistillError("unusable tokenizer", where=path_or_id, expected=expected, got=type(tokenizer).__name__)

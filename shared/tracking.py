@@ -104,15 +104,10 @@ def start(
 
 
 def record_evaluation(kind: str, out: Path, result: Mapping[str, Any]) -> None:
-    """Track an evaluation that is finished: what it was measured with, and its figures.
+    """Track a finished evaluation of a kind such as `fidelity`: what it was measured with, and its figures.
 
-    The run is opened only now, so that W&B's own processes take no part in what is timed. Evaluations whose results lie
-    in one folder, as those of a model do, are a group.
-
-    Args:
-        kind: such as `fidelity`.
-        out: the result's file or folder.
-        result: as it was written.
+    The run is opened only now, so that W&B's own processes take no part in what is timed. Evaluations whose results
+    (`out`, a file or folder) lie in one folder, as those of a model do, are a group.
     """
     context = ("settings", "model", "teacher", "student", "cache", "dtype", "device", "machine", "versions")
     group = out.resolve().parent.name

@@ -5,12 +5,12 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data.load import fingerprint, open_documents
+from data.load import Source, fingerprint, open_documents
 from data.records import DocumentSet
 from shared import tracking
 from shared.cache.directory import has_leftovers, is_finished, plain_errors
@@ -38,27 +38,11 @@ from shared.tokenizer import (
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_space
 from stage1_teacher.documents import Limits, describe_loss, plan_shards
-from stage1_teacher.store import TokenStore, find_store, make_store
-
-if TYPE_CHECKING:  # torch loads with the teacher
-    from shared.logits import LogitSource
+from stage1_teacher.store import TokenStore, find_store, make_store, store_folder
 
 LABELLING = datetime.timedelta(days=30)  # ranks may work that long before they meet again
 NAMED = ("teacher", "revision", "dataset", "dataset_revision", "dataset_config", "split")  # recorded with the source
-OPTIONS = (
-    *("columns", "codec", "filter", "temperatures", "top_k", "top_p", "dtype", "shard_tokens", "batch_tokens"),
-    *(
-        "head_rows",
-        "max_length",
-        "on_long",
-        "open_with",
-        "close_with",
-        "load_in",
-        "samples",
-        "samples_from",
-        "samples_temperature",
-    ),
-)
+FREE = (*NAMED, "limit_docs", "max_lossy", "device_map", "gpus_per_teacher")  # a resume may have others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +54,54 @@ class Task:
         files: the teacher's.
         skip_in: finished caches whose documents are skipped.
         part: i and N where only the i-th of N parts is built.
+
+    Raises:
+        ConfigError: what cannot be used of teacher and data set, as each is first asked for.
     """
 
     config: TeacherConfig
     out: Path
     files: ModelFiles
-    skip_in: tuple[Cache, ...]
-    part: tuple[int, int] | None
+    skip_in: tuple[Cache, ...] = ()
+    part: tuple[int, int] | None = None
+
+    @functools.cached_property
+    def origin(self) -> Source:
+        """What names the data set."""
+        config = self.config
+        return Source(
+            config.dataset,
+            config.split,
+            limit_docs=config.limit_docs,
+            columns=config.columns,
+            revision=config.dataset_revision,
+            config=config.dataset_config,
+        )
 
     @functools.cached_property
     def data(self) -> DocumentSet:
-        """The data set, opened when it is first asked for."""
-        return read_documents(self.config)
+        """The data set, opened."""
+        return open_documents(self.origin)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The teacher's, with the documents' ends recorded."""
+        tokenizer = load_tokenizer(self.files.path)
+        record_ends(tokenizer, self.config.open_with, self.config.close_with)
+        return tokenizer
+
+    @functools.cached_property
+    def limits(self) -> Limits:
+        """What documents are cut to."""
+        head_width, positions = head_and_positions(self.files.path)
+        asked = self.config.max_length
+        require(
+            asked is None or positions is None or asked <= positions,
+            "--max-length is beyond the teacher's positions",
+            expected=f"at most {positions}",
+            got=asked,
+        )
+        return Limits(max_length=asked or positions, on_long=self.config.on_long, head_width=head_width)
 
     def options(self) -> dict[str, Any]:
         """What was asked for, by content, but for the documents: `build.json` holds both, and a resume must match."""
@@ -93,14 +113,33 @@ class Task:
                 "config_digest": files.config_digest,
                 "tokenizer_files_digest": files.tokenizer_files_digest,
             },
-            "skip_in": [cache.manifest.digest for cache in self.skip_in],
+            "skip_in": self._skipped(),
             **({"part": list(self.part)} if self.part else {}),
-            **{key: value for key, value in to_dict(self.config).items() if key in OPTIONS},
+            **{key: value for key, value in to_dict(self.config).items() if key not in FREE},
         }
 
-    def identity(self, tokenizer: Tokenizer, head: str) -> dict[str, Any]:
+    def _skipped(self) -> list[str]:
+        return [cache.manifest.digest for cache in self.skip_in]
+
+    def store_request(self) -> dict[str, Any]:
+        """All that decides what a token store of the documents holds."""
+        code = (
+            (Path(__file__).parent, ("documents.py", "store.py")),
+            (Path(tracking.__file__).parent, ("tokenizer.py", "chat.py")),
+        )
+        return {
+            "fingerprint": self.data.fingerprint,
+            "tokenizer": [tokenizer_digest(self.tokenizer), self.files.tokenizer_files_digest],
+            "ends": [list(end) for end in document_ends(self.tokenizer)],
+            "limits": to_dict(self.limits),
+            "code": [sha256_file(folder / name) for folder, names in code for name in names],
+            "versions": versions("tokenizers", "transformers", "jinja2"),
+            "skip_in": self._skipped(),
+        }
+
+    def identity(self, head: str) -> dict[str, Any]:
         """Who makes the labels; `head` is the precision of the teacher's head."""
-        config, files, ends = self.config, self.files, document_ends(tokenizer)
+        config, files, ends = self.config, self.files, document_ends(self.tokenizer)
         labels = {
             "temperatures": list(config.temperatures),
             "top_k": config.top_k,
@@ -124,7 +163,7 @@ class Task:
                 "weights_digest": files.weights_digest,
                 "config_digest": files.config_digest,
             },
-            "tokenizer": {"digest": tokenizer_digest(tokenizer), **special_ids(tokenizer)},
+            "tokenizer": {"digest": tokenizer_digest(self.tokenizer), **special_ids(self.tokenizer)},
             "labels": labels,
         }
 
@@ -132,13 +171,9 @@ class Task:
         """The manifest's record of the data set."""
         data, facts = store.data, store.facts
         return {
-            "name": data.name,
-            "split": data.split,
-            "revision": data.revision,
-            **_configuration(data),
+            **_origin(data, facts.digest),
             "license": data.license,
             "attribution": data.attribution,
-            "digest": facts.digest,
             "fingerprint": data.fingerprint,
             "num_documents": facts.num_documents,
             **({"num_skipped": facts.num_skipped} if self.skip_in else {}),
@@ -149,24 +184,37 @@ class Task:
             "config": {key: value for key, value in to_dict(self.config).items() if key not in NAMED},
         }
 
-    def require_skipped_labels(self, identity: dict[str, Any] | None, tokenizer: Tokenizer) -> None:
+    def require_restored(self, store: TokenStore) -> None:
+        """Refuse a tokenizer that does not give enough of the documents back as they were.
+
+        Raises:
+            ConfigError: with the first such document.
+        """
+        lossy, num_documents, most = store.facts.lossy, store.facts.num_new, self.config.max_lossy
+        if lossy.count > most * num_documents:
+            first = next(document for document in self.data.documents if document.id == lossy.ids[0])
+            raise ConfigError(
+                "the tokenizer does not give documents back as they were",
+                where=self.files.name,
+                expected=f"at most {most:.0%} of {num_documents:,} documents (--max-lossy)",
+                got=f"{lossy.count:,}, such as {describe_loss(first, self.tokenizer)}",
+                fix="take a teacher whose tokenizer keeps code as it is: the student learns only what the tokenizer "
+                "keeps",
+            )
+
+    def require_skipped_labels(self, identity: dict[str, Any] | None = None) -> None:
         """Refuse skipped documents whose labels are of another kind than this build's, as far as those are known."""
         for cache in self.skip_in:
             theirs = cache.manifest.identity
             # The head's precision is known once the teacher is loaded.
-            ours = identity or self.identity(tokenizer, theirs["labels"].get("head", "none"))
+            ours = identity or self.identity(theirs["labels"].get("head", "none"))
             require_same_labels(theirs, ours, ours_name=cache.path, theirs_name="this build")
 
 
-def sources(data: DocumentSet, digest: str) -> list[dict[str, Any]]:
-    """The documents of a build as `build.json` names them."""
-    source = {"name": data.name, "split": data.split, "revision": data.revision, "digest": digest}
-    return [source | _configuration(data)]
-
-
-def _configuration(data: DocumentSet) -> dict[str, str]:
-    """Which of its configurations a Hub data set was read in; nothing for other data sets."""
-    return {"configuration": data.config} if data.config else {}
+def _origin(data: DocumentSet, digest: str) -> dict[str, Any]:
+    """What tells a data set from every other: of one of the Hub also its configuration."""
+    configuration = {"configuration": data.config} if data.config else {}
+    return {"name": data.name, "split": data.split, "revision": data.revision, **configuration, "digest": digest}
 
 
 def build_cache(
@@ -211,82 +259,8 @@ def find_teacher(config: TeacherConfig) -> ModelFiles:
     """
     for name in ("teacher", "dataset"):
         fix = f"pass --{name}, or set it in the configuration file"
-        require(getattr(config, name), f"no {name} is named", fix=fix)
+        require(getattr(config, name), f"--{name} is missing", fix=fix)
     return identify_model(config.teacher, config.revision)
-
-
-def read_documents(config: TeacherConfig) -> DocumentSet:
-    """The documents that a configuration names, opened.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    return open_documents(config.dataset, config.split, **_selection(config))
-
-
-def _selection(config: TeacherConfig) -> dict[str, Any]:
-    """Which documents of the data set's split: arguments of `open_documents` and `fingerprint`."""
-    return {
-        "limit_docs": config.limit_docs,
-        "columns": config.columns,
-        "revision": config.dataset_revision,
-        "config": config.dataset_config,
-    }
-
-
-def load_limits(config: TeacherConfig, files: ModelFiles) -> tuple[Tokenizer, Limits]:
-    """The teacher's tokenizer with the documents' ends, and what documents are cut to.
-
-    Raises:
-        ConfigError: `max_length` is beyond the teacher's positions.
-    """
-    tokenizer = load_tokenizer(files.path)
-    record_ends(tokenizer, config.open_with, config.close_with)
-    head_width, positions = head_and_positions(files.path)
-    asked = config.max_length
-    require(
-        asked is None or positions is None or asked <= positions,
-        "--max-length is beyond the teacher's positions",
-        expected=f"at most {positions}",
-        got=asked,
-    )
-    return tokenizer, Limits(max_length=asked or positions, on_long=config.on_long, head_width=head_width)
-
-
-def store_request(
-    config: TeacherConfig, files: ModelFiles, data: DocumentSet, tokenizer: Tokenizer, limits: Limits
-) -> dict[str, Any]:
-    """All that decides what a token store of these documents holds, but for the skipped documents."""
-    code = (
-        (Path(__file__).parent, ("documents.py", "store.py")),
-        (Path(tracking.__file__).parent, ("tokenizer.py", "chat.py")),
-    )
-    return {
-        "fingerprint": data.fingerprint,
-        "tokenizer": [tokenizer_digest(tokenizer), files.tokenizer_files_digest],
-        "ends": [list(end) for end in document_ends(tokenizer)],
-        "limits": to_dict(limits),
-        "code": [sha256_file(folder / name) for folder, names in code for name in names],
-        "versions": versions("tokenizers", "transformers", "jinja2"),
-    }
-
-
-def require_restored(store: TokenStore, config: TeacherConfig, files: ModelFiles, data: DocumentSet) -> None:
-    """Refuse a tokenizer that does not give enough of the documents back as they were.
-
-    Raises:
-        ConfigError: with the first such document.
-    """
-    lossy, num_documents = store.facts.lossy, store.facts.num_new
-    if lossy.count > config.max_lossy * num_documents:
-        first = next(document for document in data.documents if document.id == lossy.ids[0])
-        raise ConfigError(
-            "the tokenizer does not give documents back as they were",
-            where=files.name,
-            expected=f"at most {config.max_lossy:.0%} of {num_documents:,} documents (--max-lossy)",
-            got=f"{lossy.count:,}, such as {describe_loss(first, load_tokenizer(files.path))}",
-            fix="take a teacher whose tokenizer keeps code as it is: the student learns only what the tokenizer keeps",
-        )
 
 
 def _is_done(task: Task) -> bool:
@@ -296,10 +270,10 @@ def _is_done(task: Task) -> bool:
     options = read_json(task.out / BUILD)["options"]
     if any(options.get(key) != value for key, value in ({"part": None} | task.options()).items()):
         return False
-    now = fingerprint(task.config.dataset, task.config.split, **_selection(task.config))
+    now = fingerprint(task.origin)
     before = [source.get("fingerprint") for source in read_manifest(task.out).sources]
     # Documents are read only where their fingerprint leaves open whether they are the same: parsing takes seconds.
-    return (now is not None and before == [now]) or options.get("sources") == sources(task.data, task.data.digest)
+    return (now is not None and before == [now]) or options.get("sources") == [_origin(task.data, task.data.digest)]
 
 
 def _refuse_moved(task: Task) -> None:
@@ -327,12 +301,11 @@ def _build(task: Task) -> None:
     """Tokenise the documents, unless that is done; label them and write the cache."""
     from shared.distributed import wait
 
-    config, out, folder = task.config, task.out, store_folder(task.out)
-    tokenizer, limits = load_limits(config, task.files)
-    task.require_skipped_labels(None, tokenizer)
-    is_new = is_main_process() and _tokenise(task, tokenizer, limits)
+    config, out, tokenizer = task.config, task.out, task.tokenizer
+    task.require_skipped_labels()
+    is_new = is_main_process() and _tokenise(task)
     wait()
-    store = TokenStore(folder)
+    store = TokenStore(store_folder(out))
     with contextlib.ExitStack() as stack:
         try:
             _report(store, config)
@@ -342,11 +315,11 @@ def _build(task: Task) -> None:
             least = least_bytes_per_token(config, len(tokenizer))
             require_space(out, num_tokens, least, present_bytes=present_bytes)
             options = task.options() | {
-                "sources": sources(store.data, store.facts.digest),
+                "sources": [_origin(store.data, store.facts.digest)],
                 "tokenizer_digest": tokenizer_digest(tokenizer),
                 "tokenizer_size": len(tokenizer),
                 **{end: list(tokens) for end, tokens in document_ends(tokenizer)._asdict().items()},
-                "head_width": limits.head_width,
+                "head_width": task.limits.head_width,
                 "num_shards": len(shards),
             }
             writer = stack.enter_context(_opened(out, options))
@@ -356,10 +329,9 @@ def _build(task: Task) -> None:
             raise
         if writer is not None:
             run = stack.enter_context(_tracked(writer, config))
-            report_ends = functools.partial(_report_ends, task, tokenizer, store)
-            _label(task, writer, shards, store, run, report_ends)
+            _label(task, writer, shards, store, run)
             if is_main_process():
-                _finish(task, writer, tokenizer, task.source(store), run)
+                _finish(task, writer, store, run)
     if is_main_process():
         store.remove()
 
@@ -376,12 +348,7 @@ def _own_shards(shards: list[range], part: tuple[int, int] | None) -> list[range
     return own
 
 
-def store_folder(out: Path) -> Path:
-    """Where the tokens lie until the cache is finished: beside it, for a cache holds nothing that is of no cache."""
-    return out.parent / f".{out.name}.tokens"
-
-
-def _tokenise(task: Task, tokenizer: Tokenizer, limits: Limits) -> bool:
+def _tokenise(task: Task) -> bool:
     """Make the token store, unless it is there; refuse first whatever can be refused without the tokens.
 
     Returns:
@@ -390,18 +357,17 @@ def _tokenise(task: Task, tokenizer: Tokenizer, limits: Limits) -> bool:
     out, folder = task.out, store_folder(task.out)
     _refuse_moved(task)
     check_folder(out, json.loads(json.dumps(task.options())), partly=True)
-    request = store_request(task.config, task.files, task.data, tokenizer, limits)
-    request |= {"skip_in": [cache.manifest.digest for cache in task.skip_in]}
-    found = find_store(folder, request)
-    if found is None:
+    request = task.store_request()
+    store = found = find_store(folder, request)
+    if store is not None:
+        log(f"{store.facts.num_new:,} documents are tokenised already")
+    else:
         if (out / LOCK).exists():
             Lock(out, "building this cache").release()  # refuses where another process is labelling the store's tokens
-        store = make_store(folder, request, task.data, tokenizer, limits, skipped=_known_digests(task.skip_in))
-    else:
-        store = found
-        log(f"{store.facts.num_new:,} documents are tokenised already")
+        skipped = _known_digests(task.skip_in)
+        store = make_store(folder, request, task.data, task.tokenizer, task.limits, skipped=skipped)
     try:
-        require_restored(store, task.config, task.files, task.data)
+        task.require_restored(store)
     except ConfigError:
         store.remove()
         raise
@@ -435,17 +401,11 @@ def _opened(out: Path, options: dict[str, Any]) -> Iterator[CacheWriter | None]:
         yield writer
 
 
-def _label(
-    task: Task,
-    writer: CacheWriter,
-    shards: Sequence[range],
-    store: TokenStore,
-    run: tracking.Run,
-    report_ends: Callable[["LogitSource"], None],
-) -> None:
+def _label(task: Task, writer: CacheWriter, shards: Sequence[range], store: TokenStore, run: tracking.Run) -> None:
     """Capture this rank's share of the shards that are not there yet; returns once all ranks are done."""
     from shared.distributed import agree, wait
-    from stage1_teacher.capture import capture_shards
+    from stage1_teacher.capture import capture_shards, load_teacher
+    from stage1_teacher.ends import describe_ends, weigh_ends
 
     missing = [shard for shard in range(len(shards)) if not writer.has_shard(shard)] if is_main_process() else []
     todo = agree(missing)
@@ -453,21 +413,25 @@ def _label(
         log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
     mine = {shard: shards[shard] for shard in todo[rank() :: world_size()]}
     if mine:
-        first = is_main_process() and len(todo) == len(shards)
-        capture_shards(writer, task.config, task.files, mine, store, run, report_ends if first else lambda source: None)
+        source = load_teacher(task.config, task.files)
+        if is_main_process() and len(todo) == len(shards):
+            _, positions = head_and_positions(task.files.path)
+            for label, text in describe_ends(weigh_ends(source, task.tokenizer, store.facts.documents(), positions)):
+                log(f"{label} of documents: {text}")
+        capture_shards(writer, task.config, source, mine, store, run)
     wait()
 
 
-def _finish(task: Task, writer: CacheWriter, tokenizer: Tokenizer, source: dict[str, Any], run: tracking.Run) -> None:
+def _finish(task: Task, writer: CacheWriter, store: TokenStore, run: tracking.Run) -> None:
     """Write tokenizer and manifest."""
     out = task.out
     with plain_errors(out):
-        save_tokenizer(tokenizer, out / "tokenizer")
+        save_tokenizer(task.tokenizer, out / "tokenizer")
     records = [read_record(out, shard) for shard in range(writer.build["num_shards"])]
     fused = all(record is not None and record.capture["fused_head"] for record in records)
-    identity = task.identity(tokenizer, "float32" if fused else task.config.dtype)
-    task.require_skipped_labels(identity, tokenizer)
-    writer.finish(identity, [source])
+    identity = task.identity("float32" if fused else task.config.dtype)
+    task.require_skipped_labels(identity)
+    writer.finish(identity, [task.source(store)])
     digests = {
         "label_identity": read_manifest(out).label_identity,
         "manifest_sha256": sha256_file(out / MANIFEST),
@@ -484,7 +448,7 @@ def _report(store: TokenStore, config: TeacherConfig) -> None:
     log(f"{data.name} {data.split}: {facts.num_new:,} documents, {facts.num_tokens:,} tokens")
     first = next(iter(facts.documents()), None)
     if first is not None and first.prompt:
-        log(f"prompt and completion meet as in {first.id}: {first.prompt[-30:]!r} + {first.completion[:30]!r}")
+        log(f"prompt and completion of {first.id} are joined as {first.prompt[-30:]!r} + {first.completion[:30]!r}")
     verb = {"split": "split", "truncate": "truncated", "drop": "dropped"}[config.on_long]
     happened = {
         f"too long and {verb}": facts.long,
@@ -495,15 +459,6 @@ def _report(store: TokenStore, config: TeacherConfig) -> None:
         if noted.count:
             others = f" and {noted.count - len(noted.ids):,} more" if noted.count > len(noted.ids) else ""
             log(f"{noted.count:,} documents {what}: {', '.join(noted.ids)}{others}")
-
-
-def _report_ends(task: Task, tokenizer: Tokenizer, store: TokenStore, source: "LogitSource") -> None:
-    """Log what documents open and close with, and what that and other tokens cost the teacher."""
-    from stage1_teacher.ends import describe_ends, weigh_ends
-
-    ends = weigh_ends(source, tokenizer, store.facts.documents(), head_and_positions(task.files.path)[1])
-    for label, text in describe_ends(ends):
-        log(f"{label} of documents: {text}")
 
 
 # --- tracking --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Shapes: N rows of a chunk, S rows of a shard, K entries, G grid temperatures, M 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,12 @@ from shared.cache.deflate import COMPRESSOR
 from shared.cache.format import Array, ShardArrays
 from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
-from shared.checkpoints import ModelFiles, device_kinds, load_frozen
+from shared.checkpoints import ModelFiles, device_kinds, head_and_positions, load_frozen
 from shared.errors import CacheFormatError, DistillError, require
 from shared.logits import LogitSource
 from shared.machine import versions
 from shared.process import local_rank, log, rank, world_size
-from shared.progress import Progress, progress
+from shared.progress import progress
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_space
 from stage1_teacher.documents import Segment
@@ -39,10 +39,26 @@ Captured = list[tuple[Array, CapturedRows]]
 # --- the teacher -----------------------------------------------------------------------------------------------------
 
 
-def load_teacher(config: TeacherConfig, files: ModelFiles) -> tuple[Any, LogitSource]:
-    """Load the teacher on this process's devices; its logits come in chunks of the configured rows."""
+def load_teacher(config: TeacherConfig, files: ModelFiles) -> LogitSource:
+    """Load the teacher on this process's devices; its logits come in chunks of the configured rows.
+
+    Raises:
+        DistillError: its head has another width than its configuration says.
+    """
     model = load_frozen(files.path, config.dtype, load_in=config.load_in, **device_placement(config))
-    return model, LogitSource(model, config.head_rows)
+    source = LogitSource(model, config.head_rows)
+    processes = "" if world_size() == 1 else f" in each of {world_size()} processes"
+    log(
+        f"teacher {files.name}: {model.num_parameters() / 1e6:,.1f} M parameters, {config.dtype} on "
+        f"{', '.join(device_kinds(model))}{processes}, {torch.get_num_threads()} CPU threads; license "
+        f"{files.license or 'unknown'}"
+    )
+    if source.notice:
+        log(f"the float32 head cannot be used: {source.notice}; taking the model's own {config.dtype} logits")
+    width, _ = head_and_positions(files.path)
+    what = "the head does not fit the configuration"
+    require(source.head_width == width, what, error=DistillError, expected=width, got=source.head_width)
+    return source
 
 
 def device_placement(config: TeacherConfig) -> dict[str, Any]:
@@ -175,6 +191,10 @@ def to_arrays(
         fix="use the tokenizer that the teacher was trained with",
     )
     kept_SK = np.arange(K) < k[:, None]
+    samples = None
+    if M:
+        temperature, drawn_from = config.samples_temperature, config.samples_from
+        samples = to_samples(drawn_SM, drawn_margins_SM, temperature=temperature, drawn_from=drawn_from)
     arrays = ShardArrays(
         tokens=tokens,
         loss_mask=np.concatenate([np.append(segment.is_target[1:], False) for segment in segments]).astype(np.uint8),
@@ -187,11 +207,7 @@ def to_arrays(
         gold_logprob=gold_logprob,
         gold_in_topk=gold_in_topk,
         entropy_nats=entropy,
-        samples=to_samples(
-            drawn_SM, drawn_margins_SM, temperature=config.samples_temperature, drawn_from=config.samples_from
-        )
-        if M
-        else None,
+        samples=samples,
     )
     if config.top_p is not None:
         arrays = truncate(arrays, config.temperatures, top_p=config.top_p)
@@ -225,137 +241,69 @@ def _layout(segments: Sequence[Segment]) -> tuple[list[int], Array, Array]:
 # --- all shards ------------------------------------------------------------------------------------------------------
 
 
-class Background:
-    """Runs one task at a time beside the caller, so that at most one shard waits; the caller gets its exception."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "shard-writer")
-        self._task: Future[None] | None = None
-
-    def start(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Run a task once the one before it is done; raise what that one raised."""
-        self.wait()
-        self._task = self._pool.submit(task, *arguments)
-
-    def check(self) -> None:
-        """Raise what the task has raised, if it has ended."""
-        if self._task is not None and self._task.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Return once the task is done; raise what it raised."""
-        if self._task is not None:
-            task, self._task = self._task, None
-            task.result()
-
-    def __enter__(self) -> "Background":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown()  # what the teacher has computed is written in any case
-
-
-class ShardSink:
-    """Encodes captured shards and writes them while the disk can hold what is left.
-
-    Args:
-        writer: of the cache.
-        config: options of the build.
-        extra: keys of every shard's JSON.
-        bar: progress over all tokens of this process.
-        run: where figures of each shard are logged.
-    """
-
-    def __init__(
-        self, writer: CacheWriter, config: TeacherConfig, extra: Mapping[str, Any], bar: Progress, run: tracking.Run
-    ) -> None:
-        self._writer, self._config, self._extra, self._bar, self._run = writer, config, extra, bar, run
-        self._tokenizer_size: int = writer.build["tokenizer_size"]
-        self._bytes = self._tokens = 0
-
-    def write(self, shard: int, segments: Sequence[Segment], captured: Captured, token_budget: int) -> None:
-        """Write one shard; its JSON records the batches' token budget, so that an audit runs the same batches."""
-        least = least_bytes_per_token(self._config, self._tokenizer_size)
-        bytes_per_token = self._bytes / self._tokens if self._tokens else least
-        require_space(self._writer.path, (self._bar.total - self._tokens) * world_size(), bytes_per_token)
-        arrays, excess_mass = to_arrays(captured, segments, self._config, self._tokenizer_size)
-        own = {"token_budget": token_budget, "excess_mass": excess_mass}
-        record = self._writer.write_shard(shard, arrays, {**self._extra, **own})
-        statistics = record.statistics
-        self._bytes += record.bytes
-        self._tokens += statistics["tokens"]
-        self._run.log(
-            {
-                "tokens_per_second": self._bar.rate(),
-                "captured_mass": statistics["captured_mass"]["1"]["mean"],
-                **{key: statistics[key] for key in ("teacher_nll_nats", "entropy_nats", "gold_in_topk")},
-            },
-            step=shard,
-        )
-
-
 def capture_shards(
     writer: CacheWriter,
     config: TeacherConfig,
-    files: ModelFiles,
+    source: LogitSource,
     shards: Mapping[int, range],
     store: TokenStore,
     run: tracking.Run,
-    loaded: Callable[[LogitSource], None] = lambda source: None,
 ) -> None:
-    """Load the teacher, capture this process's shards and write them.
+    """Capture this process's shards; each is encoded and written while the next one is captured.
 
     Args:
         writer: of the cache.
         config: options of the build.
-        files: the teacher's.
+        source: the teacher's logits.
         shards: for each shard's number the places of its segments.
         store: the segments of the whole build.
         run: where figures of each shard are logged.
-        loaded: called with the teacher's logits before anything is captured.
 
     Raises:
         ConfigError: the disk cannot hold what is left, at the bytes per token of what is written.
         DistillError: anything else that labelling or writing a shard raises; earlier shards are kept.
     """
-    model, source = load_teacher(config, files)
-    devices = device_kinds(model)
-    processes = "" if world_size() == 1 else f" in each of {world_size()} processes"
-    log(
-        f"teacher {files.name}: {model.num_parameters() / 1e6:,.1f} M parameters, {config.dtype} on "
-        f"{', '.join(devices)}{processes}, {torch.get_num_threads()} CPU threads; license {files.license or 'unknown'}"
-    )
-    if source.notice:
-        log(f"the float32 head cannot be used: {source.notice}; taking the model's own {config.dtype} logits")
-    require(
-        source.head_width == writer.build["head_width"],
-        "the head does not fit the configuration",
-        error=DistillError,
-        expected=writer.build["head_width"],
-        got=source.head_width,
-    )
-    loaded(source)
-    extra = {
+    tokenizer_size = writer.build["tokenizer_size"]
+    num_tokens = sum(int(store.lengths[places.start : places.stop].sum()) for places in shards.values())
+    how = {
         "fused_head": source.notice is None,
-        "devices": devices,
+        "devices": device_kinds(source.model),
         "versions": versions("codedistill", "torch", "transformers", "tokenizers", "numpy", "h5py")
         | {"compressor": COMPRESSOR},
     }
-    num_tokens = sum(int(store.lengths[places.start : places.stop].sum()) for places in shards.values())
-    tokenizer_size = writer.build["tokenizer_size"]
+    written_bytes = written_tokens = 0
+
+    def write(shard: int, segments: Sequence[Segment], captured: Captured, token_budget: int) -> None:
+        nonlocal written_bytes, written_tokens
+        least = least_bytes_per_token(config, tokenizer_size)
+        bytes_per_token = written_bytes / written_tokens if written_tokens else least
+        require_space(writer.path, (num_tokens - written_tokens) * world_size(), bytes_per_token)
+        arrays, excess_mass = to_arrays(captured, segments, config, tokenizer_size)
+        # With the batches' token budget an audit runs the same batches.
+        record = writer.write_shard(shard, arrays, how | {"token_budget": token_budget, "excess_mass": excess_mass})
+        statistics = record.statistics
+        written_bytes += record.bytes
+        written_tokens += statistics["tokens"]
+        figures = {key: statistics[key] for key in ("teacher_nll_nats", "entropy_nats", "gold_in_topk")}
+        figures |= {"tokens_per_second": bar.rate(), "captured_mass": statistics["captured_mass"]["1"]["mean"]}
+        run.log(figures, step=shard)
+
     share = "labelling" if world_size() == 1 else f"labelling, rank {rank()}'s share of {world_size()}"
-    with progress(share, num_tokens, "tokens") as bar, Background() as background:
-        sink = ShardSink(writer, config, extra, bar, run)
+    # The pool ends before this returns, also by an exception: what the teacher has computed is written in any case.
+    with progress(share, num_tokens, "tokens") as bar, ThreadPoolExecutor(1, "shard-writer") as pool:
+        writing = pool.submit(lambda: None)
 
         def advance(amount: int) -> None:
-            background.check()
+            if writing.done():
+                writing.result()  # raises what went wrong
             bar.advance(amount)
 
         for shard, positions in shards.items():
             segments = store.segments(positions)
             captured, budget = _capture_within_memory(source, segments, config, tokenizer_size, advance)
-            background.start(sink.write, shard, segments, captured, budget)
-        background.wait()
+            writing.result()  # so that at most one shard waits
+            writing = pool.submit(write, shard, segments, captured, budget)
+        writing.result()
 
 
 def _capture_within_memory(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import click
 
-from shared.options import GroupedCommand
+from shared.options import GroupedCommand, RecordingGroup
 from stage1_teacher.config import TeacherConfig
 
 GROUPS = {
@@ -45,7 +45,7 @@ def _read_part(context: click.Context, option: click.Parameter, value: str | Non
     return int(found[1]), int(found[2])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=RecordingGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def teacher() -> None:
     """Stage 1: label documents, write caches."""
 
@@ -68,51 +68,56 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @teacher.command(cls=GroupedCommand, groups=GROUPS)
 @_option("--teacher", "Any causal language model: a Hub id or a directory (safetensors).", "ID|DIR")
 @_option("--revision", "Branch, tag or commit of a Hub id; the commit is recorded.", "REV")
-@_option("--dataset", "mbpp, stdlib, a Hub id, FILE.jsonl[.gz|.zst], FILE.parquet; a folder, glob, files.", "NAME|FILE")
+@_option(
+    "--dataset",
+    "mbpp, stdlib, a Hub id, or .jsonl[.gz|.zst] and .parquet: a file, folder, glob, or list with commas.",
+    "NAME|FILE",
+)
 @_option("--split", "The data set's split.", "NAME")
 @_option("--dataset-config", "Which of a Hub data set's configurations; also owner/name:config.", "NAME")
 @_option("--dataset-revision", "Branch, tag or commit of a Hub data set; the commit is recorded.", "REV")
-@_option("--columns", "Its columns, such as prompt=instruction,completion=output.", "OURS=THEIRS,…")
+@_option(
+    "--columns", "Names of your columns, such as text=content or prompt=question,completion=answer.", "OURS=THEIRS,…"
+)
 @_option("--limit-docs", "Use only the first N documents.", "N")
 @click.option("--skip-in", metavar="CACHE", multiple=True, type=click.Path(path_type=Path),
-              help="Skip documents that this cache of the same labels holds; may be repeated.")  # fmt: skip
+              help="Skip documents that this cache with equal label options holds; may be repeated.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The cache's directory.")
 @click.option("--part", metavar="I/N", callback=_read_part,
               help="Build only the I-th of N parts, as a cache; `cache merge` joins them.")  # fmt: skip
 @_option("--top-k", "Logits kept per token.", "K")
-@_option("--top-p", "Fewer where they hold this share of the probability, such as 0.98.", "P")
-@_option("--codec", "q: logits of about 3 bits each; f16: half precision.")
+@_option("--top-p", "Keep fewer than K once they cover this probability, such as 0.98.", "P")
+@_option("--codec", "q: about 3 bits per logit; f16: half precision.")
 @_option("--filter", "Compression of the shards; zstd reads faster and needs hdf5plugin on both sides.")
-@_option("--shard-tokens", "Tokens per shard, about.", "N")
-@_option("--batch-tokens", "Most tokens per batch, padding included.", "N")
+@_option("--shard-tokens", "Approximate tokens per shard.", "N")
+@_option("--batch-tokens", "Max tokens per batch, padding included.", "N")
 @_option("--max-length", "Longest document in tokens; by default the teacher's positions.", "N")
-@_option("--on-long", "What becomes of longer documents.")
-@_option("--max-lossy", "Share of the documents that the tokenizer may fail to restore; 1 takes any.", "SHARE")
-@_option("--open-with", "What documents open with: auto, none, bos, eos or a special token.", "TOKEN")
-@_option("--close-with", "What documents close with.", "TOKEN")
+@_option("--on-long", "What to do with longer documents.")
+@_option("--max-lossy", "Largest share of documents that may change in an encode-decode round trip.", "SHARE")
+@_option("--open-with", "Token before each document: auto, none, bos, eos or a special token.", "TOKEN")
+@_option("--close-with", "Token after each document; the same choices.", "TOKEN")
 @_option("--dtype", "Precision of the teacher's backbone; the head runs in float32.")
 @_option("--load-in", "Quantise the teacher's weights; needs bitsandbytes.")
-@_option("--samples", "Also draw S ids per token.", "S")
-@_option("--samples-from", "Draw from all ids, or only from those outside the row.")
-@_option("--samples-temperature", "The temperature to draw at, one of the grid.", "T")
+@_option("--samples", "Also store S sampled ids per token.", "S")
+@_option("--samples-from", "Sample from all ids, or only from those outside the top k.")
+@_option("--samples-temperature", "Sampling temperature, one of the cache's grid (0.5, 1, 1.5, 2).", "T")
 @_option("--device-map", "Where layers go: auto, cpu, cuda:0, …", "MAP")
-@_option("--gpus-per-teacher", "GPUs that each process spreads its teacher over.", "G")
+@_option("--gpus-per-teacher", "GPUs for the teacher of each process.", "G")
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path),
-              help="Defaults for these options, by TeacherConfig's names.")  # fmt: skip
+              help="TOML file with defaults for these options, such as top_k = 50.")  # fmt: skip
 def build(
     out: Path, profile: Path | None, skip_in: tuple[Path, ...], part: tuple[int, int] | None, **options: Any
 ) -> None:
     """Label a data set and write the cache.
 
-    The cache holds the tokens, for each token the teacher's K best next tokens with their logits, the mass of all
-    others at temperatures 0.5, 1, 1.5 and 2, the tokenizer, and who made it from what. Options given here override
-    --config, which overrides the defaults (stage1_teacher/config.py).
+    For each token the cache holds the teacher's K most probable next tokens with their logits, and the probability mass
+    of all others at temperatures 0.5, 1, 1.5 and 2. It also holds the tokens, the tokenizer, and records of teacher,
+    data and options. Options given here override --config, which overrides the defaults (stage1_teacher/config.py).
 
-    With --part I/N each of N machines builds a cache of its own and knows nothing of the others; the cache that `cache
-    merge` makes of all parts has the shards of one build.
+    An interrupted build is resumed by the same command, which keeps finished shards. It refuses other options, another
+    teacher or an edited data set. A finished cache is reported up to date within seconds.
 
-    If it is interrupted, the same command resumes and keeps finished shards. It refuses other options, another teacher
-    or an edited data set. It reports a finished cache up to date within seconds.
+    With --part I/N each of N machines builds a cache of its own; `cache merge` joins them to the shards of one build.
 
     \b
     Example:
@@ -142,9 +147,9 @@ def build(
 def plan(out: Path, profile: Path | None, pilot_docs: int, as_json: bool, **options: Any) -> None:
     """Measure a build before running it.
 
-    Prints tokens, size against the free disk, hours, memory, and for each K what rows would hold, lose and take. Takes
-    the options of `teacher build`. All documents are tokenised, with --limit-docs the first N; some, evenly spaced in
-    order of length, are labelled and encoded. Nothing stays written.
+    Prints tokens, size against the free disk, hours and memory; then for several K the captured mass, the error and the
+    size. It takes the options of `teacher build`, and --out only to find the disk. It tokenises all documents (the
+    first N with --limit-docs), labels and encodes a sample of them evenly spaced in length, and leaves no files behind.
     """
     from shared.files import to_json
     from stage1_teacher.plan import plan_build
@@ -164,20 +169,20 @@ def _config(profile: Path | None, options: dict[str, Any]) -> TeacherConfig:
 
 @click.command()
 @click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
-@click.option("--teacher", metavar="ID|DIR", required=True, help="The teacher to compare with.")
+@click.option("--teacher", metavar="ID|DIR", required=True, help="The teacher that built the cache, or should have.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 @click.option("--documents", "num_docs", metavar="N", type=click.IntRange(min=1), default=20, show_default=True,
               help="Documents to run again.")  # fmt: skip
 @click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Decides which documents.")  # fmt: skip
+              help="Seed of the choice of documents.")  # fmt: skip
 @click.option("--device-map", metavar="MAP", default="auto", show_default=True, help="Where the teacher's layers go.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a line.")
 def audit(path: Path, teacher: str, as_json: bool, **options: Any) -> None:
     """Compare a cache with its teacher.
 
-    Runs random documents through the teacher again and compares their rows with the cache's. Rows may deviate by the
-    codec's bound and by what the dtype rounds differently in other kernels. Also compares the digests of weights,
-    configuration and tokenizer. Where anything differs it names document and position and exits 1.
+    Runs random documents through the teacher again and compares their rows with the cache's. Rows may
+    deviate by the codec's bound and by rounding of the dtype in other kernels. Also compares the digests of weights,
+    configuration and tokenizer. If anything differs, it names document and position, and exits with 1.
     """
     from shared.files import to_json
     from stage1_teacher.audit import audit_cache, verdict

@@ -76,7 +76,7 @@ def describe_ends(ends: dict[str, Any]) -> list[tuple[str, str]]:
             text += f" ({', '.join(f'{other} {cost:.3f}' for other, cost in others.items())})"
             best = min(others, key=lambda other: others[other])
             if others[best] < nats.get(token, -math.inf) - NOTABLE_NATS[label]:
-                text += f"; cheaper: {OPTIONS[label]} '{best}'"
+                text += f"; lower NLL: {OPTIONS[label]} '{best}'"
         generated = ends[label].get("generation_config", [])
         if generated and token not in generated:
             text += f"; generation_config.json ends texts with {', '.join(generated)}"

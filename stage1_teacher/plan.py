@@ -16,23 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.records import Document
 from shared.batching import plan_batches
 from shared.cache.encode import encode_shard
 from shared.cache.format import Array, ShardArrays
 from shared.cache.rows import select, truncate
-from shared.checkpoints import ModelFiles, device_kinds, head_and_positions
+from shared.checkpoints import device_kinds, head_and_positions
 from shared.errors import ConfigError, require
-from shared.files import to_json
+from shared.files import output_path, to_json
 from shared.machine import machine
 from shared.process import world_size
 from shared.progress import progress
-from shared.tokenizer import Tokenizer
-from stage1_teacher.build import find_teacher, load_limits, read_documents, require_restored
+from stage1_teacher.build import Task, find_teacher
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import free_bytes
 from stage1_teacher.documents import Segment, plan_shards
-from stage1_teacher.store import TokenStore, make_store
+from stage1_teacher.store import TokenStore, find_store, make_store, store_folder
 
 if TYPE_CHECKING:  # torch loads with the pilot
     from shared.logits import LogitSource
@@ -46,7 +44,7 @@ MANIFEST_BYTES = 8_192
 def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str, Any]:
     """Measure what `teacher build` with this configuration would take; leaves nothing written.
 
-    The documents' tokens go to a temporary folder meanwhile.
+    The tokens are those of a build that has begun at `out` with the same documents; else they go to a temporary folder.
 
     Args:
         config: teacher, data and options, as for a build.
@@ -61,39 +59,32 @@ def plan_build(config: TeacherConfig, out: Path, *, pilot_docs: int) -> dict[str
         ConfigError: options, teacher or documents that cannot be used.
     """
     require(world_size() == 1, "`teacher plan` runs in one process", expected=1, got=f"{world_size()} processes")
-    files, data = find_teacher(config), read_documents(config)
-    tokenizer, limits = load_limits(config, files)
+    task = Task(config=config, out=output_path(out), files=find_teacher(config))
     with tempfile.TemporaryDirectory(prefix="codedistill-plan-") as folder:
-        store = make_store(Path(folder) / "tokens", {}, data, tokenizer, limits)
-        require_restored(store, config, files, data)
-        return _measure(config, out, files, tokenizer, store, limits.head_width, pilot_docs)
+        request = task.store_request()
+        store = find_store(store_folder(task.out), request)
+        store = store or make_store(Path(folder) / "tokens", request, task.data, task.tokenizer, task.limits)
+        task.require_restored(store)
+        return _measure(task, store, pilot_docs)
 
 
-def _measure(
-    config: TeacherConfig,
-    out: Path,
-    files: ModelFiles,
-    tokenizer: Tokenizer,
-    store: TokenStore,
-    head_width: int,
-    pilot_docs: int,
-) -> dict[str, Any]:
+def _measure(task: Task, store: TokenStore, pilot_docs: int) -> dict[str, Any]:
     """The plan of documents that are tokenised."""
-    lengths, facts = store.lengths, store.facts
+    config, lengths, facts = task.config, store.lengths, store.facts
     shards = plan_shards(lengths, config.shard_tokens)
     cells, widest = _batch_cells(lengths, shards, config.batch_tokens)
     chosen = [store.segments(range(i, i + 1))[0] for i in spread_by_length(lengths, pilot_docs)]
     largest = [store.segments(range(i, i + 1))[0] for i in widest]
-    pilot = run_pilot(config, files, chosen, largest, tokenizer, facts.documents())
+    pilot = run_pilot(task, store, chosen, largest)
 
     shard_tokens = np.array([int(lengths[shard.start : shard.stop].sum()) for shard in shards])
-    choices = weigh_choices(config, pilot, shard_tokens, len(tokenizer), head_width)
+    choices = weigh_choices(config, pilot, shard_tokens, len(task.tokenizer), task.limits.head_width)
     own = next(choice for choice in choices if choice["chosen"])
-    other_bytes = len(tokenizer.backend_tokenizer.to_str(pretty=True).encode()) + MANIFEST_BYTES
+    other_bytes = len(task.tokenizer.backend_tokenizer.to_str(pretty=True).encode()) + MANIFEST_BYTES
     size = {key: round(value * facts.num_tokens + other_bytes) for key, value in own["bytes_per_token"].items()}
-    free = free_bytes(out)
+    free = free_bytes(task.out)
     return {
-        "teacher": {"name": files.name, "license": files.license, **pilot.teacher},
+        "teacher": {"name": task.files.name, "license": task.files.license, **pilot.teacher},
         "data": {
             "name": store.data.name,
             "split": store.data.split,
@@ -168,14 +159,7 @@ class Pilot:
     memory: dict[str, Any]
 
 
-def run_pilot(
-    config: TeacherConfig,
-    files: ModelFiles,
-    segments: Sequence[Segment],
-    largest: Sequence[Segment],
-    tokenizer: Tokenizer,
-    documents: Sequence[Document],
-) -> Pilot:
+def run_pilot(task: Task, store: TokenStore, segments: Sequence[Segment], largest: Sequence[Segment]) -> Pilot:
     """Label a pilot's segments and time each batch.
 
     The largest batch of the whole plan runs first: it warms up, and shows the most memory that a batch takes.
@@ -185,12 +169,14 @@ def run_pilot(
     from stage1_teacher.capture import capture_shard, load_teacher, to_arrays
     from stage1_teacher.ends import weigh_ends
 
+    config, tokenizer_size = task.config, len(task.tokenizer)
     start = time.perf_counter()
-    model, source = load_teacher(config, files)
+    source = load_teacher(config, task.files)
+    model = source.model
     load_seconds = time.perf_counter() - start
     wide = replace(config, top_k=max(config.top_k, TOP_KS[-1]), top_p=None)
     cuda = [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(device)]
-    _warm_up(source, largest, wide, len(tokenizer))
+    _warm_up(source, largest, wide, tokenizer_size)
     lengths = [len(segment.ids) for segment in segments]
     marks = [time.perf_counter()]
     with progress("pilot", sum(lengths), "tokens") as bar:
@@ -201,10 +187,10 @@ def run_pilot(
             marks.append(time.perf_counter())
             bar.advance(tokens)
 
-        captured = capture_shard(source, segments, wide, len(tokenizer), advance)
+        captured = capture_shard(source, segments, wide, tokenizer_size, advance)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Pilot(
-        arrays=to_arrays(captured, segments, wide, len(tokenizer))[0],
+        arrays=to_arrays(captured, segments, wide, tokenizer_size)[0],
         cells=np.array([len(b) * (lengths[b[0]] - 1) for b in plan_batches(lengths, config.batch_tokens)]),
         seconds=np.diff(marks),
         load_seconds=load_seconds,
@@ -216,7 +202,7 @@ def run_pilot(
             "devices": device_kinds(model),
             "threads": torch.get_num_threads(),
         },
-        ends=weigh_ends(source, tokenizer, documents, head_and_positions(files.path)[1]),
+        ends=weigh_ends(source, task.tokenizer, store.facts.documents(), head_and_positions(task.files.path)[1]),
         memory={
             "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
             "head_bytes": source.head_bytes,

@@ -23,9 +23,10 @@ from shared.cache.directory import check_files, plain_errors
 from shared.cache.format import Array, indptr
 from shared.cache.manifest import FileEntry, seal, unseal
 from shared.errors import DistillError, require
-from shared.files import fsync_directory, write_bytes
+from shared.files import fsync_directory, link_file, write_bytes
 from shared.lock import Lock
 from shared.process import log
+from shared.progress import progress
 from shared.records import from_dict, to_dict
 from shared.tokenizer import TextEncoder, Tokenizer
 from stage1_teacher.documents import CutDocument, Limits, Segment, cut_documents
@@ -137,6 +138,11 @@ class TokenStore:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def store_folder(out: Path) -> Path:
+    """Where the tokens lie until the cache is finished: beside it, for a cache holds nothing that is of no cache."""
+    return out.parent / f".{out.name}.tokens"
+
+
 def find_store(folder: Path, request: Mapping[str, Any]) -> TokenStore | None:
     """The store in a folder, if it is whole and was made for this request."""
     if not (folder / SEAL).exists():
@@ -166,6 +172,9 @@ def make_store(
 ) -> TokenStore:
     """Tokenise a data set into a folder, in place of what is in it. An exception leaves no folder behind.
 
+    Where a store of the same request lies beside the folder, its files are linked instead: the parts of a build, and
+    builds of several K, are tokenised once.
+
     Args:
         folder: made where it is missing.
         request: all that decides the store's content, as JSON values.
@@ -182,6 +191,9 @@ def make_store(
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder, "tokenising the documents of this cache")
         try:
+            with contextlib.suppress(OSError):  # the other build has ended and removed it
+                if _link_store(folder, request):
+                    return TokenStore(folder)
             for file in folder.iterdir():
                 if file != lock.path:
                     file.unlink()
@@ -196,6 +208,18 @@ def make_store(
             lock.release()
 
 
+def _link_store(folder: Path, request: Mapping[str, Any]) -> bool:
+    """Give a folder the files of a whole store beside it that was made for this request, if there is one."""
+    for other in sorted(set(folder.parent.glob(store_folder(Path("*")).name)) - {folder}):
+        if store := find_store(other, request):
+            for name in (*store.files, SEAL):
+                if not link_file(other / name, folder / name):
+                    shutil.copyfile(other / name, folder / name)
+            log(f"{store.facts.num_new:,} documents are tokenised already, in {other}")
+            return True
+    return False
+
+
 def _tokenise(
     writer: "_Writer", data: DocumentSet, tokenizer: Tokenizer, limits: Limits, skipped: Container[str]
 ) -> None:
@@ -205,8 +229,12 @@ def _tokenise(
     def write() -> None:
         batch, encodings = pending.popleft()
         writer.add(cut_documents(batch, tokenizer, limits, encodings.result()))
+        num_tokens = writer.facts.num_tokens
+        bar.advance(
+            writer.facts.num_documents - bar.done, f"{num_tokens:,} tokens, {num_tokens / bar.seconds():,.0f} tokens/s"
+        )
 
-    with ThreadPoolExecutor(1, "encoder") as pool:
+    with progress("tokenising", data.num_documents, "documents") as bar, ThreadPoolExecutor(1, "encoder") as pool:
         for batch in _batches(_new_documents(data.documents, writer.facts, skipped)):
             texts = [document.prompt + document.completion for document, _ in batch if document.messages is None]
             pending.append((batch, pool.submit(encoder.encode, texts)))

@@ -3,43 +3,36 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import click
 
-from shared.options import GroupedCommand
+from shared.options import GroupedCommand, RecordingGroup
 
 
-class Weighted(click.ParamType[tuple[Path, float | None]]):
-    """`CACHE` or `CACHE:WEIGHT`; a path that exists is never split."""
-
-    name = "CACHE[:WEIGHT]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Path, float | None]:
-        """Split at the last `:` where a number follows it."""
-        found = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", value)
-        if not found or Path(value).exists():
-            return Path(value), None
-        weight = float(found[2])
-        if not 0 < weight < math.inf:
-            self.fail(f"the weight of {found[1]!r} must be above 0 and finite, not {found[2]}", param, ctx)
-        return Path(found[1]), weight
+def weighted(text: str) -> tuple[Path, float | None]:
+    """Read `CACHE` or `CACHE:WEIGHT`, split at the last `:` where a number follows; no path that exists is split."""
+    found = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", text)
+    if not found or Path(text).exists():
+        return Path(text), None
+    if not 0 < float(found[2]) < math.inf:
+        raise click.BadParameter(f"the weight of {found[1]!r} must be above 0 and finite, not {found[2]}")
+    return Path(found[1]), float(found[2])
 
 
-class BatchTokens(click.ParamType[int | str]):
-    """A number of tokens, or `auto`."""
+def batch_tokens(text: str) -> int | str:
+    """Read a number of tokens above 0, or `auto`."""
+    if text != "auto" and not re.fullmatch(r"[1-9]\d*", text):
+        raise click.BadParameter(f"{text!r} is neither a number of tokens nor 'auto'")
+    return text if text == "auto" else int(text)
 
-    name = "N|auto"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """Keep `auto`; anything else is a number above 0."""
-        if value == "auto":
-            return "auto"
-        if not re.fullmatch(r"[1-9]\d*", str(value)):
-            self.fail(f"{value!r} is neither a number of tokens nor 'auto'", param, ctx)
-        return int(value)
+# Options of several commands.
+CACHES = click.option("--cache", "caches", required=True, multiple=True, type=weighted, metavar="CACHE[:WEIGHT]",
+                      help="A logit cache to train on; may be repeated.")  # fmt: skip
+VALIDATION = click.option("--validation", type=click.Path(path_type=Path),
+                          help="A cache of held-out documents, same teacher; students are scored on it.")  # fmt: skip
+JOBS = click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
+                    help="Students trained at once: one GPU each, or a share of the processor's threads.")  # fmt: skip
 
 
 def _split_weights(caches: tuple[tuple[Path, float | None], ...]) -> tuple[list[Path], list[float] | None]:
@@ -58,7 +51,7 @@ def _open(*paths: Path) -> None:
         Cache(path)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=RecordingGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def student() -> None:
     """Stage 2: train and export students."""
 
@@ -68,17 +61,16 @@ def student() -> None:
     "Student": "preset init_from profile assignments",
     "Hardware": "batch_tokens",
 })  # fmt: skip
-@click.option("--cache", "caches", required=True, multiple=True, type=Weighted(), metavar="CACHE[:WEIGHT]",
-              help="A logit cache to train on; may be repeated.")  # fmt: skip
-@click.option("--validation", type=click.Path(path_type=Path), help="A cache of held-out documents, same teacher.")
+@CACHES
+@VALIDATION
 @click.option("--teacher-logprobs", metavar="F.npy", type=click.Path(path_type=Path),
               help="The teacher's full distribution, for loss=dense.")  # fmt: skip
 @click.option("--preset", metavar="NAME", help="The student's size: gpt-125m or tiny.  [default: gpt-125m]")
 @click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path),
               help="Start from the weights of a run, an export or a compatible checkpoint.")  # fmt: skip
-@click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="A file of settings.")
-@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="One setting; may be repeated.")
-@click.option("--batch-tokens", type=BatchTokens(), metavar="N|auto",
+@click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="TOML file of settings.")
+@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Such as alpha=0.5; may be repeated.")
+@click.option("--batch-tokens", type=batch_tokens, metavar="N|auto",
               help="Max tokens per micro-batch; does not change the effective batch size.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 def train(
@@ -96,19 +88,19 @@ def train(
 
     Neither the teacher nor a network is needed.
 
-    --set wins over --config, which wins over the defaults (stage2_student/config.py). Keys are the config's names,
-    such as alpha, temperature, block_size, and those of transformers' TrainingArguments, such as learning_rate,
-    max_steps. alpha=0 trains the cross-entropy baseline: same initial weights, data order and number of steps.
-    hidden_size, num_hidden_layers and so on override the preset's sizes.
+    --set wins over --config, which wins over the defaults (stage2_student/config.py). Keys are alpha, temperature,
+    block_size and the like; those of transformers' TrainingArguments, such as learning_rate and max_steps; and sizes
+    that override the preset's, such as hidden_size. alpha=0 trains the cross-entropy baseline: same initial weights,
+    data order and number of steps.
 
-    --init-from takes the weights of a directory with equal sizes and tokenizer (Starcoder2's architecture). The
-    optimizer starts fresh.
+    The same command continues an interrupted run from its last complete checkpoint. A finished run is not extended:
+    a larger max_steps needs another --out.
 
     Several caches must have one teacher and equal label options. An epoch is every document of every cache once. With
-    weights (for all caches or none) an epoch has the same number of tokens, divided by weight; a cache's documents
-    repeat only after all of them have been used.
+    weights (for all caches or none) an epoch has as many tokens, taken from the caches in proportion to the weights; a
+    cache's documents repeat only after all of them have been used.
 
-    An interrupted run continues with the same command, from its last complete checkpoint.
+    --init-from needs equal sizes, an equal tokenizer and Starcoder2's architecture. The optimizer starts fresh.
 
     \b
     Example:
@@ -135,14 +127,12 @@ def train(
 
 
 @student.command()
-@click.option("--cache", "caches", required=True, multiple=True, type=Weighted(), metavar="CACHE[:WEIGHT]",
-              help="A logit cache to train on; may be repeated.")  # fmt: skip
-@click.option("--validation", type=click.Path(path_type=Path), help="A cache of held-out documents, same teacher.")
+@CACHES
+@VALIDATION
 @click.option("--grid", required=True, metavar="F.toml", type=click.Path(path_type=Path), help="What to vary.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder of all runs.")
 @click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path), help="As for `train`, for every run.")
-@click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
-              help="Students trained at once: one GPU each, or a share of the processor's threads.")  # fmt: skip
+@JOBS
 def sweep(
     caches: tuple[tuple[Path, float | None], ...],
     validation: Path | None,
@@ -196,8 +186,7 @@ def sweep(
 @click.option("--teacher", metavar="DIR", type=click.Path(path_type=Path),
               help="The model that made the caches, for loss=dense.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The proof's folder.")
-@click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
-              help="Students trained at once: one GPU each, or a share of the processor's threads.")  # fmt: skip
+@JOBS
 def proof(cache: Path, validation: Path, test: Path, config: Path, teacher: Path | None, out: Path, jobs: int) -> None:
     """Compare losses on a test set, seed by seed.
 
@@ -223,7 +212,7 @@ def proof(cache: Path, validation: Path, test: Path, config: Path, teacher: Path
 @student.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The new directory.")
-@click.option("--push-to-hub", "repo_id", metavar="OWNER/NAME", help="Also upload it; needs a token of the Hub.")
+@click.option("--push-to-hub", "repo_id", metavar="OWNER/NAME", help="Also upload it; needs a Hub token.")
 @click.option("--private", is_flag=True, help="Make the Hub repository private.")
 def export(run: Path, out: Path, repo_id: str | None, private: bool) -> None:
     """Export a run as a transformers directory.

@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from shared.cache.reader import Cache
 from shared.config import load_config, unknown_key
@@ -22,16 +22,14 @@ FIXED: dict[str, str | None] = dict.fromkeys((
     "push_to_hub": "push a finished student: `codedistill student export RUN --out DIR --push-to-hub OWNER/NAME`",
     "auto_find_batch_size": "`--batch-tokens auto`, which keeps the blocks per optimizer step",
 }  # fmt: skip
-RANGES: tuple[tuple[str, dict[str, float]], ...] = (
-    ("block_size per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps "
-     "save_total_limit", {"at_least": 1}),
-    ("k eval_steps save_steps dataloader_num_workers seed warmup_steps early_stopping_patience "
-     "early_stopping_threshold", {"at_least": 0}),
-    ("learning_rate num_train_epochs temperature", {"above": 0}),
-    ("validation_fraction label_smoothing", {"at_least": 0, "below": 1}),
-    ("alpha", {"at_least": 0, "at_most": 1}),
-    ("beta skew", {"above": 0, "below": 1}),
-)  # fmt: skip
+# Types with their range, as `require_range` takes it.
+Count = Annotated[int, {"at_least": 1}]
+CountOrNone = Annotated[int, {"at_least": 0}]  # 0 means none, or all
+Positive = Annotated[float, {"above": 0}]
+NotNegative = Annotated[float, {"at_least": 0}]
+Share = Annotated[float, {"at_least": 0, "at_most": 1}]
+ShareBelowOne = Annotated[float, {"at_least": 0, "below": 1}]
+Mixture = Annotated[float, {"above": 0, "below": 1}]
 
 SIZES = tuple(field.name for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size")
 
@@ -72,38 +70,38 @@ class StudentConfig:
     """
 
     preset: str = "gpt-125m"
-    alpha: float = 0.7
-    temperature: float = 1.0
+    alpha: Share = 0.7
+    temperature: Positive = 1.0
     loss: Literal["ghost", "truncated", "sampled", "hybrid", "dense"] = "ghost"
     divergence: Literal["forward", "reverse", "jsd", "skewed-forward", "skewed-reverse"] = "forward"
-    beta: float = 0.5
-    skew: float = 0.1
-    k: int = 0
-    label_smoothing: float = 0.0
+    beta: Mixture = 0.5
+    skew: Mixture = 0.1
+    k: CountOrNone = 0
+    label_smoothing: ShareBelowOne = 0.0
     targets: Literal["completion", "all"] = "completion"
-    block_size: int = 512
-    per_device_train_batch_size: int = 8
-    per_device_eval_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    num_train_epochs: float = 4
-    validation_fraction: float = 0.0
+    block_size: Count = 512
+    per_device_train_batch_size: Count = 8
+    per_device_eval_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    num_train_epochs: Positive = 4
+    validation_fraction: ShareBelowOne = 0.0
     max_steps: int = -1
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.05
+    warmup_steps: NotNegative = 0.05
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
-    logging_steps: int = 10
-    eval_steps: int = 0
-    save_steps: int = 200
-    save_total_limit: int = 2
+    logging_steps: Count = 10
+    eval_steps: CountOrNone = 0
+    save_steps: CountOrNone = 200
+    save_total_limit: Count = 2
     bf16: bool = True
-    dataloader_num_workers: int = 0
-    seed: int = 0
-    early_stopping_patience: int = 0
-    early_stopping_threshold: float = 0.0
+    dataloader_num_workers: CountOrNone = 0
+    seed: CountOrNone = 0
+    early_stopping_patience: CountOrNone = 0
+    early_stopping_threshold: NotNegative = 0.0
     hidden_size: int | None = None
     intermediate_size: int | None = None
     num_hidden_layers: int | None = None
@@ -117,45 +115,25 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         require(self.preset in PRESETS, "unknown preset", where="preset", expected=" | ".join(PRESETS), got=self.preset)
-        for names, bounds in RANGES:
-            for name in names.split():
+        for name, hint in typing.get_type_hints(StudentConfig, include_extras=True).items():
+            for bounds in getattr(hint, "__metadata__", ()):
                 require_range(getattr(self, name), name, **bounds)
-        require(
-            not (self.label_smoothing and self.alpha),
-            "distillation has the teacher's labels in place of smoothed ones",
-            where="label_smoothing, alpha",
-            expected="label_smoothing=0, or alpha=0",
-            got=f"label_smoothing={self.label_smoothing:g}, alpha={self.alpha:g}",
-        )
-        require(
-            not self.uses_samples or self.divergence == "forward",
-            "samples estimate only the forward divergence",
-            where="loss, divergence",
-            expected="divergence=forward, or loss=ghost or truncated",
-            got=f"loss={self.loss}, divergence={self.divergence}",
-        )
-        require(
-            not (self.uses_samples and self.k),
-            "samples were drawn beside all entries of a row, or in place of them",
-            where="loss, k",
-            expected="k=0, or loss=ghost or truncated",
-            got=f"loss={self.loss}, k={self.k}",
-        )
+        require(not (self.label_smoothing and self.alpha), "distillation has the teacher's labels in place of smoothed "
+                "ones", where="label_smoothing, alpha", expected="label_smoothing=0, or alpha=0",
+                got=f"label_smoothing={self.label_smoothing:g}, alpha={self.alpha:g}")  # fmt: skip
+        require(not self.uses_samples or self.divergence == "forward", "samples estimate only the forward divergence",
+                where="loss, divergence", expected="divergence=forward, or loss=ghost or truncated",
+                got=f"loss={self.loss}, divergence={self.divergence}")  # fmt: skip
+        require(not (self.uses_samples and self.k), "samples were drawn beside all entries of a row, or in place of "
+                "them", where="loss, k", expected="k=0, or loss=ghost or truncated",
+                got=f"loss={self.loss}, k={self.k}")  # fmt: skip
         dense = {"divergence": "forward", "k": 0, "temperature": 1.0, "targets": "completion"}
-        require(
-            self.loss != "dense" or all(getattr(self, name) == value for name, value in dense.items()),
-            "the full distribution is stored at T = 1, for the loss mask's targets, and has the forward divergence",
-            where="loss=dense",
-            expected=", ".join(f"{name}={value}" for name, value in dense.items()),
-        )
+        require(self.loss != "dense" or all(getattr(self, name) == value for name, value in dense.items()),
+                "the full distribution is stored at T = 1, for the loss mask's targets, and has the forward divergence",
+                where="loss=dense", expected=", ".join(f"{name}={value}" for name, value in dense.items()))  # fmt: skip
         positions = self.student_sizes().max_position_embeddings
-        require(
-            self.block_size <= positions,
-            "blocks are longer than the student's positions",
-            where="block_size",
-            expected=f"at most max_position_embeddings = {positions}",
-            got=self.block_size,
-        )
+        require(self.block_size <= positions, "blocks are longer than the student's positions", where="block_size",
+                expected=f"at most max_position_embeddings = {positions}", got=self.block_size)  # fmt: skip
 
     def student_sizes(self, **changes: Any) -> GPTConfig:
         """The sizes to build, and `changes` to them, such as the cache's `vocab_size`.
@@ -186,20 +164,14 @@ def require_labels(config: StudentConfig, cache: Cache) -> None:
     try:
         samples = cache.sampling
     except CacheMismatchError as error:
-        raise ConfigError(
-            f"loss={config.loss} needs sampled targets, and the cache holds none",
-            where=cache.path,
-            fix=f"build the cache with samples of the {wanted} distribution, or loss=ghost",
-        ) from error
+        raise ConfigError(f"loss={config.loss} needs sampled targets, and the cache holds none", where=cache.path,
+                          fix=f"build the cache with samples of the {wanted} distribution, or "
+                          "loss=ghost") from error  # fmt: skip
     require(samples.drawn_from == wanted, f"loss={config.loss} needs other samples than the cache holds",
             where=cache.path, expected=f"samples_from={wanted}", got=f"samples_from={samples.drawn_from}")  # fmt: skip
-    require(
-        config.temperature <= samples.temperature,
-        "samples cannot stand for a flatter distribution: a few of them would carry all the weight",
-        where=cache.path,
-        expected=f"temperature at most samples_temperature={samples.temperature:g}",
-        got=f"temperature={config.temperature:g}",
-    )
+    require(config.temperature <= samples.temperature, "samples cannot stand for a flatter distribution: a few of them "
+            "would carry all the weight", where=cache.path, got=f"temperature={config.temperature:g}",
+            expected=f"temperature at most samples_temperature={samples.temperature:g}")  # fmt: skip
 
 
 def student_config(*layers: Mapping[str, Any]) -> StudentConfig:

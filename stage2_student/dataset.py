@@ -93,6 +93,7 @@ class PackedBlocks(Dataset[Block]):
         each = self.order.num_blocks_per_epoch
         self.num_blocks = math.ceil(num_epochs * each) if num_blocks is None else num_blocks
         self.num_epochs = self.num_blocks / each
+        self.padding = 1 - self.num_rows * self.num_epochs / (self.num_blocks * block_size)  # share of all positions
         self._length = math.ceil(self.num_blocks / multiple) * multiple
 
     def __len__(self) -> int:

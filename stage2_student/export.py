@@ -16,11 +16,11 @@ CONFIGS = ("config.json", "generation_config.json")
 
 
 def export(run: Path, out: Path) -> None:
-    """Copy the student of a finished run, and write its card and its lineage.
+    """Copy the student of a finished run, and write its card and its lineage. Run again, it reports a whole export.
 
     Raises:
         ConfigError: `run` is no finished run, or its weights are not those that training ended with.
-        ResumeError: `out` exists and is not empty.
+        ResumeError: `out` holds something else than a whole export of this run.
     """
     out = output_path(out)
     record = read_json(run / "run.json") if (run / "run.json").exists() else {}
@@ -35,6 +35,9 @@ def export(run: Path, out: Path) -> None:
         expected=f"SHA-256 {record['weights_sha256']}",
         fix="run `codedistill student train` with the run's options again",
     )
+    if _is_exported(run, out):
+        log(f"{out} is up to date")
+        return
     is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(is_free, "the export's folder is not empty", error=ResumeError, where=out, fix="choose another --out")
     for license, what in _licenses(record):
@@ -45,6 +48,14 @@ def export(run: Path, out: Path) -> None:
             shutil.copyfile(file, folder / file.name)
         write_json(folder / LINEAGE, _lineage(run, record, folder))
         write_bytes(folder / "README.md", _card(out.name, record).encode())
+
+
+def _is_exported(run: Path, out: Path) -> bool:
+    """Whether `out` is an export of this run, its files unchanged."""
+    lineage = read_json(out / LINEAGE) if (out / LINEAGE).is_file() else {}
+    files = {out / name: digest for name, digest in lineage.get("files", {}).items()}
+    is_of_run = bool(files) and lineage["run"]["sha256"] == sha256_file(run / "run.json")
+    return is_of_run and all(file.is_file() and sha256_file(file) == digest for file, digest in files.items())
 
 
 def _lineage(run: Path, record: dict[str, Any], exported: Path) -> dict[str, Any]:

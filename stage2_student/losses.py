@@ -191,6 +191,7 @@ def _cells(soft: SoftLabels, loss: str) -> tuple[Tensor, Tensor, Tensor, Tensor]
     if loss not in ("sampled", "hybrid"):
         return ids_CK, real_CK, logp_CK, soft.log_tail.masked_fill(soft.k == 0, -torch.inf)
     assert soft.sample_ids is not None and soft.sample_weights is not None
+    # samples [C, S] stand in for the bucket of the tail, or for all cells; ids of weight 0 were not drawn
     log_weights_CS = soft.sample_weights.log()
     sampled_CS = log_weights_CS > -torch.inf
     no_bucket_C = torch.full_like(soft.log_tail, -torch.inf)
@@ -223,6 +224,7 @@ def _divergence(logp_CM: Tensor, logq_CM: Tensor, config: StudentConfig) -> tupl
     is the bucket of a teacher row without a tail; the value is then no divergence of distributions and may be negative.
     All others are finite there: in JSD_β an empty cell adds −(1−β) log(1−β) q.
     """
+    # value [C], and c [C, M] with g = q·(c − Σ q·c), the gradient through the student's softmax
     q_CM = logq_CM.exp()
     if config.divergence == "forward":
         return kl_rows(logp_CM, logq_CM), q_CM - logp_CM.exp()
@@ -244,6 +246,7 @@ def _divergence(logp_CM: Tensor, logq_CM: Tensor, config: StudentConfig) -> tupl
         else:
             value_C = kl_rows(logq_CM, logm_CM)
             c_CM = logq_CM - logm_CM + 1 - (1 - skew) * (logq_CM - logm_CM).exp()
+    # cells without mass of the student have no gradient, though their c may be infinite
     weighted_CM = torch.where(q_CM > 0, q_CM * c_CM, 0)
     return value_C, weighted_CM - q_CM * weighted_CM.sum(1, keepdim=True)
 

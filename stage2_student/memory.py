@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,43 +41,31 @@ class MemoryEstimate:
         return self.state_bytes + self.activation_bytes + self.head_bytes
 
 
-def estimate_memory(
-    sizes: GPTConfig, num_parameters: int, micro_batch_tokens: int, *, bf16: bool, recomputed: bool = False
-) -> MemoryEstimate:
+def estimate_memory(config: StudentConfig, sizes: GPTConfig, num_parameters: int) -> MemoryEstimate:
     """Estimate the memory of training; attention matrices are not kept (flash or memory-efficient attention).
 
     Args:
+        config: micro-batch, precision and gradient checkpointing count.
         sizes: the student's.
         num_parameters: its parameters, tied tensors once.
-        micro_batch_tokens: rows of one forward pass, padding included.
-        bf16: mixed precision: matrix products keep bfloat16 inputs, norms and the residual stream float32.
-        recomputed: gradient checkpointing: the layers' inputs are kept, and all of one layer at a time.
     """
     H, F, V = sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size
     kept = H + 2 * sizes.num_key_value_heads * sizes.head_dim  # q, k, v
-    product_bytes = 2 if bf16 else 4
+    # Mixed precision keeps the matrix products' inputs in bfloat16, norms and the residual stream in float32.
+    product_bytes = 2 if config.bf16 else 4
     # Per token and layer: two norms' inputs in float32; their outputs, q, k and v (also turned and repeated for the
     # query heads), attention's output, the MLP's hidden layer before and after its non-linearity as product inputs.
     per_token = 2 * 4 * H + product_bytes * (2 * H + 2 * kept + 3 * H + H + 2 * F)
-    layers = sizes.num_hidden_layers * (4 * H) + per_token if recomputed else sizes.num_hidden_layers * per_token
+    layers = sizes.num_hidden_layers * per_token
+    if config.training.get("gradient_checkpointing", False):  # the layers' inputs, and all of one layer at a time
+        layers = sizes.num_hidden_layers * (4 * H) + per_token
     # Logits and the matrix's gradient; under mixed precision their bfloat16 copies and the matrix's bfloat16 copy too.
     rows = chunk_rows("cuda" if torch.cuda.is_available() else "cpu")
-    head = rows * V * (4 + (2 if bf16 else 0)) + V * H * (4 + (4 if bf16 else 0))
+    head = rows * V * (4 + (2 if config.bf16 else 0)) + V * H * (4 + (4 if config.bf16 else 0))
     return MemoryEstimate(
         state_bytes=16 * num_parameters,
-        activation_bytes=micro_batch_tokens * (layers + 4 * H),  # and the last norm's input
+        activation_bytes=_micro_batch_tokens(config) * (layers + 4 * H),  # and the last norm's input
         head_bytes=head,
-    )
-
-
-def announce(config: StudentConfig, sizes: GPTConfig, num_parameters: int) -> None:
-    """Log the memory that training will take, before it is allocated."""
-    tokens = config.per_device_train_batch_size * config.block_size
-    memory = _estimate(config, sizes, num_parameters)
-    log(
-        f"memory, about: {memory.total_bytes / 2**30:.2f} GiB per device "
-        f"({memory.state_bytes / 2**30:.2f} weights, gradients and optimizer, "
-        f"{memory.activation_bytes / 2**30:.2f} activations of {tokens:,} tokens, {memory.head_bytes / 2**30:.2f} head)"
     )
 
 
@@ -90,6 +79,8 @@ def fit_micro_batch(
 ) -> StudentConfig:
     """Choose the largest micro-batch within a limit; accumulation keeps the blocks of each step.
 
+    The memory that training will take is logged, before it is allocated.
+
     Args:
         config: says how many blocks each process has per step, as micro-batch times accumulation.
         sizes, num_parameters: the student's.
@@ -101,33 +92,43 @@ def fit_micro_batch(
     Raises:
         ConfigError: not even one block fits.
     """
-    if batch_tokens is None:
-        return config
-    blocks = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    free_bytes = smallest(free_memory())
-    candidates = [size for size in range(blocks, 0, -1) if blocks % size == 0]
-    if batch_tokens == "auto" and earlier:
+    is_auto, blocks = batch_tokens == "auto", config.per_device_train_batch_size * config.gradient_accumulation_steps
+    candidates, limit = [config], math.inf
+    if batch_tokens is not None:
+        limit = smallest(free_memory()) * USABLE if is_auto else int(batch_tokens)
+        candidates = [
+            dataclasses.replace(config, per_device_train_batch_size=size, gradient_accumulation_steps=blocks // size)
+            for size in range(blocks, 0, -1)
+            if blocks % size == 0
+        ]
+    if is_auto and earlier:
         previous = earlier["config"]["per_device_train_batch_size"]
-        candidates.sort(key=lambda size: size != previous)
-    for size in candidates:
-        fitted = dataclasses.replace(
-            config, per_device_train_batch_size=size, gradient_accumulation_steps=blocks // size
-        )
-        if batch_tokens == "auto":
-            needed, limit = _estimate(fitted, sizes, num_parameters).total_bytes, int(free_bytes * USABLE)
-        else:
-            needed, limit = size * config.block_size, int(batch_tokens)
+        candidates.sort(key=lambda fitted: fitted.per_device_train_batch_size != previous)
+    for fitted in candidates:
+        size, tokens = fitted.per_device_train_batch_size, _micro_batch_tokens(fitted)
+        memory = estimate_memory(fitted, sizes, num_parameters)
+        needed = memory.total_bytes if is_auto else tokens
         if needed <= limit:
-            log(f"micro-batches of {size} x {config.block_size} tokens, {blocks // size} per step and process")
+            if batch_tokens is not None:
+                log(f"micro-batches of {size} x {config.block_size} tokens, {blocks // size} per step and process")
+            log(
+                f"memory, about: {memory.total_bytes / 2**30:.2f} GiB per device "
+                f"({memory.state_bytes / 2**30:.2f} weights, gradients and optimizer, "
+                f"{memory.activation_bytes / 2**30:.2f} activations of {tokens:,} tokens, "
+                f"{memory.head_bytes / 2**30:.2f} head)"
+            )
             return fitted
-    unit = "bytes of memory" if batch_tokens == "auto" else "tokens"
     raise ConfigError(
         "not even one block fits into a micro-batch",
         where="--batch-tokens",
-        expected=f"at most {limit:,} {unit}",
+        expected=f"at most {int(limit):,} {'bytes of memory' if is_auto else 'tokens'}",
         got=f"{needed:,}",
         fix="a smaller block_size or preset, or gradient_checkpointing=true",
     )
+
+
+def _micro_batch_tokens(config: StudentConfig) -> int:
+    return config.per_device_train_batch_size * config.block_size
 
 
 def free_memory() -> int:
@@ -141,13 +142,3 @@ def free_memory() -> int:
         limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _estimate(config: StudentConfig, sizes: GPTConfig, num_parameters: int) -> MemoryEstimate:
-    return estimate_memory(
-        sizes,
-        num_parameters,
-        config.per_device_train_batch_size * config.block_size,
-        bf16=config.bf16,
-        recomputed=config.training.get("gradient_checkpointing", False),
-    )

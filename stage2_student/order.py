@@ -69,8 +69,7 @@ class BlockOrder:
             self._sequences = [everything[self._cache == cache] for cache in range(len(doc_rows))]
         self._lengths = [int(self._num_blocks[pools].sum()) for pools in self._sequences]
         self._pattern = None if weights is None else _alternation(weights)
-        self._cycle = lru_cache(maxsize=4 * len(self._sequences))(self._shuffled)
-        self._packed = lru_cache(maxsize=2 * num_lanes * len(self._sequences))(self._pack)
+        self._start_caches()
 
     def block(self, index: int) -> tuple[int, Array, Array, Array]:
         """The cache of a block, and the numbers in it, first rows and ends of its segments: i64 [n] each."""
@@ -120,6 +119,9 @@ class BlockOrder:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__ |= state
+        self._start_caches()
+
+    def _start_caches(self) -> None:
         self._cycle = lru_cache(maxsize=4 * len(self._sequences))(self._shuffled)
         self._packed = lru_cache(maxsize=2 * self.num_lanes * len(self._sequences))(self._pack)
 

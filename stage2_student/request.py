@@ -45,16 +45,20 @@ def is_up_to_date(out: Path, request: str | None) -> bool:
 
     False is no answer: `train` compares everything.
     """
+    if request is None or world_size() > 1:
+        return False
     try:
         record = read_json(out / "run.json")
-        done = (
-            request is not None
-            and world_size() == 1
-            and (record["state"], record.get("request")) == ("finished", request)
-            and sha256_file(out / WEIGHTS) == record["weights_sha256"]
-        )
-    except (ConfigError, OSError, KeyError, TypeError, AttributeError):
+        done = record.get("request") == request and is_finished(out, record)
+    except (ConfigError, OSError, KeyError, AttributeError):
         return False
     if done:
         log(f"{out} is up to date")
     return done
+
+
+def is_finished(out: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a run is finished by its `run.json`, and its weights are those that training ended with."""
+    weights = out / WEIGHTS
+    finished = record["state"] == "finished" and weights.is_file()
+    return finished and sha256_file(weights) == record["weights_sha256"]

@@ -89,14 +89,17 @@ def _sample_weights(
     assert sampling is not None and rows.sample_counts is not None
     assert rows.sample_margins is not None and rows.sample_log_tail is not None
     counts_NS = rows.sample_counts.int()[chosen_N].float()
+    # log weights of the tail and of the whole row [N], at the temperature of the draws
     drawn_tail_N = rows.sample_log_tail[chosen_N]
     drawn_total_N = _log_total(margins_NK / -sampling.temperature, drawn_tail_N, k_N)
+    # log p_T(i)/p_{T_s}(i) [N, S], for draws from the tail times its mass
     log_ratio_NS = torch.zeros_like(counts_NS)
     if sampling.temperature != T:
         log_ratio_NS = rows.sample_margins[chosen_N] * (1 / sampling.temperature - 1 / T)
         log_ratio_NS = log_ratio_NS + (drawn_total_N - log_total_N)[:, None]
     if sampling.drawn_from == "tail":
         log_ratio_NS = log_ratio_NS + (drawn_tail_N - drawn_total_N)[:, None]
+    # weights [N, S], 0 where nothing was drawn
     drawn_NS = counts_NS > 0
     return torch.where(drawn_NS, counts_NS / sampling.num * log_ratio_NS.masked_fill(~drawn_NS, 0).exp(), 0)
 

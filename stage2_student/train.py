@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -15,20 +16,19 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from shared import tracking
 from shared.cache.identity import require_same
 from shared.cache.reader import Cache
 from shared.checkpoints import WEIGHTS
-from shared.distributed import agree, joined
+from shared.distributed import agree, joined, wait
 from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
 from shared.files import output_path, read_json, sha256_file, sha256_json, write_bytes, write_json
 from shared.lock import Lock
-from shared.machine import machine, versions
+from shared.machine import has_accelerator, machine, require_usable_card, versions
 from shared.model.gpt import GPT, GPTConfig
 from shared.options import command_line
-from shared.process import log, rank, world_size
+from shared.process import is_main_process, log, world_size
 from shared.records import to_dict
 from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from stage2_student.checkpoint import (
@@ -43,17 +43,14 @@ from stage2_student.checkpoint import (
 )
 from stage2_student.config import StudentConfig, require_labels
 from stage2_student.dataset import PackedBlocks, collate, hold_out
+from stage2_student.experiments.dense import DenseBlocks, DenseLoss
 from stage2_student.fused import HeadLoss
-from stage2_student.init_weights import Start
-from stage2_student.memory import announce, fit_micro_batch
+from stage2_student.init_weights import Start, read_start
+from stage2_student.memory import fit_micro_batch
+from stage2_student.request import is_finished
 from stage2_student.trainer import DistillTrainer, EpochEnds, RunRecorder, StopEarly, StopOnSignal
 
 NEVER = 2**31  # steps between two evaluations or saves
-PASSED_ON = (
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm",
-    "logging_steps", "bf16", "dataloader_num_workers", "seed",
-)  # fmt: skip
 # May change between a kill and the resume without changing what is learnt.
 FREE_ON_RESUME = (
     "eval_steps", "save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers",
@@ -101,24 +98,19 @@ def train(
         Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; a checkpoint was saved.
     """
     out = output_path(out)
-    if (config.loss == "dense") != (teacher_logprobs is not None):
-        raise ConfigError("loss=dense and --teacher-logprobs belong together", got=f"loss={config.loss}")
+    require((config.loss == "dense") == (teacher_logprobs is not None), "loss=dense and --teacher-logprobs belong "
+            "together", got=f"loss={config.loss}")  # fmt: skip
+    look = functools.partial(check, config, cache_paths, out, weights, validation_path, init_from)
     with joined(), contextlib.ExitStack() as held:
-        task = None
-        if rank() == 0:  # alone it looks at everything first, and says what is wrong
-            task = check(config, cache_paths, out, weights, validation_path, init_from)
-            if not task.is_done(out):
-                out.mkdir(parents=True, exist_ok=True)
-                held.callback(Lock(out, "training in this folder").release)
-                task = check(
-                    config, cache_paths, out, weights, validation_path, init_from
-                )  # nobody can change it any more
-        (goes_on,) = agree([task is not None and not task.is_done(out)])
-        if not goes_on:
+        if is_main_process() and not look().is_done(out):  # the others wait, so that a mistake is named once
+            out.mkdir(parents=True, exist_ok=True)
+            held.callback(Lock(out, "training in this folder").release)
+        wait()
+        task = look()  # nobody else can change the folder any more
+        (is_done,) = agree([task.is_done(out)])
+        if is_done:
             log(f"{out} is up to date")
             return
-        if task is None:
-            task = check(config, cache_paths, out, weights, validation_path, init_from)
         task.record["request"] = request
         _train(task, out, batch_tokens, teacher_logprobs)
 
@@ -138,10 +130,7 @@ class Task:
 
     def is_done(self, out: Path) -> bool:
         """Whether the folder holds the finished student."""
-        if self.earlier is None or self.earlier["state"] != "finished":
-            return False
-        student = out / WEIGHTS
-        return student.is_file() and sha256_file(student) == self.earlier.get("weights_sha256")
+        return self.earlier is not None and is_finished(out, self.earlier)
 
 
 def check(
@@ -156,24 +145,21 @@ def check(
 
     Arguments and errors are those of `train`.
     """
-    if len({path.resolve() for path in cache_paths}) < len(cache_paths):
-        raise ConfigError("a cache is given twice", where="--cache", got=", ".join(map(str, cache_paths)))
-    if validation_path and config.validation_fraction:
-        raise ConfigError("held-out documents are given twice", where="--validation, validation_fraction")
+    require(len({path.resolve() for path in cache_paths}) == len(cache_paths), "a cache is given twice",
+            where="--cache", got=", ".join(map(str, cache_paths)))  # fmt: skip
+    require(not (validation_path and config.validation_fraction), "held-out documents are given twice",
+            where="--validation, validation_fraction")  # fmt: skip
     has_validation = validation_path is not None or config.validation_fraction > 0
     evaluates = has_validation and (config.eval_steps or config.training.get("eval_strategy") == "epoch")
-    if config.early_stopping_patience and not evaluates:
-        raise ConfigError(
-            "stopping early needs evaluations",
+    require(not config.early_stopping_patience or evaluates, "stopping early needs evaluations",
             where="early_stopping_patience",
-            fix="eval_steps above 0 or eval_strategy=epoch, and --validation or validation_fraction",
-        )
+            fix="eval_steps above 0 or eval_strategy=epoch, and --validation or validation_fraction")  # fmt: skip
     caches = [Cache(path) for path in cache_paths]
     validation = Cache(validation_path) if validation_path else None
     record = _describe(config, caches, weights, validation)
     sizes = config.student_sizes(vocab_size=caches[0].tokenizer_size)
-    start = Start(init_from, sizes, caches[0]) if init_from else None
-    record["init_from"] = start and start.describe()
+    start = read_start(init_from, sizes, caches[0]) if init_from else None
+    record["init_from"] = start and {"path": str(init_from), "weights_sha256": start.weights_sha256}
     earlier = _earlier_run(out, record)
     training_arguments(config, out, has_validation=has_validation)  # so that transformers says now what it refuses
     return Task(config=config, caches=caches, weights=weights, validation=validation, sizes=sizes, start=start,
@@ -187,32 +173,34 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in GPT(sizes).parameters())
     config = fit_micro_batch(task.config, sizes, num_parameters, batch_tokens, earlier=earlier)
-    announce(config, sizes, num_parameters)
     model = GPT(sizes)
     if task.start:
-        task.start.load_into(model)
-    model.head_loss = head_loss = _head_loss(config, task.caches, teacher_logprobs)
+        model.load_state_dict(task.start.tensors)
+    if teacher_logprobs:
+        head_loss: HeadLoss = DenseLoss(config, teacher_logprobs, task.caches)
+    else:
+        head_loss = HeadLoss(config, task.caches[0].sampling if config.uses_samples else None)
+    model.head_loss = head_loss
     record |= {
         "config": to_dict(config),
         "initial_weights_sha256": weights_digest(model.state_dict()),
         "parameters": num_parameters,
     }
     blocks, held_out_blocks = _data(task, config)
-    record["data"] = _describe_blocks(blocks, config, model)
+    record["data"] = _describe_blocks(blocks, config, model, num_parameters)
     arguments = training_arguments(config, out, has_validation=held_out_blocks is not None)
+    per_step = _blocks_per_step(config)
     if config.save_steps:
-        for step in range(config.save_steps, len(blocks) // _blocks_per_step(config) + 1, config.save_steps):
+        for step in range(config.save_steps, len(blocks) // per_step + 1, config.save_steps):
             require_no_file(out / f"checkpoint-{step}")
 
     run_id = earlier["wandb_run_id"] if earlier else None
     with tracking.start("train", name=out.name, config=record, directory=out.parent, run_id=run_id) as run:
         record["wandb_run_id"] = run.id
-        if rank() == 0:
+        if is_main_process():
             write_json(out / "run.json", record | {"state": "running"})
-        tokens_per_step = blocks.num_rows * blocks.num_epochs / blocks.num_blocks * _blocks_per_step(config)
-        recorder = RunRecorder(
-            out, save_total_limit=config.save_total_limit, tokens_per_step=tokens_per_step, tracked=run
-        )
+        tokens_per_step = (1 - blocks.padding) * config.block_size * per_step
+        recorder = RunRecorder(out, config.save_total_limit, tokens_per_step, run)
         stop, early = StopOnSignal(), StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
         trainer = DistillTrainer(
             model=model,
@@ -221,18 +209,16 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
             train_dataset=blocks,
             eval_dataset=held_out_blocks,
             data_collator=collate,
-            callbacks=[recorder, early, stop, _epoch_ends(config, blocks)],
+            callbacks=[recorder, early, stop, EpochEnds(config.training, blocks.epoch_ends(), per_step)],
         )
         trainer.remove_callback(PrinterCallback)
         start = time.monotonic()
         with stop:
             if checkpoint:
                 log(f"continuing from {checkpoint}")
-                trainer.restore_window(checkpoint)
-            if checkpoint and early.is_due(read_json(checkpoint / TRAINER_STATE_NAME)["log_history"]):
-                trainer.take_up(checkpoint)
+                trainer.continue_from(checkpoint, early)
             else:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.train()
             stop.raise_requested()
             # From here on a signal waits: without a last checkpoint (save_steps=0) only memory holds the weights.
             _finish(trainer, task, out, run, seconds=time.monotonic() - start)
@@ -244,29 +230,23 @@ def _newest_checkpoint(out: Path, earlier: dict[str, Any] | None) -> Path | None
     if earlier and earlier["state"] == "finished":
         log(f"{out / WEIGHTS} is missing or damaged and is made again")
     newest = None
-    if rank() == 0:
+    if is_main_process():
         remove_leftovers(out)
         newest = newest_whole(out)
     (step,) = agree([-1 if newest is None else step_of(newest)])
     return None if step < 0 else out / f"checkpoint-{step}"
 
 
-def _describe_blocks(blocks: PackedBlocks, config: StudentConfig, model: GPT) -> dict[str, Any]:
+def _describe_blocks(blocks: PackedBlocks, config: StudentConfig, model: GPT, num_parameters: int) -> dict[str, Any]:
     """What `run.json` records of the training data, which is also logged."""
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     embeddings = model.model.embed_tokens.weight.numel() / num_parameters  # the output head is the same tensor
-    padding = 1 - blocks.num_rows * blocks.num_epochs / (blocks.num_blocks * config.block_size)
     log(
         f"student {config.preset}: {num_parameters:,} parameters ({embeddings:.0%} in embeddings); "
         f"{blocks.num_rows:,} rows x {blocks.num_epochs:.4g} epochs in {blocks.num_blocks:,} blocks of "
-        f"{config.block_size} ({padding:.1%} padding)"
+        f"{config.block_size} ({blocks.padding:.1%} padding)"
     )
-    return {
-        "rows_per_epoch": blocks.num_rows,
-        "epochs": blocks.num_epochs,
-        "blocks": blocks.num_blocks,
-        "padding": padding,
-    }
+    return {"rows_per_epoch": blocks.num_rows, "epochs": blocks.num_epochs, "blocks": blocks.num_blocks,
+            "padding": blocks.padding}  # fmt: skip
 
 
 def _finish(trainer: DistillTrainer, task: Task, out: Path, run: tracking.Run, *, seconds: float) -> None:
@@ -280,7 +260,7 @@ def _finish(trainer: DistillTrainer, task: Task, out: Path, run: tracking.Run, *
     }
     run.summary(record["metrics"])
     weights = trainer.accelerator.get_state_dict(trainer.model)  # gathered on all ranks where FSDP has cut them
-    if rank() == 0:
+    if is_main_process():
         require(
             weights_digest(weights) != record["initial_weights_sha256"],
             "training has changed no weight",
@@ -292,62 +272,39 @@ def _finish(trainer: DistillTrainer, task: Task, out: Path, run: tracking.Run, *
         finished = {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)}
         write_json(out / "run.json", record | finished)
         log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
-    agree([0])  # the lock holds until all are here
-
-
-def _head_loss(config: StudentConfig, caches: Sequence[Cache], teacher_logprobs: Path | None) -> HeadLoss:
-    if teacher_logprobs is None:
-        return HeadLoss(config, caches[0].sampling if config.uses_samples else None)
-    from stage2_student.experiments.dense import DenseLoss
-
-    return DenseLoss(config, teacher_logprobs, caches)
-
-
-def _blocks_class(config: StudentConfig) -> type[PackedBlocks]:
-    if config.loss != "dense":
-        return PackedBlocks
-    from stage2_student.experiments.dense import DenseBlocks
-
-    return DenseBlocks
-
-
-def _epoch_ends(config: StudentConfig, blocks: PackedBlocks) -> EpochEnds:
-    """What to do at the last step of each epoch of the data set, which to HF `Trainer` is one epoch."""
-    per_step = _blocks_per_step(config)
-    steps = {-(-block // per_step) for block in blocks.epoch_ends()}
-    strategies = [config.training.get(name) for name in ("eval_strategy", "save_strategy")]
-    return EpochEnds(steps, evaluates=strategies[0] == "epoch", saves=strategies[1] == "epoch")
+    wait()  # the lock holds until all are here
 
 
 def _data(task: Task, config: StudentConfig) -> tuple[PackedBlocks, PackedBlocks | None]:
     """Training blocks and held-out blocks; every step and rank has equally many."""
+    alike: dict[str, Any] = {
+        "block_size": config.block_size,
+        "with_samples": config.uses_samples,
+        "all_targets": config.targets == "all",
+    }
     held_out = None
     if config.validation_fraction:
         held_out = [hold_out(cache, config.validation_fraction, config.seed) for cache in task.caches]
-    blocks = _blocks_class(config)(
+    blocks = (DenseBlocks if config.loss == "dense" else PackedBlocks)(
         task.caches,
         weights=task.weights,
         held_out=held_out,
-        block_size=config.block_size,
         seed=config.seed,
         num_epochs=config.num_train_epochs,
         num_blocks=config.max_steps * _blocks_per_step(config) if config.max_steps > 0 else None,
         multiple=_blocks_per_step(config),
         temperature=config.temperature if config.alpha > 0 else None,
-        with_samples=config.uses_samples,
-        all_targets=config.targets == "all",
+        **alike,
     )
     if task.validation is None and held_out is None:
         return blocks, None
     return blocks, PackedBlocks(
-        task.caches if task.validation is None else [task.validation],
-        held_out=None if task.validation else [~mask for mask in held_out or ()],
-        block_size=config.block_size,
+        [task.validation] if task.validation else task.caches,
+        held_out=[~mask for mask in held_out] if held_out else None,
         seed=0,
         multiple=config.per_device_eval_batch_size * world_size(),
         temperature=config.temperature,
-        with_samples=config.uses_samples,
-        all_targets=config.targets == "all",
+        **alike,
     )
 
 
@@ -355,26 +312,14 @@ def _describe(
     config: StudentConfig, caches: Sequence[Cache], weights: Sequence[float] | None, validation: Cache | None
 ) -> dict[str, Any]:
     """What the run is made from, as `run.json` records it."""
-    cache = caches[0]
-    for other in [*caches[1:], *([validation] if validation else [])]:
-        require_same(
-            "the label identities",
-            cache.label_identity,
-            other.label_identity,
-            ours_name=cache.path,
-            theirs_name=other.path,
-            fix="build all caches with the same teacher and options",
-        )
-    if config.temperature not in cache.temperatures:
-        raise CacheMismatchError(
-            "the cache holds no tails at this temperature",
-            where=cache.path,
-            expected=f"temperature one of {', '.join(f'{T:g}' for T in cache.temperatures)}",
-            got=config.temperature,
-        )
+    cache, all_caches = caches[0], [*caches, *([validation] if validation else [])]
+    require_same_labels(all_caches)
+    require(config.temperature in cache.temperatures, "the cache holds no tails at this temperature",
+            error=CacheMismatchError, where=cache.path, got=config.temperature,
+            expected=f"temperature one of {', '.join(f'{T:g}' for T in cache.temperatures)}")  # fmt: skip
     require_labels(config, cache)
     if config.targets == "completion":
-        for each in [*caches, *([validation] if validation else [])]:
+        for each in all_caches:
             each.require_targets()
     trained_on = [identify(cache) for cache in caches]
     if validation and validation.shares_data(trained_on):
@@ -389,11 +334,19 @@ def _describe(
             for each, weight in zip(trained_on, weights or itertools.repeat(None), strict=False)
         ],
         "validation": validation and identify(validation),
-        "cache_paths": [str(each.path) for each in [*caches, *([validation] if validation else [])]],
+        "cache_paths": [str(each.path) for each in all_caches],
         "command": command_line(),
         "machine": machine(),
         "versions": versions("codedistill", "torch", "transformers", "accelerate", "numpy", "h5py"),
     }
+
+
+def require_same_labels(caches: Sequence[Cache]) -> None:
+    """Raise `CacheMismatchError` unless all caches have one teacher and equal label options."""
+    for other in caches[1:]:
+        require_same("the label identities", caches[0].label_identity, other.label_identity,
+                     ours_name=caches[0].path, theirs_name=other.path,
+                     fix="build all caches with the same teacher and options")  # fmt: skip
 
 
 def identify(cache: Cache) -> dict[str, Any]:
@@ -408,43 +361,47 @@ def identify(cache: Cache) -> dict[str, Any]:
 
 def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `run.json` in the folder, which must be of the same run; None in a new or empty folder."""
-    if out.exists() and not out.is_dir():
-        raise ResumeError("the run's path is not a folder", where=out, fix="choose another --out")
+    other: dict[str, Any] = {"error": ResumeError, "where": out, "fix": "choose another --out"}
+    require(out.is_dir() or not out.exists(), "the run's path is not a folder", **other)
     if not (out / "run.json").exists():
-        if out.exists() and not all(is_leftover(path) or is_side_file(path) for path in out.iterdir()):
-            raise ResumeError("the folder holds something that is no run", where=out, fix="choose another --out")
+        is_free = not out.exists() or all(is_leftover(path) or is_side_file(path) for path in out.iterdir())
+        require(is_free, "the folder holds something that is no run", **other)
         return None
     earlier: dict[str, Any] = read_json(out / "run.json")
-    if (earlier.get("format"), earlier.get("version")) != (record["format"], record["version"]):
-        raise ResumeError("run.json is not that of a run", where=out, fix="choose another --out")
-    ours, theirs = (
-        {
-            **r["config"],
-            "cache.label_identity": r["caches"][0]["label_identity"],
-            "cache.shards": sha256_json([cache["shards"] for cache in r["caches"]]),
-            "cache.weight": [cache["weight"] for cache in r["caches"]],
-            "init_from": (r.get("init_from") or {}).get("weights_sha256"),
-            "validation cache": r["validation"] and sha256_json(r["validation"]["shards"]),
-            BLOCKS: r["world_size"]
-            * r["config"]["per_device_train_batch_size"]
-            * r["config"]["gradient_accumulation_steps"],
-        }
-        for r in (record, earlier)
-    )
-    for key in ours:
-        if key not in FREE_ON_RESUME and ours[key] != theirs.get(key):
-            raise ResumeError(
-                f"the folder holds a run with another {key}",
-                where=out,
-                expected=theirs.get(key),
-                got=ours[key],
-                fix="choose another --out, or give the options of that run",
-            )
+    is_run = (earlier.get("format"), earlier.get("version")) == (RUN_FORMAT, RUN_VERSION)
+    require(is_run, "run.json is not that of a run", **other)
+    ours, theirs = _decisive(record), _decisive(earlier)
+    for key in (key for key in ours if key not in FREE_ON_RESUME):
+        require(ours[key] == theirs.get(key), f"the folder holds a run with another {key}", error=ResumeError,
+                where=out, expected=theirs.get(key), got=ours[key],
+                fix="choose another --out, or give the options of that run")  # fmt: skip
     return earlier
+
+
+def _decisive(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run another one where it differs, except for `FREE_ON_RESUME`."""
+    config, caches, validation = record["config"], record["caches"], record["validation"]
+    return {
+        **config,
+        "cache.label_identity": caches[0]["label_identity"],
+        "cache.shards": sha256_json([cache["shards"] for cache in caches]),
+        "cache.weight": [cache["weight"] for cache in caches],
+        "init_from": (record.get("init_from") or {}).get("weights_sha256"),
+        "validation cache": validation and sha256_json(validation["shards"]),
+        BLOCKS: record["world_size"] * config["per_device_train_batch_size"] * config["gradient_accumulation_steps"],
+    }
 
 
 def _blocks_per_step(config: StudentConfig) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
+
+
+def half_precision(config: StudentConfig) -> dict[str, bool]:
+    """The `TrainingArguments` of mixed precision that this machine has: cards before Ampere know float16 only."""
+    if not config.bf16 or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0):
+        return {"bf16": config.bf16}
+    log("this card has no bfloat16: training in float16 with a loss scaler")
+    return {"bf16": False, "fp16": True}
 
 
 def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool) -> TrainingArguments:
@@ -457,27 +414,29 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
         wanted = os.environ.get(name, "")
         require(wanted.lower() in ("", "0", "n", "no", "f", "false", "off"), "students train under DDP and FSDP only",
                 where=name, got=wanted, fix=f"unset {name}, or start `accelerate launch` without it")  # fmt: skip
-    options: dict[str, Any] = dict(
-        output_dir=str(out),
-        **{name: getattr(config, name) for name in PASSED_ON},
-        num_train_epochs=1,  # the data set holds all epochs
-        eval_strategy="steps" if has_validation and config.eval_steps > 0 else "no",
-        logging_nan_inf_filter=False,  # it waits for the device after each micro-batch; what is not finite is refused
-        ddp_find_unused_parameters=False,
-        eval_steps=config.eval_steps or None,
-        save_strategy="steps" if config.save_steps > 0 else "no",
-        save_steps=config.save_steps or 500,
-        data_seed=config.seed,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        prediction_loss_only=True,
-        average_tokens_across_devices=True,
-        report_to=[],
-        accelerator_config={"non_blocking": torch.cuda.is_available()},  # pinned batches: the host goes on
-        disable_tqdm=not sys.stderr.isatty(),
-        use_cpu=not torch.accelerator.is_available(),
-    )
-    options |= config.training
+    require_usable_card()
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    options = {key: value for key, value in to_dict(config).items() if key in theirs} | {
+        "output_dir": str(out),
+        "num_train_epochs": 1,  # the data set holds all epochs
+        "eval_strategy": "steps" if has_validation and config.eval_steps > 0 else "no",
+        "logging_nan_inf_filter": False,  # it waits for the device at each micro-batch; what is not finite is refused
+        "ddp_find_unused_parameters": False,
+        "eval_steps": config.eval_steps or None,
+        "save_strategy": "steps" if config.save_steps > 0 else "no",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": None,  # `RunRecorder` rotates
+        "data_seed": config.seed,
+        "label_names": ["labels"],
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "average_tokens_across_devices": True,
+        "report_to": [],
+        "disable_tqdm": not sys.stderr.isatty(),
+        "use_cpu": not has_accelerator(),
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # pinned batches: the host goes on
+    }
+    options |= config.training | half_precision(config)
     for kind in ("eval", "save"):
         if options[f"{kind}_strategy"] == "epoch":  # `EpochEnds` knows when; HF adds the last step of all
             options |= {f"{kind}_strategy": "steps", f"{kind}_steps": NEVER}
@@ -489,9 +448,9 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
     require(arguments.mixed_precision == ours, "the environment and the config differ in the precision of training",
             where="ACCELERATE_MIXED_PRECISION", expected=ours, got=arguments.mixed_precision,
             fix="unset it, or set bf16 or fp16 in the config")  # fmt: skip
-    if arguments.fsdp and not torch.accelerator.is_available():
-        raise ConfigError("FSDP needs accelerators", where="fsdp", got="a processor alone",
-                          fix="leave it out: under torchrun the processes then average gradients (DDP)")  # fmt: skip
+    require(not arguments.fsdp or has_accelerator(), "FSDP needs accelerators", where="fsdp",
+            got="a processor alone",
+            fix="leave it out: under torchrun the processes then average gradients (DDP)")  # fmt: skip
     # One process trains on one device: Trainer would run copies of the model in threads, on a batch of another size.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -4,11 +4,12 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -50,13 +51,12 @@ class DistillTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """As the base class has it; its workers outlive a signal to all processes."""
-        return _with_lasting_workers(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As the base class has it; its workers outlive a signal to all processes."""
-        return _with_lasting_workers(super().get_eval_dataloader(eval_dataset))
+        loader = super()._get_dataloader(*args, **kwargs)
+        for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate wraps the one with the workers
+            each.worker_init_fn = _block_signals
+        return loader
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices decay; biases and norms, which have one dimension, do not."""
@@ -161,17 +161,21 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
         self.state.epoch = epoch
 
-    def restore_window(self, checkpoint: Path) -> None:
-        """Take up the loss sums of a checkpoint, so that the first log after a resume covers all of its window."""
+    def continue_from(self, checkpoint: Path, early: "StopEarly") -> None:
+        """Train on from a checkpoint; where training stopped early with it, only take up its state.
+
+        The first log covers all of its window, since the checkpoint has the loss sums since the log before.
+        """
         *window, self.skipped_steps = read_json(checkpoint / WINDOW)
         if self.is_world_process_zero():
             self._window = torch.tensor(window, dtype=torch.float64)
-
-    def take_up(self, checkpoint: Path) -> None:
-        """Be where training was when a checkpoint that it ended with was saved."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if not early.is_due(state.log_history):
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
         self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -231,15 +235,11 @@ def _refusals_in_a_line(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        of_torch = any(word in str(error) for word in ("inline_container", "PytorchStreamWriter"))
-        if isinstance(error, RuntimeError) and not of_torch:
-            raise
-        raise DistillError(
-            "a checkpoint cannot be saved",
-            where=checkpoint,
-            got=str(error).partition("\n")[0],
-            fix="make room or give rights; the same command then continues from the last whole checkpoint",
-        ) from error
+        if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
+            raise  # not one of torch's own, which has no type for them
+        raise DistillError("a checkpoint cannot be saved", where=checkpoint, got=str(error).partition("\n")[0],
+                           fix="make room or give rights; the same command then continues from the last whole "
+                           "checkpoint") from error  # fmt: skip
 
 
 def _warmed_up(factor: Callable[[int], float], num_warmup_steps: int) -> Callable[[int], float]:
@@ -251,12 +251,6 @@ def _sums(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
     """kd, ce and the number of targets of a batch, float32 [3] on its device."""
     targets = (inputs["labels"] != IGNORE).sum()
     return torch.stack((outputs["kd"].detach(), outputs["ce"].detach(), targets)).float()
-
-
-def _with_lasting_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
-    for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate wraps the one that starts workers
-        each.worker_init_fn = _block_signals
-    return loader
 
 
 def _block_signals(worker: int) -> None:
@@ -282,7 +276,7 @@ class RunRecorder(TrainerCallback):
         tracked: takes every log at its optimizer step, so that a resumed run continues the steps of W&B too.
     """
 
-    def __init__(self, run: Path, *, save_total_limit: int, tokens_per_step: float, tracked: Run) -> None:
+    def __init__(self, run: Path, save_total_limit: int, tokens_per_step: float, tracked: Run) -> None:
         self.run, self.save_total_limit, self.tokens_per_step = run, save_total_limit, tokens_per_step
         self.tracked = tracked
         self.log_file = run / "training_log.jsonl"
@@ -327,15 +321,17 @@ def _log_line(record: dict[str, Any]) -> str:
 
 
 class EpochEnds(TrainerCallback):
-    """Evaluates and saves at the last step of each epoch of the data set.
+    """Evaluates and saves at the last step of each epoch of the data set, which to HF `Trainer` is one epoch.
 
     Args:
-        steps: these steps.
-        evaluates, saves: what to do there.
+        training: TrainingArguments as the config has them; a strategy "epoch" in them means these steps.
+        ends: blocks up to the end of each epoch.
+        blocks_per_step: of all ranks.
     """
 
-    def __init__(self, steps: set[int], *, evaluates: bool, saves: bool) -> None:
-        self.steps, self.evaluates, self.saves = steps, evaluates, saves
+    def __init__(self, training: Mapping[str, Any], ends: Sequence[int], blocks_per_step: int) -> None:
+        self.steps = {-(-end // blocks_per_step) for end in ends}
+        self.evaluates, self.saves = (training.get(f"{kind}_strategy") == "epoch" for kind in ("eval", "save"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for both where an epoch ends."""
@@ -347,7 +343,8 @@ class EpochEnds(TrainerCallback):
 class StopEarly(TrainerCallback):
     """Ends training where the held-out loss no longer falls.
 
-    What it decides follows from the log alone, which a checkpoint holds, so a resume decides the same.
+    What it decides follows from the log alone, which a checkpoint holds, so a resume decides the same. HF's
+    `EarlyStoppingCallback` would train on where the checkpoint that it stopped with is resumed from.
 
     Args:
         patience: so many evaluations in a row without a better loss end training; 0 never does.
@@ -386,9 +383,7 @@ class StopOnSignal(TrainerCallback):
         self._previous = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -27,7 +27,7 @@ def info(path: str, as_json: bool) -> None:
 
 @cache.command()
 @click.argument("path", metavar="CACHE", type=click.Path())
-@click.option("--strict", is_flag=True, help="Refuse what a transport left, too: .DS_Store, .gitattributes, ….")
+@click.option("--strict", is_flag=True, help="Also refuse stray files such as .DS_Store and .gitattributes.")
 def verify(path: str, strict: bool) -> None:
     """Check every byte against the manifest.
 
@@ -51,15 +51,15 @@ def verify(path: str, strict: bool) -> None:
 @cache.command()
 @click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Write the whole shards here, as a cache, and leave CACHE alone."
+    "--out", type=click.Path(path_type=Path), help="Write the intact shards here, as a cache, and leave CACHE alone."
 )
 def repair(path: Path, out: Path | None) -> None:
-    """Keep the whole shards of a damaged cache.
+    """Keep the intact shards of a damaged cache.
 
     Removes damaged shards and names their documents. Run the command that built the cache again: it makes only those,
     and ends with the same bytes. Files that the others prove are restored. A whole cache stays as it is.
 
-    Where teacher or data are gone, --out makes a smaller, complete cache of the whole shards.
+    Where teacher or data are gone, --out makes a smaller, complete cache of the intact shards.
     """
     from shared.cache.repair import copy_whole_shards, repair_cache
 
@@ -94,9 +94,9 @@ def merge(paths: tuple[Path, ...], out: Path) -> None:
 @click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new cache.")
 @click.option("--top-k", metavar="K", type=int, help="Max entries per row; the others join its tail.")
-@click.option("--top-p", metavar="P", type=float, help="Rows keep the shortest prefix of this probability at T = 1.")
+@click.option("--top-p", metavar="P", type=float, help="Keep the fewest entries that cover this probability at T = 1.")
 @click.option("--documents", metavar="N", type=int, help="Keep the first N documents.")
-@click.option("--source", metavar="NAME", help="Keep only the documents of one data set.")
+@click.option("--source", metavar="NAME", help="Keep only the documents of this data set, as `cache info` names it.")
 @click.option("--codec", metavar="q|f16", help="Encode with another codec.")
 @click.option("--filter", metavar="gzip|zstd", help="Compress with another filter.")
 def slice_command(path: Path, out: Path, **options: Any) -> None:

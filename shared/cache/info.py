@@ -67,8 +67,10 @@ def summary(path: Path | str) -> str:
     info = cache_info(path)
     if not info["finished"]:
         of = "" if info["num_shards"] is None else f" of {info['num_shards']}"
-        state = "being built" if info["in_progress"] else "unfinished; run the same command again to continue"
-        return f"{path}: {state}, {info['shards_done']}{of} shards done"
+        state, fix = "unfinished", "; run again the command that began it"
+        if info["in_progress"]:
+            state, fix = "being built", ""
+        return f"{path}: {state}, {info['shards_done']}{of} shards done{fix}"
     statistics = info["statistics"]
     lines = [
         f"{path}",

@@ -239,7 +239,7 @@ def _no_manifest(directory: Path) -> CacheFormatError:
         where=directory,
         expected=MANIFEST,
         got=f"{len(shards)} shards and no manifest",
-        fix="run the command that makes it again; it keeps what is done",
+        fix="run again the command that began it: it keeps finished shards",
     )
 
 

@@ -17,7 +17,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 _DTYPE = click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                       show_default=True, help="Precision of the weights; auto: the model's own.")  # fmt: skip
 _TEACHER_CACHE = click.option("--cache", "cache_dir", type=DIRECTORY,
-                              help="Take a Hub id that is its teacher at the commit that made it.")  # fmt: skip
+                              help="If a Hub id made this cache, take the commit that made it.")  # fmt: skip
 _OUT = click.option("--out", type=FILE, required=True, help="JSON file to write.")
 
 
@@ -42,14 +42,10 @@ def evaluate() -> None:
     """Measure teacher and students; report."""
 
 
-evaluate.add_command(score)
-evaluate.add_command(sandbox_check)
-
-
 @evaluate.command()
 @click.option("--model", metavar="DIR|ID", required=True, help="Teacher, run or export; or a Hub id.")
-@click.option("--cache", "cache_dir", type=DIRECTORY, required=True, help="Cache of held-out documents.")
-@click.option("--teacher", metavar="DIR|ID", help="Run it beside the model, for the KL over all ids.")
+@click.option("--cache", "cache_dir", type=DIRECTORY, required=True, help="Cache of held-out documents, same teacher.")
+@click.option("--teacher", metavar="DIR|ID", help="Also run the teacher, for the KL over the whole vocabulary.")
 @_OUT
 @_DTYPE
 @click.option("--batch-tokens", type=click.IntRange(1), default=1024, show_default=True,
@@ -89,7 +85,7 @@ def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype:
     groups={"Models": "models cache_dir dtype", "Timing": "prompt_tokens new_tokens repeats"},
 )
 @click.option("--model", "models", type=Named("DIR|ID"), multiple=True, required=True,
-              help="A model and its name in the result; may be repeated.")  # fmt: skip
+              help="A model and its name in the report; may be repeated.")  # fmt: skip
 @_TEACHER_CACHE
 @_DTYPE
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of a prompt.")
@@ -178,7 +174,7 @@ def _of_a_benchmark(command: Callable[..., None], *, max_new_tokens: int) -> Cal
         click.option("--temperature", type=float, default=0.0, show_default=True,
                      help="Sampling temperature; 0 is greedy."),
         click.option("--top-p", type=float, default=1.0, show_default=True,
-                     help="Draw only from this share of probability."),
+                     help="Nucleus sampling: the probability to draw from."),
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of all samples."),
         click.option("--max-new-tokens", type=click.IntRange(1), default=max_new_tokens, show_default=True,
                      help="Max tokens per completion."),
@@ -209,13 +205,14 @@ def _groups(*absent: str) -> dict[str, str]:
 
 @evaluate.command(cls=GroupedCommand, groups=_groups("dataset"))
 @functools.partial(_of_a_benchmark, max_new_tokens=192)
-@click.option("--problems", "problems_file", type=FILE, help="HumanEval's problems.jsonl, if nothing else has them.")
+@click.option("--problems", "problems_file", type=FILE, help="HumanEval's file, if neither package nor Hub has it.")
 @click.option("--benchmark", "benchmark_file", type=FILE,
               help="Other problems in HumanEval's form, such as HumanEval+.")  # fmt: skip
 def humaneval(problems_file: Path | None, benchmark_file: Path | None, **options: Any) -> None:
     """Score pass@k on HumanEval.
 
-    Or on problems of its form (--benchmark). Re-running an interrupted command continues it.
+    Or on problems of its form (--benchmark). Re-running an interrupted command continues it. With other settings, such
+    as --limit, the results in --out are replaced.
     """
     if problems_file and benchmark_file:
         raise click.UsageError("--problems are HumanEval's and --benchmark others': give one")
@@ -233,11 +230,15 @@ def humaneval(problems_file: Path | None, benchmark_file: Path | None, **options
 def mbpp(dataset: str, **options: Any) -> None:
     """Score pass@k on MBPP's test split.
 
-    Re-running an interrupted command continues it.
+    Re-running an interrupted command continues it. With other settings, such as --limit, the results in --out are
+    replaced.
     """
     from shared.eval.programs import problems
 
     _evaluate_benchmark(lambda: problems.mbpp(dataset), **options)
+
+
+evaluate.add_command(score)
 
 
 def _evaluate_benchmark(
@@ -285,10 +286,13 @@ def _evaluate_benchmark(
 
 
 @evaluate.command()
-@click.option("--eval", "eval_dir", type=DIRECTORY, required=True, help="Folder of results, one subfolder per model.")
-@click.option("--student", "students", type=Named("RUN"), multiple=True, help="A student's run folder.")
-@click.option("--cache", "caches", type=DIRECTORY, multiple=True, help="A cache whose statistics are shown.")
-@click.option("--proof", "proof_file", type=FILE, help="proof.json: variants over several seeds.")
+@click.option(
+    "--eval", "eval_dir", type=DIRECTORY, required=True, help="Results: folders `teacher` and one per student."
+)
+@click.option("--student", "students", type=Named("RUN"), multiple=True,
+              help="A student's run; NAME is its folder in --eval. May be repeated.")  # fmt: skip
+@click.option("--cache", "caches", type=DIRECTORY, multiple=True, help="A cache to show; may be repeated.")
+@click.option("--proof", "proof_file", type=FILE, help="proof.json, as `student proof` wrote it.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the report.")
 def report(
     eval_dir: Path,
@@ -338,7 +342,8 @@ def report(
 def compare(context: click.Context, a: Path, b: Path, fail_on: str | None, as_json: bool) -> None:
     """Judge what changed from result A to B.
 
-    Two fidelity, latency, benchmark or report JSON files of the same documents, problems, settings or machine.
+    A and B are two fidelity, latency, benchmark or report JSON files. They must be of the same documents, problems,
+    settings and machine.
     """
     from shared.eval.report.compare import compare_files, comparison_text
     from shared.files import to_json
@@ -350,15 +355,18 @@ def compare(context: click.Context, a: Path, b: Path, fail_on: str | None, as_js
         context.exit(1)
 
 
+evaluate.add_command(sandbox_check)
+
+
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--look-in", type=FOLDER, multiple=True, help="Where runs, caches, teachers and data lie now.")
+@click.option("--look-in", type=FOLDER, multiple=True, help="Folder of runs, caches, models or data; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a tree.")
 @click.pass_context
 def trace(context: click.Context, path: Path, look_in: tuple[Path, ...], as_json: bool) -> None:
     """Verify what a student was made from.
 
-    Follows the records of a run, export, cache or report, and forms each digest again. Exits with 1 if a part is
+    Follows the records of a run, export, cache or report, and computes each digest again. Exits with 1 if a part is
     altered, missing or not recorded.
     """
     from shared.eval.report.lineage import broken_links, lineage_text, trace_lineage
@@ -372,15 +380,12 @@ def trace(context: click.Context, path: Path, look_in: tuple[Path, ...], as_json
 
 
 def _quieten() -> None:
-    """Keep transformers' own bars and deprecation notes out of ours.
-
-    `past_key_values` is the one name that every supported version of transformers knows.
-    """
+    """Keep transformers' own bars and deprecation notes out of ours."""
     import warnings
 
     from transformers.utils import logging
 
-    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", FutureWarning)  # every version of transformers knows the name `past_key_values`
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -230,6 +230,15 @@ class BenchmarkResult(Result):
         return self.settings.get("decoding") != "greedy"
 
     @property
+    def solved(self) -> str | None:
+        """Problems solved of problems run, such as "0/164", or pass@1 of samples; None without a score."""
+        if self.pass_at_1 is None:
+            return None
+        if self.is_sampled:
+            return f"{self.pass_at_1:.1%}"
+        return f"{round(self.pass_at_1 * self.num_problems)}/{self.num_problems}"
+
+    @property
     def unsafe(self) -> bool:
         """Whether programs were run without a sandbox."""
         return bool((self.settings.get("sandbox") or {}).get("unsafe_no_sandbox"))

@@ -16,21 +16,18 @@ def sandbox_check() -> None:
     Tries what generated programs must not do; fails where they cannot be scored.
     """
     from shared.errors import SandboxError
-    from shared.eval.sandbox.probe import CHOICES, probe
+    from shared.eval.sandbox.probe import probe_all
     from shared.eval.sandbox.runner import FIX
 
     best = None
-    for isolation in CHOICES:
-        try:
-            found = probe(isolation)
-        except SandboxError as error:
-            click.echo(f"{isolation.value}: not here: {error.got}")
-            continue
-        holds = set(found.values()) == {"refused"}
-        click.echo(f"{isolation.value}: {'holds' if holds else 'does not hold'}")
-        for about, what in found.items():
-            click.echo(f"  {about}: {what}")
-        if holds:
+    for isolation, outcomes, reason in probe_all():
+        if outcomes:
+            click.echo(f"{isolation.value}: {'does not hold' if reason else 'holds'}")
+        else:
+            click.echo(f"{isolation.value}: not here: {reason}")
+        for about, outcome in outcomes.items():
+            click.echo(f"  {about}: {outcome}")
+        if not reason:
             best = best or isolation
     if best is None:
         raise SandboxError("no sandbox can be had here", fix=FIX)

@@ -4,14 +4,14 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shared.config import read_toml
 from shared.errors import ConfigError, DistillError, require
 from shared.files import sha256_json
-from shared.records import from_dict, to_dict
+from shared.records import convert, from_dict, to_dict
 from stage2_student.config import StudentConfig, student_config
 
 MAX_NAME_BYTES = 120  # file systems allow 255, and the names of logs and temporary files are longer
@@ -52,6 +52,13 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Seeds:
+    """Seeds of the runs that confirm a search (`student proof`)."""
+
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
     """An experiment's file.
 
@@ -60,16 +67,16 @@ class Experiment:
         fixed: settings of every run.
         grid: values by key. Every combination is trained, with every variant.
         variants: the first one is the baseline.
-        single: the settings of each `[[run]]`, which stands outside the grid.
-        seeds: of the runs that confirm a search (`student proof`).
+        run: the settings of each `[[run]]`, which stands outside the grid.
+        confirm: see `Seeds`.
     """
 
-    path: Path
+    path: str
     fixed: dict[str, Any]
-    grid: dict[str, list[Any]]
-    variants: Sequence[Variant]
-    single: Sequence[dict[str, Any]]
-    seeds: tuple[int, ...]
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    variants: tuple[Variant, ...]
+    run: list[dict[str, Any]] = field(default_factory=list)
+    confirm: Seeds = Seeds()
 
     def runs(self, forced: Mapping[str, Any] | None = None) -> list[Run]:
         """Every run, in the file's order; `forced` settings win over the file's.
@@ -81,11 +88,15 @@ class Experiment:
         listed: list[tuple[Variant | None, dict[str, Any]]] = []
         if self.grid or self.variants:
             listed = [(variant, values) for variant in self.variants or (None,) for values in product]
-        return self._resolve([*listed, *((None, values) for values in self.single)], forced or {})
+        return self._resolve([*listed, *((None, values) for values in self.run)], forced or {})
 
     def confirming_runs(self, chosen: Mapping[str, Mapping[str, Any]], forced: Mapping[str, Any]) -> list[Run]:
         """Seed by seed a run of each variant, with the values `chosen` for it in the search."""
-        listed = [(variant, {**chosen[variant.name], "seed": seed}) for seed in self.seeds for variant in self.variants]
+        listed = [
+            (variant, {**chosen[variant.name], "seed": seed})
+            for seed in self.confirm.seeds
+            for variant in self.variants
+        ]
         return self._resolve(listed, forced)
 
     def _resolve(self, listed: Iterable[tuple[Variant | None, dict[str, Any]]], forced: Mapping[str, Any]) -> list[Run]:
@@ -119,49 +130,37 @@ def read_experiment(path: Path) -> Experiment:
     Raises:
         ConfigError: no TOML, no run, or tables of another form.
     """
-    fixed = read_toml(path)
-    tables = from_dict(
-        _Tables, {each.name: fixed.pop(each.name) for each in fields(_Tables) if each.name in fixed}, where=str(path)
-    )
-    for key, values in tables.grid.items():
+    fixed, where = read_toml(path), str(path)
+    tables = {name: fixed.pop(name) for name in ("grid", "run", "confirm") if name in fixed}
+    listed = convert(fixed.pop("variant", []), list[dict[str, Any]], where=f"{where}, variant")
+    variants = [_variant_fields(table) for table in listed]
+    experiment = from_dict(Experiment, tables | {"path": where, "fixed": fixed, "variants": variants}, where=where)
+    for key, values in experiment.grid.items():
         require(values, "a grid's key needs a list of values", where=f"{path}: grid.{key}", got=repr(values))
-    require(all(tables.run), "each [[run]] must be a table of settings", where=path)
-    experiment = Experiment(path=path, fixed=fixed, grid=tables.grid, variants=_variants(tables, path),
-                            single=tables.run, seeds=tables.confirm.seeds)  # fmt: skip
-    expected = "a table [grid] of lists, or tables [[variant]] or [[run]]"
-    require(experiment.runs(), "nothing to train", where=path, expected=expected)
+    require(all(experiment.run), "each [[run]] must be a table of settings", where=path)
+    _require_distinct(experiment)
+    require(experiment.runs(), "nothing to train", where=path,
+            expected="a table [grid] of lists, or tables [[variant]] or [[run]]")  # fmt: skip
     return experiment
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Confirm:
-    seeds: tuple[int, ...] = ()
+def _variant_fields(table: dict[str, Any]) -> dict[str, Any]:
+    """A `[[variant]]` as the fields of `Variant`."""
+    own = {key: table[key] for key in ("name", "versus") if key in table}
+    return own | {"settings": {key: value for key, value in table.items() if key not in own}}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Tables:
-    grid: dict[str, list[Any]] = field(default_factory=dict)
-    variant: list[dict[str, Any]] = field(default_factory=list)
-    run: list[dict[str, Any]] = field(default_factory=list)
-    confirm: _Confirm = _Confirm()
-
-
-def _variants(tables: _Tables, path: Path) -> list[Variant]:
-    variants = []
-    for table in tables.variant:
-        own = {key: table[key] for key in ("name", "versus") if key in table}
-        settings = {key: value for key, value in table.items() if key not in own}
-        shared = ", ".join(sorted(settings.keys() & {*tables.grid, "seed"}))
-        require(not shared, "every variant has the same grid and seeds", where=path, got=shared)
-        variants.append(from_dict(Variant, {**own, "settings": settings}, where=f"{path}: [[variant]]"))
-    names = [variant.name for variant in variants]
+def _require_distinct(experiment: Experiment) -> None:
+    """Refuse variants that cannot be told apart, paired, or compared as they ask for."""
+    where, names = experiment.path, [variant.name for variant in experiment.variants]
     distinct = len(set(names)) == len(names) and all(re.fullmatch(r"[a-z0-9.-]+", name) for name in names)
-    expected = "for each variant a name of its own of lower-case letters, digits, dots and dashes"
-    require(distinct, "the variants cannot be told apart", where=path, expected=expected, got=", ".join(names))
-    for variant in variants:
+    require(distinct, "the variants cannot be told apart", where=where, got=", ".join(names),
+            expected="for each variant a name of its own of lower-case letters, digits, dots and dashes")  # fmt: skip
+    for variant in experiment.variants:
+        shared = ", ".join(sorted(variant.settings.keys() & {*experiment.grid, "seed"}))
+        require(not shared, "every variant has the same grid and seeds", where=where, got=shared)
         unknown = ", ".join(sorted(set(variant.versus) - (set(names) - {variant.name})))
-        require(not unknown, f"{variant.name} is compared with a variant that does not exist", where=path, got=unknown)
-    return variants
+        require(not unknown, f"{variant.name} is compared with a variant that does not exist", where=where, got=unknown)
 
 
 def _label(swept: Mapping[str, Any]) -> str:

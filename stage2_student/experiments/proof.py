@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from shared.cache.identity import require_same
 from shared.cache.reader import Cache
 from shared.errors import ConfigError, require
 from shared.eval.report.plots import proof_plot
@@ -23,12 +22,11 @@ from shared.files import write_bytes, write_json
 from shared.machine import versions
 from shared.options import command_line
 from shared.process import log
-from stage2_student.experiments.dense import write_dense
 from stage2_student.experiments.grid import Experiment, Run, read_experiment
 from stage2_student.experiments.report import proof_page, sentences
 from stage2_student.experiments.runner import Inputs, Row, Runner, locked
 from stage2_student.experiments.statistics import compare_settings, figures_of
-from stage2_student.train import identify
+from stage2_student.train import identify, require_same_labels
 
 RESULT = "proof.json"
 # Evaluate and save at the end of each epoch, and end with the weights of the epoch with the lowest validation NLL.
@@ -65,23 +63,25 @@ def prove(
     _require_confirmable(experiment, searching)
     caches = {"train": Cache(train), "validation": Cache(validation), "test": Cache(test)}
     _require_separate(caches)
-    dense = [run.name for run in searching if run.config.loss == "dense"]
-    if dense and teacher is None:
-        raise ConfigError("a variant needs the teacher's full distribution", where=dense[0], fix="--teacher DIR")
-    inputs = Inputs(caches=[train], validation=validation, teacher_logprobs=out / "teacher-logprobs.npy")
+    logprobs = out / "teacher-logprobs.npy"
+    alike: dict[str, Any] = {
+        "inputs": Inputs(caches=[train], validation=validation, teacher=teacher, teacher_logprobs=logprobs),
+        "jobs": jobs,
+        "group": out.resolve().name,
+        "keep_checkpoints": False,
+    }
+    search = Runner(runs=searching, out=out / "search", **alike)
     with locked(out):
-        of_all: dict[str, Any] = {"inputs": inputs, "jobs": jobs, "group": out.resolve().name}
-        searched = _train(Runner(runs=searching, out=out / "search", **of_all), teacher)
-        chosen = choose(experiment, searched)
-        confirming = experiment.confirming_runs(chosen, BEST_EPOCH)
+        searched = _train(search)
+        confirming = experiment.confirming_runs(choose(experiment, searched), BEST_EPOCH)
         log("chosen: " + "; ".join(dict.fromkeys(run.setting for run in confirming)))
-        runs = _train(Runner(runs=confirming, out=out / "final", scored_on=test, **of_all), teacher)
-        (out / "teacher-logprobs.npy").unlink(missing_ok=True)
+        runs = _train(Runner(runs=confirming, out=out / "final", scored_on=test, **alike))
+        logprobs.unlink(missing_ok=True)
         settings = {
             "fixed": experiment.fixed,
             "grid": experiment.grid,
             "search_seed": searching[0].config.seed,
-            "seeds": list(experiment.seeds),
+            "seeds": list(experiment.confirm.seeds),
             "top_k": caches["train"].width,
             "caches": {name: identify(cache) | {"documents": cache.num_documents, "tokens": cache.num_tokens}
                        for name, cache in caches.items()},
@@ -126,7 +126,7 @@ def summarise_proof(
             for name in versus
         ],
         comparisons=comparisons,
-        summary=sentences(comparisons, len(experiment.seeds)),
+        summary=sentences(comparisons, len(experiment.confirm.seeds)),
         settings=dict(settings),
         search=[dataclasses.asdict(row) for row in searched],
         runs=[dataclasses.asdict(row) for row in runs],
@@ -158,24 +158,18 @@ def _over_seeds(values: Sequence[Any]) -> Spread:
     return Spread(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)), seeds=list(values))
 
 
-def _train(runner: Runner, teacher: Path | None) -> list[Row]:
-    """Train what is not finished, and score it."""
-    if not runner.is_finished:
-        path = runner.inputs.teacher_logprobs
-        if teacher and path and any(run.config.loss == "dense" for run in runner.runs):
-            write_dense(teacher, Cache(runner.inputs.caches[0]), path)
-        runner.train(keep_checkpoints=False)
-        runner.require_finished()
-    runner.score()
+def _train(runner: Runner) -> list[Row]:
+    runner.train()
+    runner.require_finished()
     return runner.rows
 
 
 def _require_confirmable(experiment: Experiment, searching: Sequence[Run]) -> None:
     where = experiment.path
     count = len(experiment.variants)
-    require(count > 1 and not experiment.single, "a proof compares variants", where=where,
-            expected="two or more [[variant]] and no [[run]]", got=f"{count} and {len(experiment.single)}")  # fmt: skip
-    seeds, search_seed = experiment.seeds, searching[0].config.seed
+    require(count > 1 and not experiment.run, "a proof compares variants", where=where,
+            expected="two or more [[variant]] and no [[run]]", got=f"{count} and {len(experiment.run)}")  # fmt: skip
+    seeds, search_seed = experiment.confirm.seeds, searching[0].config.seed
     distinct = len(set(seeds)) == len(seeds) > 1 and search_seed not in seeds and "seed" not in experiment.grid
     require(distinct, "the seeds of a proof", where=where,
             expected="two or more in [confirm] seeds, each once, none the search's",
@@ -184,12 +178,9 @@ def _require_confirmable(experiment: Experiment, searching: Sequence[Run]) -> No
 
 def _require_separate(caches: Mapping[str, Cache]) -> None:
     """Refuse caches of different labels, or with a document in common."""
-    first = caches["train"]
+    require_same_labels(list(caches.values()))
     seen: dict[bytes, Cache] = {}
     for cache in caches.values():
-        require_same("the label identities", first.label_identity, cache.label_identity,
-                     ours_name=first.path, theirs_name=cache.path,
-                     fix="build all caches with the same teacher and options")  # fmt: skip
         for doc in range(cache.num_documents):
             other = seen.setdefault(sha256(cache.tokens(doc).tobytes()).digest(), cache)
             if other is not cache:

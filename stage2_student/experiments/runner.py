@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from shared.cache.reader import Cache
 from shared.errors import ConfigError, DistillError, require
 from shared.eval.fidelity.measure import evaluate_fidelity
 from shared.eval.inputs import cache_digest, current_result
@@ -24,6 +25,7 @@ from shared.files import read_json, read_json_lines, write_json
 from shared.lock import STALE_SECONDS, Lock, is_locked
 from shared.process import Terminated, log, own_command, world_size
 from stage2_student.checkpoint import checkpoints
+from stage2_student.experiments.dense import write_dense
 from stage2_student.experiments.grid import Run, to_toml
 from stage2_student.train import check
 
@@ -38,13 +40,15 @@ class Inputs:
 
     Attributes:
         caches, weights, validation, init_from: as `train` has them.
-        teacher_logprobs: for the runs with loss=dense.
+        teacher: the model that made the caches, for runs with loss=dense.
+        teacher_logprobs: the file that holds its full distribution while such runs are trained.
     """
 
     caches: Sequence[Path]
     weights: Sequence[float] | None = None
     validation: Path | None = None
     init_from: Path | None = None
+    teacher: Path | None = None
     teacher_logprobs: Path | None = None
 
     def options(self, run: Run) -> list[str]:
@@ -92,8 +96,7 @@ class Row:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(kw_only=True, slots=True)
-class _Job:
+class _Job(NamedTuple):
     run: Run
     process: subprocess.Popen[bytes]
     log_file: Path
@@ -112,6 +115,7 @@ class Runner:
         jobs: processes at once. Each has one GPU, in turn; without GPUs they share the processor's threads.
         scored_on: the cache that finished students are scored on.
         group: the runs' group in W&B.
+        keep_checkpoints: whether those of finished runs stay.
         on_change: called with the rows when one has changed.
 
     Attributes:
@@ -127,38 +131,41 @@ class Runner:
     jobs: int = 1
     scored_on: Path | None = None
     group: str
+    keep_checkpoints: bool = True
     on_change: Callable[[Sequence[Row]], object] = lambda rows: None
     rows: list[Row] = field(init=False)
 
     def __post_init__(self) -> None:
-        fix = "run it without torchrun, with --jobs"
-        require(world_size() == 1, "an experiment starts its own processes", fix=fix)
+        require(world_size() == 1, "an experiment starts its own processes", fix="run it without torchrun, with --jobs")
         self.rows = [self._row(run, is_finished=self._check(run)) for run in self.runs]
 
     def _check(self, run: Run) -> bool:
         """Hold a run against the caches and its folder; whether it is finished."""
         inputs, folder = self.inputs, self.out / run.name
-        if run.config.loss == "dense" and not inputs.teacher_logprobs:
-            fix = "`student proof --teacher DIR`"
-            raise ConfigError("loss=dense needs the teacher's full distribution", where=run.name, fix=fix)
+        require(run.config.loss != "dense" or inputs.teacher, "loss=dense needs the teacher's full distribution",
+                where=run.name, fix="`student proof --teacher DIR`")  # fmt: skip
         try:
             task = check(run.config, inputs.caches, folder, inputs.weights, inputs.validation, inputs.init_from)
         except DistillError as error:
             raise ConfigError(f"a run is refused: {error}", where=run.name) from error
         return task.is_done(folder)
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether nothing is left to train."""
-        return all(row.state == "finished" for row in self.rows)
-
-    def train(self, *, keep_checkpoints: bool = True) -> None:
-        """Train what is not finished. A run that fails does not stop the others.
+    def train(self) -> None:
+        """Train what is not finished, and score what is. A run that fails does not stop the others.
 
         Raises:
+            CacheMismatchError: the teacher is not that of the caches.
             Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came. The processes were stopped, each with a checkpoint.
         """
+        self._score()
         waiting = [run for run, row in zip(self.runs, self.rows, strict=True) if row.state != "finished"]
+        inputs = self.inputs
+        if inputs.teacher and inputs.teacher_logprobs and any(run.config.loss == "dense" for run in waiting):
+            write_dense(inputs.teacher, Cache(inputs.caches[0]), inputs.teacher_logprobs)
+        self._train(waiting)
+        self._score()
+
+    def _train(self, waiting: list[Run]) -> None:
         total, start = len(waiting), time.monotonic()
         log(f"{self.out}: {len(self.runs) - total} of {len(self.runs)} runs are finished")
         running: dict[int, _Job] = {}  # by slot
@@ -172,7 +179,7 @@ class Runner:
                     time.sleep(0.1)
                     for slot, job in list(running.items()):
                         if job.process.poll() is not None:
-                            self._end(running.pop(slot), keep_checkpoints=keep_checkpoints)
+                            self._end(running.pop(slot))
                             ended = total - len(waiting) - len(running)
                             minutes = (time.monotonic() - start) / ended * (total - ended) / 60
                             log(f"{ended} of {total} runs have ended, about {minutes:.0f} minutes left")
@@ -181,16 +188,17 @@ class Runner:
         finally:
             _stop([job.process for job in running.values()])
 
-    def score(self) -> None:
+    def _score(self) -> None:
         """Measure every finished student alike, whatever loss it was trained with."""
-        for row in [row for row in self.rows if row.state == "finished"]:
-            if self.scored_on is None:
-                return
-            folder, file = self.out / row.name, self.out / f"{row.name}.fidelity.json"
+        for row in self.rows:
+            if self.scored_on is None or row.state != "finished" or row.scored_on_sha256:
+                continue
+            file = self.out / f"{row.name}.fidelity.json"
             inputs = SCORING | {"model": row.weights_sha256, "cache": cache_digest(self.scored_on)}
             result = current_result(file, Fidelity, inputs)
             if result is None:
-                result = dataclasses.replace(evaluate_fidelity(folder, self.scored_on, **SCORING), inputs=inputs)
+                measured = evaluate_fidelity(self.out / row.name, self.scored_on, **SCORING)
+                result = dataclasses.replace(measured, inputs=inputs)
                 write_json(file, result.to_dict())
             row.nll_nats, row.kl_to_teacher_nats = result.nll_nats, result.kl_to_teacher_nats
             row.reasons = {name: result.reasons[name] for name in FIGURES if name in result.reasons}
@@ -217,7 +225,7 @@ class Runner:
                 time.sleep(0.2)
 
     def _begin(self, run: Run, slot: int) -> _Job:
-        log_file = Path(f"{self.out / run.name}.log")
+        log_file = self.out / f"{run.name}.log"
         log(f"{run.name}: training; log: {log_file}")
         command = own_command("student", "train", f"--out={self.out / run.name}")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -232,15 +240,15 @@ class Runner:
                 start_new_session=True,  # Ctrl-C reaches only this process, which passes it on as SIGTERM
                 preexec_fn=_end_with_parent,
             )
-        return _Job(run=run, process=process, log_file=log_file, log_start=start, started=time.monotonic())
+        return _Job(run, process, log_file, log_start=start, started=time.monotonic())
 
-    def _end(self, job: _Job, *, keep_checkpoints: bool) -> None:
+    def _end(self, job: _Job) -> None:
         """Record how a run ended."""
         code, minutes = job.process.returncode, (time.monotonic() - job.started) / 60
         row = self._row(job.run, is_finished=code == 0)
         if code == 0:
             log(f"{row.name}: finished in {minutes:.1f} minutes")
-            for checkpoint in [] if keep_checkpoints else checkpoints(self.out / row.name):
+            for checkpoint in [] if self.keep_checkpoints else checkpoints(self.out / row.name):
                 shutil.rmtree(checkpoint)
         else:
             text = job.log_file.read_bytes()[job.log_start :].decode(errors="replace")

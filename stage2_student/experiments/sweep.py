@@ -36,15 +36,13 @@ def sweep(grid: Path, inputs: Inputs, out: Path, *, jobs: int = 1) -> str:
         Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; the processes were stopped, each with a checkpoint.
     """
     experiment = read_experiment(grid)
-    require(not experiment.seeds, "[confirm] belongs to `student proof`", where=grid, fix="[grid] seed = [...]")
+    require(not experiment.confirm.seeds, "[confirm] belongs to `student proof`", where=grid, fix="[grid] seed = [...]")
     runner = Runner(runs=experiment.runs(), out=out, inputs=inputs, jobs=jobs, scored_on=inputs.validation,
                     group=out.resolve().name, on_change=lambda rows: _write(experiment, rows, out))  # fmt: skip
     with locked(out):
-        runner.score()
         runner.train()
-        runner.score()
         text = _write(experiment, runner.rows, out)
-    if not runner.is_finished:
+    if any(row.state != "finished" for row in runner.rows):
         log(text)
     runner.require_finished()
     return text

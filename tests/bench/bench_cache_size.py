@@ -22,7 +22,7 @@ from shared.cache.info import cache_info
 from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
 from shared.machine import versions
-from stage1_teacher.build import find_teacher, load_limits, read_documents
+from stage1_teacher.build import Task, find_teacher
 from stage1_teacher.capture import capture_shard, load_teacher, to_arrays
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.documents import plan_shards
@@ -39,11 +39,11 @@ PEERS = (
 def capture(teacher: str, dataset: str, split: str, shard_tokens: int) -> tuple[list[ShardArrays], int, int]:
     """The exact rows of a build, shard by shard, with the tokenizer's size and the head's width."""
     config = TeacherConfig(teacher=teacher, dataset=dataset, split=split, top_k=K, shard_tokens=shard_tokens)
-    files, documents = find_teacher(config), read_documents(config)
-    tokenizer, limits = load_limits(config, files)
+    task = Task(config=config, out=Path(), files=find_teacher(config))
+    tokenizer, limits = task.tokenizer, task.limits
     with tempfile.TemporaryDirectory() as folder:
-        store = make_store(Path(folder) / "tokens", {}, documents, tokenizer, limits)
-    _, source = load_teacher(config, files)
+        store = make_store(Path(folder) / "tokens", {}, task.data, tokenizer, limits)
+    source = load_teacher(config, task.files)
     shards = []
     for part in plan_shards(store.lengths, shard_tokens):
         segments = store.segments(part)

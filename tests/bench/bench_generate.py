@@ -58,12 +58,12 @@ def intervals(chances, num_problems, num_samples, k, *, repeats, generator):
 def ways(model, tokenizer, num_prompts, max_new_tokens, batch_size):
     """For each way what it generates, in its batches."""
 
-    def of(prompts, finished):
-        return [prepare(model, tokenizer, p, max_new_tokens=max_new_tokens, finished=finished) for p in prompts]
+    def of(prompts, end):
+        return [prepare(model, tokenizer, p, max_new_tokens=max_new_tokens, end=end) for p in prompts]
 
     prompts = [humaneval_prompt(problem) for problem in load_humaneval()[:num_prompts]]
-    ours = of(prompts, lambda text: body_end(text) is not None)
-    endless = of(prompts, lambda text: False)
+    ours = of(prompts, body_end)
+    endless = of(prompts, None)
     alike = of([prompts[0]] * num_prompts, lambda text: False)
     return {
         "ours": [[ours[i] for i in batch] for batch in plan_batches(ours, batch_size)],

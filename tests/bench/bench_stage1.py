@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from data.load import open_documents
+from data.load import Source, open_documents
 from shared.tokenizer import load_tokenizer, plain_backend, record_ends
 from stage1_teacher.documents import Limits
 from stage1_teacher.store import BATCH_DOCUMENTS, make_store
@@ -67,7 +67,7 @@ def show_speed(folder: Path, options) -> None:
     record_ends(tokenizer)
     path = folder / "speed.jsonl"
     write_documents(path, SPEED_DOCUMENTS, tokenizer, options.tokens)
-    data = open_documents(str(path), "train")
+    data = open_documents(Source(str(path), "train"))
     texts = [document.prompt + document.completion for document in data.documents]
     ours, theirs = [], []
     limits = Limits(max_length=None, on_long="split", head_width=len(tokenizer))
@@ -119,9 +119,9 @@ def build(teacher: str, dataset: str, out: str) -> None:
     """Build until some shards are captured; without documents only load the teacher."""
     began = time.monotonic()
     from stage1_teacher import capture
-    from stage1_teacher.build import build_cache, find_teacher, store_folder
+    from stage1_teacher.build import build_cache, find_teacher
     from stage1_teacher.config import TeacherConfig
-    from stage1_teacher.store import TokenStore
+    from stage1_teacher.store import TokenStore, store_folder
 
     capture_shard, starts, num_tokens = capture.capture_shard, [], 0
     options = {"dtype": "float32", "top_k": 8, "shard_tokens": 8_192, "device_map": "cpu"}

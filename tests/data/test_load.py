@@ -14,7 +14,7 @@ import pytest
 
 from data import humaneval, load
 from data.humaneval import load_humaneval
-from data.load import fingerprint, load_documents, open_documents
+from data.load import Source, fingerprint, load_documents, open_documents
 from data.records import Document, Problem
 from data.templates import humaneval_prompt
 from shared.errors import ConfigError
@@ -247,12 +247,12 @@ def test_limit(tmp_path):
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
 def test_opened_documents_are_read_anew_each_time_and_none_behind_the_limit(tmp_path, name):
     path = write(tmp_path, [{"text": str(i), "id": f"d{i}"} for i in range(4)] + [{"text": "", "id": "d0"}], name)
-    found = open_documents(path, "train", limit_docs=4)
+    found = open_documents(Source(path, "train", limit_docs=4))
     first = list(found.documents)
     assert [d.id for d in first] == ["d0", "d1", "d2", "d3"]
     assert list(found.documents) == first
     assert found.digest == load_documents(path, "train", limit_docs=4).digest
-    reading = iter(open_documents(path, "train").documents)
+    reading = iter(open_documents(Source(path, "train")).documents)
     assert [next(reading).id for _ in range(4)] == ["d0", "d1", "d2", "d3"]
     with pytest.raises(ConfigError, match=r"5, field 'text'"):
         next(reading)
@@ -291,11 +291,11 @@ def test_several_files_are_one_data_set(tmp_path):
             (d.id, d.prompt, d.completion) for d in whole.documents
         ]
         assert (found.name, {d.source for d in found.documents}, found.digest) == (called, {called}, whole.digest)
-        assert found.fingerprint == fingerprint(str(name), "train")
+        assert found.fingerprint == fingerprint(Source(str(name), "train"))
     assert [d.id for d in load_documents(str(parts), "train", limit_docs=4).documents] == ["1", "2", "3", "4"]
-    before = fingerprint(str(parts), "train")
+    before = fingerprint(Source(str(parts), "train"))
     (parts / "a.jsonl").rename(parts / "d.jsonl")
-    assert fingerprint(str(parts), "train") != before
+    assert fingerprint(Source(str(parts), "train")) != before
     (parts / "c.parquet").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"cannot read a parquet file; where: .*c.parquet"):
         load_documents(str(parts), "train")
@@ -311,33 +311,86 @@ def test_mbpp_in_several_files_is_recognised(tmp_path):
 def test_a_fingerprint_is_that_of_all_that_decides_the_documents(tmp_path):
     path = write(tmp_path, [{"text": "a"}, {"text": "b"}], "rows.jsonl")
     read = load_documents(path, "train")
-    assert fingerprint(path, "train") == read.fingerprint
+    assert fingerprint(Source(path, "train")) == read.fingerprint
     others = [
-        fingerprint(path, "test"),
-        fingerprint(path, "train", limit_docs=2),
-        fingerprint(path, "train", columns="text=text"),
-        fingerprint("stdlib", "train"),
-        fingerprint(write(tmp_path, [{"text": "a"}, {"text": "b"}], "more.jsonl"), "train"),
-        fingerprint(write(tmp_path, [{"text": "a"}, {"text": "c"}], "rows.jsonl"), "train"),
+        fingerprint(Source(path, "test")),
+        fingerprint(Source(path, "train", limit_docs=2)),
+        fingerprint(Source(path, "train", columns="text=text")),
+        fingerprint(Source("stdlib", "train")),
+        fingerprint(Source(write(tmp_path, [{"text": "a"}, {"text": "b"}], "more.jsonl"), "train")),
+        fingerprint(Source(write(tmp_path, [{"text": "a"}, {"text": "c"}], "rows.jsonl"), "train")),
     ]
     assert len({read.fingerprint, *others}) == 7
     write(tmp_path, [{"text": "a"}, {"text": "b"}], "rows.jsonl")
-    assert fingerprint(path, "train") == read.fingerprint
+    assert fingerprint(Source(path, "train")) == read.fingerprint
     with pytest.raises(ConfigError, match=r"cannot read a data file; where: .*absent.jsonl"):
-        fingerprint(str(tmp_path / "absent.jsonl"), "train")
+        fingerprint(Source(str(tmp_path / "absent.jsonl"), "train"))
 
 
 def test_a_fingerprint_changes_with_the_code_that_reads(tmp_path, monkeypatch):
     path = write(tmp_path, [{"text": "a"}], "rows.jsonl")
-    before = fingerprint(path, "train")
+    before = fingerprint(Source(path, "train"))
     (tmp_path / "package").mkdir()
     for file in Path(load.__file__).parent.glob("*.py"):
         (tmp_path / "package" / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(load, "__file__", str(tmp_path / "package/load.py"))
-    assert fingerprint(path, "train") == before
+    assert fingerprint(Source(path, "train")) == before
     with (tmp_path / "package/templates.py").open("a") as code:
         code.write("# another reader\n")
-    assert fingerprint(path, "train") != before
+    assert fingerprint(Source(path, "train")) != before
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+def test_the_fingerprint_of_the_first_documents_reads_no_row_behind_them(tmp_path, name):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+
+    def save(file, rows):
+        path = write(folder, rows, file.removesuffix(".gz"))
+        if file.endswith(".gz"):
+            (folder / file).write_bytes(gzip.compress(Path(path).read_bytes()))
+            Path(path).unlink()
+
+    def mark(limit):
+        return fingerprint(Source(str(folder), "train", limit_docs=limit))
+
+    def marks():
+        return [mark(limit) for limit in (3, 4, 8, None)]
+
+    rows = [{"text": str(i), "id": f"d{i}"} for i in range(4)]
+    save(f"a-{name}", rows)
+    save(f"b-{name}", rows)
+    before = marks()
+    save(f"b-{name}", [*rows[:3], {"text": "another", "id": "x"}])
+    assert [a == b for a, b in zip(before, marks(), strict=True)] == [True, True, False, False]
+    before = marks()
+    save(f"c-{name}", rows)
+    assert [a == b for a, b in zip(before, marks(), strict=True)] == [True, True, True, False]
+    for file in folder.glob("[bc]-*"):
+        file.write_bytes(b"no data")  # nor is the file opened
+    assert [mark(3), mark(4)] == before[:2]
+    before = mark(3), mark(4)
+    save(f"a-{name}", [*rows[:3], {"text": "another", "id": "x"}])
+    assert [mark(3) == before[0], mark(4) == before[1]] == [name != "rows.parquet", False]
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n \r\n"])
+def test_blank_lines_are_no_rows_of_a_fingerprint(tmp_path, start):
+    path = tmp_path / "rows.jsonl"
+    source = Source(str(path), "train", limit_docs=2)
+    path.write_bytes(start + b'{"text": "a"}\n\n{"text": "b"}\n{"text": "c"}\n')
+    before = fingerprint(source)
+    path.write_bytes(start + b'{"text": "a"}\n\n{"text": "b"}\n{"text": "d"}\n')
+    assert fingerprint(source) == before
+    path.write_bytes(start + b'{"text": "a"}\n\n{"text": "B"}\n{"text": "d"}\n')
+    assert fingerprint(source) != before
+
+
+def test_every_row_of_mbpp_is_in_the_fingerprint_of_its_first_documents(tmp_path):
+    path = write(tmp_path, [mbpp_row(i) for i in (11, 12, 601)])
+    before = fingerprint(Source(path, "train", limit_docs=1))
+    write(tmp_path, [mbpp_row(i) for i in (11, 12, 602)])
+    assert fingerprint(Source(path, "train", limit_docs=1)) != before
 
 
 STRANGE = {

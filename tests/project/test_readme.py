@@ -109,7 +109,8 @@ def workplace(tmp_path_factory):
     (folder / "TEACHER").mkdir()
     starcoder2(folder / "TEACHER")
     rows = [{"prompt": f"What is {i} + 1?\n", "completion": f"It is {i + 1}."} for i in range(30)]
-    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, chosen in (("mine", rows[:25]), ("heldout", rows[25:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     mbpp = [mbpp_row(i) for i in (*range(511, 517), *range(601, 625))]
     (folder / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mbpp))
     return folder
@@ -125,7 +126,7 @@ def test_the_quick_start(workplace, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for words in commands_of(QUICK_START):
         run(words[1:] + (["--limit=2", "--max-new-tokens=4"] if "humaneval" in words else []))
-    assert Cache("caches/mine").num_documents == 30
+    assert [Cache(f"caches/{name}").num_documents for name in ("mine", "heldout")] == [25, 5]
     (program,) = blocks_of(QUICK_START, "python")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

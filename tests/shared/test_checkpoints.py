@@ -7,11 +7,11 @@ import torch
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from shared.checkpoints import (
+    describe_model,
     identify_model,
     load_frozen,
     load_model,
     quantization_config,
-    weight_bytes,
     weight_files,
     weights_digest,
 )
@@ -83,7 +83,8 @@ def test_what_is_digested_is_what_transformers_loads(tmp_path):
     left = shutil.copytree(one, tmp_path / "left")
     (left / "model.safetensors.index.json").write_text(json.dumps(index))
     assert (weights_digest(left), equal(left, one)) == (alone, True)
-    assert weight_bytes(left) == (one / "model.safetensors").stat().st_size
+    described = describe_model(load_frozen(left), left)
+    assert described["bytes"] == (one / "model.safetensors").stat().st_size
     (left / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
     assert (weights_digest(left), equal(left, one)) == (alone, True)
 

@@ -101,13 +101,13 @@ def test_a_cheaper_end_and_one_that_generation_does_not_end_with_are_said():
         "closing": {"token": "<t>", "nats": {"<t>": 14.0, "<e>": 13.5}, "generation_config": ["<e>"]},
     }
     assert describe_ends(ends) == [
-        ("opening", "none 1.750 nats/token (<b> 2.050, <e> 1.600); cheaper: --open-with '<e>'"),
+        ("opening", "none 1.750 nats/token (<b> 2.050, <e> 1.600); lower NLL: --open-with '<e>'"),
         ("closing", "<t> 14.000 nats (<e> 13.500); generation_config.json ends texts with <e>"),
     ]
     ends["opening"]["nats"]["none"], ends["closing"]["nats"]["<t>"] = 1.61, 14.6
     assert [text.partition("; ")[2] for _, text in describe_ends(ends)] == [
         "",
-        "cheaper: --close-with '<e>'; generation_config.json ends texts with <e>",
+        "lower NLL: --close-with '<e>'; generation_config.json ends texts with <e>",
     ]
 
 

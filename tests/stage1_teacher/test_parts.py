@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import click
 import pytest
@@ -10,6 +11,7 @@ from shared.cache.reader import Cache
 from shared.cache.transform import merge_caches
 from shared.cache.verify import verify_cache
 from shared.errors import ConfigError, ResumeError
+from stage1_teacher import capture, store
 from tests.stage1_teacher.test_build import build, no_tracking, shards, teacher, tokenizer  # noqa: F401
 
 OPTIONS = ("--top-k", "5", "--shard-tokens", "120", "--samples", "2")
@@ -69,6 +71,53 @@ def test_a_part_beside_another_cache_keeps_what_both_hold_once(teacher, rows, wh
     assert set(digests) == {whole.meta(i)["digest"] for i in range(whole.num_documents)}
     with pytest.raises(ConfigError, match=r"a part is given twice; where: .*part-1"):
         merge_caches([parts[0].path, parts[0].path], tmp_path / "twice")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_part_takes_the_tokens_of_another(teacher, rows, whole, tmp_path, monkeypatch, capsys, damaged):  # noqa: F811
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(capture, "capture_shard", interrupt)
+        build(teacher, rows, tmp_path / "part-1", *OPTIONS, "--part", "1/2")
+    tokens = tmp_path / ".part-1.tokens/tokens.u32"
+    before = tokens.read_bytes()
+    if damaged:
+        tokens.write_bytes(before[:-4] + b"none")
+    with monkeypatch.context() as patch:
+        if not damaged:
+            patch.setattr(store, "cut_documents", None)  # nothing is tokenised
+        _, result = build(teacher, rows, tmp_path / "part-2", *OPTIONS, "--part", "2/2")
+        assert (f"12 documents are tokenised already, in {tokens.parent}" in result.stderr) != damaged
+        assert (f"{tokens.parent} is damaged" in result.stderr) == damaged
+        assert (tokens.read_bytes() == before) != damaged
+        build(teacher, rows, tmp_path / "part-1", *OPTIONS, "--part", "1/2")
+    merge_caches([tmp_path / "part-1", tmp_path / "part-2"], tmp_path / "merged")
+    assert Cache(tmp_path / "merged").manifest.digest == whole.manifest.digest
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_tokens_that_are_removed_while_they_are_taken_are_made_again(teacher, rows, whole, tmp_path, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(capture, "capture_shard", interrupt)
+        build(teacher, rows, tmp_path / "other", *OPTIONS)
+    contents = (tmp_path / ".other.tokens/tokens.u32").read_bytes()
+    linked, kept = [], tmp_path / "kept.u32"
+
+    def link_file(source, path):
+        os.link(source, path)
+        if not linked:
+            os.link(source, kept)
+            shutil.rmtree(source.parent)
+        linked.append(path)
+        return True
+
+    monkeypatch.setattr(store, "link_file", link_file)
+    cache, _ = build(teacher, rows, tmp_path / "cache", *OPTIONS)
+    assert len(linked) == 1 and cache.manifest.digest == whole.manifest.digest
+    assert kept.read_bytes() == contents  # what was linked before is not written over
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_part_is_resumed_as_that_part_only(teacher, rows, tmp_path):  # noqa: F811

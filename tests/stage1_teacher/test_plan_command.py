@@ -75,6 +75,34 @@ def test_the_plan_is_what_the_build_then_takes(teacher, rows, tmp_path):  # noqa
     assert planned["teacher"]["threads"] == int(os.environ.get("OMP_NUM_THREADS", planned["teacher"]["threads"]))
 
 
+def test_the_plan_of_a_build_that_has_begun_takes_its_tokens(teacher, rows, tmp_path, monkeypatch):  # noqa: F811
+    out = tmp_path / "cache"
+    arguments = ["plan", "--teacher", teacher, "--dataset", rows, "--out", out, *OPTIONS, "--json"]
+    arguments = list(map(str, arguments))
+    before = json.loads(CliRunner().invoke(command, arguments).stdout)["data"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("stage1_teacher.capture.capture_shard", interrupt)
+        build(teacher, rows, out, *OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr("stage1_teacher.store.cut_documents", None)  # nothing is tokenised
+        result = CliRunner().invoke(command, arguments)
+        assert result.exit_code == 0, result.exception
+        assert json.loads(result.stdout)["data"] == before
+        build(teacher, rows, out, *OPTIONS)  # which the plan has left alone
+
+
+def test_the_plan_of_the_first_documents_reads_no_more(teacher, rows, tmp_path):  # noqa: F811
+    with rows.open("a") as file:
+        file.write("no JSON\n")
+    done = plan(teacher, rows, tmp_path / "out", "--json", "--limit-docs", "20", "--pilot-docs", "2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["data"]["documents"] == 20
+
+
 def test_the_plan_as_text(teacher, rows, tmp_path):  # noqa: F811
     arguments = ["plan", "--teacher", teacher, "--dataset", rows, "--out", tmp_path / "out", *OPTIONS]
     result = CliRunner().invoke(command, list(map(str, [*arguments, "--top-p", "0.9", "--samples", "4"])))

@@ -4,16 +4,20 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from data.load import open_documents
+from data.load import Source, open_documents
 from data.records import Document
+from shared import progress
 from shared.errors import ConfigError, ResumeError
 from shared.tokenizer import load_tokenizer, record_ends
 from stage1_teacher import store as module
@@ -41,7 +45,7 @@ def corpus(tmp_path):
     path.write_text(
         "".join(json.dumps({"prompt": f"# {i}", "completion": f"\n{t}"}) + "\n" for i, t in enumerate(texts))
     )
-    return open_documents(str(path), "train")
+    return open_documents(Source(str(path), "train"))
 
 
 def contents(folder):
@@ -70,6 +74,27 @@ def test_segments_are_those_of_the_documents_wherever_batches_end(corpus, made, 
         monkeypatch.setattr(module, name, value)
         make_store(tmp_path / name, REQUEST, corpus, made, LIMITS)
         assert contents(tmp_path / name) == contents(tmp_path / "whole")
+
+
+def test_it_shows_how_far_and_how_fast_it_is(corpus, made, tmp_path, monkeypatch, capsys):
+    """Of how many documents only where that is known: JSONL is not read for it, a limit or a Parquet file tells."""
+    monkeypatch.setattr(progress, "FIRST_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 16)
+    path = tmp_path / "corpus.jsonl"
+    parquet = tmp_path / "corpus.parquet"
+    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in path.open()]), parquet)
+    for source, total in ((Source(str(path), "train"), None), (Source(str(parquet), "train"), 91)):
+        store = make_store(tmp_path / "store", REQUEST, open_documents(source), made, LIMITS)
+        *lines, last = capsys.readouterr().err.splitlines()
+        assert lines
+        for line in lines:
+            found = re.fullmatch(r"tokenising: (\d+)(/\d+)? documents( \(\d+%\))?, .* documents/s, "
+                                 r"([\d,]+) tokens, [\d,]+ tokens/s(, \d+ s left)?", line)  # fmt: skip
+            assert found and [group is not None for group in found.group(2, 3, 5)] == [total is not None] * 3, line
+            assert found[2] in (None, f"/{total}")
+        assert int(found[1]) <= 91
+        assert re.match(rf"tokenising: 91 documents in .*, {store.facts.num_tokens:,} tokens, ", last)
+    assert open_documents(Source(str(path), "train", limit_docs=7)).num_documents == 7
 
 
 def test_the_sample_is_evenly_spaced_and_holds_no_chats(corpus, made, tmp_path):
@@ -127,12 +152,12 @@ def test_files_stay_readable_once_they_are_removed(corpus, made, tmp_path):
 KILLED = """
 import dataclasses, itertools, sys, time
 from pathlib import Path
-from data.load import open_documents
+from data.load import Source, open_documents
 from shared.tokenizer import load_tokenizer, record_ends
 from stage1_teacher import store as module
 from stage1_teacher.documents import Limits
 folder, corpus, tokenizer = sys.argv[1:]
-made, data = load_tokenizer(tokenizer), open_documents(corpus, "train")
+made, data = load_tokenizer(tokenizer), open_documents(Source(corpus, "train"))
 record_ends(made)
 module.BATCH_DOCUMENTS = 4
 

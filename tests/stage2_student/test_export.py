@@ -74,6 +74,11 @@ def test_only_what_the_run_made_is_exported_and_only_as_training_ended(tmp_path,
     ]  # fmt: skip
     again = CliRunner().invoke(student, ["export", str(tmp_path / "one"), "--out", str(tmp_path / "two")])
     assert "not a finished training run" in str(again.exception)
+    same = CliRunner().invoke(student, ["export", str(run), "--out", str(tmp_path / "one")])
+    assert same.exit_code == 0 and "is up to date" in same.output
+    (tmp_path / "one" / "config.json").write_text("{}")
+    edited = CliRunner().invoke(student, ["export", str(run), "--out", str(tmp_path / "one")])
+    assert "the export's folder is not empty" in str(edited.exception)
 
     weights = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(weights[:-4] + bytes(4))

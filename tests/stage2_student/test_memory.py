@@ -37,7 +37,8 @@ def test_activations_are_estimated_within_a_quarter_on_the_safe_side(preset, bf1
         model.model.embed_tokens.weight.numel() if bf16 else 0
     )
     measured = sum(size for pointer, size in kept.items() if pointer not in weights) - matrices
-    estimated = estimate_memory(sizes, 0, ids.numel(), bf16=bf16).activation_bytes
+    config = StudentConfig(per_device_train_batch_size=2, block_size=128, bf16=bf16)
+    estimated = estimate_memory(config, sizes, 0).activation_bytes
     assert 1.0 <= estimated / measured <= 1.25, (estimated, measured)
 
 
@@ -54,7 +55,8 @@ def test_state_and_head_are_exact():
     optimizer.step()
     state = [p.nbytes + p.grad.nbytes for p in model.parameters()]
     state += [t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim()]
-    estimate = estimate_memory(sizes, num_parameters, 4, bf16=True)
+    config = StudentConfig(per_device_train_batch_size=1, block_size=4)
+    estimate = estimate_memory(config, sizes, num_parameters)
     assert estimate.state_bytes == sum(state)
     V, H = weight.shape
     scratch = sum(tensor.nbytes for tensor in head_loss._scratch.values())
@@ -77,7 +79,8 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits(monkeypatch):
     with pytest.raises(ConfigError, match=r"not even one block.*at most 63 tokens; got: 64"):
         fitted(63)
     for size in (24, 8, 1):
-        needed = estimate_memory(sizes, 1000, size * 64, bf16=True).total_bytes
+        fitting = dataclasses.replace(config, per_device_train_batch_size=size)
+        needed = estimate_memory(fitting, sizes, 1000).total_bytes
         monkeypatch.setattr(memory, "free_memory", lambda needed=needed: int(needed / memory.USABLE) + 1)
         assert fitted("auto") == size
     # A run that goes on keeps its micro-batch, since sums of another order are other numbers, while it fits.
@@ -92,7 +95,11 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits(monkeypatch):
 
 def test_recomputed_layers_keep_their_inputs_alone():
     sizes = PRESETS["tiny"]
-    whole, recomputed = (estimate_memory(sizes, 0, 100, bf16=True, recomputed=flag) for flag in (False, True))
+    config = StudentConfig(per_device_train_batch_size=1, block_size=100)
+    whole, recomputed = (
+        estimate_memory(dataclasses.replace(config, training={"gradient_checkpointing": flag}), sizes, 0)
+        for flag in (False, True)
+    )
     per_layer = (whole.activation_bytes - 100 * 4 * 192) / 4
     assert recomputed.activation_bytes == per_layer + 100 * 4 * 192 * (4 + 1)
 

@@ -653,6 +653,7 @@ def test_an_export_loads_as_a_plain_transformers_model(finished, tmp_path):
         greedy = torch.cat([greedy, ours(greedy).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(generated, greedy)
     assert (model.generation_config.eos_token_id, model.config.bos_token_id) == (0, 0)
+    (tmp_path / "student" / "config.json").write_text("{}")
     assert "not empty" in refused([*COMMAND, "export", str(finished), "--out", str(tmp_path / "student")])
 
 

@@ -5,6 +5,8 @@ import json
 import math
 from pathlib import Path
 
+from shared.cache.identity import label_identity
+from shared.cache.manifest import FileEntry, Manifest, write_manifest
 from shared.eval.report.report import collect, write_report
 
 MACHINE = {
@@ -233,16 +235,22 @@ def write_run(root: Path, name: str) -> Path:
 
 
 def write_cache(root: Path, name: str) -> Path:
-    means = {"0.5": 0.999, "1.0": 0.972, "1.5": 0.861, "2.0": 0.612}
-    write(root / name / "manifest.json", {
-        "format": "codedistill-cache", "version": 1, "label_identity": digest("labels"),
-        "identity": {"teacher": {"weights": digest("weights")}, "tokenizer": digest("tokenizer")},
-        "sources": [{"name": "stdlib", "split": name.removeprefix("cache-"), "revision": "3.11.9", "licence": "PSF-2.0",
-                     "digest": digest(name), "num_documents": 420}],
-        "codec": "f16", "filter": "gzip", "temperatures": [0.5, 1.0, 1.5, 2.0], "top_k": 64, "num_tokens": 71_020,
-        "statistics": {"captured_mass": {t: {"mean": m, "p1": m * 0.4, "p10": m * 0.8} for t, m in means.items()}},
-        "files": {"shard-00000.h5": {"bytes": 1, "sha256": digest(name)}},
-    })  # fmt: skip
+    """A finished cache's manifest, sealed; its files are not there."""
+    means = {"0.5": 0.999, "1": 0.972, "1.5": 0.861, "2": 0.612}
+    identity = {"teacher": {"name": "made/teacher", "weights_digest": digest("weights"),
+                            "config_digest": digest("config")},
+                "tokenizer": {"digest": digest("tokenizer")}, "labels": {"top_k": 64}}  # fmt: skip
+    source = {"name": "stdlib", "split": name.removeprefix("cache-"), "revision": "3.11.9", "license": "PSF-2.0",
+              "digest": digest(name), "num_documents": 420}  # fmt: skip
+    statistics = {"captured_mass": {t: {"mean": m, "p1": m * 0.4, "p10": m * 0.8} for t, m in means.items()},
+                  "codec_kl_nats": {t: {"mean": 0.0, "max": 0.0} for t in means}}  # fmt: skip
+    (root / name).mkdir(parents=True, exist_ok=True)
+    write_manifest(root / name, Manifest(
+        label_identity=label_identity(identity), identity=identity, sources=[source], codec="f16", filter="gzip",
+        temperatures=[0.5, 1.0, 1.5, 2.0], top_k=64, tokenizer_size=300, head_width=300, documents_per_shard=[420],
+        num_documents=420, num_tokens=71_020, num_entries=71_020 * 64, statistics=statistics,
+        files={"shard-00000.h5": FileEntry(1, digest(name))},
+    ))  # fmt: skip
     return root / name
 
 

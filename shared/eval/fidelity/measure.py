@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from shared.batching import plan_batches
 from shared.cache.format import Array
@@ -87,8 +88,9 @@ def evaluate_fidelity(
     cached_nll = cache.statistics.get("teacher_nll_nats")
     if teacher is None:
         figures["teacher_nll_nats"] = math.nan if cached_nll is None else cached_nll
-    elif cached_nll:
-        _warn_of_another_teacher(figures["teacher_nll_nats"], cached_nll, f"{teacher_dir}", f"{cache_dir}")
+    elif cached_nll and abs((nll := figures["teacher_nll_nats"]) / cached_nll - 1) > 0.01:
+        log(f"warning: {teacher_dir} has an NLL of {nll:.4f}, the teacher that made {cache_dir} one of "
+            f"{cached_nll:.4f}: is it the same?")  # fmt: skip
     reasons = {name: "unknown" if math.isnan(value) else f"not finite ({value})"
                for name, value in figures.items() if not math.isfinite(value)}  # fmt: skip
     positions = getattr(model.config, "max_position_embeddings", None) or np.inf
@@ -117,12 +119,6 @@ def evaluate_fidelity(
         seconds=round(time.monotonic() - start, 3),
         per_document=_document_rows(sums.columns, metas),
     )
-
-
-def _warn_of_another_teacher(nll: float, cached_nll: float, teacher: str, cache: str) -> None:
-    if abs(nll / cached_nll - 1) > 0.01:
-        log(f"warning: {teacher} has an NLL of {nll:.4f}, the teacher that made {cache} one of {cached_nll:.4f}: "
-            "is it the same?")  # fmt: skip
 
 
 def _load(directory: Path, dtype: str, cache: Cache) -> Any:
@@ -218,15 +214,9 @@ def _document_rows(columns: Mapping[str, Array], metas: list[dict[str, Any]]) ->
 
 @torch.inference_mode()
 def score_cache(model: Any, cache: Cache, *, batch_tokens: int, teacher: Any = None) -> Sums:
-    """Compare a model with text and teacher on all targets.
+    """Compare a model with text and teacher on all targets; the cache has the distributions where no teacher runs.
 
     Batches are padded on the right, out of sight of every real token under a causal mask, as in stage 1.
-
-    Args:
-        model: a transformers model.
-        cache: the documents, and the teacher's distributions where no teacher is given.
-        batch_tokens: tokens at a time, padding included.
-        teacher: a transformers model that sees the same pieces of documents.
     """
     names = ["targets", "nll_nats", "kl_nats", "reverse_kl_nats", "top1_agreed", "top5_overlap"]
     names += ["teacher_nll_nats"] if teacher else []
@@ -271,13 +261,9 @@ def _source(model: Any, cache: Cache) -> LogitSource:
 
 def _padded(tokens: list[Array], masks: list[Array]) -> tuple[Tensor, Tensor]:
     """A batch's ids `[B, T]` and which of its positions are targets, padded on the right."""
-    width = max(map(len, masks))
-    ids_BT = np.zeros((len(masks), width), np.int64)
-    mask_BT = np.zeros((len(masks), width), bool)
-    for row, (ids, mask) in enumerate(zip(tokens, masks, strict=True)):
-        ids_BT[row, : len(mask)] = ids[: len(mask)]
-        mask_BT[row, : len(mask)] = mask
-    return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
+    ids = [torch.from_numpy(row[: len(mask)].astype(np.int64)) for row, mask in zip(tokens, masks, strict=True)]
+    chosen = [torch.from_numpy(mask.astype(bool)) for mask in masks]
+    return pad_sequence(ids, batch_first=True), pad_sequence(chosen, batch_first=True)
 
 
 def _labels(cache: Cache, pieces: list[tuple[int, int, int]], masks: list[Array]) -> tuple[Tensor, ...]:

@@ -19,7 +19,9 @@ from transformers import (
 )
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from shared.checkpoints import trial
 from shared.errors import ConfigError
+from shared.eval.programs.completion import Ending
 from shared.tokenizer import Tokenizer, decode, encode_prompt, special_ids
 
 _SEGMENT_TOKENS = 16  # tokens between looks at the text
@@ -45,13 +47,13 @@ class Request:
     Args:
         ids: the prompt's, BOS included; not empty.
         max_new_tokens: 1 or more, and no more than the model's positions allow.
-        finished: told the text so far every few tokens, says whether more of it is of no use.
+        end: told the text so far every few tokens, says where it ends, if it does; None: it never does.
         seed: what the sampled tokens follow from, whatever the batch; unused where greedy.
     """
 
     ids: list[int]
     max_new_tokens: int
-    finished: Callable[[str], bool]
+    end: Ending | None = None
     seed: str = ""
 
 
@@ -61,7 +63,7 @@ class Generation:
 
     Args:
         text: the generated text, not yet cut.
-        finish_reason: `eos`, `finished` (the request's criterion on the text) or `length`.
+        finish_reason: `eos`, `finished` (the request's end of the text) or `length`.
         num_prompt_tokens: BOS included.
         num_new_tokens: EOS included.
     """
@@ -95,7 +97,7 @@ def prepare(
     prompt: str,
     *,
     max_new_tokens: int,
-    finished: Callable[[str], bool],
+    end: Ending | None = None,
     where: str = "",
 ) -> Request:
     """A request for a prompt as `data.templates` renders it; fewer tokens where the model's positions run out.
@@ -109,7 +111,7 @@ def prepare(
     if not ids or limit < 1:
         expected = f"1 to {positions - 1} tokens" if positions else "1 token or more"
         raise ConfigError("a prompt the model cannot continue", where=where, expected=expected, got=len(ids))
-    return Request(ids=ids, max_new_tokens=limit, finished=finished)
+    return Request(ids=ids, max_new_tokens=limit, end=end)
 
 
 def caches_by_token(model: Any) -> bool:
@@ -130,13 +132,8 @@ def require_generation(model: Any, tokenizer: Tokenizer, request: Request) -> No
     Raises:
         ConfigError: transformers cannot generate with this model here.
     """
-    try:
+    with trial("transformers cannot generate with this model", type(model).__name__):
         generate_batch(model, tokenizer, [replace(request, max_new_tokens=min(request.max_new_tokens, 3))])
-    except Exception as error:  # models raise many unrelated types here
-        got = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            "transformers cannot generate with this model", where=type(model).__name__, got=got
-        ) from error
 
 
 def plan_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
@@ -217,11 +214,12 @@ def _ends(
     """Each row's generation, from column `width` on, where it has ended; None where it goes on."""
     ended: list[Generation | None] = []
     for request, new_ids in zip(requests, ids_BT[:, width:].tolist(), strict=True):
-        new_ids = _until_eos(new_ids[: request.max_new_tokens], eos)
+        new_ids = new_ids[: request.max_new_tokens]
+        new_ids = new_ids[: next((at + 1 for at, id in enumerate(new_ids) if id in eos), None)]
         text, reason = decode(tokenizer, new_ids), None
         if new_ids[-1] in eos:
             reason = "eos"
-        elif request.finished(text):
+        elif request.end and request.end(text) is not None:
             reason = "finished"
         elif len(new_ids) == request.max_new_tokens:
             reason = "length"
@@ -271,12 +269,6 @@ class _Drawing(LogitsProcessor):
         below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # rounding may have reached the total
         drawn_B1 = torch.searchsorted(shares_BV, torch.minimum(point_B1, below_B1), right=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn_B1, 0.0)
-
-
-def _until_eos(ids: list[int], eos: list[int]) -> list[int]:
-    """The ids up to the first EOS, with it."""
-    end = next((position + 1 for position, id in enumerate(ids) if id in eos), len(ids))
-    return ids[:end]
 
 
 @contextlib.contextmanager

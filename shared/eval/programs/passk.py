@@ -30,26 +30,13 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     return (all_choices - all_failing) / all_choices  # of integers, so that a rare pass is not rounded away
 
 
-def wilson_interval(num_passed: int, num_problems: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927): within [0, 1] and not empty at 0 or all passes.
-
-    Raises:
-        ConfigError: there are no problems, or counts that make no sense.
-    """
-    if not 0 <= num_passed <= num_problems or num_problems == 0:
-        raise ConfigError("no interval for this share", expected="0 <= passed <= problems, problems >= 1",
-                          got=f"{num_passed} of {num_problems}")  # fmt: skip
-    return _score_interval(num_passed / num_problems, num_problems)
-
-
 def mean_interval(estimates: Sequence[float], num_samples: int) -> tuple[float, float]:
-    """The 95 % interval over problems of the mean of their estimates: Wilson's, with the effective number of problems.
+    """The 95 % interval over problems of the mean of their estimates: Wilson's (1927), with their effective number.
 
     Estimates from several samples vary less between problems than passes and failures do. The design effect is their
     variance over that of passes and failures with the same mean, and as many more problems is the mean worth (Franco,
     Little, Louis and Slud 2019, "Comparative study of confidence intervals for proportions in complex sample surveys");
-    but never more than there are samples. For one sample each it is Wilson's interval. Unlike a percentile bootstrap it
-    is not empty where all problems are alike.
+    but never more than there are samples. Unlike a percentile bootstrap it is not empty where all problems are alike.
 
     Args:
         estimates: of each problem, within [0, 1].

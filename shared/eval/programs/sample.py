@@ -1,6 +1,5 @@
 """Completions of problems, kept in a JSONL file as they are made, so that whatever ends the work ends little of it."""
 
-import functools
 import json
 import os
 import time
@@ -136,13 +135,8 @@ def complete(
         require_generation(model, tokenizer, requests[0])
     mine = [batch for batch, is_missing in zip(batches, missing, strict=True) if is_missing][rank() :: world_size()]
     saver = _Saver(prompts=prompts, ends=ends, settings=settings)
-    saver.save_batches(
-        model,
-        tokenizer,
-        [[(keys[index], requests[index]) for index in batch] for batch in mine],
-        out / f"completions.rank-{rank()}.jsonl",
-        decoding.sampling,
-    )
+    of_batches = [[(keys[index], requests[index]) for index in batch] for batch in mine]
+    saver.save_batches(model, tokenizer, of_batches, out / f"completions.rank-{rank()}.jsonl", decoding.sampling)
     agree([0])
     if rank() != 0:
         return []
@@ -158,12 +152,7 @@ def complete(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Saver:
-    """Makes completions and saves each batch as soon as it is made.
-
-    Args:
-        prompts, ends: by task id.
-        settings: recorded in every line.
-    """
+    """Makes completions, by task id, and saves each batch as soon as it is made, with `settings` in every line."""
 
     prompts: Mapping[str, str]
     ends: Mapping[str, Ending]
@@ -195,12 +184,8 @@ class _Saver:
         """Append this rank's batches to its own file, each durable before the next is begun."""
         start, num_tokens = time.monotonic(), 0
         of_ranks = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
-        num_completions = sum(map(len, batches))
-        with (
-            naming(path),
-            path.open("ab") as file,
-            progress(f"Generating{of_ranks}", num_completions, "completions") as bar,
-        ):
+        shown = progress(f"Generating{of_ranks}", sum(map(len, batches)), "completions")
+        with naming(path), path.open("ab") as file, shown as bar:
             for batch in batches:
                 made = generate_batch(model, tokenizer, [request for _, request in batch], sampling)
                 lines = [self.line(key, generation) for (key, _), generation in zip(batch, made, strict=True)]
@@ -214,18 +199,13 @@ class _Saver:
 def _prepare(
     model: Any, tokenizer: Tokenizer, prompts: Mapping[str, str], ends: Mapping[str, Ending], max_new_tokens: int
 ) -> tuple[dict[str, Request], dict[str, str]]:
-    """The requests of the prompts that the model can take, and why it cannot take the others.
-
-    Raises:
-        ConfigError: it can take none.
-    """
+    """The requests of the prompts that the model can take, and why it cannot take the others; refused if none."""
     prepared: dict[str, Request] = {}
     refused: dict[str, str] = {}
     for task_id, prompt in prompts.items():
-        finished = functools.partial(_has_ended, ends[task_id])
         try:
             prepared[task_id] = prepare(
-                model, tokenizer, prompt, max_new_tokens=max_new_tokens, finished=finished, where=task_id
+                model, tokenizer, prompt, max_new_tokens=max_new_tokens, end=ends[task_id], where=task_id
             )
         except ConfigError as error:
             refused[task_id] = str(error)
@@ -245,19 +225,12 @@ def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
 
 
-def _has_ended(end: Ending, text: str) -> bool:
-    return end(text) is not None
-
-
 def _parts(out: Path) -> list[Path]:
     return sorted(out.glob("completions.rank-*.jsonl"))
 
 
 def _resume(out: Path, keys: Sequence[Key], settings: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
-    """What earlier runs made under these settings; unless it is all in `completions.jsonl`, it becomes rank 0's part.
-
-    So half-written lines are gone before a rank appends to its part.
-    """
+    """What earlier runs made under these settings; lines of parts become rank 0's, without those half written."""
     out.mkdir(parents=True, exist_ok=True)
     found, differing, num_unreadable = _read(out, settings)
     if differing:

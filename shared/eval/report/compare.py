@@ -44,9 +44,7 @@ PROBLEM_SETTINGS = ("decoding", "samples", "temperature", "top_p", "max_new_toke
 KINDS: dict[str, type[Result]] = {
     "fidelity": Fidelity, "latency": Latency, "humaneval": BenchmarkResult, "mbpp": BenchmarkResult
 }  # fmt: skip
-ONLY_IN: dict[str, tuple[str, type[Result]]] = {  # a key that only this kind of result has
-    "kl_kind": ("fidelity", Fidelity), "models": ("latency", Latency), "pass_at_1": ("benchmark", BenchmarkResult)
-}  # fmt: skip
+ONLY_IN = {"kl_kind": "fidelity", "models": "latency", "pass_at_1": "benchmark"}  # a key that one kind alone has
 VERDICTS = ("worse", "better", "changed", "unknown", "noise")
 
 Outcomes = Mapping[str, Mapping[str, int]]  # problem → samples, and how many of them did what
@@ -98,28 +96,29 @@ def compare_files(a: Path, b: Path) -> dict[str, Any]:
         ConfigError: files that are no results, of two kinds, or that cannot be compared; it says what differs.
     """
     values = [read_json(path) for path in (a, b)]
-    (kind, cls), (other, _) = (_kind_of(value, path) for value, path in zip(values, (a, b), strict=True))
+    kind, other = (_kind_of(value, path) for value, path in zip(values, (a, b), strict=True))
     require(kind == other, "results of two kinds", where=f"{a} and {b}", expected=kind, got=other)
     left_out: list[str] = []
-    if cls is None:
-        rows, left_out = _report_rows(*values)
+    if kind == "report":
+        try:
+            rows, left_out = _report_rows(*values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError("a report of another form", where=f"{a} and {b}", got=repr(error)) from error
     else:
+        cls = KINDS.get(kind, BenchmarkResult)
         results = [cls.from_dict(value, str(path)) for value, path in zip(values, (a, b), strict=True)]
         rows = result_rows(results, [read_outcomes(path, each) for path, each in zip((a, b), results, strict=True)])
     as_data = [dataclasses.asdict(row) for row in rows]
     return {"kind": kind, "a": str(a), "b": str(b), "rows": as_data, "left_out": left_out}
 
 
-def _kind_of(value: Any, path: Path) -> tuple[str, type[Result] | None]:
-    """A result's kind and type; a report has no type."""
-    if isinstance(value, dict):
-        if value.get("format") == REPORT_FORMAT:
-            return "report", None
-        for key, kind in ONLY_IN.items():
-            if key in value:
-                return kind
+def _kind_of(value: Any, path: Path) -> str:
+    kinds = [kind for key, kind in ONLY_IN.items() if key in value] if isinstance(value, dict) else []
+    if isinstance(value, dict) and value.get("format") == REPORT_FORMAT:
+        kinds = ["report"]
     expected = "fidelity.json, latency.json, a benchmark's result.json or report.json"
-    raise ConfigError("not a result that can be compared", where=path, expected=expected)
+    require(kinds, "not a result that can be compared", where=path, expected=expected)
+    return kinds[0]
 
 
 def _report_rows(a: Any, b: Any) -> tuple[list[Row], list[str]]:
@@ -169,11 +168,7 @@ def _number_text(value: float | None) -> str:
 
 
 def result_rows(results: Sequence[Result], outcomes: Sequence[Outcomes]) -> list[Row]:
-    """Judge every figure of two results of one kind, the second being the new one.
-
-    Args:
-        results: two of fidelity, latency or a benchmark.
-        outcomes: what `read_outcomes` gives of each.
+    """Judge every figure of two results of one kind, the second being the new one, with the outcomes of each.
 
     Raises:
         ConfigError: they are not of the same documents, problems, settings or machine; it says what differs.

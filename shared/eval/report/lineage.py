@@ -21,7 +21,6 @@ from shared.eval.report.provenance import REPORT_FORMAT
 from shared.files import read_json, sha256_file
 
 WHOLE, ALTERED, MISSING, UNRECORDED, ELSEWHERE = "whole", "altered", "missing", "not recorded", "not at hand"
-BREAKS = (ALTERED, MISSING, UNRECORDED)
 Record = Mapping[str, Any]
 
 
@@ -55,16 +54,16 @@ def trace_lineage(path: Path, look_in: Sequence[Path] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: none of these, or a record that cannot be read.
     """
-    tracer = _Tracer([folder for place in look_in for folder in (place, *_subfolders(place))])
-    report = path / "report.json" if path.is_dir() else path
-    records = {path / "run.json": tracer.run, path / MANIFEST: tracer.cache, path / "lineage.json": tracer.export,
-               report: tracer.report}  # fmt: skip
-    file = next((file for file in records if file.is_file()), None)
-    if file is None:
+    tracer = _Tracer([folder for place in look_in for folder in (place, *sorted(filter(Path.is_dir, place.glob("*"))))])
+    records = {"run.json": tracer.run, MANIFEST: tracer.cache, "lineage.json": tracer.export,
+               "report.json": tracer.report}  # fmt: skip
+    folder = path.parent if path.name == "report.json" else path
+    follow = next((follow for name, follow in records.items() if (folder / name).is_file()), None)
+    if follow is None:
         raise ConfigError("nothing that can be traced", where=path, expected="a run, an export, a cache or a report",
                           got="none of them" if path.exists() else "no such path")  # fmt: skip
     try:
-        return dataclasses.asdict(records[file](report if file == report else path))
+        return dataclasses.asdict(follow(folder))
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError("a record of another form", where=path, got=repr(error)) from error
 
@@ -73,7 +72,7 @@ def broken_links(part: Record) -> list[str]:
     """Each place where a lineage breaks, in words, once."""
     own = [f"{part['kind']} {part['name']}: {part['state']}: {'; '.join(part['notes'])}"]
     below = [text for other in part["made_from"] for text in broken_links(other)]
-    return list(dict.fromkeys([*(own if part["state"] in BREAKS else []), *below]))
+    return list(dict.fromkeys(below if part["state"] in (WHOLE, ELSEWHERE) else own + below))
 
 
 def lineage_text(part: Record) -> str:
@@ -92,22 +91,23 @@ def _lines(part: Record, first: str, rest: str) -> Iterator[str]:
         yield from _lines(other, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-
-
 def _sha256(file: Path) -> str | None:
     return sha256_file(file) if file.is_file() else None
 
 
-def _difference(name: str, found: str | None, recorded: object) -> list[str]:
-    """What is to be said of a file that is not as recorded."""
-    return [] if found == recorded else [f"{name}: {f'SHA-256 {found}' if found else 'missing'}, recorded {recorded}"]
+def _check(file: Path, recorded: str | None) -> tuple[str, list[str]]:
+    """A file's state, and what differs from its record."""
+    found = _sha256(file)
+    if found == recorded:
+        return WHOLE, []
+    note = f"{file.name}: {f'SHA-256 {found}' if found else 'missing'}, recorded {recorded}"
+    return ALTERED if found else MISSING, [note]
 
 
-def _found(kind: str, path: Path, notes: list[str], **others: Any) -> Part:
+def _at(kind: str, path: Path, notes: list[str], **others: Any) -> Part:
     """A part that lies at a path, and what is wrong with it."""
-    return Part(kind=kind, name=path.name, state=ALTERED if notes else WHOLE, at=str(path), notes=notes, **others)
+    found = {"name": path.name, "state": ALTERED if notes else WHOLE, "at": str(path), "notes": notes}
+    return Part(kind=kind, **found | others)
 
 
 @dataclass(frozen=True)
@@ -123,24 +123,22 @@ class _Tracer:
 
     def export(self, path: Path) -> Part:
         lineage = read_json(path / "lineage.json")
-        files, digest = lineage["files"], lineage["run"]["sha256"]
-        notes = [note for name in files for note in _difference(name, _sha256(path / name), files[name])]
-        notes += [] if WEIGHTS in files else [f"lineage.json does not name {WEIGHTS}"]
+        files, digest = {WEIGHTS: None, **lineage["files"]}, lineage["run"]["sha256"]
+        notes = [note for name, recorded in files.items() for note in _check(path / name, recorded)[1]]
         if place := self.find(lambda place: _sha256(place / "run.json") == digest):
             run = self.run(place)
         else:
             run = Part(kind="run", name=lineage["run"]["name"], digest=digest, made_from=self.inputs(lineage))
-        return _found("export", path, notes, digest=files.get(WEIGHTS), made_from=[run])
+        return _at("export", path, notes, digest=files[WEIGHTS], made_from=[run])
 
     def run(self, path: Path) -> Part:
         self.followed.add(path.resolve())
-        record, digest = read_json(path / "run.json"), _sha256(path / WEIGHTS)
-        notes = _difference(WEIGHTS, digest, record.get("weights_sha256"))
-        part = _found("run", path, notes, digest=digest, made_from=self.inputs(record))
-        if record.get("state") != "finished" or record.get("weights_sha256") is None:
-            notes = [f"run.json, state {record.get('state')}, records no digest of the weights"]
-            return replace(part, state=UNRECORDED, notes=notes)
-        return part if digest else replace(part, state=MISSING)
+        record = read_json(path / "run.json")
+        digest = record.get("weights_sha256")
+        state, notes = _check(path / WEIGHTS, digest)
+        if record.get("state") != "finished" or digest is None:
+            state, notes = UNRECORDED, [f"run.json, state {record.get('state')}, records no digest of the weights"]
+        return _at("run", path, notes, state=state, digest=digest, made_from=self.inputs(record))
 
     def inputs(self, record: Record) -> list[Part]:
         """The caches and starting weights that a run's record or an export's lineage names."""
@@ -171,14 +169,14 @@ class _Tracer:
         try:
             manifest = read_manifest(path)
         except DistillError as error:
-            return _found(kind, path, [str(error)])
+            return _at(kind, path, [str(error)])
         notes = [f"{name}: {what}" for name, what in check_files(path, manifest.files).items()]
         if label_identity(manifest.identity) != manifest.label_identity:
             notes.append("its label identity is not that of its teacher, tokenizer and options")
         made_from = [self.teacher(manifest.identity["teacher"])]
         made_from += [self.derived_from(part["digest"]) for part in (manifest.derived_from or {}).get("inputs", [])]
         made_from += [self.documents(source) for source in manifest.sources]
-        return _found(kind, path, notes, digest=manifest.digest, made_from=made_from)
+        return _at(kind, path, notes, digest=manifest.digest, made_from=made_from)
 
     def derived_from(self, digest: str) -> Part:
         """A cache that another was merged or cut from."""
@@ -197,30 +195,28 @@ class _Tracer:
 
         if place := self.find(holds_them, *recorded):
             runs = [self.run(place)] if (place / "run.json").is_file() else []
-            return _found(kind, place, [], digest=digest, made_from=runs)
+            return _at(kind, place, [], digest=digest, made_from=runs)
         return Part(kind=kind, name=recorded[0].name if recorded else "", digest=digest)
 
     def teacher(self, record: Record) -> Part:
         name, digest = str(record.get("name")), record["weights_digest"]
         notes = [f"commit {record['commit']}"] if record.get("commit") else []
-        part = Part(kind="teacher", name=name, digest=digest, notes=notes)
-        for place in [place for place in self.places if (place / "config.json").is_file()]:
-            same_config = sha256_file(place / "config.json") == record["config_digest"]
-            if same_config and weights_digest(place) == digest:
-                return replace(part, state=WHOLE, at=str(place), notes=notes)
-            if same_config or place.resolve().name == name:  # elsewhere gigabytes of weights need not be read
-                others = [*notes, "the folder of that name holds another model, or other weights"]
-                part = replace(part, state=ALTERED, at=str(place), notes=others)
-        return part
+        models = [place for place in self.places if (place / "config.json").is_file()]
+        alike = [place for place in models if sha256_file(place / "config.json") == record["config_digest"]]
+        if whole := next((place for place in alike if weights_digest(place) == digest), None):
+            return _at("teacher", whole, notes, name=name, state=WHOLE, digest=digest)
+        if near := [*alike, *(place for place in models if place.resolve().name == name)]:
+            notes.append("the folder of that name holds another model, or other weights")
+            return _at("teacher", near[0], notes, name=name, digest=digest)
+        return Part(kind="teacher", name=name, digest=digest, notes=notes)
 
     def documents(self, source: Record) -> Part:
         """A data set: its file where one of that name is here, or the library of a Python of that version."""
         from data.load import load_documents
 
         place = self.find(lambda place: (place / source["name"]).is_file())
-        file = str(place / source["name"]) if place else None
-        if source["name"] == "stdlib" and source.get("revision") == platform.python_version():
-            file = "stdlib"
+        is_library = source["name"] == "stdlib" and source.get("revision") == platform.python_version()
+        file = "stdlib" if is_library else str(place / source["name"]) if place else None
         name = f"{source['name']} ({source['split']}), {source['num_documents']} documents"
         notes = [f"revision {source['revision']}"] if source.get("revision") else []
         part = Part(kind="documents", name=name, at=file, digest=source["digest"], notes=notes)
@@ -229,22 +225,22 @@ class _Tracer:
         columns = (source.get("config") or {}).get("columns")
         try:
             read = load_documents(file, source["split"], limit_docs=source["num_documents"], columns=columns)
-            problem = None if read.digest == source["digest"] else "it holds other documents"
+            require(read.digest == source["digest"], "it holds other documents")
         except DistillError as error:
-            problem = str(error)
-        return replace(part, state=ALTERED, notes=[*notes, problem]) if problem else replace(part, state=WHOLE)
+            return replace(part, state=ALTERED, notes=[*notes, str(error)])
+        return replace(part, state=WHOLE)
 
-    def report(self, file: Path) -> Part:
+    def report(self, path: Path) -> Part:
         """A report: its files as they lie, then the runs and caches among them."""
-        report, base = read_json(file), file.parent.parent
+        file, follow = path / "report.json", {"run.json": self.run, MANIFEST: self.cache}
+        report = read_json(file)
         is_report = isinstance(report, dict) and report.get("format") == REPORT_FORMAT
         require(is_report, "not a report", where=file, expected=REPORT_FORMAT)
         parts = []
         for name, entry in report["files"].items():
-            path, digest = base / name, _sha256(base / name)
-            notes, follow = _difference(name, digest, entry["sha256"]), {"run.json": self.run, MANIFEST: self.cache}
-            below = [follow[path.name](path.parent)] if path.name in follow and not notes else []
-            state = WHOLE if not notes else ALTERED if digest else MISSING
+            source, digest = path.parent / name, entry["sha256"]
+            state, notes = _check(source, digest)
+            below = [follow[source.name](source.parent)] if source.name in follow and state == WHOLE else []
             parts.append(Part(kind="file", name=name, state=state, digest=digest, notes=notes, made_from=below))
-        return Part(kind="report", name=file.parent.name, state=WHOLE, at=str(file), digest=sha256_file(file),
-                    notes=report["headline"][:1], made_from=parts)  # fmt: skip
+        return _at("report", path, report["headline"][:1], state=WHOLE, at=str(file), digest=sha256_file(file),
+                   made_from=parts)  # fmt: skip

@@ -16,7 +16,8 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from shared.eval.report.tables import Measured, Model
+from shared.cache.manifest import Manifest
+from shared.eval.report.tables import FIGURES, Model
 from shared.eval.results import Proof
 
 
@@ -73,24 +74,14 @@ class Plot:
 
 
 def report_plots(
-    models: Sequence[Model],
-    logs: Mapping[str, Sequence[Mapping[str, Any]]],
-    caches: Sequence[Mapping[str, Any]],
-    proof: Proof | None,
+    models: Sequence[Model], caches: Mapping[str, Manifest | None], proof: Proof | None
 ) -> dict[str, Plot]:
-    """The report's plots for which there is data, by name.
-
-    Args:
-        models: teacher first.
-        logs: by label of the students, in the report's order, the records of `training_log.jsonl`.
-        caches: manifests.
-        proof: what `student proof` wrote.
-    """
+    """The report's plots for which there is data, by name; the teacher is the first model."""
     plots = {
         "fidelity": fidelity_plot(models),
         "tradeoff": tradeoff_plot(models),
-        "ce": training_plot(logs, "ce"),
-        "kd": training_plot(logs, "kd"),
+        "ce": training_plot(models, "ce"),
+        "kd": training_plot(models, "kd"),
         "calibration": calibration_plot(models),
         "mass": mass_plot(caches),
         "proof": proof_plot(proof) if proof else None,
@@ -113,98 +104,84 @@ def _interval(interval: Sequence[float] | None, sign: str = "") -> str:
     return f" ({interval[0]:{sign}.3f} to {interval[1]:{sign}.3f})" if interval else ""
 
 
-def _draw_lines(axes: Axes, lines: Sequence[Line], legend: str, **settings: Any) -> None:
+def _draw_lines(axes: Axes, lines: Sequence[Line], **settings: Any) -> None:
     for label, points, style in lines:
         axes.plot(*zip(*points, strict=True), label=_plain(label), **style)
     axes.set(**settings)
     axes.grid(axis="y")
-    axes.legend(fontsize=8, loc=legend)  # type: ignore[call-overload]  # one of matplotlib's places
+    axes.legend(fontsize=8)
 
 
-def training_plot(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> Plot | None:
+def _line_plot(what: str, lines: Sequence[Line], **settings: Any) -> Plot | None:
+    """Lines, in words each by its first and last point; None without any."""
+    if not lines:
+        return None
+    words = [f"{label}: from {points[0][1]:.3f} to {points[-1][1]:.3f}" for label, points, _ in lines]
+
+    def draw(figure: Figure) -> None:
+        _draw_lines(figure.subplots(), lines, **settings)
+
+    return Plot(draw=draw, alt=f"{what}. {'; '.join(words)}.")
+
+
+def training_plot(models: Sequence[Model], key: str) -> Plot | None:
     """Draw a loss in nats per token against the step, with its held-out counterpart `eval_<key>` where there is one."""
     lines: list[Line] = []
-    words = []
-    for index, (label, records) in enumerate(logs.items(), 1):
-        train, held_out = _series(records, key), _series(records, f"eval_{key}")
-        if train:
-            lines.append((label, train, {"color": _colour(index), "alpha": 0.45 if held_out else 1}))
-            words.append(f"{label}: from {train[0][1]:.2f} to {train[-1][1]:.2f} in training")
-        if held_out:
-            lines.append((f"{label}, held out", held_out, {"color": _colour(index), "marker": "o", "markersize": 3}))
-            words.append(f"{label}, held out: {held_out[-1][1]:.2f} at the end")
-
-    def draw(figure: Figure) -> None:
-        _draw_lines(figure.subplots(), lines, "best", xlabel="optimizer step", ylabel="nats per token")
-
-    return Plot(draw=draw, alt=f"Loss by step. {'; '.join(words)}.") if lines else None
+    for index, model in enumerate(models):
+        held_out = {"marker": "o", "markersize": 3}
+        for name, text, style in (
+            (key, model.label, {"alpha": 0.45}),
+            (f"eval_{key}", f"{model.label}, held out", held_out),
+        ):
+            known = {
+                r["step"]: r[name] for r in model.log if r.get(name) is not None and "step" in r
+            }  # a resume's last
+            if known:
+                lines.append((text, sorted(known.items()), {"color": _colour(index), **style}))
+    return _line_plot("Loss by step", lines, xlabel="optimizer step", ylabel="nats per token")
 
 
-def _series(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) where the key was logged; of a step logged again after a resume, the last."""
-    return sorted({r["step"]: r[key] for r in records if r.get(key) is not None and "step" in r}.items())
-
-
-def mass_plot(caches: Sequence[Mapping[str, Any]]) -> Plot | None:
+def mass_plot(caches: Mapping[str, Manifest | None]) -> Plot | None:
     """Draw the teacher's probability mass inside the cached rows by temperature, as manifests have it."""
     lines: list[Line] = []
-    words, ticks = [], set()
-    for index, cache in enumerate(caches, 1):
-        masses = (cache.get("statistics") or {}).get("captured_mass", {})
+    for index, (name, manifest) in enumerate(caches.items(), 1):
+        masses = manifest.statistics["captured_mass"] if manifest else {}
         known = sorted((float(T), mass) for T, mass in masses.items() if mass["mean"] is not None)
-        if known:
-            means, tenths = ([(T, mass[key]) for T, mass in known] for key in ("mean", "p10"))
-            name, colour = cache["name"], _colour(index)
-            lines.append((name, means, {"color": colour, "marker": "o", "markersize": 3.5}))
-            lines.append((f"{name}, 10th percentile", tenths, {"color": colour, "linestyle": ":"}))
-            words.append(f"{name}: " + ", ".join(f"{mean:.3f} at T={T:g}" for T, mean in means))
-            ticks |= {T for T, _ in known}
-
-    def draw(figure: Figure) -> None:
-        _draw_lines(figure.subplots(), lines, "lower left", xticks=sorted(ticks), ylim=(0, 1.03),
-                    xlabel="temperature T", ylabel="mass inside the top-k")  # fmt: skip
-
-    return Plot(draw=draw, alt=f"Captured mass by temperature. {'; '.join(words)}.") if lines else None
+        for key, label, style in (("mean", name, {"marker": "o"}), ("p10", f"{name}, 10th percentile", {"ls": ":"})):
+            points = [(T, mass[key]) for T, mass in known]
+            if points:
+                lines.append((label, points, {"color": _colour(index), "markersize": 3.5, **style}))
+    return _line_plot("Captured mass from the lowest temperature to the highest", lines, ylim=(0, 1.03),
+                      xlabel="temperature T", ylabel="mass inside the top-k")  # fmt: skip
 
 
 def fidelity_plot(models: Sequence[Model]) -> Plot | None:
     """Draw held-out NLL and KL to the teacher as bars with their 95 % intervals."""
     titles = {"heldout_nll_nats": "NLL, nats per token", "kl_to_teacher_nats": "KL to the teacher, nats per token"}
-    panels = {title: [model.measured(key) for model in models] for key, title in titles.items()}
-    panels = {title: bars for title, bars in panels.items() if any(bar.value is not None for bar in bars)}
+    panels = {title: [model.cell(FIGURES[key]) for model in models] for key, title in titles.items()}
+    panels = {title: cells for title, cells in panels.items() if any(cell.value is not None for cell in cells)}
+    places, colours = range(len(models)), [_colour(index) for index in range(len(models))]
 
     def draw(figure: Figure) -> None:
         all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-        for axes, (title, bars) in zip(all_axes, panels.items(), strict=True):
-            for row, bar in enumerate(bars):
-                _draw_bar(axes, row, bar)
-            axes.set_yticks(range(len(models)), [_plain(model.label) for model in models])
+        for axes, (title, cells) in zip(all_axes, panels.items(), strict=True):
+            ends = [cell.value or 0 for cell in cells]
+            errors = np.abs([np.subtract(cell.ci95 or (end, end), end) for cell, end in zip(cells, ends, strict=True)])
+            bars = axes.barh(places, ends, 0.62, color=colours, xerr=errors.T, ecolor=rcParams["text.color"])
+            axes.bar_label(bars, ["not measured" if cell.value is None else cell.text for cell in cells], padding=3)
+            axes.set_yticks(places, [_plain(model.label) for model in models])
             axes.invert_yaxis()
-            axes.set_title(title)
+            axes.set(title=title, xticks=[])
             axes.margins(x=0.18)
-            axes.set_xlim(left=0)
-            axes.tick_params(axis="y", length=0)
-            axes.set_xticks([])
-            axes.spines["bottom"].set_visible(False)
 
     words = [
-        f"{model.label} {title}: {bar.value:.3f}{_interval(bar.ci95)}"
-        for title, bars in panels.items()
-        for model, bar in zip(models, bars, strict=True)
-        if bar.value is not None
+        f"{model.label} {title}: {cell.text}{_interval(cell.ci95)}"
+        for title, cells in panels.items()
+        for model, cell in zip(models, cells, strict=True)
+        if cell.value is not None
     ]
     size = (WIDTH, len(panels) * (0.55 + 0.3 * max(len(models), 3)))
     return Plot(draw=draw, alt=f"Bars. {'; '.join(words)}.", size=size) if panels else None
-
-
-def _draw_bar(axes: Axes, row: int, bar: Measured) -> None:
-    end = bar.value or 0
-    axes.barh(row, end, color=_colour(row), height=0.62)
-    if bar.ci95:
-        axes.plot(bar.ci95, (row, row), color=rcParams["text.color"], linewidth=1)
-        end = max(end, bar.ci95[1])
-    text = "not measured" if bar.value is None else f"{bar.value:.3f}"
-    axes.annotate(text, (end, row), (3, 0), textcoords="offset points", va="center")
 
 
 def tradeoff_plot(models: Sequence[Model]) -> Plot | None:
@@ -221,12 +198,11 @@ def tradeoff_plot(models: Sequence[Model]) -> Plot | None:
         axes = figure.subplots()
         largest = max(parameters for *_, (_, _, parameters) in points)
         for index, label, (speed, nll, parameters) in points:
-            area, colour = max(1500 * parameters / largest, 20), _colour(index)
-            axes.scatter(speed, nll, s=area, color=colour, alpha=0.8, linewidths=0)
-            axes.plot([], [], color=colour, marker="o", linestyle="", markersize=5,
-                      label=_plain(f"{label}, {parameters / 1e6:,.1f} M"))  # fmt: skip
-        axes.set(xlabel="decoded tokens per second (right is faster)", ylabel="held-out NLL (lower is better)")
+            text, area = _plain(f"{label}, {parameters / 1e6:,.1f} M"), max(1500 * parameters / largest, 20)
+            axes.scatter(speed, nll, s=area, color=_colour(index), alpha=0.8, linewidths=0)
+            axes.plot([], [], "o", color=_colour(index), markersize=5, label=text)
         axes.margins(x=0.15, y=0.25)
+        axes.set(xlabel="decoded tokens per second (right is faster)", ylabel="held-out NLL (lower is better)")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.grid()
@@ -256,12 +232,11 @@ def calibration_plot(models: Sequence[Model]) -> Plot | None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot((0, 1), (0, 1), color=rcParams["text.color"], linestyle=":", linewidth=0.8)
-        axes.grid(axis="x")
-        _draw_lines(axes, lines, "upper left", xlim=(0, 1), ylim=(0, 1), xlabel="probability of the most likely token",
+        _draw_lines(axes, lines, xlim=(0, 1), ylim=(0, 1), xlabel="probability of the most likely token",
                     ylabel="share that is the text's token")  # fmt: skip
         for (_, points, style), weights in zip(lines, counts, strict=True):
             x, y = zip(*points, strict=True)
-            axes.scatter(x, y, s=[4 + 60 * n / sum(weights) for n in weights], linewidths=0, **style)
+            axes.scatter(x, y, s=[4 + 60 * n / sum(weights) for n in weights], **style)
 
     return Plot(draw=draw, alt=f"Reliability curves. {'; '.join(words)}.") if lines else None
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.cache.format import FORMAT, MANIFEST, VERSION
+from shared.cache.manifest import Manifest, read_manifest
 from shared.checkpoints import WEIGHTS, model_digest
 from shared.errors import ConfigError, require
 from shared.eval.report import tables
@@ -18,12 +20,13 @@ from shared.eval.results import BenchmarkResult, Draft, Fidelity, Latency, Proof
 from shared.files import read_json, replace_files, sha256_file, to_json
 from shared.machine import machine, versions
 from shared.process import log
+from shared.records import to_dict
 
 PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib", "jinja2")
 RESULT_FILES = ("fidelity.json", "latency.json", "draft.json", *(f"{key}/result.json" for key in BENCHMARKS))
 BULKY = ("per_document", "per_prompt", "ece_bins", "outcomes", "definitions")  # in report.json, not on the page
 PAGES = ("report.md", "report.html")
-UNSHOWN = ("files", "name", "build", "documents_per_shard", "digest")  # of a manifest
+UNSHOWN = ("files", "build", "documents_per_shard")  # of a manifest
 NUM_PROMPTS = 3
 
 
@@ -33,15 +36,13 @@ class Collected:
 
     Args:
         models: teacher first.
-        logs: training logs by label.
-        caches: what their manifests say.
+        caches: manifests by name; None for an unfinished cache.
         prompts: the first prompts, and what the models write after them.
         files: see `Files`.
     """
 
     models: Sequence[Model]
-    logs: Mapping[str, list[dict[str, Any]]]
-    caches: Sequence[dict[str, Any]]
+    caches: Mapping[str, Manifest | None]
     proof: Proof | None
     prompts: Sequence[dict[str, Any]]
     files: Mapping[str, dict[str, Any]]
@@ -88,9 +89,10 @@ def collect(
     Raises:
         ConfigError: there are no results; a file cannot be read as what it should be; or a student's name is not its
             results'.
+        CacheFormatError, CacheCorruptError: a manifest is of another version, or damaged.
     """
     files = Files(out_dir.parent)
-    cache_entries = [_cache(path, files) for path in caches]
+    manifests = {files.name(path): _manifest(path, files) for path in caches}
     together = files.result(eval_dir / "latency.json", Latency, "size, speed, memory")
     timed = list(together.models) if together else []
     folders = _model_folders(eval_dir, runs, caches, timed)
@@ -106,15 +108,9 @@ def collect(
         recorded = (m.fidelity.teacher_nll_nats for m in models if m.fidelity)
         nll = next((nll for nll in recorded if nll is not None), None)
         models[0] = dataclasses.replace(models[0], cached_nll=nll)
-    logs = {
-        model.label: files.lines(runs[model.name] / "training_log.jsonl", "training curves",
-                                 "codedistill student train, as for run.json")
-        for model in models if model.name in runs
-    }  # fmt: skip
     return Collected(
         models=models,
-        logs=logs,
-        caches=cache_entries,
+        caches=manifests,
         proof=files.result(proof_file, Proof, "variants over several seeds") if proof_file else None,
         prompts=_prompts(models, folders, files),
         files=files.files,
@@ -153,25 +149,29 @@ def _model(name: str, folder: Path, run_dir: Path | None, together: Latency | No
     """One model's results."""
     own = files.result(folder / "latency.json", Latency, "size, speed, memory")
     results, outcomes = {}, {}
-    for file in [folder / key / "result.json" for key in BENCHMARKS]:
+    for key in BENCHMARKS:
+        file = folder / key / "result.json"
         if not file.is_file():
             continue
-        key, result = file.parent.name, BenchmarkResult.read(file)
-        results[key] = result
+        result = results[key] = BenchmarkResult.read(file)
         files.remember(file, result.benchmark, result.command)
         if found := read_outcomes(file, result):
             outcomes[key] = found
             files.remember(file.with_name("verdicts.jsonl"), f"{result.benchmark}, problem by problem", result.command)
-    label = LABELS.get(name, f"{name} (folder)" if name in LABELS.values() else name)
+    run, log = {}, []
+    if run_dir:
+        run = files.record(run_dir / "run.json", "how the student was trained")
+        log = files.lines(run_dir / "training_log.jsonl", "training curves", run.get("command", ""))
     return Model(
         name=name,
-        label=label,
+        label=LABELS.get(name, f"{name} (folder)" if name in LABELS.values() else name),
         fidelity=files.result(folder / "fidelity.json", Fidelity, "NLL, KL, agreement, calibration"),
         latency=together if together and name in together.models else own,
         draft=files.result(folder / "draft.json", Draft, "speculative decoding"),
         benchmarks=results,
         outcomes=outcomes,
-        run=files.record(run_dir / "run.json", "how the student was trained") if run_dir else {},
+        run=run,
+        log=log,
         run_digest=model_digest(run_dir) if run_dir and (run_dir / WEIGHTS).is_file() else None,
     )
 
@@ -204,33 +204,25 @@ def _prompts(models: Sequence[Model], folders: Mapping[str, Path], files: Files)
     ]  # fmt: skip
 
 
-def _cache(path: Path, files: Files) -> dict[str, Any]:
-    """A cache's manifest without its list of files; only a reason where there is none."""
-    name, file = files.name(path), path / "manifest.json"
-    if not file.is_file():
-        return {"name": name, "reasons": {"manifest": "the cache has no manifest.json: it is unfinished"}}
-    manifest = read_json(file)
-    require(isinstance(manifest, dict), "a manifest of another form", where=file, expected="a JSON object")
-    made = (manifest.get(key) or {} for key in ("derived_from", "build"))
-    command = next((each["command"] for each in made if "command" in each), "teacher build")
-    files.remember(file, "captured mass, teacher, documents", f"codedistill {command}")
-    return {"name": name} | {key: value for key, value in manifest.items() if key not in UNSHOWN}
+def _manifest(path: Path, files: Files) -> Manifest | None:
+    if not (path / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(path)
+    made = [each for each in (manifest.derived_from, manifest.build) if each and "command" in each]
+    command = made[0]["command"] if made else "teacher build"
+    files.remember(path / MANIFEST, "captured mass, teacher, documents", f"codedistill {command}")
+    return manifest
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
-    """Write `report.md`, `report.html` and, last, `report.json`, and return the last as data.
-
-    Args:
-        collected: see `collect`.
-        out_dir: made if absent.
-    """
+    """Write `report.md`, `report.html` and, last, `report.json`, and return the last as data."""
     from shared.eval.report.plots import report_plots
 
     models, proof, pairs = collected.models, collected.proof, differences(collected.models)
-    render, given = _renderer(), facts(models, pairs, collected.caches, proof)
+    render, given = _renderer(), facts(models, pairs, collected.caches.values(), proof)
 
     def sentences(name: str) -> list[str]:
         """A template's paragraphs, each on one line."""
@@ -246,14 +238,14 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "proof": proof and proof.to_dict(),
         "prompts": collected.prompts,
         "caveats": sentences("caveats"),
-        "caches": collected.caches,
+        "caches": [_cache_json(*cache) for cache in collected.caches.items()],
         "files": collected.files,
         "inputs": collected.inputs,
         "machine": machine(),
         "versions": versions(*PACKAGES),
     }
-    shown = {"report": report, "cards": tables.cards(models), "rows": tables.comparison_rows(models), "proof": proof,
-             "plots": report_plots(models, collected.logs, collected.caches, proof)}  # fmt: skip
+    shown = {"report": report, "rows": tables.comparison(models), "benchmark": next(iter(tables.benchmarks(models))),
+             "proof": proof, "plots": report_plots(models, collected.caches, proof)}  # fmt: skip
     pages = {name: render(f"{name}.j2", **shown).encode(errors="backslashreplace") for name in PAGES}
     report["pages"] = {name: hashlib.sha256(page).hexdigest() for name, page in pages.items()}
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -263,21 +255,33 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
 
 def _model_json(model: Model, teacher: Model) -> dict[str, Any]:
     """A model's figures, each None with a reason where it is missing, and the results that they come from."""
-    measured = {key: model.measured(key) for key in FIGURES}
-    scores = {key: model.score(model.benchmark(key)) for key in BENCHMARKS}
+    cells = {key: model.cell(figure) for key, figure in FIGURES.items()}
+    reasons = {key: cell.reason for key, cell in cells.items()}
+    for key in BENCHMARKS:
+        reasons[key] = f"not measured: there is no {key}/result.json for this model"
+        if result := model.benchmarks.get(key):
+            reasons[key] = None if result.solved else result.reasons.get("pass_at_1", "unknown")
     return {
         "label": model.label,
         "digests": model.digests,
-        **{key: each.value for key, each in measured.items()},
-        "ci95": {key: each.ci95 for key, each in measured.items() if each.ci95},
+        **{key: cell.value for key, cell in cells.items()},
+        "ci95": {key: cell.ci95 for key, cell in cells.items() if cell.ci95},
         **{key: _score_json(model.benchmarks[key]) if key in model.benchmarks else {} for key in BENCHMARKS},
-        "reasons": {key: each.reason for key, each in (measured | scores).items() if each.reason},
-        "ratios_to_teacher": {
-            key: tables.ratio_to_teacher(key, model, teacher) for key, f in FIGURES.items() if f.less
-        },
+        "reasons": {key: reason for key, reason in reasons.items() if reason},
+        "ratios_to_teacher": {key: tables.ratio_to_teacher(figure, model, teacher)
+                              for key, figure in FIGURES.items() if figure.less},
         "results": {kind: result.to_dict() for kind, result in model.results.items()} | {"run": dict(model.run)},
         "outcomes": model.outcomes,
-    }
+    }  # fmt: skip
+
+
+def _cache_json(name: str, manifest: Manifest | None) -> dict[str, Any]:
+    """What a manifest says but for its files; only a reason where there is none."""
+    if manifest is None:
+        return {"name": name, "reasons": {"manifest": "the cache has no manifest.json: it is unfinished"}}
+    fields = to_dict(dataclasses.replace(manifest, files={})).items()
+    shown = {key: value for key, value in fields if key not in UNSHOWN and value is not None}
+    return {"name": name, "format": FORMAT, "version": VERSION, **shown}
 
 
 def _score_json(result: BenchmarkResult) -> dict[str, Any]:
@@ -296,22 +300,12 @@ def _renderer() -> Callable[..., str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    texts = (tables.count, tables.signed, tables.ratio_words, tables.spread_text, tables.paired_text)
+    texts = (tables.count, tables.signed, tables.ratio_words, tables.difference_cells, tables.variant_cells)
     environment.globals |= {"zip": zip} | {text.__name__: text for text in texts}
     environment.filters |= {
         "pretty": lambda value: to_json(value).rstrip(),
         "slim": lambda results: {kind: {key: value for key, value in result.items() if key not in BULKY}
                                  for kind, result in results.items()},
-        "figure": lambda value, row: "–" if value is None else format(value, ".1%" if row["is_share"] else ".3f"),
-        "signed": _signed,
-        "judged": lambda row: "not told apart" if row["verdict"] == "noise" else row["verdict"],
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|"),
     }  # fmt: skip
     return lambda name, **given: environment.get_template(name).render(**given)
-
-
-def _signed(value: float | None, row: Mapping[str, Any]) -> str:
-    """A difference between two figures; that of shares in percentage points."""
-    if value is None:
-        return "–"
-    return f"{tables.signed(100 * value, '+.1f')} pp" if row["is_share"] else tables.signed(value)

@@ -1,16 +1,15 @@
 """The report's sentences: the facts that `templates/{headline,background,caveats}.j2` put into words."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from shared.cache.manifest import Manifest
 from shared.errors import ConfigError
 from shared.eval.report.compare import Row, result_rows
-from shared.eval.report.tables import BASELINE, BENCHMARKS, NOT_HELD_OUT, Model, benchmarks_of
+from shared.eval.report.tables import BASELINE, BENCHMARKS, FIGURES, NOT_HELD_OUT, Model, benchmarks
 from shared.eval.results import Proof
 
-FULL_SIZES = {"HumanEval": 164, "MBPP": 500}
-TOO_FEW_PROMPTS = 10
 MAY_DIFFER = {"alpha"}  # between a student and its baseline
 
 
@@ -52,18 +51,19 @@ def _judged(baseline: Model, model: Model, kind: str) -> list[Row]:
     """The judged rows of one kind of result that both have."""
     sides = (baseline, model)
     results = [side.results[kind] for side in sides if kind in side.results]
-    not_held_out = kind == "fidelity" and NOT_HELD_OUT in [side.measured("heldout_nll_nats").reason for side in sides]
+    nlls = [side.cell(FIGURES["heldout_nll_nats"]) for side in sides]
+    not_held_out = kind == "fidelity" and NOT_HELD_OUT in [nll.reason for nll in nlls]
     if len(results) < 2 or not_held_out:
         return []
     rows = result_rows(results, [side.outcomes.get(kind, {}) for side in sides])
-    title = f"{model.benchmark(kind).title}: " if kind in BENCHMARKS else ""
+    title = f"{model.benchmarks[kind].benchmark}: " if kind in BENCHMARKS else ""
     return [dataclasses.replace(row, figure=title + row.figure) for row in rows if row.verdict != "unknown"]
 
 
 def facts(
     models: Sequence[Model],
     pairs: Sequence[Mapping[str, Any]],
-    caches: Sequence[Mapping[str, Any]],
+    manifests: Iterable[Manifest | None],
     proof: Proof | None,
 ) -> dict[str, Any]:
     """What the templates of the sentences are given."""
@@ -76,13 +76,10 @@ def facts(
         "student": student,
         "baseline": baseline,
         "paired": {row["figure"]: row for row in paired},
-        "manifest": next((cache for cache in caches if "sources" in cache), None),
+        "manifest": next(filter(None, manifests), None),
         "proof": proof,
         "best": max(ghosts, key=lambda variant: variant.k or 0, default=None),
-        "benchmarks": benchmarks_of(models),
-        "results_of": lambda benchmark: [result for model in models if (result := model.result_of(benchmark))],
-        "full_sizes": FULL_SIZES,
-        "too_few_prompts": TOO_FEW_PROMPTS,
+        "benchmarks": benchmarks(models),
         "other_settings": _other_settings(student, baseline) if student and baseline else [],
         "machines": list(dict.fromkeys(_machine(m.latency.machine) for m in models if m.latency)),
     }

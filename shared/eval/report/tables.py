@@ -1,6 +1,6 @@
-"""The report's models, figures and tables, and the text forms of all."""
+"""The report's models and figures: one description of each figure, from which both pages, JSON and ratios follow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,19 +19,54 @@ SHARES = {
 NOT_HELD_OUT = "not held out: the model was scored on documents that it was trained on"
 
 
-class Measured(NamedTuple):
-    """A model's figure with its 95 % interval where known; None, with the reason, where it is not known."""
+class Cell(NamedTuple):
+    """A model's figure and its text, with its 95 % interval where known; None, with the reason, where it is not known.
+
+    `notes` stand under it: the interval, and the figure against the teacher's.
+    """
 
     value: float | None = None
     ci95: Interval | None = None
     reason: str | None = None
+    text: str = "–"
+    notes: Sequence[str] = ()
 
 
-class Benchmark(NamedTuple):
-    """A benchmark by the folder of its results and the name that they give it."""
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Where a figure is found and how it is shown.
 
-    key: str
-    title: str
+    Args:
+        part: of the results, see `PARTS`; or the title of a benchmark.
+        name: the figure's name there; of several in a dictionary, `key` is the one meant.
+        label: of its row.
+        form: a format specification; `show` says instead how the part is put.
+        scale: factor before it is shown.
+        less, more: what a ratio to the teacher below 1 means, and one above 1; no ratio where empty.
+        always: whether the row stands even where no model has the figure.
+        interval: the name of its interval, or of a dictionary of intervals.
+    """
+
+    part: str
+    name: str
+    label: str
+    form: str = ".3f"
+    scale: float = 1
+    less: str = ""
+    more: str = ""
+    always: bool = False
+    key: str = ""
+    interval: str = "ci95"
+    show: Callable[[Any], str] | None = None
+
+    @property
+    def group(self) -> str:
+        """The heading that the row stands under."""
+        return "Size" if self.more == "larger" else PARTS.get(self.part, ("", "Programs written"))[1]
+
+    def text(self, value: float) -> str:
+        """A value as the reader sees it."""
+        return f"{value * self.scale:{self.form}}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +78,8 @@ class Model:
         label: for the reader.
         fidelity, latency, draft: see `shared.eval.results`; the latency may hold other models too.
         benchmarks: by folder, see `BENCHMARKS`; `outcomes` of each problem likewise.
-        run: a student's run.json; empty where there is none. `run_digest` is the digest of the model in its folder.
+        run, log: a student's run.json and training_log.jsonl; empty where there is none. `run_digest` is the digest of
+            the model in the run's folder.
         cached_nll: the teacher's NLL as a cache recorded it, if the teacher itself was not scored.
     """
 
@@ -55,6 +91,7 @@ class Model:
     benchmarks: Mapping[str, BenchmarkResult] = field(default_factory=dict)
     outcomes: Mapping[str, Outcomes] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
+    log: Sequence[Mapping[str, Any]] = ()
     run_digest: str | None = None
     cached_nll: float | None = None
 
@@ -96,58 +133,57 @@ class Model:
 
     def value(self, key: str) -> float | None:
         """A figure by its key in `FIGURES`; None where it is not known."""
-        return self.measured(key).value
+        return self.cell(FIGURES[key]).value
 
-    def measured(self, key: str) -> Measured:
-        """A figure by its key in `FIGURES`."""
-        figure, part = FIGURES[key], self._part(FIGURES[key].part)
-        if part is None and key == "heldout_nll_nats" and self.cached_nll is not None:
-            return Measured(self.cached_nll)
+    def cell(self, figure: Figure) -> Cell:
+        """A figure, without what it is against the teacher's."""
+        part = self._part(figure.part)
+        if part is None and figure is FIGURES["heldout_nll_nats"] and self.cached_nll is not None:
+            return Cell(self.cached_nll, text=figure.text(self.cached_nll))
         if part is None:
-            return Measured(reason=f"not measured: there is no {PARTS[figure.part][0]} for this model")
+            missing = PARTS.get(figure.part, (f"result of {figure.part}", ""))[0]
+            return Cell(reason=f"not measured: there is no {missing} for this model")
         if isinstance(part, Fidelity) and part.seen_in_training:
-            return Measured(reason=NOT_HELD_OUT)
-        value: float | None = getattr(part, figure.name)
+            return Cell(reason=NOT_HELD_OUT)
+        value, ci95 = (getattr(part, name, None) for name in (figure.name, figure.interval))
+        if figure.key:
+            value = (value or {}).get(figure.key)
         if value is None:
-            return Measured(reason=getattr(part, "reasons", {}).get(figure.name, "unknown"))
-        return Measured(value, getattr(part, "ci95", {}).get(figure.name))
+            unknown = f"fewer than {figure.key} samples of each problem" if figure.key else "unknown"
+            return Cell(reason=getattr(part, "reasons", {}).get(figure.name, unknown))
+        ci95 = ci95.get(figure.key or figure.name) if isinstance(ci95, dict) else ci95
+        notes = ["–".join(map(figure.text, ci95))] if ci95 else []
+        return Cell(value, ci95, None, figure.show(part) if figure.show else figure.text(value), notes)
 
     def _part(self, part: str) -> Any:
         """The part of the results that holds a figure."""
         timing = self.timing
         if part.startswith("batch "):
             return timing and timing.batches.get(part.removeprefix("batch "))
-        sizes = timing or (self.fidelity and self.fidelity.model)
-        return {"sizes": sizes, "timing": timing, "fidelity": self.fidelity, "draft": self.draft}[part]
+        parts = {"sizes": timing or (self.fidelity and self.fidelity.model), "timing": timing,
+                 "fidelity": self.fidelity, "draft": self.draft}  # fmt: skip
+        return parts[part] if part in parts else self.result_of(part)
 
-    def benchmark(self, key: str) -> Benchmark:
-        """The benchmark in a folder."""
-        return Benchmark(key, self.benchmarks[key].benchmark if key in self.benchmarks else BENCHMARKS[key])
+    def result_of(self, benchmark: str) -> BenchmarkResult | None:
+        """The model's result of the benchmark of this title."""
+        return next((result for result in self.benchmarks.values() if result.benchmark == benchmark), None)
 
-    def result_of(self, benchmark: Benchmark) -> BenchmarkResult | None:
-        """The model's result of this benchmark."""
-        return self.benchmarks.get(benchmark.key) if self.benchmark(benchmark.key) == benchmark else None
 
-    def score(self, benchmark: Benchmark, name: str = "pass_at_1", k: str = "") -> Measured:
-        """A benchmark's figure by its name in the result; pass@k for a given k."""
-        result, other = self.result_of(benchmark), self.benchmark(benchmark.key)
-        if result is None:
-            why = f"there is no {benchmark.key}/result.json for this model"
-            why = why if other == benchmark else f"{benchmark.key}/result.json is of {other.title}"
-            return Measured(reason=f"not measured: {why}")
-        value, ci95 = getattr(result, name), result.ci95 if name == "pass_at_1" else None
-        if k:
-            value, ci95 = (result.pass_at_k or {}).get(k), (result.pass_at_k_ci95 or {}).get(k)
-        unknown = f"fewer than {k} samples of each problem" if k else "unknown"
-        return Measured(value, ci95, None if value is not None else result.reasons.get(name, unknown))
+# --- figures ---------------------------------------------------------------------------------------------------------
 
-    def solved(self, benchmark: Benchmark) -> str | None:
-        """Problems solved of problems run, such as "0/164", or pass@1 of samples; None where not measured."""
-        result, pass_at_1 = self.result_of(benchmark), self.score(benchmark).value
-        if result is None or pass_at_1 is None:
-            return None
-        count = f"{round(pass_at_1 * result.num_problems)}/{result.num_problems}"
-        return f"{pass_at_1:.1%}" if result.is_sampled else count
+
+def count(value: float) -> str:
+    """A large number in thousands, millions or billions."""
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:,.1f}{unit}"
+    return f"{value:,.0f}"
+
+
+def _equality(draft: results.Draft) -> str:
+    """Whether decoding with drafts gave the teacher's own tokens."""
+    parts = [f"{dtype} {part.num_equal}/{part.num_prompts}" for dtype, part in draft.equality.items()]
+    return "yes" if draft.equal_to_greedy else ", ".join(parts)
 
 
 PARTS = {  # of the results → the file that holds it, and the heading of its figures
@@ -158,48 +194,14 @@ PARTS = {  # of the results → the file that holds it, and the heading of its f
     "fidelity": ("fidelity.json", "Held-out text"),
     "draft": ("draft.json", "As the teacher's draft"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A row of the comparison: where a figure is found and how it is shown.
-
-    Args:
-        part: one of `PARTS`.
-        name: the figure's name there.
-        label: of the row.
-        form: a format specification.
-        scale: factor before it is shown.
-        less, more: what a ratio to the teacher below 1 means, and one above 1; no ratio where empty.
-        always: whether the row stands even where no model has the figure.
-    """
-
-    part: str
-    name: str
-    label: str
-    form: str = ".3f"
-    scale: float = 1
-    less: str = ""
-    more: str = ""
-    always: bool = False
-
-    @property
-    def group(self) -> str:
-        """The heading that the row stands under."""
-        return "Size" if self.more == "larger" else PARTS[self.part][1]
-
-    def text(self, value: float) -> str:
-        """A value as the reader sees it."""
-        return count(value) if self.name == "parameters" else f"{value * self.scale:{self.form}}"
-
-
 _SIZE: dict[str, Any] = {"less": "smaller", "more": "larger"}
 _MB: dict[str, Any] = _SIZE | {"form": ",.1f", "scale": 1e-6}
 _MS: dict[str, Any] = {"form": ",.1f", "less": "faster", "more": "slower"}
 _RATE: dict[str, Any] = {"form": ",.1f", "less": "slower", "more": "faster"}
 _SHARE: dict[str, Any] = {"form": ".1%"}
 FIGURES = {  # the report's key → the row
-    "parameters": Figure("sizes", "parameters", "Parameters", always=True, **_SIZE),
+    "parameters": Figure("sizes", "parameters", "Parameters", always=True, show=lambda facts: count(facts.parameters),
+                         **_SIZE),
     "embedding_share": Figure("sizes", "embedding_share", "Parameters in embeddings and output head", **_SHARE),
     "bytes": Figure("sizes", "bytes", "Weights on disk, MB", always=True, **_MB),
     "memory_bytes": Figure("timing", "memory_bytes", "Weights in memory, MB", **_MB),
@@ -226,110 +228,71 @@ FIGURES = {  # the report's key → the row
                                    ".2f"),
     "draft_speedup": Figure("draft", "speedup", "Speed-up of the teacher ↑", ".2f"),
 }  # fmt: skip
-CARDS = {  # what the page opens with, beside the first benchmark: key of a figure → title, unit
-    "parameters": ("Size", "parameters"),
-    "decode_tokens_per_second": ("Speed", "tokens per second ↑"),
-    "heldout_nll_nats": ("Held-out NLL", "nats per token ↓"),
-    "kl_to_teacher_nats": ("KL to the teacher", "nats per token ↓"),
-    "top1_agreement": ("Top-1 agreement", "with the teacher ↑"),
-}
+EQUALITY = Figure("draft", "equal_to_greedy", "Output equal to plain greedy decoding", show=_equality)
 
 
-class Cell(NamedTuple):
-    """One model's figure: its text, None where not measured, with the reason; `notes` stand under it."""
+class Row(NamedTuple):
+    """A figure of every model, the teacher first."""
 
-    value: str | None
-    notes: Sequence[str] = ()
-    reason: str | None = None
-
-
-class TableRow(NamedTuple):
-    """A row of the comparison, a cell per model."""
-
-    group: str
-    label: str
+    figure: Figure
     cells: Sequence[Cell]
 
-
-def cards(models: Sequence[Model]) -> list[TableRow]:
-    """The six figures that the page opens with, as rows whose group is the unit."""
-    rows = [TableRow(unit, title, [_cell(key, model, models[0]) for model in models])
-            for key, (title, unit) in CARDS.items()]  # fmt: skip
-    first = benchmarks_of(models)[0]
-    rows.insert(2, TableRow("pass@1 ↑", first.title, [_score_cell(model, first) for model in models]))
-    return rows
+    @property
+    def is_shown(self) -> bool:
+        """Whether it stands in the comparison."""
+        return self.figure.always or any(cell.value is not None for cell in self.cells)
 
 
-def comparison_rows(models: Sequence[Model]) -> list[TableRow]:
-    """The comparison of all models, the teacher first."""
-    rows = [
-        TableRow(figure.group, figure.label, [_cell(key, model, models[0]) for model in models])
-        for key, figure in FIGURES.items()
-        if figure.always or any(model.value(key) is not None for model in models)
-    ]
-    if any(model.draft for model in models):
-        cells = [_equality_cell(model) for model in models]
-        rows.append(TableRow("As the teacher's draft", "Output equal to plain greedy decoding", cells))
-    return rows + [row for benchmark in benchmarks_of(models) for row in _benchmark_rows(models, benchmark)]
+def comparison(models: Sequence[Model]) -> dict[str, Row]:
+    """Every figure of all models by key; that of a benchmark is such as `HumanEval/pass_at_1`."""
+    figures = FIGURES | {"equal_to_greedy": EQUALITY}
+    for benchmark, found in benchmarks(models).items():
+        for figure in _benchmark_figures(benchmark, [result for _, result in found]):
+            figures[f"{benchmark}/{figure.name}{figure.key}"] = figure
+    return {key: Row(figure, [_against_teacher(model, figure, models[0]) for model in models])
+            for key, figure in figures.items()}  # fmt: skip
 
 
-def _cell(key: str, model: Model, teacher: Model) -> Cell:
-    """A model's figure with its 95 % interval and what it is against the teacher's."""
-    figure, (value, ci95, reason), teachers = FIGURES[key], model.measured(key), teacher.value(key)
-    if value is None:
-        return Cell(None, reason=reason)
-    notes = ["–".join(format(bound * figure.scale, figure.form) for bound in ci95)] if ci95 else []
-    if model is not teacher and (words := ratio_words(key, model, teacher)):
-        notes.append(words)
-    elif model is not teacher and key == "heldout_nll_nats" and teachers is not None:
-        notes.append(signed(value - teachers))
-    return Cell(figure.text(value), notes)
+def _against_teacher(model: Model, figure: Figure, teacher: Model) -> Cell:
+    """A model's figure, with what it is against the teacher's."""
+    cell, teachers = model.cell(figure), teacher.cell(figure).value
+    if model is teacher or cell.value is None or teachers is None:
+        return cell
+    ratio = ratio_to_teacher(figure, model, teacher)
+    if figure is FIGURES["heldout_nll_nats"]:
+        return cell._replace(notes=[*cell.notes, signed(cell.value - teachers)])
+    return cell if ratio is None else cell._replace(notes=[*cell.notes, ratio_text(ratio, figure.less, figure.more)])
 
 
-def _equality_cell(model: Model) -> Cell:
-    """Whether decoding with the model's drafts gave the teacher's own tokens."""
-    if model.draft is None:
-        return Cell(None, reason=model.measured("acceptance_rate").reason)
-    parts = [f"{dtype} {part.num_equal}/{part.num_prompts}" for dtype, part in model.draft.equality.items()]
-    return Cell("yes" if model.draft.equal_to_greedy else ", ".join(parts))
+def benchmarks(models: Sequence[Model]) -> dict[str, list[tuple[Model, BenchmarkResult]]]:
+    """Models and their results by benchmark; HumanEval, without any, where none is in its folder."""
+    found: dict[str, list[tuple[Model, BenchmarkResult]]] = {}
+    for folder in BENCHMARKS:
+        for model in models:
+            if result := model.benchmarks.get(folder):
+                found.setdefault(result.benchmark, []).append((model, result))
+        if not found:
+            found[BENCHMARKS["humaneval"]] = []
+    return found
 
 
-def benchmarks_of(models: Sequence[Model]) -> list[Benchmark]:
-    """The benchmarks that models were given; HumanEval where none was in its folder."""
-    found = [model.benchmark(key) for key in BENCHMARKS for model in models if key in model.benchmarks]
-    absent = [] if found and found[0].key == "humaneval" else [Benchmark("humaneval", BENCHMARKS["humaneval"])]
-    return list(dict.fromkeys(absent + found))
-
-
-def _benchmark_rows(models: Sequence[Model], benchmark: Benchmark) -> list[TableRow]:
+def _benchmark_figures(title: str, found: Sequence[BenchmarkResult]) -> list[Figure]:
     """Solved problems, further pass@k, and how far programs that fail got."""
-    found = [result for model in models if (result := model.result_of(benchmark))]
-    solved = " pass@1" if any(result.is_sampled for result in found) else " solved (greedy pass@1)"
+    solved = "pass@1" if any(result.is_sampled for result in found) else "solved (greedy pass@1)"
     ks = sorted({int(k) for result in found for k in result.pass_at_k or {}} - {1})
-    figures = [(solved, "pass_at_1", ""), *((f" pass@{k}", "pass_at_k", str(k)) for k in ks)]
-    figures += [(f": {label}", name, "") for name, label in SHARES.items()
-                if any(getattr(result, name) is not None for result in found)]  # fmt: skip
     return [
-        TableRow("Programs written", f"{benchmark.title}{label} ↑",
-                 [_score_cell(model, benchmark, name, k) for model in models])
-        for label, name, k in figures
-    ]  # fmt: skip
-
-
-def _score_cell(model: Model, benchmark: Benchmark, name: str = "pass_at_1", k: str = "") -> Cell:
-    value, ci95, reason = model.score(benchmark, name, k)
-    if value is None:
-        return Cell(None, reason=reason)
-    text = model.solved(benchmark) if name == "pass_at_1" else f"{value:.1%}"
-    return Cell(text, ["–".join(f"{bound:.1%}" for bound in ci95)] if ci95 else [])
+        Figure(title, "pass_at_1", f"{title} {solved} ↑", ".1%", always=True, show=lambda result: result.solved),
+        *(Figure(title, "pass_at_k", f"{title} pass@{k} ↑", ".1%", key=str(k), interval="pass_at_k_ci95") for k in ks),
+        *(Figure(title, name, f"{title}: {label} ↑", ".1%", interval="") for name, label in SHARES.items()),
+    ]
 
 
 # --- text forms ------------------------------------------------------------------------------------------------------
 
 
-def ratio_to_teacher(key: str, model: Model, teacher: Model) -> float | None:
+def ratio_to_teacher(figure: Figure, model: Model, teacher: Model) -> float | None:
     """A figure over the teacher's; None where one is missing, or times come from different machines."""
-    figure, value, teachers = FIGURES[key], model.value(key), teacher.value(key)
+    value, teachers = model.cell(figure).value, teacher.cell(figure).value
     if not figure.less or not value or not teachers:
         return None
     machines = [m.latency.machine if m.latency else None for m in (model, teacher)]
@@ -338,8 +301,8 @@ def ratio_to_teacher(key: str, model: Model, teacher: Model) -> float | None:
 
 def ratio_words(key: str, model: Model, teacher: Model) -> str | None:
     """The ratio to the teacher in words."""
-    ratio = ratio_to_teacher(key, model, teacher)
-    return None if ratio is None else ratio_text(ratio, FIGURES[key].less, FIGURES[key].more)
+    figure, ratio = FIGURES[key], ratio_to_teacher(FIGURES[key], model, teacher)
+    return None if ratio is None else ratio_text(ratio, figure.less, figure.more)
 
 
 def ratio_text(ratio: float, less: str, more: str) -> str:
@@ -355,19 +318,33 @@ def signed(value: float, form: str = "+.3f") -> str:
     return format(value, form).replace("-", "−")
 
 
-def spread_text(spread: results.Spread) -> str:
-    """Mean and standard deviation."""
-    return f"{spread.mean:.3f}" + ("" if spread.sd is None else f" ± {spread.sd:.3f}")
+def difference_cells(row: Mapping[str, Any]) -> list[str]:
+    """A judged row of two students in text: both figures, difference, interval or p-value, verdict."""
+
+    def difference(value: float) -> str:
+        return f"{signed(100 * value, '+.1f')} pp" if row["is_share"] else signed(value)
+
+    form = ".1%" if row["is_share"] else ".3f"
+    sides = ["–" if row[side] is None else format(row[side], form) for side in ("a", "b")]
+    judged_by = "–" if row["p_value"] is None else f"p = {row['p_value']:.3g}"
+    if row["ci95"]:
+        judged_by = " to ".join(map(difference, row["ci95"]))
+    change = "–" if row["difference"] is None else difference(row["difference"])
+    return [*sides, change, judged_by, "not told apart" if row["verdict"] == "noise" else row["verdict"]]
 
 
-def paired_text(paired: results.PairedDifference | None) -> str:
-    """A paired difference with its interval."""
-    return f"{signed(paired.difference)} ({' to '.join(map(signed, paired.ci95))})" if paired else "–"
+def variant_cells(variant: results.ProofVariant) -> list[str]:
+    """A variant of the proof in text: settings, NLL, its difference, p-value, significance, KL, its difference."""
 
+    def spread(figure: results.Spread) -> str:
+        return f"{figure.mean:.3f}" + ("" if figure.sd is None else f" ± {figure.sd:.3f}")
 
-def count(value: float) -> str:
-    """A large number in thousands, millions or billions."""
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:,.1f}{unit}"
-    return f"{value:,.0f}"
+    def paired(figure: results.PairedDifference) -> str:
+        return f"{signed(figure.difference)} ({' to '.join(map(signed, figure.ci95))})"
+
+    k, versus = "" if variant.k is None else f", K {variant.k}", variant.versus_ce
+    settings = f"loss {variant.loss}{k}, lr {variant.learning_rate}, epochs {variant.epochs:g}"
+    if versus is None:
+        return [settings, spread(variant.test_nll), "–", "–", "–", spread(variant.test_kl), "–"]
+    found = [f"{versus.p_holm:.2g}", "yes" if versus.significant else "no"]
+    return [settings, spread(variant.test_nll), paired(versus), *found, spread(variant.test_kl), paired(versus.kl)]

@@ -3,10 +3,18 @@
 import os
 import struct
 
-from shared.eval.sandbox.codec import MAX_BYTES, NotPlainError
+from shared.eval.sandbox.codec import MAX_BYTES
 
 _CHUNK = 1 << 20
 _ENVELOPE = 1 << 10
+
+
+class GoneError(Exception):
+    """The other side has ended."""
+
+
+class RefusedError(Exception):
+    """The other side's answer is too large or malformed."""
 
 
 class Channel:
@@ -19,33 +27,37 @@ class Channel:
         """Send a message.
 
         Raises:
-            OSError: the other end is gone.
+            GoneError: the other end is gone.
         """
-        write_all(self._descriptor, struct.pack("<Q", len(message)) + message)
+        try:
+            write_all(self._descriptor, struct.pack("<Q", len(message)) + message)
+        except OSError as error:
+            raise GoneError from error
 
-    def receive(self) -> bytes | None:
-        """The next message; None where the other end is gone.
+    def receive(self) -> bytes:
+        """The next message.
 
         Raises:
-            NotPlainError: it is larger than any message may be.
+            GoneError: the other end is gone.
+            RefusedError: the message is larger than any may be, or than memory.
         """
-        head = self._read(8)
-        if head is None:
-            return None
-        (size,) = struct.unpack("<Q", head)
+        (size,) = struct.unpack("<Q", self._read(8))
         if size > MAX_BYTES + _ENVELOPE:
-            raise NotPlainError("a message too large")
-        return self._read(size)
+            raise RefusedError("a message too large")
+        try:
+            return self._read(size)
+        except MemoryError as error:
+            raise RefusedError(str(error)) from None
 
-    def _read(self, size: int) -> bytes | None:
+    def _read(self, size: int) -> bytes:
         message = bytearray()
         while len(message) < size:
             try:
                 chunk = os.read(self._descriptor, min(size - len(message), _CHUNK))
             except ConnectionResetError:  # gone with something of ours unread
-                return None
+                chunk = b""
             if not chunk:
-                return None
+                raise GoneError
             message += chunk
         return bytes(message)
 

@@ -19,12 +19,13 @@ from typing import Any, NoReturn
 
 from shared.eval.sandbox import prompt, solver
 from shared.eval.sandbox.asserts import FAILED, HELD, count_asserts
-from shared.eval.sandbox.channel import Channel, read_all, write_all
+from shared.eval.sandbox.channel import Channel, GoneError, RefusedError, read_all, write_all
 from shared.eval.sandbox.codec import NotPlainError, TooLargeError
+from shared.eval.sandbox.exceptions import described
 from shared.eval.sandbox.needs import Needs
-from shared.eval.sandbox.peer import GoneError, Peer, RefusedError
+from shared.eval.sandbox.peer import Peer
 from shared.eval.sandbox.policy import OF_PROGRAM, OF_TEST
-from shared.eval.sandbox.proxies import TEST_METHODS, Makers, Remote, RemoteFunction, give_methods
+from shared.eval.sandbox.proxies import Remote, RemoteFunction, give_methods
 from shared.eval.sandbox.surroundings import CheckerSurroundings, Surroundings, wanted
 from shared.eval.sandbox.table import Table
 
@@ -101,10 +102,7 @@ class _Check:
 
     def _fail(self, error: BaseException) -> None:
         """Record a failure; what follows changes it no more."""
-        try:
-            text = f"{type(error).__name__}: {error}".removesuffix(": ")
-        except BaseException:
-            text = "an exception without a readable text"
+        text = described(error)
         reason = "" if self._peer is None else self._not_judged(error, self._peer)
         self._verdict("error" if reason else "failed", f"{reason}: {text}" if reason else text)
 
@@ -125,14 +123,13 @@ class _Check:
         """Run the prompt for what the test may use of it; its entry point becomes the stand-in of the program's."""
         entry_point = job["entry_point"]
         shared = self._run_prompt(job["prompt"])
-        answer = self.attempt(lambda: _first_message(channel))
-        if answer != solver.LOADED:
-            self.end("failed", answer[1:].decode("utf-8", "replace"))
         checksums = {name: prompt.checksums(v) if isinstance(v, type) else {} for name, v in shared.items()}
         names = wanted(job["test"])
-        agreed = json.dumps({"checksums": checksums, "surroundings": names}).encode()
-        self.attempt(lambda: _first_send(channel, agreed))
-        differences = self.attempt(lambda: _differences(_first_message(channel))) if checksums else {}
+        proposed = json.dumps({"checksums": checksums, "surroundings": names}).encode()
+        self.attempt(lambda: channel.send(proposed))
+        differences = self.attempt(lambda: _differences(channel.receive()))
+        if isinstance(differences, str):
+            self.end("failed", differences)
         shared = {name: shared[name] for name in differences if name in shared}
         candidate = shared.get(entry_point) or RemoteFunction()
         table = Table([candidate, *shared.values()])
@@ -198,7 +195,7 @@ class _ProgramPeer(Peer):
     def __init__(
         self, check: _Check, channel: Channel, table: Table, surroundings: Surroundings, expects_stop: bool
     ) -> None:
-        super().__init__(channel, table, methods=TEST_METHODS, makers=Makers, surroundings=surroundings, exact=True)
+        super().__init__(channel, table, surroundings, exact=True)
         self.was_called = False
         self.doubts: list[str] = []
         self._check, self._expects_stop = check, expects_stop
@@ -263,27 +260,14 @@ def _is_raised_in_test(error: BaseException) -> bool:
     return trace is not None and trace.tb_frame.f_code.co_filename == "<test>"
 
 
-def _first_send(channel: Channel, message: bytes) -> None:
+def _differences(message: bytes) -> dict[str, list[str]] | str:
+    """What the program has of the prompt's classes and objects, and by which names the classes differ; or why it did
+    not load."""
     try:
-        channel.send(message)
-    except OSError as error:
-        raise GoneError from error
-
-
-def _first_message(channel: Channel) -> bytes:
-    try:
-        message = channel.receive()
-    except (NotPlainError, MemoryError) as error:
-        raise RefusedError(str(error)) from None
-    if message is None:
-        raise GoneError
-    return message
-
-
-def _differences(message: bytes) -> dict[str, list[str]]:
-    """What the program has of the prompt's classes and objects, and by which names the classes differ."""
-    try:
-        return {str(name): [str(inner) for inner in names] for name, names in json.loads(message).items()}
+        answer = json.loads(message)
+        if isinstance(answer, str):
+            return answer
+        return {str(name): [str(inner) for inner in names] for name, names in answer.items()}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise RefusedError(f"malformed data: {error}") from None
 

@@ -16,12 +16,15 @@ import math
 import struct
 import types
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shared.eval.sandbox import exceptions, library
+from shared.eval.sandbox import exceptions, library, proxies
 from shared.eval.sandbox.kinds import CHANGING, FIXED, PLAIN
 from shared.eval.sandbox.outlines import class_outline, form_of, function_outline
 from shared.eval.sandbox.table import Table, base_among
+
+if TYPE_CHECKING:
+    from shared.eval.sandbox.peer import Peer
 
 MAX_BYTES = 256 << 20
 
@@ -43,16 +46,6 @@ class TooLargeError(NotPlainError):
 
     def __init__(self) -> None:
         super().__init__(f"more than {MAX_BYTES >> 20} MiB")
-
-
-class Makers(Protocol):
-    """Makes what stands for things of the other side; see `proxies.py`."""
-
-    def proxy(self, number: int, form: bytes, items: list[Any]) -> Any:
-        """Of an object that stays there, from its form and what is said of it."""
-
-    def kind(self, items: list[Any]) -> type:
-        """Of a class, from its outline."""
 
 
 def _text_bytes(text: str) -> bytes:
@@ -100,8 +93,8 @@ class Encoder:
 
     Args:
         table: the objects that the other side knows; new ones are added.
-        exact: refuse what is no plain data; otherwise instances of other classes are written as what they are built on,
-            and anything else is exported.
+        exact: of the test's side: refuse what is no plain data, and name what the library has. The program's side
+            writes instances of other classes as what they are built on, and exports anything else.
     """
 
     def __init__(self, table: Table, *, exact: bool) -> None:
@@ -191,10 +184,10 @@ class Encoder:
         """Something that stays on this side."""
         form = form_of(value)
         # A test's iterator is only asked for items, so it must be nothing more; of an `object()` nothing can be asked.
-        if self.exact and (form in (b"o", b"c") or isinstance(value, io.IOBase)) and kind is not object:
+        if self.exact and (form in "oc" or isinstance(value, io.IOBase)) and kind is not object:
             raise NotPlainError(f"a value of type {kind.__name__}", kind)
-        has_class = not self.exact and form in (b"i", b"k", b"o")
-        self._later(b"X", [kind] if has_class else function_outline(value), value, form[0])
+        has_class = not self.exact and form in "iko"
+        self._later(b"X", [kind] if has_class else function_outline(value), value, ord(form))
 
     def _later(self, operation: bytes, items: Sequence[Any], value: Any, tag: int = 0) -> None:
         """Write the items, and then the operation that makes an object of them."""
@@ -255,23 +248,16 @@ class Decoder:
     Args:
         table: the objects that references may name; new ones are added.
         data: what an `Encoder` wrote, or anything.
-        makers: makes what stands for things of the other side.
-        named: finds what the other side may name; see `library.py`.
+        peer: what proxies of the other side's objects call.
+        exact: of the test's side: take from the library only what a program may name.
         start: where in the data it begins.
 
     Attributes:
         changed: the objects known before that now hold something else.
     """
 
-    def __init__(
-        self,
-        table: Table,
-        data: bytes,
-        makers: Makers,
-        named: Callable[[str], Any] = library.named,
-        start: int = 0,
-    ) -> None:
-        self.table, self._makers, self._named = table, makers, named
+    def __init__(self, table: Table, data: bytes, peer: "Peer", *, exact: bool, start: int = 0) -> None:
+        self.table, self._peer, self._exact = table, peer, exact
         self.first_new = table.next_number
         self.changed: list[int] = []
         self._data, self._at = data, start
@@ -303,7 +289,8 @@ class Decoder:
     def _do(self, operation: bytes) -> None:
         """One of the rarer operations."""
         if operation == b"P":
-            self._stack.append(self._named(self._bytes(self._count()).decode()))
+            name = self._bytes(self._count()).decode()
+            self._stack.append(library.named(name, any_of_library=not self._exact))
         elif operation in b"QWS":
             self._stack += self._many(operation, self._count())
         elif operation == b"C":
@@ -360,11 +347,11 @@ class Decoder:
                 kind = list(CHANGING)[tag]
                 return CHANGING[kind].new(kind, *items)
             case b"K":
-                return self._makers.kind(items)
+                return proxies.made_class(self._peer, items)
             case b"E":
                 return exceptions.rebuilt(*items)
             case b"X":
-                return self._makers.proxy(self.table.next_number, bytes([tag]), items)
+                return proxies.made_proxy(self._peer, self.table.next_number, chr(tag), items)
             case b"Y":
                 return self._member(*items)
             case b"I":

@@ -44,7 +44,7 @@ def rebuilt(
 def described(error: BaseException) -> str:
     """Its class and text."""
     try:
-        text = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
     except BaseException:
         text = "an exception without a readable text"
     return text[:500]

@@ -52,22 +52,17 @@ def name_of(value: Any, *, any_of_library: bool) -> str | None:
     return path_of(value) if any_of_library and callable(value) else None
 
 
-def named(name: str) -> Any:
-    """What a program may name.
+def named(name: str, *, any_of_library: bool) -> Any:
+    """What the other side names.
 
-    Raises:
-        LookupError: it is not in `NAMED`.
-    """
-    return NAMED[name]
-
-
-def any_named(name: str) -> Any:
-    """What a test may name.
+    Args:
+        name: as `name_of` gives it.
+        any_of_library: also what is not in `NAMED`.
 
     Raises:
         LookupError, AttributeError, ImportError: there is no such thing.
     """
-    if name in NAMED:
+    if name in NAMED or not any_of_library:
         return NAMED[name]
     module, _, path = name.partition(":")
     return _found(importlib.import_module(module), path)

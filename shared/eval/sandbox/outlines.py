@@ -26,14 +26,14 @@ JUDGED = frozenset(
 CODE = ("co_name", "co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_flags", "co_varnames")
 
 
-def form_of(value: Any) -> bytes:
+def form_of(value: Any) -> str:
     """What a proxy of a value must be able to do."""
     if isinstance(value, types.GeneratorType):
-        return b"g"
+        return "g"
     if isinstance(value, Awaitable):
-        return b"c"
+        return "c"
     if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
-        return b"f"
+        return "f"
     return _form_of_instances(type(value))
 
 
@@ -64,7 +64,7 @@ def class_outline(kind: type, *, with_names: bool) -> list[Any]:
             bases.append(base)
     names = {name: value for c in reversed(described) for name, value in vars(c).items() if is_told(name)}
     attributes = [marked(name, value) for name, value in names.items()] if with_names else []
-    return [_text(kind.__name__), _form_of_instances(kind).decode(), is_library, len(bases), *bases, *attributes]
+    return [_text(kind.__name__), _form_of_instances(kind), is_library, len(bases), *bases, *attributes]
 
 
 def is_told(name: str) -> bool:
@@ -99,10 +99,10 @@ def _place(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _form_of_instances(kind: type) -> bytes:
+def _form_of_instances(kind: type) -> str:
     if issubclass(kind, Iterator):
-        return b"i"
-    return b"k" if any("__call__" in vars(base) for base in kind.__mro__) else b"o"
+        return "i"
+    return "k" if any("__call__" in vars(base) for base in kind.__mro__) else "o"
 
 
 def _text(value: Any) -> str | None:

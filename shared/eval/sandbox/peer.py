@@ -1,13 +1,12 @@
 """Calls between solver and checker. Each may call what the other has let it have a proxy of, also during a call."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
-from shared.eval.sandbox import library
-from shared.eval.sandbox.channel import Channel
-from shared.eval.sandbox.codec import Decoder, Encoder, Makers, NotPlainError
+from shared.eval.sandbox.channel import Channel, GoneError, RefusedError
+from shared.eval.sandbox.codec import Decoder, Encoder, NotPlainError
 from shared.eval.sandbox.exceptions import described
+from shared.eval.sandbox.proxies import PROGRAM_METHODS, TEST_METHODS
 from shared.eval.sandbox.surroundings import Surroundings
 from shared.eval.sandbox.table import Table
 from shared.eval.sandbox.turn import Turn
@@ -17,40 +16,22 @@ CALL, RETURN, RAISE, REFUSED = b"C", b"R", b"X", b"F"
 _SECONDS_PER_MESSAGE = 125e-6
 
 
-class GoneError(Exception):
-    """The other side has ended."""
-
-
-class RefusedError(Exception):
-    """The other side's answer is too large or malformed."""
-
-
 class Peer:
     """One side of the channel. Its threads take turns.
 
     Args:
         channel: to the other side.
         table: the objects that both know.
-        methods: what the other side may do with an object of this one, by name.
-        makers: makes what stands for objects of the other side, of this peer.
         surroundings: state of the process that crosses with every message.
-        exact: refuse what is no plain data; see `Encoder`. Such a side also says which objects it has given up.
+        exact: of the test's side: see `Encoder` and `Decoder`. Such a side also says which objects it has given up, and
+            lets the other only call its own.
     """
 
-    def __init__(
-        self,
-        channel: Channel,
-        table: Table,
-        *,
-        methods: dict[str, Callable[..., Any]],
-        makers: Callable[["Peer"], Makers],
-        surroundings: Surroundings,
-        exact: bool,
-    ) -> None:
+    def __init__(self, channel: Channel, table: Table, surroundings: Surroundings, *, exact: bool) -> None:
         self.table = table
         self.has_received = False
-        self._channel, self._methods, self._surroundings, self._exact = channel, methods, surroundings, exact
-        self._makers = makers(self)
+        self._channel, self._surroundings, self._exact = channel, surroundings, exact
+        self._methods = TEST_METHODS if exact else PROGRAM_METHODS
         self._turn = Turn()
 
     def call(self, number: int, method: str, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
@@ -106,7 +87,7 @@ class Peer:
 
     def refuse(self, error: BaseException) -> None:
         """Say that an answer cannot cross."""
-        self._deliver(REFUSED + described(error).encode("utf-8", "replace"))
+        self._channel.send(REFUSED + described(error).encode("utf-8", "replace"))
 
     def doubt(self, reason: str) -> None:
         """Note that the program decides something that the test goes by."""
@@ -138,14 +119,8 @@ class Peer:
             self.table.forget_from(first_new)
             raise
         self.table.agree([*changed, *range(first_new, self.table.next_number)])
-        self._deliver(how + encoder.take())
+        self._channel.send(how + encoder.take())
         self._count(start, is_own=how == CALL)
-
-    def _deliver(self, message: bytes) -> None:
-        try:
-            self._channel.send(message)
-        except OSError as error:
-            raise GoneError from error
 
     def _count(self, start: float, *, is_own: bool) -> None:
         """Count a message that this side has packed or unpacked since then; the other side takes as long."""
@@ -160,15 +135,12 @@ class Peer:
         """
         try:
             message = self._channel.receive()
-            if message is None:
-                raise GoneError
             self.has_received = True
             start = time.perf_counter()
             how = message[:1]
             if how not in (CALL, RETURN, RAISE):
                 raise RefusedError(message[1:].decode("utf-8", "replace"))
-            named = library.named if self._exact else library.any_named
-            decoder = Decoder(self.table, message, self._makers, named, start=1)
+            decoder = Decoder(self.table, message, self, exact=self._exact, start=1)
             surroundings, *values = decoder.decode()
             if how != CALL and (len(values) != 1 or (how == RAISE and not isinstance(values[0], BaseException))):
                 raise NotPlainError("malformed data")

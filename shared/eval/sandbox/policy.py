@@ -48,10 +48,8 @@ def limit_resources(cpu_seconds: int) -> None:
         hard = resource.getrlimit(kind)[1]
         if hard != resource.RLIM_INFINITY:
             value = min(value, hard)
-        if sys.platform == "darwin":  # refuses some of these; there is no isolation there anyway
-            with contextlib.suppress(ValueError, OSError):
-                resource.setrlimit(kind, (value, value))
-        else:
+        # macOS refuses some of these; there is no isolation there anyway.
+        with contextlib.suppress(*(ValueError, OSError) if sys.platform == "darwin" else ()):
             resource.setrlimit(kind, (value, value))
 
 

@@ -3,6 +3,7 @@
 import secrets
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from shared import errors
@@ -67,3 +68,15 @@ def probe(isolation: Isolation) -> dict[str, str]:
             verdict = worker.run(candidate, PROBE_SECONDS)
             outcomes[about] = "refused" if verdict.verdict == "passed" else f"{verdict.verdict}: {verdict.detail}"
     return outcomes
+
+
+def probe_all() -> Iterator[tuple[Isolation, dict[str, str], str]]:
+    """Of each choice, the best first: itself, what each attempt came to, and why it does not hold, empty if it does."""
+    for isolation in CHOICES:
+        try:
+            outcomes = probe(isolation)
+        except SandboxError as error:
+            yield isolation, {}, str(error.got)
+            continue
+        open_ways = [about for about, outcome in outcomes.items() if outcome != "refused"]
+        yield isolation, outcomes, f"not refused: {', '.join(open_ways)}" if open_ways else ""

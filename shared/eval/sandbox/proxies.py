@@ -8,11 +8,13 @@ method of a class of the prompt, the program does decide; then the test does not
 import inspect
 import types
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.eval.sandbox import library
 from shared.eval.sandbox.outlines import CODE, JUDGED, OBSERVED, signature_outline
-from shared.eval.sandbox.peer import Peer
+
+if TYPE_CHECKING:
+    from shared.eval.sandbox.peer import Peer
 
 # What the checker may do with an object of the program. `attribute` is asked of the entry point, of any object.
 PROGRAM_METHODS: dict[str, Callable[..., Any]] = {
@@ -37,42 +39,47 @@ _LOOPS: list[Any] = []
 _MAX_NAMES = 5_000
 
 
-class Makers:
-    """Makes proxies, and classes like those of the other side."""
-
-    def __init__(self, peer: Peer) -> None:
-        self._peer = peer
-
-    def proxy(self, number: int, form: bytes, items: list[Any]) -> Any:
-        """The proxy of an object, from its form and its class or what is known of a function."""
-        if len(items) == 1:
-            kind = items[0] if issubclass(items[0], Remote) else _FORMS[form.decode()]  # of such as `map`
-            return kind.__new__(kind).bind(self._peer, number, {})
-        name, text, *code = items
-        known = {"__name__": name, "__doc__": text}
-        if code:
-            known["__code__"] = types.SimpleNamespace(**dict(zip(CODE, *code, strict=True)))
-        return _FORMS[form.decode()]().bind(self._peer, number, known)
-
-    def kind(self, items: list[Any]) -> type:
-        """A class from its outline; the library's own where instances may be of it."""
-        name, form, is_library, count, *rest = items
-        if len(rest) > _MAX_NAMES:
-            raise ValueError("too many names in a class")
-        named = [base if isinstance(base, type) else library.base_named(base) for base in rest[:count]]
-        bases = list(dict.fromkeys(base for base in named if base is not None))
-        if is_library:
-            place = rest[0].partition("|")[0]
-            if bases and library.path_of(bases[0]) == place:
-                return bases[0]
-            if (value_class := library.value_class_named(place)) is not None:
-                return value_class
-        if not any(self._peer.table.is_data(base) or issubclass(base, BaseException | Remote) for base in bases):
-            bases.append(_FORMS[form])
-        return _made_class(self._peer, str(name), tuple(bases), rest[count:])
+def made_proxy(peer: "Peer", number: int, form: str, items: list[Any]) -> "Remote":
+    """The proxy of an object, from its form and its class or what is known of a function."""
+    if len(items) == 1:
+        kind: type[Remote] = items[0] if issubclass(items[0], Remote) else _FORMS[form]  # of such as `map`
+        return kind.__new__(kind).bind(peer, number, {})
+    name, text, *code = items
+    known = {"__name__": name, "__doc__": text}
+    if code:
+        known["__code__"] = types.SimpleNamespace(**dict(zip(CODE, *code, strict=True)))
+    return _FORMS[form]().bind(peer, number, known)
 
 
-def give_methods(peer: Peer, kind: type, names: Iterable[str], deciding: Container[str]) -> None:
+def made_class(peer: "Peer", items: list[Any]) -> type:
+    """A class from its outline; the library's own where instances may be of it."""
+    name, form, is_library, count, *rest = items
+    if len(rest) > _MAX_NAMES:
+        raise ValueError("too many names in a class")
+    named = [base if isinstance(base, type) else library.base_named(base) for base in rest[:count]]
+    bases = list(dict.fromkeys(base for base in named if base is not None))
+    if is_library:
+        place = rest[0].partition("|")[0]
+        if bases and library.path_of(bases[0]) == place:
+            return bases[0]
+        if (value_class := library.value_class_named(place)) is not None:
+            return value_class
+    if not any(peer.table.is_data(base) or issubclass(base, BaseException | Remote) for base in bases):
+        bases.append(_FORMS[form])
+    meta: type = _RemoteClass
+    for base in bases:
+        if not issubclass(meta, type(base)):
+            meta = type("_RemoteClass", (meta, type(base)), {})
+    namespace = {"__module__": "candidate", "__remote__": peer, **_forwards(peer, bases, rest[count:])}
+    if any(issubclass(base, Remote) for base in bases):
+        namespace["__slots__"] = ()
+    if "__eq__" in namespace:
+        namespace["__hash__"] = bases[0].__hash__
+    made: type = meta(str(name), tuple(bases), namespace)
+    return made
+
+
+def give_methods(peer: "Peer", kind: type, names: Iterable[str], deciding: Container[str]) -> None:
     """Have a class of the prompt do these things by the program's class, since the prompt leaves them open.
 
     Args:
@@ -86,21 +93,7 @@ def give_methods(peer: Peer, kind: type, names: Iterable[str], deciding: Contain
         type.__setattr__(kind, name, forward)
 
 
-def _made_class(peer: Peer, name: str, bases: tuple[type, ...], names: Iterable[Any]) -> type:
-    meta: type = _RemoteClass
-    for base in bases:
-        if not issubclass(meta, type(base)):
-            meta = type("_RemoteClass", (meta, type(base)), {})
-    namespace = {"__module__": "candidate", "__remote__": peer, **_forwards(peer, bases, names)}
-    if any(issubclass(base, Remote) for base in bases):
-        namespace["__slots__"] = ()
-    if "__eq__" in namespace:
-        namespace["__hash__"] = bases[0].__hash__
-    made: type = meta(name, bases, namespace)
-    return made
-
-
-def _forwards(peer: Peer, bases: Iterable[type], names: Iterable[Any]) -> dict[str, "_Forwarded"]:
+def _forwards(peer: "Peer", bases: Iterable[type], names: Iterable[Any]) -> dict[str, "_Forwarded"]:
     """What a class built on others gets for the names of the other side's class."""
     forwards: dict[str, _Forwarded] = {}
     for marked in names:
@@ -123,7 +116,7 @@ class _Forwarded:
 
     decides = False  # whether by it the program would decide what a test asserts
 
-    def __init__(self, peer: Peer, name: str) -> None:
+    def __init__(self, peer: "Peer", name: str) -> None:
         self._peer, self._name = peer, name
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -202,7 +195,7 @@ class Remote:
 
     __slots__ = ("__weakref__", "_known_", "_number_", "_peer_")
 
-    def bind(self, peer: Peer, number: int, known: dict[str, Any]) -> "Remote":
+    def bind(self, peer: "Peer", number: int, known: dict[str, Any]) -> "Remote":
         """Say which object this stands for, and what is known of it."""
         for name, value in (("_peer_", peer), ("_number_", number), ("_known_", known)):
             object.__setattr__(self, name, value)

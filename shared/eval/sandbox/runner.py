@@ -41,15 +41,10 @@ def open_sandbox(*, unsafe: bool = False) -> Sandbox:
         SandboxError: there is none, and why.
     """
     reasons = []
-    for isolation in probe.CHOICES:
-        try:
-            open_ways = [about for about, what in probe.probe(isolation).items() if what != "refused"]
-        except SandboxError as error:
-            reasons.append(f"{isolation.value}: {error.got}")
-            continue
-        if not open_ways:
+    for isolation, _, reason in probe.probe_all():
+        if not reason:
             return Sandbox(isolation)
-        reasons.append(f"{isolation.value}: not refused: {', '.join(open_ways)}")
+        reasons.append(f"{isolation.value}: {reason}")
     if unsafe:
         return Sandbox(Isolation.NONE)
     raise SandboxError("no sandbox can be had here", got="; ".join(reasons), fix=FIX)

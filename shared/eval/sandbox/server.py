@@ -4,7 +4,6 @@ Started by `worker.py`, on its socket. It never sees a candidate or a test: it h
 its socket ends it ends, and its children with it.
 """
 
-import array
 import contextlib
 import fcntl
 import gc
@@ -83,34 +82,25 @@ def _go_on_in_a_child() -> None:
 
 def _serve(control: socket.socket, program: bytes | None) -> bool:
     """One candidate: fork its children, wait for the word that it is over, end them and say how each ended."""
-    message, descriptors = _receive(control)
+    message, descriptors, _, _ = socket.recv_fds(control, 64, 2)
     if not message:
         return False
     cpu_seconds = json.loads(message)
-    *of_solver, of_checker = descriptors
-    children = []
-    if of_solver:
-        one, other = socket.socketpair()
-        with one, other:
-            children.append(_fork(solver.main, [*of_solver, one.fileno()], cpu_seconds, program))
-            children.append(_fork(checker.main, [of_checker, other.fileno()], cpu_seconds, program))
+    if len(descriptors) == 1:
+        children = [_fork(checker.main, descriptors, cpu_seconds, program)]
     else:
-        children.append(_fork(checker.main, [of_checker], cpu_seconds, program))
+        pair = socket.socketpair()
+        with pair[0], pair[1]:
+            children = [
+                _fork(main, [job, end.fileno()], cpu_seconds, program)
+                for main, job, end in zip((solver.main, checker.main), descriptors, pair, strict=True)
+            ]
     for descriptor in descriptors:
         os.close(descriptor)
     over = control.recv(1)
     statuses = [_end(child) for child in children]
     control.send(json.dumps(statuses).encode())
     return bool(over)
-
-
-def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
-    descriptors = array.array("i")
-    message, ancillary, _, _ = control.recvmsg(64, socket.CMSG_SPACE(2 * descriptors.itemsize))
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
-    return message, list(descriptors)
 
 
 def _fork(main: Callable[..., None], descriptors: list[int], cpu_seconds: int, program: bytes | None) -> int:

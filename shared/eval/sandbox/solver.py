@@ -1,26 +1,28 @@
 """The child that runs a generated program and answers calls of its entry point. Nothing that it says is a verdict."""
 
-import json
+import contextlib
 import os
 import random
 import sys
 import types
+from json import dumps, loads  # bound before a program replaces them
 from typing import Any
 
 from shared.eval.sandbox import prompt
-from shared.eval.sandbox.channel import Channel, read_all
+from shared.eval.sandbox.channel import Channel, GoneError, read_all
 from shared.eval.sandbox.exceptions import described
 from shared.eval.sandbox.peer import Peer
-from shared.eval.sandbox.proxies import PROGRAM_METHODS, Makers
 from shared.eval.sandbox.surroundings import SolverSurroundings
 from shared.eval.sandbox.table import Table
 
-LOADED, NOT_LOADED = b"L", b"E"
-
 
 def main(job_fd: int, calls_fd: int) -> None:
-    """Load the program, then answer calls until the checker is gone."""
-    job = json.loads(read_all(job_fd))
+    """Load the program, then answer calls until the checker is gone.
+
+    The checker sends what the prompt defines and which surroundings cross. The answer is the names under which the
+    program's classes differ from the prompt's, or why the program did not load.
+    """
+    job = loads(read_all(job_fd))
     os.close(job_fd)
     random.seed(0)
     if "numpy" in sys.modules:  # for tests only
@@ -31,19 +33,19 @@ def main(job_fd: int, calls_fd: int) -> None:
     try:
         namespace = load(job["program"])
         function = namespace[job["entry_point"]]
+        failure = None
     except BaseException as error:
-        channel.send(NOT_LOADED + described(error).encode("utf-8", "replace"))
-        os._exit(0)
-    channel.send(LOADED)
-    proposed = json.loads(channel.receive() or b"null")
-    if proposed:
+        failure = described(error)
+    with contextlib.suppress(GoneError):
+        proposed = loads(channel.receive())
+        if failure is not None:
+            channel.send(dumps(failure).encode())
+            os._exit(0)
         shared = prompt.resolved(proposed["checksums"], namespace)
-        if proposed["checksums"]:
-            channel.send(json.dumps(_differences(shared, proposed["checksums"])).encode())
+        channel.send(dumps(_differences(shared, proposed["checksums"])).encode())
         table = Table([function, *shared.values()])
         table.exported.add(0)
-        surroundings = SolverSurroundings(proposed["surroundings"])
-        Peer(channel, table, methods=PROGRAM_METHODS, makers=Makers, surroundings=surroundings, exact=False).serve()
+        Peer(channel, table, SolverSurroundings(proposed["surroundings"]), exact=False).serve()
     os._exit(0)
 
 

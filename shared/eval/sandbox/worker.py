@@ -12,7 +12,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from shared.errors import SandboxError
 from shared.eval.sandbox.policy import OF_PROGRAM, OF_TEST, Isolation
@@ -70,10 +69,6 @@ class Verdict:
     seconds: float
     loaded: bool | None = None
     asserts_passed: int | None = None
-
-
-class ServerGoneError(Exception):
-    """The fork server ended by itself."""
 
 
 class Worker:
@@ -146,7 +141,7 @@ class Worker:
             self.wait_ready()
             start = time.monotonic()  # of the program, not of the server
             verdict, detail, notes, suspect = self._attempt(candidate, start + timeout_seconds, timeout_seconds)
-        except (ServerGoneError, OSError, SandboxError, ValueError) as error:
+        except (OSError, SandboxError, ValueError) as error:
             verdict, detail, notes, suspect = "error", f"{type(error).__name__}: {error}", None, True
             self.close()
             if not self._killed:
@@ -196,7 +191,7 @@ class Worker:
                 theirs.insert(0, of_solver)
             cpu_seconds = math.ceil(timeout_seconds * _LONGEST) + _CPU_SECONDS_BEYOND
             message, descriptors = [json.dumps(cpu_seconds).encode()], [end.fileno() for end in theirs]
-            self._tell(lambda: socket.send_fds(self._control, message, descriptors))
+            socket.send_fds(self._control, message, descriptors)
             for end in theirs:
                 end.close()
             if not candidate.same_process:
@@ -217,18 +212,12 @@ class Worker:
 
     def _finish(self) -> list[int]:
         """Have both children killed. Returns how each ended, the solver first."""
-        self._tell(lambda: self._control.send(b"."))
+        self._control.send(b".")
         self._control.settimeout(START_SECONDS)
-        statuses: list[int] = json.loads(self._tell(lambda: self._control.recv(256)) or b"null")
-        if not statuses:
-            raise ServerGoneError("it ended")
+        statuses: list[int] | None = json.loads(self._control.recv(256) or b"null")
+        if statuses is None:
+            raise ConnectionError("the fork server ended")
         return statuses
-
-    def _tell(self, action: Any) -> Any:
-        try:
-            return action()
-        except OSError as error:
-            raise ServerGoneError(error) from error
 
 
 def _hand_over(end: socket.socket, job: dict[str, str], deadline: float) -> None:

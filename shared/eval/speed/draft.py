@@ -18,16 +18,16 @@ import torch
 from transformers import DynamicCache
 
 from shared.cache.format import Array
-from shared.checkpoints import describe_model, dtype_name, load_model
+from shared.checkpoints import describe_model, dtype_name, load_model, trial
 from shared.errors import ConfigError, require
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
-from shared.eval.programs.generate import caches_by_token, eos_ids
+from shared.eval.programs.generate import caches_by_token, eos_ids, prepare
 from shared.eval.programs.problems import read_prompts
 from shared.eval.results import Draft, Equality, ModelFacts
 from shared.eval.speed.latency import now
 from shared.process import log
 from shared.progress import progress
-from shared.tokenizer import Tokenizer, encode_prompt, tokenizer_digest
+from shared.tokenizer import Tokenizer, tokenizer_digest
 
 DEFINITIONS = {
     "acceptance_rate": "drafted tokens that the teacher kept / drafted tokens",
@@ -129,9 +129,7 @@ def evaluate_draft(
 
     Args:
         teacher_dir, student_dir: transformers directories with one tokenizer.
-        prompts_file: rows with `prompt`, `.jsonl` or `.parquet`; None for HumanEval's. White space at a prompt's end is
-            left out.
-        limit: only the first prompts; None for all.
+        prompts_file, limit: see `read_prompts`.
         new_tokens: at most as many per prompt, fewer where an end token comes or positions run out.
         draft_tokens: drafted before each pass of the teacher.
         repeats: timed rounds; in each, every prompt goes through both ways in turn.
@@ -148,7 +146,8 @@ def evaluate_draft(
     names, requests = _requests(prompts, tokenizer, (teacher, student), new_tokens)
     eos = eos_ids(teacher, tokenizer)
     both = _BothWays(teacher=teacher, student=student, eos=eos, draft_tokens=draft_tokens)
-    _warm_up(both, requests[0])
+    with trial("these models cannot draft for each other", f"{type(teacher).__name__} and {type(student).__name__}"):
+        both.run(requests[0], drafts_first=False)
     rounds = both.rounds(requests, repeats)
     equality = {dtype_name(teacher): compare_tokens(names, rounds[-1])}
     described = [ModelFacts(**describe_model(*pair)) for pair in ((teacher, teacher_dir), (student, student_dir))]
@@ -207,39 +206,20 @@ def _load_pair(teacher_dir: Path, student_dir: Path, dtype: str) -> tuple[Any, A
 def _requests(
     prompts: Sequence[tuple[str, str]], tokenizer: Tokenizer, models: Sequence[Any], new_tokens: int
 ) -> tuple[list[str], list[tuple[list[int], int]]]:
-    """Names of prompts; their ids, and how many tokens may follow them. Prompts that leave no room are skipped.
-
-    Raises:
-        ConfigError: all of them are skipped.
-    """
-    limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
-    positions = min((limit for limit in limits if limit), default=None)
-    names, requests = [], []
+    """Names of prompts; their ids, and how many tokens may follow them. Prompts that leave no room are skipped."""
+    names, requests, refusals = [], [], []
     for name, text in prompts:
-        ids = encode_prompt(tokenizer, text)
-        room = new_tokens if positions is None else min(new_tokens, positions - len(ids))
-        if ids and room >= 1:
-            names.append(name)
-            requests.append((ids, room))
-        else:
-            log(f"{name} is skipped: {len(ids)} tokens leave nothing to continue in {positions} positions")
-    require(
-        requests,
-        "no prompt can be continued",
-        where=", ".join(name for name, _ in prompts[:5]),
-        expected="1 token at least" + ("" if positions is None else f", fewer than {positions}"),
-    )
+        try:
+            taken = [prepare(model, tokenizer, text, max_new_tokens=new_tokens, where=name) for model in models]
+        except ConfigError as error:
+            refusals.append(error)
+            log(f"skipped: {error}")
+            continue
+        names.append(name)
+        requests.append((taken[0].ids, min(request.max_new_tokens for request in taken)))
+    if not requests:
+        raise refusals[0]
     return names, requests
-
-
-def _warm_up(both: "_BothWays", request: tuple[list[int], int]) -> None:
-    """Run both ways once, which also tells whether they can be run."""
-    try:
-        both.run(request, drafts_first=False)
-    except Exception as error:  # models raise many unrelated types here
-        names = f"{type(both.teacher).__name__} and {type(both.student).__name__}"
-        got = f"{type(error).__name__}: {error}"
-        raise ConfigError("these models cannot draft for each other", where=names, got=got) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.checkpoints import describe_model, load_model
-from shared.errors import ConfigError, require
+from shared.checkpoints import describe_model, load_model, trial
+from shared.errors import require
 from shared.eval.results import BatchTiming, Latency, Timing, TimingSettings
 from shared.progress import progress
 
@@ -32,11 +32,13 @@ class Timed:
         prefill_seconds: from the prompts to the first token of each.
         step_seconds: of each decode step, a token for every row of the batch.
         decode_joules: energy of all steps; None where the device does not report it.
+        allocated_bytes: the most that torch allocated beyond what was there; None where it does not count.
     """
 
     prefill_seconds: float
     step_seconds: list[float]
     decode_joules: float | None
+    allocated_bytes: int | None = None
 
 
 def measure_latency(
@@ -49,9 +51,7 @@ def measure_latency(
     warm-up; peak memory is measured in it.
 
     Args:
-        model_dirs: name → transformers directory.
-        prompt_tokens: length of a prompt.
-        new_tokens: decode steps after it.
+        model_dirs: transformers directories by name.
         repeats: timed rounds.
         dtype: one of `checkpoints.DTYPES`.
 
@@ -67,24 +67,20 @@ def measure_latency(
     start, load_before = time.monotonic(), os.getloadavg()[0]
     models = {name: load_model(directory, dtype)[0] for name, directory in model_dirs.items()}
     for name, model in models.items():
-        _require_positions(name, model, prompt_tokens + new_tokens)
-        _require_decoding(name, model)
+        _require_decoding(name, model, prompt_tokens + new_tokens)
     device = next(iter(models.values())).device
     meter = energy_meter(device)
-    growth, times = _rounds(models, prompt_tokens, new_tokens, repeats, meter)
+    no_energy = meter if isinstance(meter, str) else "the counter did not move"
+    times = _rounds(models, prompt_tokens, new_tokens, repeats, meter)
     results = {}
     for name, model in models.items():
-        weights = weights_in_memory(model)
-        batches = {
-            str(batch_size): summarise_times(
-                times[name, batch_size],
-                batch_size,
-                prompt_tokens,
-                peak_bytes=None if (grown := growth[name, batch_size]) is None else weights + grown,
-                no_energy=meter if isinstance(meter, str) else "the counter did not move",
+        weights, batches = weights_in_memory(model), {}
+        for batch_size in BATCH_SIZES:
+            warm_up, *timed = times[name, batch_size]
+            peak = None if warm_up.allocated_bytes is None else weights + warm_up.allocated_bytes
+            batches[str(batch_size)] = summarise_times(
+                timed, batch_size, prompt_tokens, peak_bytes=peak, no_energy=no_energy
             )
-            for batch_size in BATCH_SIZES
-        }
         results[name] = Timing(**describe_model(model, model_dirs[name]), memory_bytes=weights, batches=batches)
     return Latency(
         models=results,
@@ -104,25 +100,13 @@ def measure_latency(
     )
 
 
-def _require_positions(name: str, model: Any, tokens: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    require(
-        positions is None or tokens <= positions,
-        "more tokens than the model has positions",
-        where=name,
-        expected=f"<= {positions}",
-        got=tokens,
-    )
-
-
-def _require_decoding(name: str, model: Any) -> None:
-    """Refuse a model that transformers cannot decode with step by step, before anything is timed."""
-    try:
+def _require_decoding(name: str, model: Any, tokens: int) -> None:
+    """Refuse a model of too few positions, or that transformers cannot decode with step by step, before the timing."""
+    positions = getattr(model.config, "max_position_embeddings", None) or tokens
+    require(tokens <= positions, "more tokens than the model has positions", where=name, expected=f"<= {positions}",
+            got=tokens)  # fmt: skip
+    with trial("this model cannot be timed", name, "decode steps from a cache that its prefill returns"):
         time_once(model, 1, 1, 1, "not counted")
-    except Exception as error:  # models raise many unrelated types here
-        got = f"{type(error).__name__}: {error}"
-        expected = "decode steps from a cache that its prefill returns"
-        raise ConfigError("this model cannot be timed", where=name, expected=expected, got=got) from error
 
 
 def _cache_name(model: Any) -> str:
@@ -134,31 +118,16 @@ def _cache_name(model: Any) -> str:
 
 def _rounds(
     models: Mapping[str, Any], prompt_tokens: int, new_tokens: int, repeats: int, meter: Meter | str
-) -> tuple[dict[tuple[str, int], int | None], dict[tuple[str, int], list[Timed]]]:
-    """Growth of memory in the warm-up round, and the times of all rounds after it, by model and batch size."""
-    growth: dict[tuple[str, int], int | None] = {}
+) -> dict[tuple[str, int], list[Timed]]:
+    """All rounds by model and batch size, the warm-up first."""
     times: dict[tuple[str, int], list[Timed]] = defaultdict(list)
     with progress("Timing", (repeats + 1) * len(models) * len(BATCH_SIZES), "runs") as bar:
-        for repeat in range(repeats + 1):
+        for _ in range(repeats + 1):
             for name, model in models.items():
                 for batch_size in BATCH_SIZES:
-                    before = _reset_peak(model.device)
-                    timed = time_once(model, batch_size, prompt_tokens, new_tokens, meter)
-                    if repeat == 0:
-                        peak = None if before is None else torch.cuda.max_memory_allocated(model.device) - before
-                        growth[name, batch_size] = peak
-                    else:
-                        times[name, batch_size].append(timed)
+                    times[name, batch_size].append(time_once(model, batch_size, prompt_tokens, new_tokens, meter))
                     bar.advance(1)
-    return growth, times
-
-
-def _reset_peak(device: torch.device) -> int | None:
-    """Bytes that torch has allocated on the device, from where its peak is counted; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+    return times
 
 
 def summarise_times(
@@ -208,6 +177,10 @@ def time_once(model: Any, batch_size: int, prompt_tokens: int, new_tokens: int, 
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, prompt_tokens)
     cache_name = _cache_name(model)
+    counts_memory = model.device.type == "cuda"
+    if counts_memory:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device) if counts_memory else 0
     prompt_BT = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
     start = now(model)
     output = model(prompt_BT, use_cache=True, logits_to_keep=1)
@@ -222,6 +195,7 @@ def time_once(model: Any, batch_size: int, prompt_tokens: int, new_tokens: int, 
         prefill_seconds=times[0] - start,
         step_seconds=np.diff(times).tolist(),
         decode_joules=None if isinstance(meter, str) or joules is None else meter() - joules,
+        allocated_bytes=torch.cuda.max_memory_allocated(model.device) - before if counts_memory else None,
     )
 
 

@@ -542,7 +542,7 @@ def test_a_folder_of_something_else_is_no_unfinished_cache(tmp_path):
             open_cache(tmp_path)
         assert "again" not in str(caught.value)
     CacheWriter(tmp_path / "begun", build_options()).close()
-    with pytest.raises(CacheFormatError, match=r"^an unfinished logit cache;.*the command that makes it again"):
+    with pytest.raises(CacheFormatError, match=r"^an unfinished logit cache;.*the command that began it"):
         Cache(tmp_path / "begun")
 
 

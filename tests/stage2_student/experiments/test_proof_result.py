@@ -51,7 +51,7 @@ def test_the_profile_has_the_variants_of_the_claim():
     assert configs["cross-entropy"].alpha == configs["label-smoothing"].alpha == 0
     assert configs["label-smoothing"].label_smoothing > 0
     assert configs["dense"].loss == "dense"
-    assert len(experiment.seeds) >= 5
+    assert len(experiment.confirm.seeds) >= 5
 
 
 def test_variants_differ_only_in_their_own_settings(tmp_path):

@@ -36,10 +36,10 @@ def loaded(directory):
     return load_model(directory)
 
 
-def generate(model, tokenizer, prompts=PROMPTS, *, batch_size=6, steps=40, finished=lambda text: False, sampling=None):
+def generate(model, tokenizer, prompts=PROMPTS, *, batch_size=6, steps=40, end=None, sampling=None):
     requests = []
     for i, prompt in enumerate(prompts):
-        request = prepare(model, tokenizer, prompt, max_new_tokens=steps, finished=finished, where=f"prompt {i}")
+        request = prepare(model, tokenizer, prompt, max_new_tokens=steps, end=end, where=f"prompt {i}")
         requests.append(dataclasses.replace(request, seed=str(i)))
     made = {}
     for batch in plan_batches(requests, batch_size):
@@ -77,13 +77,13 @@ def test_a_recurrent_model_writes_what_it_writes_without_a_cache(architecture, t
     expected = [by_hand(model, tokenizer, prompt, steps, lambda logits: int(logits.argmax())) for prompt in prompts]
     assert [g.text for g in made] == [decode(tokenizer, ids) for ids in expected]
     assert [g.num_new_tokens for g in made] == [len(ids) for ids in expected]
-    ended = generate(model, tokenizer, prompts[:1], batch_size=1, steps=steps, finished=lambda text: len(text) > 0)
+    ended = generate(model, tokenizer, prompts[:1], batch_size=1, steps=steps, end=lambda text: 0 if text else None)
     assert [g.num_new_tokens for g in ended] == [min(16, len(expected[0]))]
 
 
 def test_a_model_that_cannot_generate_says_so_before_any_work(loaded, monkeypatch):
     model, tokenizer = loaded
-    request = prepare(model, tokenizer, "for", max_new_tokens=40, finished=lambda text: False)
+    request = prepare(model, tokenizer, "for", max_new_tokens=40)
     require_generation(model, tokenizer, request)
 
     def forward(self, **_):
@@ -139,7 +139,7 @@ def test_draws_have_the_model_s_distribution(loaded):
     """Pearson's statistic of 4,000 first tokens, against the 99.9 % point (Wilson and Hilferty's approximation)."""
     model, tokenizer = loaded
     sampling, num_draws = Sampling(temperature=1.5), 4000
-    request = prepare(model, tokenizer, "for", max_new_tokens=1, finished=lambda text: False)
+    request = prepare(model, tokenizer, "for", max_new_tokens=1)
     requests = [dataclasses.replace(request, seed=str(i)) for i in range(num_draws)]
     made = [
         g.text
@@ -191,7 +191,7 @@ def test_rows_end_by_text_by_eos_and_at_the_model_s_last_position(directory, tmp
     free = generate(model, tokenizer)
     longest = max(range(len(free)), key=lambda row: free[row].num_new_tokens)
     stop = free[longest].text[:10]
-    cut = generate(model, tokenizer, finished=lambda text: text.startswith(stop))
+    cut = generate(model, tokenizer, end=lambda text: 0 if text.startswith(stop) else None)
     assert cut[longest].finish_reason == "finished"
     assert cut[longest].num_new_tokens == 16
     assert free[longest].text.startswith(cut[longest].text)

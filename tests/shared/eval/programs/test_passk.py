@@ -5,10 +5,11 @@ import math
 import random
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from shared.errors import ConfigError
-from shared.eval.programs.passk import mean_interval, pass_at_k, wilson_interval
+from shared.eval.programs.passk import mean_interval, pass_at_k
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 6), (7, 3, 5), (4, 1, 4)])
@@ -23,15 +24,27 @@ def test_impossible_counts_are_refused(n, c, k):
         pass_at_k(n, c, k)
 
 
-def test_wilson():
+def wilson_interval(passed, problems):
+    """One sample each, and the roots p of (passed/problems − p)² = z² p(1 − p)/problems that it must be."""
+    found = mean_interval([1.0] * passed + [0.0] * (problems - passed), 1)
+    share, z2 = passed / problems, 1.959963984540054**2 / problems
+    roots = np.roots([1 + z2, -(2 * share + z2), share**2])
+    assert found == pytest.approx(sorted(roots.real), abs=1e-7)
+    return found
+
+
+def test_one_sample_each_has_wilson_s_interval():
     # Newcombe 1998, table I, method 3.
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
     assert wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
     assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
-    assert wilson_interval(164, 164)[1] == 1.0
-    with pytest.raises(ConfigError):
-        wilson_interval(0, 0)
+    assert wilson_interval(164, 164)[1] == 1.0 and wilson_interval(1, 1)[1] == 1.0
+    assert wilson_interval(0, 164)[0] == 0.0
+    assert mean_interval([0.0] * 20, 50) == wilson_interval(0, 20)  # never empty, however many samples
+    for estimates in ([], [0.5, 1.1], [float("nan")]):
+        with pytest.raises(ConfigError):
+            mean_interval(estimates, 1)
 
 
 def test_the_estimate_is_unbiased():
@@ -51,16 +64,6 @@ def test_the_estimate_is_unbiased():
 def test_many_samples_neither_overflow_nor_lose_a_single_pass():
     assert pass_at_k(10_000, 1, 100) == 0.01
     assert pass_at_k(200, 1, 1) == 1 / 200
-
-
-def test_the_interval_of_a_mean_is_wilson_s_for_one_sample_each():
-    for passed, problems in ((0, 164), (15, 148), (81, 263), (1, 1), (164, 164)):
-        estimates = [1.0] * passed + [0.0] * (problems - passed)
-        assert mean_interval(estimates, 1) == pytest.approx(wilson_interval(passed, problems), abs=1e-12)
-    assert mean_interval([0.0] * 20, 50) == wilson_interval(0, 20)  # never empty, however many samples
-    for estimates in ([], [0.5, 1.1], [float("nan")]):
-        with pytest.raises(ConfigError):
-            mean_interval(estimates, 1)
 
 
 def test_problems_that_differ_less_count_for_more():

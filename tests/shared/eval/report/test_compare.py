@@ -196,7 +196,7 @@ def test_reports_of_two_machines_leave_times_out_and_say_so(tmp_path):
     assert len(left_out) == 1 and left_out[0].startswith("teacher: latency: the results cannot be compared")
 
 
-@pytest.mark.parametrize("content", ["[]", '{"a": 1}', "{"])
+@pytest.mark.parametrize("content", ["[]", '{"a": 1}', "{", '{"format": "codedistill-report"}'])
 def test_what_is_no_result_is_refused(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ConfigError, match=r"a\.json"):

@@ -9,9 +9,10 @@ import xml.etree.ElementTree
 import pytest
 from click.testing import CliRunner
 
+from shared.cache.manifest import seal, unseal
 from shared.checkpoints import model_digest
 from shared.cli import codedistill
-from shared.errors import ConfigError
+from shared.errors import CacheCorruptError, ConfigError
 from shared.eval.cli import evaluate
 from shared.eval.report.report import collect
 from shared.eval.report.tables import FIGURES, count, ratio_text
@@ -200,7 +201,7 @@ def test_a_report_is_up_to_date_until_a_file_changes_or_a_page_is_damaged(tmp_pa
         return collect(*(arguments[name] for name in names)).is_up_to_date(tmp_path / "report")
 
     assert is_up_to_date()
-    page = tmp_path / "report" / "report.html"
+    page, manifest = tmp_path / "report" / "report.html", tmp_path / "cache-train" / "manifest.json"
     text = page.read_text()
     for path, changed in (
         (page, text + " "),
@@ -208,7 +209,7 @@ def test_a_report_is_up_to_date_until_a_file_changes_or_a_page_is_damaged(tmp_pa
             tmp_path / "eval" / "latency.json",
             (tmp_path / "eval" / "latency.json").read_text().replace("212.4", "212.5"),
         ),
-        (tmp_path / "cache-train" / "manifest.json", "{}"),
+        (manifest, seal(unseal(manifest.read_bytes()) | {"num_tokens": 1}).decode()),
     ):
         before = path.read_text()
         path.write_text(changed)
@@ -217,6 +218,14 @@ def test_a_report_is_up_to_date_until_a_file_changes_or_a_page_is_damaged(tmp_pa
         assert is_up_to_date()
     (tmp_path / "eval" / "student_ce" / "fidelity.json").unlink()
     assert not is_up_to_date()
+
+
+def test_a_manifest_whose_seal_is_broken_is_refused_by_name(tmp_path):
+    arguments = write_everything(tmp_path)
+    manifest = tmp_path / "cache-train" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"num_tokens": 71020', '"num_tokens": 71021'))
+    with pytest.raises(CacheCorruptError, match=re.escape(str(manifest))):
+        build_report(**arguments)
 
 
 def test_the_command_returns_at_once_where_nothing_has_changed(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-from shared.checkpoints import embedding_share, load_model, num_parameters
+from shared.checkpoints import describe_model, load_model
 from shared.cli import codedistill
 from shared.errors import ConfigError
 from shared.eval.speed.latency import time_once
@@ -31,16 +31,19 @@ def test_tied_parameters_count_once(directory):
     model, _ = load_model(directory)
     names = {name: p.numel() for name, p in model.named_parameters()}
     assert "lm_head.weight" not in names
-    assert num_parameters(model) == sum(names.values())
+    described = describe_model(model, directory)
+    assert described["parameters"] == sum(names.values())
     assert names["model.embed_tokens.weight"] == model.config.vocab_size * 32
-    assert embedding_share(model) == model.config.vocab_size * 32 / sum(names.values())
+    assert described["embedding_share"] == model.config.vocab_size * 32 / sum(names.values())
 
 
-def test_an_output_head_of_its_own_counts_with_the_embeddings():
+def test_an_output_head_of_its_own_counts_with_the_embeddings(tmp_path):
     sizes = {"vocab_size": 10, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
     config = Starcoder2Config(**sizes, num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=False)
     model = Starcoder2ForCausalLM(config)
-    assert embedding_share(model) == 2 * 10 * 4 / num_parameters(model)
+    model.save_pretrained(tmp_path)
+    described = describe_model(model, tmp_path)
+    assert described["embedding_share"] == 2 * 10 * 4 / sum(p.numel() for p in model.parameters())
 
 
 def test_latency_command(directory, tmp_path, monkeypatch):
