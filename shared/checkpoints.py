@@ -247,6 +247,7 @@ def load_frozen(directory: Path, dtype: str = "auto", *, load_in: str | None = N
         ConfigError: bitsandbytes is missing; torch cannot use the card that is there; or the directory holds no model
             that transformers can load, or not all of one: transformers would draw at random what is missing.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -254,6 +255,9 @@ def load_frozen(directory: Path, dtype: str = "auto", *, load_in: str | None = N
     files = weight_files(directory)
     if placement.get("device_map") != "cpu":
         require_usable_card()
+        if placement.get("device_map") == "auto" and torch.backends.mps.is_available():
+            log("a Mac's GPU has no float64: the model runs on the processor")
+            placement["device_map"] = "cpu"
     disable_progress_bar()
     if load_in:
         placement["quantization_config"] = quantization_config(load_in, dtype)

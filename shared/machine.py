@@ -72,3 +72,11 @@ def require_usable_card() -> None:
         fix="update the driver, or install a torch that it can run (https://pytorch.org/get-started/locally); "
         "CUDA_VISIBLE_DEVICES=-1 runs on the processor",
     )
+
+
+def has_accelerator() -> bool:
+    """Whether there is a GPU for all that the models do; a Mac's has no float64, in which losses are summed."""
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    return torch.accelerator.is_available() and (device is None or device.type != "mps")

@@ -238,10 +238,23 @@ class Batch(dict[str, Tensor]):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.buffer is None:
             return dict, (dict(self),)
-        layout = {
-            name: (field.storage_offset() * field.itemsize, field.shape, field.dtype) for name, field in self.items()
+        return _unpack, (self.buffer, self._layout())
+
+    def pin_memory(self) -> "Batch":
+        """A copy in pinned memory, from which a GPU copies while the host goes on; torch's `DataLoader` calls it."""
+        return self if self.buffer is None else _unpack(self.buffer.pin_memory(), self._layout())
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> "Batch":
+        """The batch on a device, in one copy; accelerate calls it."""
+        if self.buffer is None:
+            return Batch({name: field.to(device, non_blocking=non_blocking) for name, field in self.items()})
+        return _unpack(self.buffer.to(device, non_blocking=non_blocking), self._layout())
+
+    def _layout(self) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
+        return {
+            name: (int(field.storage_offset()) * field.itemsize, field.shape, field.dtype)
+            for name, field in self.items()
         }
-        return _unpack, (self.buffer, layout)
 
 
 def _unpack(buffer: Tensor, layout: Mapping[str, tuple[int, torch.Size, torch.dtype]]) -> Batch:
@@ -253,19 +266,34 @@ def _unpack(buffer: Tensor, layout: Mapping[str, tuple[int, torch.Size, torch.dt
 
 
 def collate(blocks: Sequence[Mapping[str, Array]]) -> Batch:
-    """Blocks as a batch; codebooks are filled up to the longest, codes widened to the widest."""
-    layout, end = {}, 0
+    """Blocks as a batch; codebooks are filled up to the longest, codes widened to the widest.
+
+    What the model would have to ask the device for, and wait, is counted here: `document_bounds`, where documents begin
+    (see `gpt.Documents`), int32, and `targets`, the places among all B·T positions that have a label, int64.
+    """
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
     for name, first in blocks[0].items():
         dtype = max((block[name].dtype for block in blocks), key=lambda dtype: dtype.itemsize)
         longest = max(len(block[name]) for block in blocks)
-        shape = torch.Size((len(blocks), longest, *first.shape[1:]))
-        layout[name] = (end, shape, torch.from_numpy(np.empty(0, dtype)).dtype)
+        shapes[name] = (len(blocks), longest, *first.shape[1:]), dtype
+    starts_BT = np.stack([block["position_ids"] for block in blocks]) == 0
+    starts_BT[:, 0] = True
+    counted: dict[str, Array] = {
+        "document_bounds": np.append(np.flatnonzero(starts_BT), starts_BT.size).astype(np.int32),
+        "targets": np.flatnonzero(np.concatenate([block["labels"] for block in blocks]) != IGNORE),
+    }
+    layout, end = {}, 0
+    for name, (shape, dtype) in (
+        shapes | {name: (array.shape, array.dtype) for name, array in counted.items()}
+    ).items():
+        layout[name] = (end, torch.Size(shape), torch.from_numpy(np.empty(0, dtype)).dtype)
         end += -(-math.prod(shape) * dtype.itemsize // ALIGNED_BYTES) * ALIGNED_BYTES
     batch = _unpack(torch.zeros(end, dtype=torch.uint8), layout)
-    for name, field in batch.items():
-        rows = field.numpy()
-        for row, block in zip(rows, blocks, strict=True):
+    for name in shapes:
+        for row, block in zip(batch[name].numpy(), blocks, strict=True):
             row[: len(block[name])] = block[name]
+    for name, array in counted.items():
+        batch[name].numpy()[:] = array
     return batch
 
 

@@ -18,7 +18,10 @@ from stage2_student.config import StudentConfig
 from stage2_student.losses import ChunkLoss, SoftLabels, cross_entropy_, distill_
 from stage2_student.soft_labels import Decoding, NarrowRows, decode
 
-CHUNK_ROWS = 256
+
+def chunk_rows(device: str) -> int:
+    """Rows whose logits are formed at a time: few stay in a processor's caches; a GPU needs many to fill its cores."""
+    return 256 if device == "cpu" else 2048
 
 
 class HeadLoss:
@@ -40,6 +43,7 @@ class HeadLoss:
         weight_VH: Tensor,
         labels_N: Tensor,
         *,
+        targets: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **soft: Tensor,
     ) -> dict[str, Tensor]:
@@ -49,6 +53,8 @@ class HeadLoss:
             hidden_NH: final hidden states.
             weight_VH: the head's matrix.
             labels_N: int64 target ids, `IGNORE` where there is none.
+            targets: int64, where the labels are no `IGNORE`; default: found on the device, which the host then waits
+                for.
             num_items_in_batch: what the sum is divided by; by default the number of targets here.
             soft: fields of `NarrowRows` [B, T, …] as `soft_<name>`; where alpha is 0 they may be absent, and `kd` is 0.
 
@@ -56,11 +62,13 @@ class HeadLoss:
             `loss`, and the detached sums `kd` and `ce` over the batch, in nats; KD without its factor T². Without
             gradients to form (in evaluation) only the loss is computed.
         """
-        targets_N = (labels_N != IGNORE).nonzero().squeeze(1)  # prompts and padding need no logits
+        # Prompts and padding need no logits.
+        targets_N = (labels_N != IGNORE).nonzero().squeeze(1) if targets is None else targets
         hidden_NH, labels_N, labels = hidden_NH[targets_N], labels_N[targets_N], self.labels(soft, targets_N)
         total, kd, ce = _FusedHeadLoss.apply(hidden_NH, weight_VH, labels_N, labels, self, torch.is_grad_enabled())
         num_targets = len(targets_N) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": total / max(num_targets, 1), "kd": kd, "ce": ce}
+        at_least_1 = num_targets.clamp(min=1) if isinstance(num_targets, Tensor) else max(num_targets, 1)
+        return {"loss": total / at_least_1, "kd": kd, "ce": ce}
 
     def labels(self, soft: dict[str, Tensor], chosen_N: Tensor) -> SoftLabels | None:
         """The teacher's rows at some positions of a batch; None where there are none and none are needed."""
@@ -109,25 +117,28 @@ class _FusedHeadLoss(torch.autograd.Function):
         sums = hidden_NH.new_zeros(3, dtype=gradient_VH.dtype)
         V, H = w_VH.shape
         scratch = functools.partial(loss.scratch, device=w_VH.device)
-        z_full = scratch(CHUNK_ROWS, V, dtype=gradient_VH.dtype)
-        g_full = z_full if dtype == z_full.dtype else scratch(CHUNK_ROWS, V, dtype=dtype)
+        rows = chunk_rows(device)
+        z_full = scratch(rows, V, dtype=gradient_VH.dtype)
+        g_full = z_full if dtype == z_full.dtype else scratch(rows, V, dtype=dtype)
         with torch.autocast(device, enabled=False):
-            for start in range(0, len(x_NH), CHUNK_ROWS):
-                x_CH, labels_C = x_NH[start : start + CHUNK_ROWS], labels_N[start : start + CHUNK_ROWS]
-                z_CV = z_full[: len(x_CH)]
-                g_CV = z_CV if g_full is z_full else g_full[: len(x_CH)]
-                # logits [C, V], in the product's number format and then in float32
-                torch.mm(x_CH, w_VH.T, out=g_CV)
-                z_CV.copy_(g_CV)
+            for start in range(0, len(x_NH), rows):
+                chunk = slice(start, start + rows)
+                x_CH = x_NH[chunk]
+                z_CV, g_CV = z_full[: len(x_CH)], g_full[: len(x_CH)]
+                # logits [C, V] in float32
+                _logits_(x_CH, w_VH, z_CV, g_CV)
                 # loss; z becomes dL/dz [C, V]
-                sums += torch.stack(loss.chunk_(z_CV, labels_C, soft and soft.rows(slice(start, start + CHUNK_ROWS))))
+                sums += torch.stack(loss.chunk_(z_CV, labels_N[chunk], soft and soft.rows(chunk)))
                 if not with_gradients:
                     continue
                 # dL/dhidden [C, H] and dL/dweight [V, H]
-                g_CV.copy_(z_CV)
-                gradient_NH[start : start + CHUNK_ROWS] = g_CV @ w_VH
-                if g_CV is z_CV:
+                if g_full is not z_full:
+                    g_CV.copy_(z_CV)
+                gradient_NH[chunk] = g_CV @ w_VH
+                if g_full is z_full:
                     gradient_VH.addmm_(g_CV.T, x_CH)
+                elif device == "cuda":
+                    torch.addmm(gradient_VH, g_CV.T, x_CH, out_dtype=gradient_VH.dtype, out=gradient_VH)
                 else:
                     gradient_VH += torch.mm(g_CV.T, x_CH, out=scratch(V, H, dtype=dtype))
         ctx.save_for_backward(gradient_NH, gradient_VH)
@@ -143,3 +154,14 @@ class _FusedHeadLoss(torch.autograd.Function):
         # the same graph fails, as autograd sees that what was saved has changed.
         gradient_NH, gradient_VH = ctx.saved_tensors
         return gradient_NH.mul_(gradient), gradient_VH.mul_(gradient).to(ctx.weight_dtype), None, None, None, None
+
+
+def _logits_(x_CH: Tensor, w_VH: Tensor, z_CV: Tensor, g_CV: Tensor) -> None:
+    """Write x · Wᵀ to z; a processor's products in half precision are rounded, and pass through `g_CV`."""
+    if z_CV.dtype == w_VH.dtype:
+        torch.mm(x_CH, w_VH.T, out=z_CV)
+    elif z_CV.device.type == "cuda":
+        torch.mm(x_CH, w_VH.T, out_dtype=z_CV.dtype, out=z_CV)
+    else:
+        torch.mm(x_CH, w_VH.T, out=g_CV)
+        z_CV.copy_(g_CV)

@@ -16,7 +16,7 @@ from shared.errors import ConfigError
 from shared.model.gpt import GPTConfig
 from shared.process import log
 from stage2_student.config import StudentConfig
-from stage2_student.fused import CHUNK_ROWS
+from stage2_student.fused import chunk_rows
 
 USABLE = 0.9  # of the free memory; the rest is for the device's own needs and fragmentation
 
@@ -60,7 +60,8 @@ def estimate_memory(config: StudentConfig, sizes: GPTConfig, num_parameters: int
     if config.training.get("gradient_checkpointing", False):  # the layers' inputs, and all of one layer at a time
         layers = sizes.num_hidden_layers * (4 * H) + per_token
     # Logits and the matrix's gradient; under mixed precision their bfloat16 copies and the matrix's bfloat16 copy too.
-    head = CHUNK_ROWS * V * (4 + (2 if config.bf16 else 0)) + V * H * (4 + (4 if config.bf16 else 0))
+    rows = chunk_rows("cuda" if torch.cuda.is_available() else "cpu")
+    head = rows * V * (4 + (2 if config.bf16 else 0)) + V * H * (4 + (4 if config.bf16 else 0))
     return MemoryEstimate(
         state_bytes=16 * num_parameters,
         activation_bytes=_micro_batch_tokens(config) * (layers + 4 * H),  # and the last norm's input

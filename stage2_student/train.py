@@ -25,7 +25,7 @@ from shared.distributed import agree, joined, wait
 from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
 from shared.files import output_path, read_json, sha256_file, sha256_json, write_bytes, write_json
 from shared.lock import Lock
-from shared.machine import machine, versions
+from shared.machine import has_accelerator, machine, require_usable_card, versions
 from shared.model.gpt import GPT, GPTConfig
 from shared.options import command_line
 from shared.process import is_main_process, log, world_size
@@ -396,6 +396,14 @@ def _blocks_per_step(config: StudentConfig) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
 
 
+def half_precision(config: StudentConfig) -> dict[str, bool]:
+    """The `TrainingArguments` of mixed precision that this machine has: cards before Ampere know float16 only."""
+    if not config.bf16 or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0):
+        return {"bf16": config.bf16}
+    log("this card has no bfloat16: training in float16 with a loss scaler")
+    return {"bf16": False, "fp16": True}
+
+
 def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool) -> TrainingArguments:
     """What HF `Trainer` is told.
 
@@ -406,6 +414,7 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
         wanted = os.environ.get(name, "")
         require(wanted.lower() in ("", "0", "n", "no", "f", "false", "off"), "students train under DDP and FSDP only",
                 where=name, got=wanted, fix=f"unset {name}, or start `accelerate launch` without it")  # fmt: skip
+    require_usable_card()
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     options = {key: value for key, value in to_dict(config).items() if key in theirs} | {
         "output_dir": str(out),
@@ -424,9 +433,10 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
         "average_tokens_across_devices": True,
         "report_to": [],
         "disable_tqdm": not sys.stderr.isatty(),
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": not has_accelerator(),
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # pinned batches: the host goes on
     }
-    options |= config.training
+    options |= config.training | half_precision(config)
     for kind in ("eval", "save"):
         if options[f"{kind}_strategy"] == "epoch":  # `EpochEnds` knows when; HF adds the last step of all
             options |= {f"{kind}_strategy": "steps", f"{kind}_steps": NEVER}
@@ -438,7 +448,7 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
     require(arguments.mixed_precision == ours, "the environment and the config differ in the precision of training",
             where="ACCELERATE_MIXED_PRECISION", expected=ours, got=arguments.mixed_precision,
             fix="unset it, or set bf16 or fp16 in the config")  # fmt: skip
-    require(not arguments.fsdp or torch.accelerator.is_available(), "FSDP needs accelerators", where="fsdp",
+    require(not arguments.fsdp or has_accelerator(), "FSDP needs accelerators", where="fsdp",
             got="a processor alone",
             fix="leave it out: under torchrun the processes then average gradients (DDP)")  # fmt: skip
     # One process trains on one device: Trainer would run copies of the model in threads, on a batch of another size.

@@ -43,6 +43,7 @@ class DistillTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._head_loss = head_loss
         self._step: list[Tensor] = []  # loss, kd, ce, targets of each micro-batch since the last step
+        self._gradient_norm = torch.zeros(())  # of the last step, before it was clipped
         self._window = torch.zeros(3, dtype=torch.float64)  # kd, ce, targets since the last log
         self.skipped_steps = 0  # so far, on all ranks alike
         self.add_callback(_CheckBeforeStep(self))
@@ -105,13 +106,13 @@ class DistillTrainer(Trainer):
             NonFiniteLossError: naming the documents of the micro-batches at fault, all of them where it is a gradient.
             PeerEndedError: the same, on all ranks but the first.
         """
-        rows = torch.stack(self._step).double().cpu()
+        *losses, norm = torch.cat((torch.stack(self._step).flatten(), self._gradient_norm.reshape(1))).cpu().tolist()
+        rows = torch.tensor(losses, dtype=torch.float64).view(-1, 4)
         self._step.clear()
         self._window += rows[:, 1:].sum(0)
         wrong = (~rows[:, 0].isfinite()).nonzero().flatten().tolist()
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]  # type: ignore[union-attr]
         # Under float16 a gradient may overflow: the scaler then leaves the step out.
-        if not wrong and self.accelerator.scaler is None and not torch.nn.utils.get_total_norm(gradients).isfinite():
+        if not wrong and self.accelerator.scaler is None and not math.isfinite(norm):
             wrong = list(range(len(rows)))
         num_wrong, num_targets = summed(torch.stack((torch.tensor(float(len(wrong))), rows[:, 3].sum()))).tolist()
         if num_targets == 0:
@@ -129,6 +130,12 @@ class DistillTrainer(Trainer):
             got=f"losses {', '.join(f'{value:g}' for value in rows[wrong, 0].tolist())}" if wrong else None,
             fix="a lower learning_rate, or bf16=false",
         )
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As the base class has it, which calls it before each step; kept for `check_step`."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._gradient_norm = torch.as_tensor(norm, dtype=torch.float32, device=self._step[-1].device)
+        return norm
 
     def _documents(self, number: int) -> list[str]:
         """The documents of one of this rank's micro-batches of the step in hand."""

@@ -10,6 +10,7 @@ D head size.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ try:
 except ImportError:  # not in every build of torch; packed blocks are masked instead
     varlen = None  # type: ignore[assignment]
 
+_VARLEN_TAKES_GROUPS = varlen is not None and "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 IGNORE = -100  # a position without a training target
 # (hidden_NH, weight_VH, labels_N, **batch) → outputs with at least "loss"
 HeadLoss = Callable[..., dict[str, Tensor]]
@@ -159,9 +161,9 @@ class Backbone(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
         self.recomputes = False
 
-    def forward(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
-        """Return the final hidden states [B, T, H]."""
-        documents = Documents(position_ids_BT)
+    def forward(self, input_ids_BT: Tensor, position_ids_BT: Tensor, bounds: Tensor | None = None) -> Tensor:
+        """Return the final hidden states [B, T, H]; `bounds` as in `Documents`."""
+        documents = Documents(position_ids_BT, bounds)
         rotation = rotary_angles(position_ids_BT, self.sizes)
         x_BTH = self.embed_tokens(input_ids_BT)
         for layer in self.layers:
@@ -212,6 +214,7 @@ class GPT(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        document_bounds: Tensor | None = None,
         **batch: Any,
     ) -> CausalLMOutput | dict[str, Tensor]:
         """Predict the next token at every position.
@@ -221,6 +224,8 @@ class GPT(nn.Module):
             position_ids: positions [B, T], int64; every 0 opens a new document, and no position attends across one.
                 Default: each row is one document.
             labels: the id that follows each position [B, T], `IGNORE` where there is no target. Not shifted again.
+            document_bounds: where the documents of all rows begin, as `Documents` takes it; default: found on the
+                device, which the host then waits for.
             batch: whatever else `head_loss` takes (soft labels, `num_items_in_batch`), [B, T, …].
 
         Returns:
@@ -228,7 +233,7 @@ class GPT(nn.Module):
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        hidden_BTH = self.model(input_ids, position_ids)
+        hidden_BTH = self.model(input_ids, position_ids, document_bounds)
         weight_VH = self.model.embed_tokens.weight
         if labels is None:
             return CausalLMOutput(logits=F.linear(hidden_BTH, weight_VH))
@@ -254,56 +259,79 @@ class Documents:
 
     Which way is the fastest depends on the device: on a processor a loop over documents; on CUDA in half precision one
     kernel for sequences of any length; otherwise a mask over the block.
+
+    Args:
+        position_ids_BT: positions, int64; every 0 opens a document, and so does every row.
+        bounds: places among the B·T positions where documents begin, and B·T, int32; see `document_bounds`.
     """
 
-    @torch.compiler.disable  # its shapes depend on the data
-    def __init__(self, position_ids_BT: Tensor) -> None:
-        starts_BT = position_ids_BT == 0
-        starts_BT[:, 0] = True
-        self.one_per_row = bool(starts_BT.sum() == starts_BT.shape[0])
-        self.starts_BT = starts_BT
-        if self.one_per_row:
-            return
-        bounds = starts_BT.flatten().nonzero().flatten()
-        self.bounds = F.pad(bounds, (0, 1), value=starts_BT.numel()).to(torch.int32)
-        self.lengths: list[int] = self.bounds.diff().tolist() if position_ids_BT.device.type == "cpu" else []
+    def __init__(self, position_ids_BT: Tensor, bounds: Tensor | None = None) -> None:
+        self.position_ids_BT = position_ids_BT
+        self.bounds = document_bounds(position_ids_BT) if bounds is None else bounds
+        self.one_per_row = len(self.bounds) == len(position_ids_BT) + 1
 
     def attend(self, q_BATD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
         """Causal scaled dot-product attention within documents; returns [B, A, T, D]."""
+        if runs_flash(v_BGTD):
+            if self.one_per_row:
+                return F.scaled_dot_product_attention(q_BATD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=True)
+            if varlen is not None:
+                return self.attend_varlen(q_BATD, k_BGTD, v_BGTD)
         groups = q_BATD.shape[1] // k_BGTD.shape[1]
         k_BATD, v_BATD = k_BGTD.repeat_interleave(groups, dim=1), v_BGTD.repeat_interleave(groups, dim=1)
         if self.one_per_row:
             return F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, is_causal=True)
         if q_BATD.device.type == "cpu":
             return self.attend_in_turn(q_BATD, k_BATD, v_BATD)  # type: ignore[no-any-return]
-        if q_BATD.device.type == "cuda" and v_BATD.dtype in (torch.float16, torch.bfloat16) and varlen is not None:
-            return self.attend_varlen(q_BATD, k_BATD, v_BATD)
         return self.attend_masked(q_BATD, k_BATD, v_BATD)
 
     @torch.compiler.disable
     def attend_in_turn(self, q_BATD: Tensor, k_BATD: Tensor, v_BATD: Tensor) -> Tensor:
         """Attend in one document after another."""
         B, A, T, D = q_BATD.shape
+        lengths = self.bounds.diff().tolist()
         pieces = [
-            tensor.transpose(0, 1).reshape(1, A, B * T, D).split(self.lengths, dim=2)
-            for tensor in (q_BATD, k_BATD, v_BATD)
+            tensor.transpose(0, 1).reshape(1, A, B * T, D).split(lengths, dim=2) for tensor in (q_BATD, k_BATD, v_BATD)
         ]
         attended = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in zip(*pieces, strict=True)]
         return torch.cat(attended, dim=2).view(A, B, T, D).transpose(0, 1)
 
-    def attend_varlen(self, q_BATD: Tensor, k_BATD: Tensor, v_BATD: Tensor) -> Tensor:
+    def attend_varlen(self, q_BATD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
         """Attend with the kernel for sequences of any length; only bfloat16 or float16 on CUDA."""
         B, A, T, D = q_BATD.shape
-        q_NAD, k_NAD, v_NAD = (tensor.transpose(1, 2).reshape(B * T, A, D) for tensor in (q_BATD, k_BATD, v_BATD))
-        y_NAD = varlen.varlen_attn(q_NAD, k_NAD, v_NAD, self.bounds, self.bounds, T, T, window_size=(-1, 0))
+        q_NAD, k_NGD, v_NGD = (x.transpose(1, 2).reshape(B * T, -1, D) for x in (q_BATD, k_BGTD, v_BGTD))
+        options: dict[str, Any] = {"enable_gqa": True}
+        if k_NGD.shape[1] == A or not _VARLEN_TAKES_GROUPS:
+            k_NGD, v_NGD = (x.repeat_interleave(A // x.shape[1], dim=1) for x in (k_NGD, v_NGD))
+            options = {}
+        y_NAD = varlen.varlen_attn(q_NAD, k_NGD, v_NGD, self.bounds, self.bounds, T, T, window_size=(-1, 0), **options)
         assert isinstance(y_NAD, Tensor)  # a single tensor, unless more is asked for
         return y_NAD.view(B, T, A, D).transpose(1, 2)
 
     def attend_masked(self, q_BATD: Tensor, k_BATD: Tensor, v_BATD: Tensor) -> Tensor:
         """Attend everywhere, with what lies in other documents masked."""
-        document_BT = self.starts_BT.cumsum(1)
+        document_BT = (self.position_ids_BT == 0).cumsum(1)
         mask_B1TT = (document_BT[:, None, :, None] == document_BT[:, None, None, :]).tril()
         return F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, attn_mask=mask_B1TT)
+
+
+@torch.compiler.disable  # its shape depends on the data
+def document_bounds(position_ids_BT: Tensor) -> Tensor:
+    """Where documents begin among the B·T positions of a batch, and B·T at the end, int32 [documents + 1]."""
+    starts_BT = position_ids_BT == 0
+    starts_BT[:, 0] = True
+    return F.pad(starts_BT.flatten().nonzero().flatten(), (0, 1), value=starts_BT.numel()).to(torch.int32)
+
+
+def runs_flash(x_BATD: Tensor) -> bool:
+    """Whether flash attention takes heads of this dtype and size, on this card: from compute capability 8.0 on."""
+    half, size = x_BATD.dtype in (torch.float16, torch.bfloat16), x_BATD.shape[-1]
+    return x_BATD.device.type == "cuda" and half and size % 8 == 0 and size <= 256 and _is_ampere()
+
+
+@torch.compiler.assume_constant_result
+def _is_ampere() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def rotary_angles(position_ids_BT: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:

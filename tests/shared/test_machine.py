@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shared.errors import ConfigError
-from shared.machine import require_usable_card
+from shared.machine import has_accelerator, require_usable_card
 
 
 @pytest.fixture
@@ -36,3 +36,10 @@ def test_hidden_cards_and_machines_without_one_run_on_the_processor(driver, monk
     require_usable_card()
     monkeypatch.undo()
     require_usable_card()  # this machine as it is, its cards hidden from the tests
+
+
+@pytest.mark.parametrize(("kind", "counts"), [("cuda", True), ("xpu", True), ("mps", False)])
+def test_the_gpu_of_a_mac_is_not_used(monkeypatch, kind, counts):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    assert has_accelerator() == counts

@@ -55,7 +55,7 @@ def unfused(hidden, weight, labels, soft, *, alpha, temperature):
 @pytest.mark.parametrize(("alpha", "temperature"), SETTINGS)
 @pytest.mark.parametrize("chunk", [1, 4, N - 1, N, N + 1, 256])
 def test_fused_equals_unfused_for_every_chunk_size(monkeypatch, chunk, alpha, temperature):
-    monkeypatch.setattr(fused, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(fused, "chunk_rows", lambda device: chunk)
     hidden, weight, labels, soft = inputs()
     loss, kd, ce = unfused(hidden, weight, labels, soft, alpha=alpha, temperature=temperature)
     expected = torch.autograd.grad(loss, (hidden, weight))
@@ -99,7 +99,7 @@ class Repeatable(torch.autograd.Function):
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 @pytest.mark.parametrize(("loss", "divergence"), LEGAL)
 def test_gradcheck_in_float64(monkeypatch, loss, divergence, temperature):
-    monkeypatch.setattr(fused, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(fused, "chunk_rows", lambda device: 3)
     hidden, weight, labels, soft = inputs(torch.float64, num_rows=5, num_ids=9, hidden_size=3)
     head_loss = GivenLabels(StudentConfig(loss=loss, divergence=divergence, alpha=0.7, temperature=temperature))
     assert torch.autograd.gradcheck(

@@ -9,7 +9,7 @@ from shared.errors import ConfigError
 from shared.model.gpt import GPT, PRESETS
 from stage2_student import memory
 from stage2_student.config import StudentConfig
-from stage2_student.fused import CHUNK_ROWS, HeadLoss
+from stage2_student.fused import HeadLoss, chunk_rows
 from stage2_student.memory import estimate_memory, fit_micro_batch
 
 
@@ -60,7 +60,7 @@ def test_state_and_head_are_exact():
     assert estimate.state_bytes == sum(state)
     V, H = weight.shape
     scratch = sum(tensor.nbytes for tensor in head_loss._scratch.values())
-    assert scratch == CHUNK_ROWS * V * 6 + V * H * 2
+    assert scratch == chunk_rows("cpu") * V * 6 + V * H * 2
     assert estimate.head_bytes == scratch + V * H * (4 + 2)  # the matrix's gradient, and its bfloat16 copy
     assert estimate.total_bytes == estimate.state_bytes + estimate.activation_bytes + estimate.head_bytes
 

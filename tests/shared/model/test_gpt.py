@@ -97,21 +97,22 @@ def test_the_mask_for_accelerators_equals_the_loop_for_processors(monkeypatch):
 def test_the_kernel_for_any_length_gets_every_document_once(monkeypatch):
     """With a stand-in for the kernel, which does to each sequence what it documents."""
 
-    def attend(q_NAD, k_NAD, v_NAD, bounds, bounds_of_keys, longest, longest_key, *, window_size):
+    def attend(q_NAD, k_NAD, v_NAD, bounds, bounds_of_keys, longest, longest_key, *, window_size, enable_gqa=False):
         assert (bounds.dtype, window_size) == (torch.int32, (-1, 0))
         assert torch.equal(bounds, bounds_of_keys)
         assert longest == longest_key >= bounds.diff().max()
         pieces = zip(
             *(tensor.transpose(0, 1).split(bounds.diff().tolist(), 1) for tensor in (q_NAD, k_NAD, v_NAD)), strict=True
         )
-        attended = [F.scaled_dot_product_attention(*piece, is_causal=True) for piece in pieces]
+        assert enable_gqa == (q_NAD.shape[1] > k_NAD.shape[1])
+        attended = [F.scaled_dot_product_attention(*piece, is_causal=True, enable_gqa=enable_gqa) for piece in pieces]
         return torch.cat(attended, 1).transpose(0, 1)
 
     ours, _ = pair()
     ids, positions = packed(ROWS)
     expected = ours(ids, positions).logits
     monkeypatch.setattr("shared.model.gpt.varlen.varlen_attn", attend)
-    monkeypatch.setattr(Documents, "attend_in_turn", Documents.attend_varlen)
+    monkeypatch.setattr(Documents, "attend", Documents.attend_varlen)
     torch.testing.assert_close(ours(ids, positions).logits, expected, rtol=0, atol=1e-5)
 
 

@@ -1,0 +1,116 @@
+"""What makes the host wait for a GPU in a training step, counted on a processor; and what older cards run."""
+
+import numpy as np
+import pytest
+import torch
+
+from shared.model import gpt
+from shared.model.gpt import GPT, PRESETS, Documents, document_bounds
+from stage2_student.config import StudentConfig
+from stage2_student.dataset import Batch, collate
+from stage2_student.fused import HeadLoss
+from stage2_student.train import half_precision
+from tests.support.host_waits import HostWaits
+
+T, K, V = 48, 5, PRESETS["tiny"].vocab_size
+
+
+def block(seed):
+    """A packed block of three documents, half of its positions targets, with narrow teacher rows."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, V, T)
+    labels[::2] = gpt.IGNORE
+    return {
+        "input_ids": rng.integers(0, V, T),
+        "position_ids": np.concatenate([np.arange(20), np.arange(17), np.arange(T - 37)]),
+        "labels": labels,
+        "soft_ids": np.stack([rng.choice(V, K, replace=False) for _ in range(T)]).astype(np.uint16),
+        "soft_codes": np.sort(rng.integers(0, 30, (T, K))).astype(np.uint16),
+        "soft_k": np.full(T, K, np.int32),
+        "soft_log_tail": np.full(T, -1.0, np.float32),
+        "soft_codebook": np.linspace(0, 9, 30, dtype=np.float32),
+    }
+
+
+def test_batches_say_what_the_device_would_be_asked_for():
+    batch = collate([block(0), block(1)])
+    assert torch.equal(batch["document_bounds"], document_bounds(batch["position_ids"]))
+    assert batch["document_bounds"].tolist() == [0, 20, 37, 48, 68, 85, 96]
+    assert torch.equal(batch["targets"], (batch["labels"].flatten() != gpt.IGNORE).nonzero().squeeze(1))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_step_waits_for_nothing_before_its_losses_are_read(monkeypatch, alpha):
+    torch.manual_seed(0)
+    model = GPT(PRESETS["tiny"])
+    heads = PRESETS["tiny"].num_attention_heads // PRESETS["tiny"].num_key_value_heads
+    monkeypatch.setattr(  # a GPU's way that a processor has too
+        Documents,
+        "attend",
+        lambda self, q, k, v: self.attend_masked(q, *(x.repeat_interleave(heads, dim=1) for x in (k, v))),
+    )
+    model.head_loss = HeadLoss(StudentConfig(alpha=alpha))
+    batch = collate([block(0), block(1)])
+    num_items = torch.tensor(len(batch["targets"]))
+    with HostWaits() as waits:
+        output = model(**batch, num_items_in_batch=num_items)
+        output["loss"].backward()
+    assert waits.found == []
+    # The same without what `collate` has counted, which a GPU would be asked for.
+    gradient = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    plain = {name: field for name, field in batch.items() if name not in ("document_bounds", "targets")}
+    with HostWaits() as waits:
+        again = model(**plain, num_items_in_batch=num_items)
+        again["loss"].backward()
+    assert {wait.partition(" ")[0] for wait in waits.found} == {"nonzero"}
+    assert torch.equal(again["loss"], output["loss"])
+    assert torch.equal(model.model.embed_tokens.weight.grad, gradient)
+
+
+def test_a_batch_moves_as_one_buffer():
+    batch = collate([block(0), block(1)])
+    moved = batch.to("cpu", non_blocking=True)
+    assert isinstance(moved, Batch)
+    assert all(torch.equal(moved[name], batch[name]) for name in batch)
+    assert len({field.untyped_storage().data_ptr() for field in moved.values()}) == 1
+    parts = Batch(dict(batch)).to(torch.device("meta"))
+    assert {field.device.type for field in parts.values()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "bf16", "expected"),
+    [
+        ((7, 5), True, {"bf16": False, "fp16": True}),
+        ((7, 5), False, {"bf16": False}),
+        ((8, 0), True, {"bf16": True}),
+    ],
+)
+def test_cards_without_bfloat16_train_in_float16(monkeypatch, capability, bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert half_precision(StudentConfig(bf16=bf16)) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "size", "expected"),
+    [
+        ((9, 0), torch.bfloat16, 64, True),
+        ((8, 0), torch.float16, 256, True),
+        ((7, 5), torch.float16, 64, False),
+        ((9, 0), torch.float32, 64, False),
+        ((9, 0), torch.bfloat16, 42, False),
+        ((9, 0), torch.bfloat16, 320, False),
+    ],
+)
+def test_flash_attention_is_asked_for_where_it_runs(monkeypatch, capability, dtype, size, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    class Heads:
+        device = torch.device("cuda")
+        shape = (1, 2, 8, size)
+
+    Heads.dtype = dtype
+    assert gpt.runs_flash(Heads) == expected
+    Heads.device = torch.device("cpu")
+    assert not gpt.runs_flash(Heads)
