@@ -20,19 +20,22 @@ GROUPS = {
     "Cache": "out part filter shard_tokens",
     "Hardware": "batch_tokens device_map gpus_per_teacher",
 }
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TeacherConfig)}
-_HINTS = typing.get_type_hints(TeacherConfig)
 
 
-def _option(flag: str, text: str, metavar: str | None = None) -> Callable[[Any], Any]:
-    """An option for the field of `TeacherConfig` that the flag names, with that field's type, choices and default."""
-    name = flag.removeprefix("--").replace("-", "_")
-    hint, default = _HINTS[name], _DEFAULTS[name]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
-    kind = click.Choice(typing.get_args(hint)) if typing.get_origin(hint) is Literal else hint
-    shown = "" if default in (None, "") else f"  [default: {default}]"
-    return click.option(flag, type=kind, metavar=metavar, help=text + shown)
+def _config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for each field of `TeacherConfig` that is one, with its type, choices and default."""
+    hints = typing.get_type_hints(TeacherConfig)
+    for field in reversed(dataclasses.fields(TeacherConfig)):
+        if not field.metadata:
+            continue
+        hint = hints[field.name]
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+        kind = click.Choice(typing.get_args(hint)) if typing.get_origin(hint) is Literal else hint
+        shown = "" if field.default in (None, "") else f"  [default: {field.default}]"
+        name, text, metavar = field.name.replace("_", "-"), field.metadata["help"], field.metadata["metavar"]
+        command = click.option(f"--{name}", type=kind, metavar=metavar, help=text + shown)(command)
+    return command
 
 
 def _read_part(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -66,37 +69,12 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 
 
 @teacher.command(cls=GroupedCommand, groups=GROUPS)
-@_option("--teacher", "Any causal language model: a Hub id or a directory (safetensors).", "ID|DIR")
-@_option("--revision", "Branch, tag or commit of a Hub id; the commit is recorded.", "REV")
-@_option("--dataset", "mbpp, stdlib, a Hub id, FILE.jsonl[.gz|.zst], FILE.parquet; a folder, glob, files.", "NAME|FILE")
-@_option("--split", "The data set's split.", "NAME")
-@_option("--dataset-config", "Which of a Hub data set's configurations; also owner/name:config.", "NAME")
-@_option("--dataset-revision", "Branch, tag or commit of a Hub data set; the commit is recorded.", "REV")
-@_option("--columns", "Its columns, such as prompt=instruction,completion=output.", "OURS=THEIRS,…")
-@_option("--limit-docs", "Use only the first N documents.", "N")
+@_config_options
 @click.option("--skip-in", metavar="CACHE", multiple=True, type=click.Path(path_type=Path),
               help="Skip documents that this cache of the same labels holds; may be repeated.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The cache's directory.")
 @click.option("--part", metavar="I/N", callback=_read_part,
               help="Build only the I-th of N parts, as a cache; `cache merge` joins them.")  # fmt: skip
-@_option("--top-k", "Logits kept per token.", "K")
-@_option("--top-p", "Fewer where they hold this share of the probability, such as 0.98.", "P")
-@_option("--codec", "q: logits of about 3 bits each; f16: half precision.")
-@_option("--filter", "Compression of the shards; zstd reads faster and needs hdf5plugin on both sides.")
-@_option("--shard-tokens", "Tokens per shard, about.", "N")
-@_option("--batch-tokens", "Most tokens per batch, padding included.", "N")
-@_option("--max-length", "Longest document in tokens; by default the teacher's positions.", "N")
-@_option("--on-long", "What becomes of longer documents.")
-@_option("--max-lossy", "Share of the documents that the tokenizer may fail to restore; 1 takes any.", "SHARE")
-@_option("--open-with", "What documents open with: auto, none, bos, eos or a special token.", "TOKEN")
-@_option("--close-with", "What documents close with.", "TOKEN")
-@_option("--dtype", "Precision of the teacher's backbone; the head runs in float32.")
-@_option("--load-in", "Quantise the teacher's weights; needs bitsandbytes.")
-@_option("--samples", "Also draw S ids per token.", "S")
-@_option("--samples-from", "Draw from all ids, or only from those outside the row.")
-@_option("--samples-temperature", "The temperature to draw at, one of the grid.", "T")
-@_option("--device-map", "Where layers go: auto, cpu, cuda:0, …", "MAP")
-@_option("--gpus-per-teacher", "GPUs that each process spreads its teacher over.", "G")
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path),
               help="Defaults for these options, by TeacherConfig's names.")  # fmt: skip
 def build(
