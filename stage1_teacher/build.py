@@ -393,12 +393,10 @@ def _opened(out: Path, options: dict[str, Any]) -> Iterator[CacheWriter | None]:
     with contextlib.ExitStack() as stack:
         if is_main_process():  # the others come when it has locked the folder
             writer = stack.enter_context(CacheWriter(out, options))
-        if agree([is_main_process() and writer.finished]) == [1]:
-            yield None
-            return
-        if not is_main_process():
+        was_finished = agree([is_main_process() and writer.finished]) == [1]
+        if not was_finished and not is_main_process():
             writer = stack.enter_context(CacheWriter(out, options, is_main_process=False))
-        yield writer
+        yield None if was_finished else writer
 
 
 def _label(task: Task, writer: CacheWriter, shards: Sequence[range], store: TokenStore, run: tracking.Run) -> None:

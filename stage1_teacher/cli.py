@@ -20,19 +20,22 @@ GROUPS = {
     "Cache": "out part filter shard_tokens",
     "Hardware": "batch_tokens device_map gpus_per_teacher",
 }
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TeacherConfig)}
-_HINTS = typing.get_type_hints(TeacherConfig)
 
 
-def _option(flag: str, text: str, metavar: str | None = None) -> Callable[[Any], Any]:
-    """An option for the field of `TeacherConfig` that the flag names, with that field's type, choices and default."""
-    name = flag.removeprefix("--").replace("-", "_")
-    hint, default = _HINTS[name], _DEFAULTS[name]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
-    kind = click.Choice(typing.get_args(hint)) if typing.get_origin(hint) is Literal else hint
-    shown = "" if default in (None, "") else f"  [default: {default}]"
-    return click.option(flag, type=kind, metavar=metavar, help=text + shown)
+def _config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for each field of `TeacherConfig` that is one, with its type, choices and default."""
+    hints = typing.get_type_hints(TeacherConfig)
+    for field in reversed(dataclasses.fields(TeacherConfig)):
+        if not field.metadata:
+            continue
+        hint = hints[field.name]
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+        kind = click.Choice(typing.get_args(hint)) if typing.get_origin(hint) is Literal else hint
+        shown = "" if field.default in (None, "") else f"  [default: {field.default}]"
+        name, text, metavar = field.name.replace("_", "-"), field.metadata["help"], field.metadata["metavar"]
+        command = click.option(f"--{name}", type=kind, metavar=metavar, help=text + shown)(command)
+    return command
 
 
 def _read_part(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -66,43 +69,12 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 
 
 @teacher.command(cls=GroupedCommand, groups=GROUPS)
-@_option("--teacher", "Any causal language model: a Hub id or a directory (safetensors).", "ID|DIR")
-@_option("--revision", "Branch, tag or commit of a Hub id; the commit is recorded.", "REV")
-@_option(
-    "--dataset",
-    "mbpp, stdlib, a Hub id, or .jsonl[.gz|.zst] and .parquet: a file, folder, glob, or list with commas.",
-    "NAME|FILE",
-)
-@_option("--split", "The data set's split.", "NAME")
-@_option("--dataset-config", "Which of a Hub data set's configurations; also owner/name:config.", "NAME")
-@_option("--dataset-revision", "Branch, tag or commit of a Hub data set; the commit is recorded.", "REV")
-@_option(
-    "--columns", "Names of your columns, such as text=content or prompt=question,completion=answer.", "OURS=THEIRS,…"
-)
-@_option("--limit-docs", "Use only the first N documents.", "N")
+@_config_options
 @click.option("--skip-in", metavar="CACHE", multiple=True, type=click.Path(path_type=Path),
               help="Skip documents that this cache with equal label options holds; may be repeated.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The cache's directory.")
 @click.option("--part", metavar="I/N", callback=_read_part,
               help="Build only the I-th of N parts, as a cache; `cache merge` joins them.")  # fmt: skip
-@_option("--top-k", "Logits kept per token.", "K")
-@_option("--top-p", "Keep fewer than K once they cover this probability, such as 0.98.", "P")
-@_option("--codec", "q: about 3 bits per logit; f16: half precision.")
-@_option("--filter", "Compression of the shards; zstd reads faster and needs hdf5plugin on both sides.")
-@_option("--shard-tokens", "Approximate tokens per shard.", "N")
-@_option("--batch-tokens", "Max tokens per batch, padding included.", "N")
-@_option("--max-length", "Longest document in tokens; by default the teacher's positions.", "N")
-@_option("--on-long", "What to do with longer documents.")
-@_option("--max-lossy", "Largest share of documents that may change in an encode-decode round trip.", "SHARE")
-@_option("--open-with", "Token before each document: auto, none, bos, eos or a special token.", "TOKEN")
-@_option("--close-with", "Token after each document; the same choices.", "TOKEN")
-@_option("--dtype", "Precision of the teacher's backbone; the head runs in float32.")
-@_option("--load-in", "Quantise the teacher's weights; needs bitsandbytes.")
-@_option("--samples", "Also store S sampled ids per token.", "S")
-@_option("--samples-from", "Sample from all ids, or only from those outside the top k.")
-@_option("--samples-temperature", "Sampling temperature, one of the cache's grid (0.5, 1, 1.5, 2).", "T")
-@_option("--device-map", "Where layers go: auto, cpu, cuda:0, …", "MAP")
-@_option("--gpus-per-teacher", "GPUs for the teacher of each process.", "G")
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path),
               help="TOML file with defaults for these options, such as top_k = 50.")  # fmt: skip
 def build(

@@ -1,7 +1,7 @@
-"""Stage 1's configuration: every default lives here; TOML profiles and options override."""
+"""Stage 1's configuration: every default and its help text live here; TOML profiles and options override."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from shared.errors import require, require_range
 
@@ -19,69 +19,70 @@ BOUNDS: dict[str, tuple[int, int | None]] = {
 MAX_TEMPERATURE = 50.0  # the tail's lower clamp in topk.py is exactly 0 after exp() up to here
 
 
+def _option(default: Any, help: str, metavar: str | None = None) -> Any:
+    """A field that is an option of the command line, too."""
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
     """What `teacher build` does.
 
+    Most fields are options of the command line and say there what they are. These are not:
+
     Attributes:
-        teacher: a model directory or a Hub id.
-        revision: branch, tag or commit of a Hub id; the commit it stands for is recorded.
-        dataset: `mbpp`, `stdlib`, data files (`data.tabular.find_data_files`), or a Hub id.
-        split: the data set's split.
-        dataset_config: which of a Hub data set's configurations; its name is recorded.
-        dataset_revision: branch, tag or commit of a Hub data set; the commit it stands for is recorded.
-        columns: the data set's names of our columns, such as `prompt=instruction,completion=output`.
-        limit_docs: use only the first so many documents.
-        top_k: entries kept of each row.
-        top_p: of these, keep only the shortest prefix that holds this share of the row's probability at T = 1.
         temperatures: the grid at which the mass outside the row is stored; holds 1.
-        codec: how the kept logits are encoded.
-        filter: compression of the cache's arrays; zstd needs hdf5plugin here and where the cache is read.
-        shard_tokens: most tokens of a shard; a longer document, which is never cut for it, is a shard by itself.
-        batch_tokens: most tokens of a batch, padding included.
         head_rows: rows that go through the LM head at once; their float32 logits are the largest buffer.
-        max_length: longest document in tokens; None takes the teacher's own limit.
-        on_long: what becomes of a longer document.
-        max_lossy: share of the documents that the tokenizer may fail to give back as they were; 1 takes any.
-        open_with: what a document that is no chat opens with: `auto`, `none`, `bos`, `eos` or a special token
-            (`shared.tokenizer.record_ends`); close_with: what it closes with.
-        dtype: the backbone's precision. The head always runs in float32.
-        device_map: where the layers go, as transformers reads it.
-        gpus_per_teacher: GPUs that each process spreads its teacher over.
-        load_in: quantise the teacher's weights as it loads; needs bitsandbytes.
-        samples: ids to draw for each row as well, stored with their counts.
-        samples_from: draw from all ids, or only from those outside the row.
-        samples_temperature: the grid temperature to draw at.
     """
 
-    teacher: str = ""
-    revision: str | None = None
-    dataset: str = ""
-    split: str = "train"
-    dataset_config: str | None = None
-    dataset_revision: str | None = None
-    columns: str | None = None
-    limit_docs: int | None = None
-    top_k: int = 64
-    top_p: float | None = None
+    teacher: str = _option("", "Any causal language model: a Hub id or a directory (safetensors).", "ID|DIR")
+    revision: str | None = _option(None, "Branch, tag or commit of a Hub id; the commit is recorded.", "REV")
+    dataset: str = _option(
+        "",
+        "mbpp, stdlib, a Hub id, or .jsonl[.gz|.zst] and .parquet: a file, folder, glob, or list with commas.",
+        "NAME|FILE",
+    )
+    split: str = _option("train", "The data set's split.", "NAME")
+    dataset_config: str | None = _option(
+        None, "Which of a Hub data set's configurations; also owner/name:config.", "NAME"
+    )
+    dataset_revision: str | None = _option(
+        None, "Branch, tag or commit of a Hub data set; the commit is recorded.", "REV"
+    )
+    columns: str | None = _option(
+        None, "Names of your columns, such as text=content or prompt=question,completion=answer.", "OURS=THEIRS,…"
+    )
+    limit_docs: int | None = _option(None, "Use only the first N documents.", "N")
+    top_k: int = _option(64, "Logits kept per token.", "K")
+    top_p: float | None = _option(None, "Keep fewer than K once they cover this probability, such as 0.98.", "P")
     temperatures: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    codec: Literal["f16", "q"] = "q"
-    filter: Literal["gzip", "zstd"] = "gzip"
-    shard_tokens: int = 32_768
-    batch_tokens: int = 1_024
+    codec: Literal["f16", "q"] = _option("q", "q: about 3 bits per logit; f16: half precision.")
+    filter: Literal["gzip", "zstd"] = _option(
+        "gzip", "Compression of the shards; zstd reads faster and needs hdf5plugin on both sides."
+    )
+    # A longer document, which is never cut for it, is a shard by itself.
+    shard_tokens: int = _option(32_768, "Approximate tokens per shard.", "N")
+    batch_tokens: int = _option(1_024, "Max tokens per batch, padding included.", "N")
     head_rows: int = 192
-    max_length: int | None = None
-    on_long: Literal["split", "truncate", "drop"] = "split"
-    max_lossy: float = 0.1
-    open_with: str = "auto"
-    close_with: str = "auto"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    device_map: str = "auto"
-    gpus_per_teacher: int | None = None
-    load_in: Literal["8bit", "4bit"] | None = None
-    samples: int | None = None
-    samples_from: Literal["full", "tail"] = "full"
-    samples_temperature: float = 1.0
+    max_length: int | None = _option(None, "Longest document in tokens; by default the teacher's positions.", "N")
+    on_long: Literal["split", "truncate", "drop"] = _option("split", "What to do with longer documents.")
+    max_lossy: float = _option(
+        0.1, "Largest share of documents that may change in an encode-decode round trip.", "SHARE"
+    )
+    # Chats open and close as their template has them.
+    open_with: str = _option("auto", "Token before each document: auto, none, bos, eos or a special token.", "TOKEN")
+    close_with: str = _option("auto", "Token after each document; the same choices.", "TOKEN")
+    dtype: Literal["bfloat16", "float16", "float32"] = _option(
+        "bfloat16", "Precision of the teacher's backbone; the head runs in float32."
+    )
+    load_in: Literal["8bit", "4bit"] | None = _option(None, "Quantise the teacher's weights; needs bitsandbytes.")
+    samples: int | None = _option(None, "Also store S sampled ids per token.", "S")
+    samples_from: Literal["full", "tail"] = _option(
+        "full", "Sample from all ids, or only from those outside the top k."
+    )
+    samples_temperature: float = _option(1.0, "Sampling temperature, one of the cache's grid (0.5, 1, 1.5, 2).", "T")
+    device_map: str = _option("auto", "Where layers go: auto, cpu, cuda:0, …", "MAP")
+    gpus_per_teacher: int | None = _option(None, "GPUs for the teacher of each process.", "G")
 
     def __post_init__(self) -> None:
         for name, (least, most) in BOUNDS.items():

@@ -147,18 +147,14 @@ def find_store(folder: Path, request: Mapping[str, Any]) -> TokenStore | None:
     """The store in a folder, if it is whole and was made for this request."""
     if not (folder / SEAL).exists():
         return None
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, DistillError):
         store = TokenStore(folder)
-    except (OSError, ValueError, KeyError, TypeError, DistillError):
-        problems = True
-    else:
         if store.request != request:
             return None
-        problems = bool(check_files(folder, store.files))
-    if problems:
-        log(f"{folder} is damaged; the documents are tokenised again")
-        return None
-    return store
+        if not check_files(folder, store.files):
+            return store
+    log(f"{folder} is damaged; the documents are tokenised again")
+    return None
 
 
 def make_store(
@@ -197,7 +193,8 @@ def make_store(
             for file in folder.iterdir():
                 if file != lock.path:
                     file.unlink()
-            with _Writer(folder) as writer:
+            with contextlib.ExitStack() as stack:
+                writer = _Writer(folder, stack)
                 _tokenise(writer, data, tokenizer, limits, skipped)
                 writer.finish(request, data)
             return TokenStore(folder)
@@ -299,20 +296,12 @@ def _batches(documents: Iterable[tuple[Document, str]]) -> Iterator[Batch]:
 class _Writer:
     """Writes a store's files one behind the other, and hashes what it writes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self.facts = Facts()
         self._folder, self._num_plain, self._stride = folder, 0, 1
         names = (TOKENS, TARGETS, LENGTHS, METAS, META_LENGTHS)
-        with contextlib.ExitStack() as stack:
-            self._files = {name: stack.enter_context((folder / name).open("wb")) for name in names}
-            self._close = stack.pop_all()
+        self._files = {name: stack.enter_context((folder / name).open("wb")) for name in names}
         self._hashes = {name: hashlib.sha256() for name in names}
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close.close()
 
     def add(self, documents: Iterable[CutDocument]) -> None:
         """Write documents."""
