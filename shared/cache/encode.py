@@ -92,10 +92,11 @@ def encode_shard(
 def _rank_ids(ids: Array) -> tuple[Array, Array]:
     """The shard's ids by falling frequency (ties by ascending id), and each entry's rank in that table."""
     counts = np.bincount(ids, minlength=1)
-    table = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    present = np.flatnonzero(counts)
+    table = np.sort(present - counts[present] * len(counts)) % len(counts)  # one number for both orders
     ranks = np.zeros(len(counts), np.uint16 if len(table) <= 1 << 16 else np.uint32)
     ranks[table] = np.arange(len(table))
-    return table.astype(np.uint32), ranks[ids]
+    return table.astype(np.uint32), ranks.take(ids)
 
 
 def shard_options(build: Mapping[str, Any]) -> dict[str, Any]:
