@@ -45,7 +45,7 @@ def tail_scale(top_k: int) -> int:
     return 24 if top_k > 64 else 16
 
 
-def encode_margins(margins: Array, k: Array, codec: str) -> tuple[dict[str, Array], Array]:
+def encode_margins(margins: Array, k: Array, codec: str) -> tuple[dict[str, Array], Array, Array]:
     """Encode a shard's margins.
 
     Args:
@@ -54,12 +54,12 @@ def encode_margins(margins: Array, k: Array, codec: str) -> tuple[dict[str, Arra
         codec: `q` or `f16`.
 
     Returns:
-        The codec's data sets, and the margins f32 `[E]` that a reader will decode from them.
+        The codec's data sets; the codes `[E]` and the codebook f32 that a reader will decode from them.
     """
     margins = np.minimum(margins, np.float32(MAX_MARGIN))
     if codec == "f16":
         half = margins.astype(np.float16)
-        return {"topk_margins": half}, half.astype(np.float32)
+        return {"topk_margins": half}, half.view(np.uint16), HALF_FLOATS
     codes = _codes(margins)
     codebook = _codebook(int(codes.max(initial=-1)) + 1)
     differences = np.zeros_like(codes)
@@ -72,7 +72,7 @@ def encode_margins(margins: Array, k: Array, codec: str) -> tuple[dict[str, Arra
         "esc_pos": escaped,
         "esc_value": differences[escaped].astype(np.uint32),
     }
-    return arrays, codebook.take(codes)
+    return arrays, codes, codebook
 
 
 def decode_margins(arrays: Mapping[str, Array], k: Array, codec: str) -> Array:
@@ -149,13 +149,18 @@ def last_of_rows(values: Array, k: Array) -> Array:
     return last
 
 
+def last_margins(codes: Array, codebook: Array, k: Array) -> Array:
+    """Each row's last decoded margin, 0 in empty rows: f32 `[S]` from codes `[E]`."""
+    return codebook.take(last_of_rows(codes, k)) if len(codes) else np.zeros(len(k), np.float32)
+
+
 def _codes(margins: Array) -> Array:
     """The code of each margin, i16, as float64 gives it: in float32, and once more where that is near a border."""
     codes = np.empty(len(margins), np.int16)
     for start in range(0, len(margins), BLOCK_ENTRIES):
         block = margins[start : start + BLOCK_ENTRIES]
-        low = 120 - 120 * np.exp(block * np.float32(-0.2))
-        companded = np.where(block < np.float32(KNEE), low, 95 + 5 * (block - np.float32(KNEE)))
+        low = 120 - 120 * np.exp(np.minimum(block, np.float32(KNEE)) * np.float32(-0.2))
+        companded = low + 5 * np.maximum(block - np.float32(KNEE), 0)
         rounded = np.rint(companded)
         near = np.flatnonzero(np.abs(companded - rounded) > 0.5 - NEAR_BORDER)
         exact = block[near].astype(np.float64)

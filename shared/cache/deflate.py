@@ -27,7 +27,7 @@ with contextlib.suppress(ImportError):
     COMPRESSOR = f"zlib-ng {deflater.ZLIBNG_VERSION}"
 
 inflate = inflater.decompress
-LEVEL = 4
+LEVEL, MEMORY_LEVEL = 4, 9
 DEFAULT = zlib.Z_DEFAULT_STRATEGY
 WORTHWHILE = 0.97
 SAMPLE_BYTES = 1 << 15  # of a plane, by which its encoding is chosen
@@ -69,7 +69,7 @@ def _deflate(plane: memoryview) -> bytes:
 
 
 def _encode(plane: memoryview, level: int, strategy: int) -> bytes:
-    encoder = deflater.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, strategy)
+    encoder = deflater.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, MEMORY_LEVEL, strategy)
     encoded: bytes = encoder.compress(plane) + encoder.flush(zlib.Z_SYNC_FLUSH)
     return encoded
 

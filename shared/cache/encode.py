@@ -45,8 +45,8 @@ def encode_shard(
     check_options(codec=codec, temperatures=temperatures, tokenizer_size=tokenizer_size, filter=filter, **sizes)
     check_arrays(arrays, temperatures=temperatures, V=tokenizer_size, **sizes)
     scale = codecs.tail_scale(top_k)
-    values, decoded = codecs.encode_margins(arrays.topk_margins, arrays.k, codec)
-    last = codecs.last_of_rows(decoded, arrays.k)
+    values, codes, codebook = codecs.encode_margins(arrays.topk_margins, arrays.k, codec)
+    last = codecs.last_margins(codes, codebook, arrays.k)
     tail = codecs.encode_tail(arrays.tail_log, last, arrays.k, temperatures, scale, tokenizer_size)
     id_table, ranks = _rank_ids(arrays.topk_ids)
     blobs = [json.dumps(meta, separators=(",", ":"), allow_nan=False).encode() for meta in arrays.doc_meta]
@@ -85,7 +85,7 @@ def encode_shard(
             "samples_from": samples.drawn_from,
             "samples_num": samples.num,
         }
-    statistics = measure(arrays, decoded, tail, temperatures=temperatures, scale=scale)
+    statistics = measure(arrays, codes, codebook, tail, temperatures=temperatures, scale=scale)
     return hdf5.to_bytes(datasets, attributes, filter), statistics
 
 

@@ -25,7 +25,7 @@ MAX_TOP_K = 65_535
 MAX_SAMPLES = 65_535
 SAMPLED_FROM = ("full", "tail")
 MAX_MARGIN = 1_500.0
-BLOCK_ROWS = 512
+BLOCK_ROWS = 1_024
 
 BUILD, MANIFEST, DOC_LENGTHS = "build.json", "manifest.json", "doc_lengths.u32"
 TOKENIZER, TEACHER_EVAL = "tokenizer", "teacher_eval"

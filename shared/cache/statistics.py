@@ -15,7 +15,7 @@ QUANTILES = {"p1": 0.01, "p10": 0.10}
 
 
 def measure(
-    a: ShardArrays, decoded: Array, tail: Array, *, temperatures: Sequence[float], scale: int
+    a: ShardArrays, codes: Array, codebook: Array, tail: Array, *, temperatures: Sequence[float], scale: int
 ) -> dict[str, Any]:
     """Compute a shard's statistics in float64.
 
@@ -24,7 +24,8 @@ def measure(
 
     Args:
         a: the exact arrays.
-        decoded: f32 `[E]`, the margins a reader decodes; tail: i16 `[S, T]`, the stored tails; scale: their steps.
+        codes, codebook: `[E]` and f32, from which a reader decodes margins.
+        tail: i16 `[S, T]`, the stored tails; scale: their steps.
 
     Returns:
         JSON values; means over no rows, and of what is unknown, are null.
@@ -38,7 +39,7 @@ def measure(
     head_mass = _head_mass(a.topk_margins, k, tail_log, temperatures)
     row_kl = _row_kl(
         a.topk_margins[entries],
-        decoded[entries],
+        codebook.take(codes[entries]),
         k[::every],
         tail_log[::every],
         tail[rows][::every],
@@ -83,7 +84,7 @@ def _weights(margins: Array, temperatures: Sequence[float]) -> list[Array]:
     """exp(−m/T) at each temperature; at T/2 the square of that at T, which takes a tenth of the time."""
     found: dict[float, Array] = {}
     for T in sorted(temperatures, reverse=True):
-        found[T] = np.square(found[2 * T]) if 2 * T in found else np.exp(margins / -T)
+        found[T] = np.square(found[2 * T]) if 2 * T in found else np.exp(margins * (-1 / T))
     return [found[T] for T in temperatures]
 
 

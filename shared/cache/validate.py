@@ -81,15 +81,18 @@ def _check_entries(a: ShardArrays, rows: slice, entries: slice, num_ids: int, V:
             _refuse(a, np.repeat(np.arange(rows.start, rows.stop), k)[bad], what, expected)
 
     refuse((ids < 0) | (ids >= num_ids), "an entry's id is out of range", f"0 to {num_ids - 1}")
-    width = int(k.max())
-    padded = np.broadcast_to(V + np.arange(width, dtype=np.int32), (len(k), width)).copy()
-    padded[np.arange(width) < k[:, None]] = ids
+    width, some = int(k.max()), np.flatnonzero(k)
+    if np.all(k[some] == width):
+        padded = ids.astype(np.int32).reshape(-1, width) if width else np.zeros((0, 0), np.int32)
+    else:
+        padded = np.broadcast_to(V + np.arange(width, dtype=np.int32), (len(some), width)).copy()
+        padded[np.arange(width) < k[some, None]] = ids
     padded.sort(axis=1)
     twice = padded[:, 1:] == padded[:, :-1]
     if twice.any():
-        _refuse(a, rows.start + np.flatnonzero(twice.any(axis=1)), "an id is twice in a row", "distinct ids")
+        _refuse(a, rows.start + some[twice.any(axis=1)], "an id is twice in a row", "distinct ids")
     refuse(~np.isfinite(margins), "a logit is not finite", "finite logits; entries of −inf are left out")
-    _refuse(a, rows.start + np.flatnonzero(k)[margins[starts] != 0], "a row's first margin is not 0", "z_1 − z_1 = 0")
+    _refuse(a, rows.start + some[margins[starts] != 0], "a row's first margin is not 0", "z_1 − z_1 = 0")
     falls = np.zeros(len(margins), bool)
     np.less(margins[1:], margins[:-1], out=falls[1:])
     falls[starts] = False
@@ -145,7 +148,7 @@ def _check_gold(a: ShardArrays, last: Array, unit: int) -> None:
         hit_rows = some[np.searchsorted(starts, hits, side="right") - 1]
         found[hit_rows], margin[hit_rows] = True, margins[hits]
         if a.gold_logprob is not None and len(some):
-            head[some] = np.add.reduceat(np.exp(-margins.astype(np.float64)), starts)
+            head[some] = np.add.reduceat(np.exp(-margins), starts)  # float32 errs by far less than is tolerated
     _refuse(a, ~last & (found != a.gold_in_topk), "gold_in_topk disagrees with the row's ids", "the next token's state")
     if a.entropy_nats is not None:
         _refuse(a, ~last & ~np.isfinite(a.entropy_nats), "an entropy is not finite", "nats, at least 0", a.entropy_nats)
