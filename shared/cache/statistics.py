@@ -1,7 +1,9 @@
 """A shard's statistics, the measured error of its encoding among them, and their sum over a cache."""
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,13 @@ from shared.cache.format import Array, ShardArrays, indptr, row_blocks, temperat
 MASS_BINS = 200
 WHOLE_ROWS, EVERY = 4_096, 8
 QUANTILES = {"p1": 0.01, "p10": 0.10}
+COUNTS = ("documents", "tokens", "rows", "targets", "entries", "target_bytes")
+MEANS = {  # each with the count it is over
+    "entropy_nats": "rows",
+    "gold_in_topk": "rows",
+    "teacher_nll_nats": "targets",
+    "teacher_nll_all_nats": "rows",
+}
 
 
 def measure(
@@ -120,27 +129,42 @@ def _row_kl(
     return kl
 
 
-def combine(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The statistics of a whole cache from those of its shards: sums, weighted means, largest errors."""
-    total: dict[str, Any] = {
-        key: sum(shard[key] for shard in shards)
-        for key in ("documents", "tokens", "rows", "targets", "entries", "target_bytes")
-    }
-    mass, kl = {}, {}
-    for key in shards[0]["captured_mass"]:
-        parts = [{**shard, **shard["captured_mass"][key]} for shard in shards]
-        counts = np.sum([part["histogram"] for part in parts], axis=0)
-        mass[key] = {"mean": _weighted(parts, "mean", "rows"), **_quantiles(counts)}
-        errors = [{**shard, **shard["codec_kl_nats"][key]} for shard in shards]
-        largest = max((part["max"] for part in errors if part["max"] is not None), default=None)
-        kl[key] = {"mean": _weighted(errors, "mean", "rows"), "max": largest}
+def combine(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The statistics of a whole cache from those of its shards: sums, weighted means, largest errors.
+
+    Shards are taken one by one; a dozen numbers are kept of each.
+    """
+    total = dict.fromkeys(COUNTS, 0)
+    means: defaultdict[tuple[str, ...], array[float]] = defaultdict(lambda: array("d"))  # times the rows they are over
+    histograms: dict[str, Array] = {}
+    largest: dict[str, float] = {}
+
+    def add(key: tuple[str, ...], mean: float | None, weight: int) -> None:
+        if weight:
+            means[key].append(math.nan if mean is None else mean * weight)
+
+    for shard in shards:
+        for key in COUNTS:
+            total[key] += shard[key]
+        for key, weight in MEANS.items():
+            add((key,), shard[key], shard[weight])
+        for T, mass in shard["captured_mass"].items():
+            add(("captured_mass", T), mass["mean"], shard["rows"])
+            histograms[T] = histograms.get(T, np.zeros(MASS_BINS, np.int64)) + np.array(mass["histogram"])
+        for T, error in shard["codec_kl_nats"].items():
+            add(("codec_kl_nats", T), error["mean"], shard["rows"])
+            if error["max"] is not None:
+                largest[T] = max(error["max"], largest.get(T, error["max"]))
+
+    def mean(*key: str) -> float | None:
+        weighted = math.fsum(means[key])
+        weight = total[MEANS.get(key[0], "rows")]
+        return weighted / weight if weight and math.isfinite(weighted) else None
+
     return total | {
-        "captured_mass": mass,
-        "entropy_nats": _weighted(shards, "entropy_nats", "rows"),
-        "gold_in_topk": _weighted(shards, "gold_in_topk", "rows"),
-        "teacher_nll_nats": _weighted(shards, "teacher_nll_nats", "targets"),
-        "teacher_nll_all_nats": _weighted(shards, "teacher_nll_all_nats", "rows"),
-        "codec_kl_nats": kl,
+        "captured_mass": {T: {"mean": mean("captured_mass", T), **_quantiles(histograms[T])} for T in histograms},
+        **{key: mean(key) for key in MEANS},
+        "codec_kl_nats": {T: {"mean": mean("codec_kl_nats", T), "max": largest.get(T)} for T in histograms},
     }
 
 
@@ -159,11 +183,3 @@ def _mean_of(values: Array | None, rows: Array) -> float | None:
 def _mean(values: Array) -> float | None:
     mean = float(values.mean()) if len(values) else math.nan
     return mean if math.isfinite(mean) else None
-
-
-def _weighted(parts: Sequence[dict[str, Any]], key: str, weight: str) -> float | None:
-    """Mean weighted by row counts; null where no part has rows, or one of them has rows and no finite mean."""
-    counted = [part for part in parts if part[weight]]
-    if not counted or any(part[key] is None for part in counted):
-        return None
-    return float(math.fsum(part[key] * part[weight] for part in counted) / sum(part[weight] for part in counted))
