@@ -62,10 +62,11 @@ def _deflate(plane: memoryview) -> bytes:
     It is stored as it is, which reads fastest, where that saves less than 3 %.
     """
     sample = plane[:SAMPLE_BYTES]
-    sizes = {strategy: len(_encode(sample, LEVEL, strategy)) for strategy in (zlib.Z_HUFFMAN_ONLY, DEFAULT)}
-    strategy = min(sizes, key=sizes.__getitem__)
-    worthwhile = sizes[strategy] < WORTHWHILE * len(sample)
-    return _encode(plane, LEVEL, strategy) if worthwhile else _encode(plane, 0, DEFAULT)
+    encoded = {strategy: _encode(sample, LEVEL, strategy) for strategy in (zlib.Z_HUFFMAN_ONLY, DEFAULT)}
+    strategy = min(encoded, key=lambda strategy: len(encoded[strategy]))
+    if len(encoded[strategy]) >= WORTHWHILE * len(sample):
+        return _encode(plane, 0, DEFAULT)
+    return encoded[strategy] if len(sample) == len(plane) else _encode(plane, LEVEL, strategy)
 
 
 def _encode(plane: memoryview, level: int, strategy: int) -> bytes:
