@@ -34,6 +34,7 @@ KNEE = 5 * math.log(4.8)
 ESCAPE = 255
 NEAR_BORDER = 4e-3  # float32 errs by less than that, up to the largest code of 7,556
 BLOCK_ROWS = 4_096
+BLOCK_ENTRIES = 1 << 15  # stay in a processor's cache
 NO_TAIL = -32_768
 MAX_TAIL = 32_767
 HALF_FLOATS = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
@@ -44,7 +45,7 @@ def tail_scale(top_k: int) -> int:
     return 24 if top_k > 64 else 16
 
 
-def encode_margins(margins: Array, k: Array, codec: str) -> tuple[dict[str, Array], Array]:
+def encode_margins(margins: Array, k: Array, codec: str) -> tuple[dict[str, Array], Array, Array]:
     """Encode a shard's margins.
 
     Args:
@@ -53,24 +54,25 @@ def encode_margins(margins: Array, k: Array, codec: str) -> tuple[dict[str, Arra
         codec: `q` or `f16`.
 
     Returns:
-        The codec's data sets, and the margins f32 `[E]` that a reader will decode from them.
+        The codec's data sets; the codes `[E]` and the codebook f32 that a reader will decode from them.
     """
     margins = np.minimum(margins, np.float32(MAX_MARGIN))
     if codec == "f16":
         half = margins.astype(np.float16)
-        return {"topk_margins": half}, half.astype(np.float32)
+        return {"topk_margins": half}, half.view(np.uint16), HALF_FLOATS
     codes = _codes(margins)
     codebook = _codebook(int(codes.max(initial=-1)) + 1)
-    differences = np.diff(codes, prepend=np.int16(0))
+    differences = np.zeros_like(codes)
+    np.subtract(codes[1:], codes[:-1], out=differences[1:])
     differences[_row_starts(k)] = 0
     escaped = np.flatnonzero(differences >= ESCAPE)
     arrays = {
         "codebook": codebook,
-        "topk_codes": np.minimum(differences, ESCAPE).astype(np.uint8),
+        "topk_codes": np.minimum(differences, ESCAPE, dtype=np.int16).astype(np.uint8),
         "esc_pos": escaped,
         "esc_value": differences[escaped].astype(np.uint32),
     }
-    return arrays, codebook[codes]
+    return arrays, codes, codebook
 
 
 def decode_margins(arrays: Mapping[str, Array], k: Array, codec: str) -> Array:
@@ -147,15 +149,24 @@ def last_of_rows(values: Array, k: Array) -> Array:
     return last
 
 
+def last_margins(codes: Array, codebook: Array, k: Array) -> Array:
+    """Each row's last decoded margin, 0 in empty rows: f32 `[S]` from codes `[E]`."""
+    return codebook.take(last_of_rows(codes, k)) if len(codes) else np.zeros(len(k), np.float32)
+
+
 def _codes(margins: Array) -> Array:
     """The code of each margin, i16, as float64 gives it: in float32, and once more where that is near a border."""
-    low = 120 - 120 * np.exp(margins * np.float32(-0.2))
-    companded = np.where(margins < np.float32(KNEE), low, 95 + 5 * (margins - np.float32(KNEE)))
-    codes = np.rint(companded)
-    near = np.flatnonzero(np.abs(companded - codes) > 0.5 - NEAR_BORDER)
-    exact = margins[near].astype(np.float64)
-    codes[near] = np.rint(np.where(exact < KNEE, -120 * np.expm1(-exact / 5), 95 + 5 * (exact - KNEE)))
-    return codes.astype(np.int16)
+    codes = np.empty(len(margins), np.int16)
+    for start in range(0, len(margins), BLOCK_ENTRIES):
+        block = margins[start : start + BLOCK_ENTRIES]
+        low = 120 - 120 * np.exp(np.minimum(block, np.float32(KNEE)) * np.float32(-0.2))
+        companded = low + 5 * np.maximum(block - np.float32(KNEE), 0)
+        rounded = np.rint(companded)
+        near = np.flatnonzero(np.abs(companded - rounded) > 0.5 - NEAR_BORDER)
+        exact = block[near].astype(np.float64)
+        rounded[near] = np.rint(np.where(exact < KNEE, -120 * np.expm1(-exact / 5), 95 + 5 * (exact - KNEE)))
+        codes[start : start + BLOCK_ENTRIES] = rounded
+    return codes
 
 
 def _codebook(size: int) -> Array:

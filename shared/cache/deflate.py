@@ -27,42 +27,50 @@ with contextlib.suppress(ImportError):
     COMPRESSOR = f"zlib-ng {deflater.ZLIBNG_VERSION}"
 
 inflate = inflater.decompress
-LEVEL = 4
+LEVEL, MEMORY_LEVEL = 4, 9
 DEFAULT = zlib.Z_DEFAULT_STRATEGY
 WORTHWHILE = 0.97
 SAMPLE_BYTES = 1 << 15  # of a plane, by which its encoding is chosen
+WORDS = 1 << 15
 
 
 def pack_chunk(values: Array) -> bytes:
     """Shuffle, deflate and checksum one chunk's values, as `write_direct_chunk` takes them."""
-    planes = values.reshape(-1).view(np.uint8).reshape(-1, values.itemsize).T
-    stream = b"".join(_deflate(plane.tobytes()) for plane in planes) + _END
-    data: bytes = b"\x78\x01" + stream + deflater.adler32(planes.tobytes()).to_bytes(4, "big")
+    planes = np.ascontiguousarray(values.reshape(-1).view(np.uint8).reshape(-1, values.itemsize).T)
+    stream = b"".join(_deflate(plane.data) for plane in planes) + _END
+    data: bytes = b"\x78\x01" + stream + deflater.adler32(planes.data.cast("B")).to_bytes(4, "big")
     return data + fletcher32(data).to_bytes(4, "little")
 
 
 def fletcher32(data: bytes) -> int:
     """HDF5's checksum: the sum of the big-endian 16-bit words and that of their running sums, modulo 65,535."""
-    words = np.frombuffer(data + bytes(len(data) % 2), ">u2").astype(np.int64)
-    total, running = int(words.sum()), int(words @ np.arange(len(words), 0, -1))
+    # Modulo 65,535 a word is 256 times the one of its bytes in the other order.
+    words = np.frombuffer(data + bytes(len(data) % 2), "<u2")
+    total = running = 0
+    for start in range(0, len(words), WORDS):
+        block = words[start : start + WORDS].astype(np.float64)  # its sums stay below 2^53
+        block_total = int(block.sum())
+        running += len(block) * total + int(block @ np.arange(len(block), 0, -1.0))
+        total += block_total
     # HDF5 folds carries back in, which leaves 65,535 instead of 0 unless all words are 0.
-    return ((running - 1) % 65_535 + 1) << 16 | (total - 1) % 65_535 + 1 if total else 0
+    return ((256 * running - 1) % 65_535 + 1) << 16 | (256 * total - 1) % 65_535 + 1 if total else 0
 
 
-def _deflate(plane: bytes) -> bytes:
+def _deflate(plane: memoryview) -> bytes:
     """A plane up to a byte's end, in the encoding that makes its beginning smallest.
 
     It is stored as it is, which reads fastest, where that saves less than 3 %.
     """
     sample = plane[:SAMPLE_BYTES]
-    sizes = {strategy: len(_encode(sample, LEVEL, strategy)) for strategy in (zlib.Z_HUFFMAN_ONLY, DEFAULT)}
-    strategy = min(sizes, key=sizes.__getitem__)
-    worthwhile = sizes[strategy] < WORTHWHILE * len(sample)
-    return _encode(plane, LEVEL, strategy) if worthwhile else _encode(plane, 0, DEFAULT)
+    encoded = {strategy: _encode(sample, LEVEL, strategy) for strategy in (zlib.Z_HUFFMAN_ONLY, DEFAULT)}
+    strategy = min(encoded, key=lambda strategy: len(encoded[strategy]))
+    if len(encoded[strategy]) >= WORTHWHILE * len(sample):
+        return _encode(plane, 0, DEFAULT)
+    return encoded[strategy] if len(sample) == len(plane) else _encode(plane, LEVEL, strategy)
 
 
-def _encode(plane: bytes, level: int, strategy: int) -> bytes:
-    encoder = deflater.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, strategy)
+def _encode(plane: memoryview, level: int, strategy: int) -> bytes:
+    encoder = deflater.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, MEMORY_LEVEL, strategy)
     encoded: bytes = encoder.compress(plane) + encoder.flush(zlib.Z_SYNC_FLUSH)
     return encoded
 

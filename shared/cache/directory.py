@@ -1,11 +1,12 @@
 """A cache's directory: what belongs in it, what a killed process left, whether it is finished."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from shared.progress import progress
 FOLDERS = (TOKENIZER, TEACHER_EVAL)
 OWN_FILES = (BUILD, LOCK, MANIFEST, DOC_LENGTHS)
 MAX_THREADS = 16
+BATCH_FILES = 1_024  # that wait for a thread at a time
 # What the Hub's client, macOS and network file systems put into a folder that they carry.
 SIDE_FILES = re.compile(r"\.cache/huggingface/.+|\.gitattributes|README\.md|(.*/)?(\._[^/]+|\.DS_Store|\.nfs[^/]*)")
 
@@ -137,12 +139,14 @@ def check_files(directory: Path, files: Mapping[str, FileEntry]) -> dict[str, st
     threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, MAX_THREADS)
     total = sum(entry.bytes for entry in files.values())
     with ThreadPoolExecutor(threads) as pool, progress("verify", total, "bytes") as bar:
-        tasks = {pool.submit(_check_file, directory / name, entry): name for name, entry in files.items()}
-        for task in as_completed(tasks):
-            if problem := task.result():
-                problems[tasks[task]] = problem
-            bar.advance(files[tasks[task]].bytes)
-    return {name: problems[name] for name in files if name in problems}
+        names = iter(files)
+        while batch := list(itertools.islice(names, BATCH_FILES)):
+            found = pool.map(lambda name: _check_file(directory / name, files[name]), batch)
+            for name, problem in zip(batch, found, strict=True):
+                if problem:
+                    problems[name] = problem
+                bar.advance(files[name].bytes)
+    return problems
 
 
 def _check_file(file: Path, entry: FileEntry) -> str | None:

@@ -45,8 +45,8 @@ def encode_shard(
     check_options(codec=codec, temperatures=temperatures, tokenizer_size=tokenizer_size, filter=filter, **sizes)
     check_arrays(arrays, temperatures=temperatures, V=tokenizer_size, **sizes)
     scale = codecs.tail_scale(top_k)
-    values, decoded = codecs.encode_margins(arrays.topk_margins, arrays.k, codec)
-    last = codecs.last_of_rows(decoded, arrays.k)
+    values, codes, codebook = codecs.encode_margins(arrays.topk_margins, arrays.k, codec)
+    last = codecs.last_margins(codes, codebook, arrays.k)
     tail = codecs.encode_tail(arrays.tail_log, last, arrays.k, temperatures, scale, tokenizer_size)
     id_table, ranks = _rank_ids(arrays.topk_ids)
     blobs = [json.dumps(meta, separators=(",", ":"), allow_nan=False).encode() for meta in arrays.doc_meta]
@@ -85,17 +85,18 @@ def encode_shard(
             "samples_from": samples.drawn_from,
             "samples_num": samples.num,
         }
-    statistics = measure(arrays, decoded, tail, temperatures=temperatures, scale=scale)
+    statistics = measure(arrays, codes, codebook, tail, temperatures=temperatures, scale=scale)
     return hdf5.to_bytes(datasets, attributes, filter), statistics
 
 
 def _rank_ids(ids: Array) -> tuple[Array, Array]:
     """The shard's ids by falling frequency (ties by ascending id), and each entry's rank in that table."""
     counts = np.bincount(ids, minlength=1)
-    table = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    present = np.flatnonzero(counts)
+    table = np.sort(present - counts[present] * len(counts)) % len(counts)  # one number for both orders
     ranks = np.zeros(len(counts), np.uint16 if len(table) <= 1 << 16 else np.uint32)
     ranks[table] = np.arange(len(table))
-    return table.astype(np.uint32), ranks[ids]
+    return table.astype(np.uint32), ranks.take(ids)
 
 
 def shard_options(build: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a shard holds: names, constants, and the arrays a shard is written from."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ MAX_TOP_K = 65_535
 MAX_SAMPLES = 65_535
 SAMPLED_FROM = ("full", "tail")
 MAX_MARGIN = 1_500.0
+BLOCK_ROWS = 1_024
 
 BUILD, MANIFEST, DOC_LENGTHS = "build.json", "manifest.json", "doc_lengths.u32"
 TOKENIZER, TEACHER_EVAL = "tokenizer", "teacher_eval"
@@ -126,3 +128,11 @@ def indptr(lengths: Array) -> Array:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def row_blocks(k: Array) -> Iterator[tuple[slice, slice]]:
+    """Rows in blocks that stay in a processor's cache, and the entries of each block; `k` has the entries of a row."""
+    borders = indptr(k)
+    for start in range(0, len(k), BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, len(k))
+        yield slice(start, stop), slice(int(borders[start]), int(borders[stop]))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from shared.cache import hdf5
-from shared.cache.codec import decode_codes, decode_tail, last_of_rows
+from shared.cache.codec import decode_codes, decode_tail, last_margins
 from shared.cache.format import ATTRIBUTES, CODECS, DATASETS, FORMAT, SAMPLES, VERSION, Array, Samples, indptr
 from shared.errors import CacheCorruptError, CacheFormatError
 
@@ -171,7 +171,7 @@ def _decode(arrays: dict[str, Array], attributes: dict[str, Any], samples: Sampl
         ids=_narrow(id_table).take(arrays["topk_ranks"]),
         codebook=codebook,
         codes=codes,
-        last_margins=codebook.take(last_of_rows(codes, k)) if len(codes) else np.zeros(len(k), np.float32),
+        last_margins=last_margins(codes, codebook, k),
         tail=arrays["tail"],
         tail_scale=int(attributes["tail_scale"]),
         samples=samples,

@@ -1,21 +1,30 @@
 """A shard's statistics, the measured error of its encoding among them, and their sum over a cache."""
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from shared.cache.codec import decode_tail, last_of_rows
-from shared.cache.format import Array, ShardArrays, indptr, temperature_key
+from shared.cache.format import Array, ShardArrays, indptr, row_blocks, temperature_key
 
 MASS_BINS = 200
 WHOLE_ROWS, EVERY = 4_096, 8
 QUANTILES = {"p1": 0.01, "p10": 0.10}
+COUNTS = ("documents", "tokens", "rows", "targets", "entries", "target_bytes")
+MEANS = {  # each with the count it is over
+    "entropy_nats": "rows",
+    "gold_in_topk": "rows",
+    "teacher_nll_nats": "targets",
+    "teacher_nll_all_nats": "rows",
+}
 
 
 def measure(
-    a: ShardArrays, decoded: Array, tail: Array, *, temperatures: Sequence[float], scale: int
+    a: ShardArrays, codes: Array, codebook: Array, tail: Array, *, temperatures: Sequence[float], scale: int
 ) -> dict[str, Any]:
     """Compute a shard's statistics in float64.
 
@@ -24,7 +33,8 @@ def measure(
 
     Args:
         a: the exact arrays.
-        decoded: f32 `[E]`, the margins a reader decodes; tail: i16 `[S, T]`, the stored tails; scale: their steps.
+        codes, codebook: `[E]` and f32, from which a reader decodes margins.
+        tail: i16 `[S, T]`, the stored tails; scale: their steps.
 
     Returns:
         JSON values; means over no rows, and of what is unknown, are null.
@@ -32,19 +42,25 @@ def measure(
     rows = a.k > 0
     targets = rows & (a.loss_mask == 1)
     nll = None if a.gold_logprob is None else -a.gold_logprob
-    measured = np.flatnonzero(rows)
-    if len(measured) > WHOLE_ROWS:
-        measured = measured[::EVERY]
-    entries = np.repeat(np.isin(np.arange(len(rows)), measured), a.k)
-    exact_E, decoded_E, k = a.topk_margins[entries], decoded[entries], a.k[measured]
+    k, tail_log = a.k[rows], a.tail_log[rows]  # rows without entries have none among the entries either
+    every = EVERY if len(k) > WHOLE_ROWS else 1
+    entries = np.repeat(np.arange(len(k)) % every == 0, k)
+    head_mass = _head_mass(a.topk_margins, k, tail_log, temperatures)
+    row_kl = _row_kl(
+        a.topk_margins[entries],
+        codebook.take(codes[entries]),
+        k[::every],
+        tail_log[::every],
+        tail[rows][::every],
+        temperatures,
+        scale,
+    )
     mass: dict[str, Any] = {}
     kl: dict[str, Any] = {}
-    for column, T in enumerate(temperatures):
-        head_mass = _head_mass(a, a.tail_log[rows, column], T)
-        counts = np.bincount(np.minimum((head_mass * MASS_BINS).astype(np.int64), MASS_BINS - 1), minlength=MASS_BINS)
-        mass[temperature_key(T)] = {"mean": _mean(head_mass), **_quantiles(counts), "histogram": counts.tolist()}
-        row_kl = _row_kl(exact_E, decoded_E, k, a.tail_log[measured, column], tail[measured, column], T, scale)
-        kl[temperature_key(T)] = {"mean": _mean(row_kl), "max": float(row_kl.max()) if len(row_kl) else None}
+    for T, head, error in zip(map(temperature_key, temperatures), head_mass.T, row_kl.T, strict=True):
+        counts = np.bincount(np.minimum((head * MASS_BINS).astype(np.int64), MASS_BINS - 1), minlength=MASS_BINS)
+        mass[T] = {"mean": _mean(head), **_quantiles(counts), "histogram": counts.tolist()}
+        kl[T] = {"mean": _mean(error), "max": float(error.max()) if len(error) else None}
     return {
         "documents": len(a.doc_meta),
         "tokens": len(a.tokens),
@@ -61,60 +77,94 @@ def measure(
     }
 
 
-def _head_mass(a: ShardArrays, tail_log: Array, T: float) -> Array:
-    """Probability of each non-empty row's entries at T: f64 `[n]`."""
-    if not len(tail_log):
-        return np.zeros(0)
-    starts = a.row_indptr()[:-1][a.k > 0]
-    head = np.add.reduceat(np.exp(a.topk_margins.astype(np.float64) / -T), starts)
-    with np.errstate(over="ignore"):
-        mass: Array = head / (head + np.exp(tail_log))
+def _head_mass(margins: Array, k: Array, tail_log: Array, temperatures: Sequence[float]) -> Array:
+    """Probability of each row's entries: f64 `[n, T]`; k: entries of each row, above 0."""
+    mass = np.empty(tail_log.shape)
+    for rows, entries in row_blocks(k):
+        starts = indptr(k[rows])[:-1]
+        for column, weights in enumerate(_weights(margins[entries].astype(np.float64), temperatures)):
+            head = np.add.reduceat(weights, starts)
+            with np.errstate(over="ignore"):
+                mass[rows, column] = head / (head + np.exp(tail_log[rows, column]))
     return mass
 
 
-def _row_kl(exact: Array, decoded: Array, k: Array, tail_log: Array, tail_codes: Array, T: float, scale: int) -> Array:
-    """KL(exact‖decoded) of the K+1 partition of rows at T, in nats: f64 `[n]`.
+def _weights(margins: Array, temperatures: Sequence[float]) -> list[Array]:
+    """exp(−m/T) at each temperature; at T/2 the square of that at T, which takes a tenth of the time."""
+    found: dict[float, Array] = {}
+    for T in sorted(temperatures, reverse=True):
+        found[T] = np.square(found[2 * T]) if 2 * T in found else np.exp(margins * (-1 / T))
+    return [found[T] for T in temperatures]
+
+
+def _row_kl(
+    exact: Array,
+    decoded: Array,
+    k: Array,
+    tail_log: Array,
+    tail_codes: Array,
+    temperatures: Sequence[float],
+    scale: int,
+) -> Array:
+    """KL(exact‖decoded) of the K+1 partition of rows, in nats: f64 `[n, T]`.
 
     Args:
         exact, decoded: f32 margins of the rows' entries; k: of each row, above 0.
-        tail_log: f64 `[n]`, the exact tails; tail_codes: i16 `[n]`, the stored ones; scale: their steps per nat.
+        tail_log: f64 `[n, T]`, the exact tails; tail_codes: i16 `[n, T]`, the stored ones; scale: their steps per nat.
     """
-    if not len(k):
-        return np.zeros(0)
-    starts = indptr(k)[:-1]
-    exact_logits = exact.astype(np.float64) / -T
-    decoded_logits = decoded.astype(np.float64) / -T
-    tail_decoded = decode_tail(tail_codes, last_of_rows(decoded, k), T, scale)
-    weights, tail_weights = np.exp(exact_logits), np.exp(tail_log)
-    log_total = np.logaddexp(np.log(np.add.reduceat(weights, starts)), tail_log)
-    log_total_decoded = np.logaddexp(np.log(np.add.reduceat(np.exp(decoded_logits), starts)), tail_decoded)
-    tail_error = np.subtract(tail_decoded, tail_log, out=np.zeros(len(k)), where=tail_weights > 0)
-    errors = np.add.reduceat(weights * (decoded_logits - exact_logits), starts) + tail_weights * tail_error
-    kl: Array = np.maximum(log_total_decoded - log_total - errors * np.exp(-log_total), 0.0)
+    kl = np.empty(tail_log.shape)
+    last = last_of_rows(decoded, k)
+    for rows, entries in row_blocks(k):
+        starts = indptr(k[rows])[:-1]
+        margins, margins_decoded = exact[entries].astype(np.float64), decoded[entries].astype(np.float64)
+        ways = zip(temperatures, _weights(margins, temperatures), _weights(margins_decoded, temperatures), strict=True)
+        for column, (T, weights, weights_decoded) in enumerate(ways):
+            tail, tail_decoded = tail_log[rows, column], decode_tail(tail_codes[rows, column], last[rows], T, scale)
+            log_total = np.logaddexp(np.log(np.add.reduceat(weights, starts)), tail)
+            log_total_decoded = np.logaddexp(np.log(np.add.reduceat(weights_decoded, starts)), tail_decoded)
+            tail_weights = np.exp(tail)
+            tail_error = np.subtract(tail_decoded, tail, out=np.zeros(len(tail)), where=tail_weights > 0)
+            errors = np.add.reduceat(weights * (margins - margins_decoded), starts) / T + tail_weights * tail_error
+            kl[rows, column] = np.maximum(log_total_decoded - log_total - errors * np.exp(-log_total), 0.0)
     return kl
 
 
-def combine(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The statistics of a whole cache from those of its shards: sums, weighted means, largest errors."""
-    total: dict[str, Any] = {
-        key: sum(shard[key] for shard in shards)
-        for key in ("documents", "tokens", "rows", "targets", "entries", "target_bytes")
-    }
-    mass, kl = {}, {}
-    for key in shards[0]["captured_mass"]:
-        parts = [{**shard, **shard["captured_mass"][key]} for shard in shards]
-        counts = np.sum([part["histogram"] for part in parts], axis=0)
-        mass[key] = {"mean": _weighted(parts, "mean", "rows"), **_quantiles(counts)}
-        errors = [{**shard, **shard["codec_kl_nats"][key]} for shard in shards]
-        largest = max((part["max"] for part in errors if part["max"] is not None), default=None)
-        kl[key] = {"mean": _weighted(errors, "mean", "rows"), "max": largest}
+def combine(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The statistics of a whole cache from those of its shards: sums, weighted means, largest errors.
+
+    Shards are taken one by one; a dozen numbers are kept of each.
+    """
+    total = dict.fromkeys(COUNTS, 0)
+    means: defaultdict[tuple[str, ...], array[float]] = defaultdict(lambda: array("d"))  # times the rows they are over
+    histograms: dict[str, Array] = {}
+    largest: dict[str, float] = {}
+
+    def add(key: tuple[str, ...], mean: float | None, weight: int) -> None:
+        if weight:
+            means[key].append(math.nan if mean is None else mean * weight)
+
+    for shard in shards:
+        for key in COUNTS:
+            total[key] += shard[key]
+        for key, weight in MEANS.items():
+            add((key,), shard[key], shard[weight])
+        for T, mass in shard["captured_mass"].items():
+            add(("captured_mass", T), mass["mean"], shard["rows"])
+            histograms[T] = histograms.get(T, np.zeros(MASS_BINS, np.int64)) + np.array(mass["histogram"])
+        for T, error in shard["codec_kl_nats"].items():
+            add(("codec_kl_nats", T), error["mean"], shard["rows"])
+            if error["max"] is not None:
+                largest[T] = max(error["max"], largest.get(T, error["max"]))
+
+    def mean(*key: str) -> float | None:
+        weighted = math.fsum(means[key])
+        weight = total[MEANS.get(key[0], "rows")]
+        return weighted / weight if weight and math.isfinite(weighted) else None
+
     return total | {
-        "captured_mass": mass,
-        "entropy_nats": _weighted(shards, "entropy_nats", "rows"),
-        "gold_in_topk": _weighted(shards, "gold_in_topk", "rows"),
-        "teacher_nll_nats": _weighted(shards, "teacher_nll_nats", "targets"),
-        "teacher_nll_all_nats": _weighted(shards, "teacher_nll_all_nats", "rows"),
-        "codec_kl_nats": kl,
+        "captured_mass": {T: {"mean": mean("captured_mass", T), **_quantiles(histograms[T])} for T in histograms},
+        **{key: mean(key) for key in MEANS},
+        "codec_kl_nats": {T: {"mean": mean("codec_kl_nats", T), "max": largest.get(T)} for T in histograms},
     }
 
 
@@ -133,11 +183,3 @@ def _mean_of(values: Array | None, rows: Array) -> float | None:
 def _mean(values: Array) -> float | None:
     mean = float(values.mean()) if len(values) else math.nan
     return mean if math.isfinite(mean) else None
-
-
-def _weighted(parts: Sequence[dict[str, Any]], key: str, weight: str) -> float | None:
-    """Mean weighted by row counts; null where no part has rows, or one of them has rows and no finite mean."""
-    counted = [part for part in parts if part[weight]]
-    if not counted or any(part[key] is None for part in counted):
-        return None
-    return float(math.fsum(part[key] * part[weight] for part in counted) / sum(part[weight] for part in counted))

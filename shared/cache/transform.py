@@ -116,17 +116,35 @@ def _in_order(caches: list[Cache]) -> list[Cache]:
 def _merged(inputs: Sequence[Cache]) -> tuple[list[Part], int]:
     """The shards to write, and how many documents are in an earlier cache already."""
     parts, num_duplicates = [], 0
-    seen: dict[Any, Any] = {}  # by digest: where the document was seen first
+    owned: dict[Any, list[Array]] = {}  # by cache or build: fingerprints of the documents it was the first to hold
     for number, cache in enumerate(inputs):
         part = _part_of_build(cache)
         here = number if part is None else part[0]
+        earlier = [known for owner, several in owned.items() if owner != here for known in several]
+        ours = []
         for shard in range(cache.num_shards):
             digests = [meta.get("digest") for meta in cache.document_meta(shard)]
-            keep = np.array([digest is None or seen.setdefault(digest, here) == here for digest in digests])
+            fingerprints = _fingerprints(digests)
+            keep = np.array([digest is None for digest in digests])
+            keep |= ~np.any([_is_in(fingerprints, known) for known in earlier], axis=0) if earlier else True
+            ours.append(fingerprints[keep])
             num_duplicates += int((~keep).sum())
             if keep.any():
                 parts.append(Part(source=cache, shard=shard, keep=keep))
+        owned.setdefault(here, []).append(np.sort(np.concatenate(ours)))
     return parts, num_duplicates
+
+
+def _fingerprints(digests: Sequence[Any]) -> Array:
+    """16 bytes for each digest, so that those of all documents fit in memory."""
+    return np.array([hashlib.sha256(repr(digest).encode()).digest()[:16] for digest in digests], "S16")
+
+
+def _is_in(values: Array, known: Array) -> Array:
+    """Which values are among the known ones, sorted."""
+    at = np.minimum(np.searchsorted(known, values), max(len(known) - 1, 0))
+    found: Array = known[at] == values if len(known) else np.zeros(len(values), bool)
+    return found
 
 
 def _has_results(cache: Cache) -> bool:

@@ -5,7 +5,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shared.cache.format import CODECS, FILTERS, MAX_SAMPLES, MAX_TOP_K, SAMPLED_FROM, Array, Samples, ShardArrays
+from shared.cache.format import (
+    CODECS,
+    FILTERS,
+    MAX_SAMPLES,
+    MAX_TOP_K,
+    SAMPLED_FROM,
+    Array,
+    Samples,
+    ShardArrays,
+    indptr,
+    row_blocks,
+)
 from shared.cache.hdf5 import load_filter
 from shared.errors import CacheFormatError
 
@@ -52,24 +63,40 @@ def check_arrays(a: ShardArrays, *, temperatures: Sequence[float], top_k: int, h
     _refuse(a, (a.k != 0) & last, "a document's last row has entries", "none: there is no next token", a.k)
     _refuse(a, a.k > min(top_k, num_ids), "a row has too many entries", f"at most {min(top_k, num_ids)}", a.k)
 
-    rows = np.repeat(np.arange(len(a.k)), a.k)
-    first = np.zeros(len(rows), bool)
-    first[a.row_indptr()[:-1][~last]] = True
-    ids, margins = a.topk_ids, a.topk_margins
-    _refuse(a, rows[(ids < 0) | (ids >= num_ids)], "an entry's id is out of range", f"0 to {num_ids - 1}")
-    padded = np.broadcast_to(V + np.arange(a.k.max(), dtype=np.int32), (len(a.k), a.k.max())).copy()
-    padded[np.arange(a.k.max()) < a.k[:, None]] = ids
-    padded.sort(axis=1)
-    _refuse(a, (padded[:, 1:] == padded[:, :-1]).any(axis=1), "an id is twice in a row", "distinct ids")
-    _refuse(a, rows[~np.isfinite(margins)], "a logit is not finite", "finite logits; entries of −inf are left out")
-    _refuse(a, rows[first & (margins != 0)], "a row's first margin is not 0", "z_1 − z_1 = 0")
-    falls = np.diff(margins, prepend=np.float32(0)) < 0
-    _refuse(a, rows[falls & ~first], "a row does not descend by logit", "ascending margins")
-
+    for rows, entries in row_blocks(a.k):
+        _check_entries(a, rows, entries, num_ids, V)
     _check_tail(a, last, temperatures, V)
-    _check_gold(a, last, rows, list(temperatures).index(1.0))
+    _check_gold(a, last, list(temperatures).index(1.0))
     if a.samples is not None:
-        _check_samples(a, a.samples, last, rows, temperatures, num_ids)
+        _check_samples(a, a.samples, last, temperatures, num_ids)
+
+
+def _check_entries(a: ShardArrays, rows: slice, entries: slice, num_ids: int, V: int) -> None:
+    """Ids and margins of some rows."""
+    k, ids, margins = a.k[rows], a.topk_ids[entries], a.topk_margins[entries]
+    starts = indptr(k)[:-1][k > 0]
+
+    def refuse(bad: Array, what: str, expected: str) -> None:
+        if bad.any():
+            _refuse(a, np.repeat(np.arange(rows.start, rows.stop), k)[bad], what, expected)
+
+    refuse((ids < 0) | (ids >= num_ids), "an entry's id is out of range", f"0 to {num_ids - 1}")
+    width, some = int(k.max()), np.flatnonzero(k)
+    if np.all(k[some] == width):
+        padded = ids.astype(np.int32).reshape(-1, width) if width else np.zeros((0, 0), np.int32)
+    else:
+        padded = np.broadcast_to(V + np.arange(width, dtype=np.int32), (len(some), width)).copy()
+        padded[np.arange(width) < k[some, None]] = ids
+    padded.sort(axis=1)
+    twice = padded[:, 1:] == padded[:, :-1]
+    if twice.any():
+        _refuse(a, rows.start + some[twice.any(axis=1)], "an id is twice in a row", "distinct ids")
+    refuse(~np.isfinite(margins), "a logit is not finite", "finite logits; entries of −inf are left out")
+    _refuse(a, rows.start + some[margins[starts] != 0], "a row's first margin is not 0", "z_1 − z_1 = 0")
+    falls = np.zeros(len(margins), bool)
+    np.less(margins[1:], margins[:-1], out=falls[1:])
+    falls[starts] = False
+    refuse(falls, "a row does not descend by logit", "ascending margins")
 
 
 def _check_shapes(a: ShardArrays, num_temperatures: int) -> None:
@@ -109,34 +136,33 @@ def _check_tail(a: ShardArrays, last: Array, temperatures: Sequence[float], V: i
     _refuse(a, heavy, "a tail heavier than V − k entries below the row's last can be", "tail_log ≤ log(V−k) − m_K/T")
 
 
-def _check_gold(a: ShardArrays, last: Array, rows: Array, unit: int) -> None:
+def _check_gold(a: ShardArrays, last: Array, unit: int) -> None:
     """The next token's own figures must agree with its row: it catches rows that are shifted or wrongly normalised."""
     gold = np.append(a.tokens[1:], -1)
-    hits = np.flatnonzero(a.topk_ids == gold[rows])
     found = np.zeros(len(a.k), bool)
-    found[rows[hits]] = True
+    margin, head = np.zeros(len(a.k)), np.ones(len(a.k))  # of the next token, and Σ exp(−m)
+    for rows, entries in row_blocks(a.k):
+        k, margins = a.k[rows], a.topk_margins[entries]
+        starts, some = indptr(k)[:-1][k > 0], rows.start + np.flatnonzero(k)
+        hits = np.flatnonzero(a.topk_ids[entries] == np.repeat(gold[rows], k))
+        hit_rows = some[np.searchsorted(starts, hits, side="right") - 1]
+        found[hit_rows], margin[hit_rows] = True, margins[hits]
+        if a.gold_logprob is not None and len(some):
+            head[some] = np.add.reduceat(np.exp(-margins), starts)  # float32 errs by far less than is tolerated
     _refuse(a, ~last & (found != a.gold_in_topk), "gold_in_topk disagrees with the row's ids", "the next token's state")
     if a.entropy_nats is not None:
         _refuse(a, ~last & ~np.isfinite(a.entropy_nats), "an entropy is not finite", "nats, at least 0", a.entropy_nats)
     if a.gold_logprob is None:
         return
     _refuse(a, ~last & ~(a.gold_logprob <= GOLD_TOLERANCE_NATS), "gold_logprob is not a log-probability", "at most 0")
-    if not len(hits):
-        return
-    starts = a.row_indptr()[:-1][~last]
-    head = np.ones(len(a.k))
-    head[~last] = np.add.reduceat(np.exp(-a.topk_margins.astype(np.float64)), starts)
-    log_total = np.logaddexp(np.log(head), a.tail_log[:, unit])[rows[hits]]
-    difference = a.gold_logprob[rows[hits]] + a.topk_margins[hits] + log_total
-    wrong = rows[hits][~(np.abs(difference) <= GOLD_TOLERANCE_NATS * (1 + a.topk_margins[hits] / 100))]
+    difference = a.gold_logprob + margin + np.logaddexp(np.log(head), a.tail_log[:, unit])
+    wrong = found & ~(np.abs(difference) <= GOLD_TOLERANCE_NATS * (1 + margin / 100))
     _refuse(
         a, wrong, "gold_logprob disagrees with the row", "the log-probability of the next token under head and tail"
     )
 
 
-def _check_samples(
-    a: ShardArrays, s: Samples, last: Array, rows: Array, temperatures: Sequence[float], num_ids: int
-) -> None:
+def _check_samples(a: ShardArrays, s: Samples, last: Array, temperatures: Sequence[float], num_ids: int) -> None:
     S, R = len(a.tokens), len(s.ids)
     if s.drawn_from not in SAMPLED_FROM:
         raise CacheFormatError("samples of something unknown", expected=" or ".join(SAMPLED_FROM), got=s.drawn_from)
@@ -163,7 +189,7 @@ def _check_samples(
     missing = (drawn != s.num) & ~last
     if s.drawn_from == "tail":
         missing &= drawn != 0
-        inside = np.isin(keys, rows * num_ids + a.topk_ids)
+        inside = np.isin(keys, np.repeat(np.arange(S), a.k) * num_ids + a.topk_ids)
         _refuse(a, sample_rows[inside], "a sample of the tail is an entry of the row", "ids outside the row")
     _refuse(a, missing, "a row's samples do not add up", f"{s.num} draws", drawn)
 

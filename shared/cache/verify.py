@@ -1,7 +1,9 @@
 """Checking a whole cache against its manifest, byte for byte."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from shared.cache.directory import check_files, is_side_file, shown, walk
 from shared.cache.format import DOC_LENGTHS, MANIFEST, shard_name
@@ -39,7 +41,9 @@ def side_files(directory: Path) -> list[str]:
 
 def _check_records(directory: Path, manifest: Manifest, *, damaged: set[str]) -> list[str]:
     """Each shard's JSON names the same bytes as the manifest, and together they give its counts."""
-    problems, records = [], []
+    problems: list[str] = []
+    counts: dict[str, list[Any]] = {"documents": [], "tokens": [], "entries": []}
+    documents_per_shard, lengths = [], hashlib.sha256()
     for shard in range(manifest.num_shards):
         data, text = f"{shard_name(shard)}.h5", f"{shard_name(shard)}.json"
         if text not in manifest.files:
@@ -50,20 +54,23 @@ def _check_records(directory: Path, manifest: Manifest, *, damaged: set[str]) ->
             except (OSError, ValueError) as error:
                 problems.append(f"{text}: {error}")
                 continue
-            records.append(record)
+            documents_per_shard.append(len(record.documents))
+            lengths.update(doc_lengths([record]))
+            for key in counts:
+                counts[key].append(record.statistics.get(key))
             if record.sha256 != manifest.files[data].sha256:
                 problems.append(f"{text}: names other bytes than the manifest does for {data}")
-    if len(records) < manifest.num_shards or problems:
+    if len(documents_per_shard) < manifest.num_shards or problems:
         return problems
     if DOC_LENGTHS not in manifest.files:
         problems.append(f"{DOC_LENGTHS}: not listed in the manifest")
-    elif DOC_LENGTHS not in damaged and (directory / DOC_LENGTHS).read_bytes() != doc_lengths(records):
+    elif DOC_LENGTHS not in damaged and manifest.files[DOC_LENGTHS].sha256 != lengths.hexdigest():
         problems.append(f"{DOC_LENGTHS}: not the lengths of the shards' documents")
-    if manifest.documents_per_shard != [len(record.documents) for record in records]:
+    if manifest.documents_per_shard != documents_per_shard:
         problems.append(f"{MANIFEST}: documents_per_shard is not what the shards hold")
     try:
-        for key in ("documents", "tokens", "entries"):
-            stated, total = getattr(manifest, f"num_{key}"), sum(record.statistics[key] for record in records)
+        for key in counts:
+            stated, total = getattr(manifest, f"num_{key}"), sum(counts[key])
             if stated != total:
                 problems.append(f"{MANIFEST}: {stated} {key}, but the shards hold {total}")
         if label_identity(manifest.identity) != manifest.label_identity:

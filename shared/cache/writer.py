@@ -224,22 +224,27 @@ class CacheWriter:
         sources: Sequence[Mapping[str, Any]],
         derived_from: Mapping[str, Any] | None,
     ) -> Manifest:
-        files, records = list_files(self.path), []
-        for shard in range(num_shards):
-            record, entry = read_record(self.path, shard), files.get(f"{shard_name(shard)}.h5")
-            if record is None or entry is None or record.sha256 != entry.sha256:
-                raise CacheFormatError("a shard is incomplete", where=self.path / shard_name(shard))
-            records.append(record)
-        lengths = doc_lengths(records)
-        write_bytes(self.path / DOC_LENGTHS, lengths)
+        files, lengths = list_files(self.path), bytearray()
+        documents_per_shard: list[int] = []
+
+        def each_statistics() -> Iterator[dict[str, Any]]:
+            for shard in range(num_shards):
+                record, entry = read_record(self.path, shard), files.get(f"{shard_name(shard)}.h5")
+                if record is None or entry is None or record.sha256 != entry.sha256:
+                    raise CacheFormatError("a shard is incomplete", where=self.path / shard_name(shard))
+                documents_per_shard.append(len(record.documents))
+                lengths.extend(doc_lengths([record]))
+                yield record.statistics
+
+        statistics = combine(each_statistics())
+        write_bytes(self.path / DOC_LENGTHS, bytes(lengths))
         files[DOC_LENGTHS] = FileEntry(bytes=len(lengths), sha256=hashlib.sha256(lengths).hexdigest())
-        statistics = combine([record.statistics for record in records])
         return Manifest(
             label_identity=label_identity(identity),
             identity=dict(identity),
             sources=[dict(source) for source in sources],
             **{key: self.build[key] for key in HEAD_KEYS},
-            documents_per_shard=[len(record.documents) for record in records],
+            documents_per_shard=documents_per_shard,
             num_documents=statistics["documents"],
             num_tokens=statistics["tokens"],
             num_entries=statistics["entries"],

@@ -115,7 +115,7 @@ def _status_bytes(field: str) -> int:
 def show_laws(folder: Path, numbers: list[int], shard_tokens: int) -> None:
     print(f"\nlog-normal documents, shards of {shard_tokens:,} tokens, blocks of {BLOCK}")
     print("documents     tokens   s to first block   MiB   processor ms a block (and beside the first row)")
-    source = write(folder / "lognormal", make_shards(lognormal, 4, shard_tokens))
+    source = write(folder / "lognormal", make_shards(lognormal, 8, shard_tokens))
     reference = None
     for size in numbers:
         path = repeat(source, folder / f"of-{size}", size)

@@ -235,6 +235,29 @@ def test_refused_at_write_time(change, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("topk_ids", None, "an id is twice in a row"),
+        ("topk_ids", 64, "an entry's id is out of range"),
+        ("topk_margins", np.nan, "a logit is not finite"),
+        ("topk_margins", -1.0, "a row does not descend by logit"),
+    ],
+)
+def test_a_wrong_entry_far_into_a_shard_is_named(ragged, name, value, message):
+    """Rows are checked in blocks, sorted without padding where all are of one length."""
+    rng, S = np.random.default_rng(0), 3_000
+    ks = rng.integers(2, 5, S) if ragged else np.full(S, 4)
+    logits = rng.normal(0, 3, (S, 64)).astype(np.float32)
+    arrays = shard_of_logits(logits, [2_500, 500], ks, rng.integers(0, 64, S))
+    entry = int(arrays.row_indptr()[2_600]) + 1
+    values = getattr(arrays, name).copy()
+    values[entry] = values[entry - 1] if value is None else value
+    with pytest.raises(CacheFormatError, match=f"{message}; where: document 'doc/1', position 100"):
+        encode_shard(dataclasses.replace(arrays, **{name: values}), codec="q", **OPTIONS)
+
+
 def test_rows_shifted_by_one_are_refused():
     """The commonest silent fault of this field: row t holding the distribution for token t."""
     rng = np.random.default_rng(0)
