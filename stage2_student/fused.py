@@ -138,7 +138,8 @@ class _FusedHeadLoss(torch.autograd.Function):
                 if g_full is z_full:
                     gradient_VH.addmm_(g_CV.T, x_CH)
                 elif device == "cuda":
-                    torch.addmm(gradient_VH, g_CV.T, x_CH, out_dtype=gradient_VH.dtype, out=gradient_VH)
+                    out = scratch(V, H, dtype=gradient_VH.dtype)
+                    gradient_VH += torch.mm(g_CV.T, x_CH, out_dtype=out.dtype, out=out)
                 else:
                     gradient_VH += torch.mm(g_CV.T, x_CH, out=scratch(V, H, dtype=dtype))
         ctx.save_for_backward(gradient_NH, gradient_VH)

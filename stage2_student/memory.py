@@ -59,9 +59,11 @@ def estimate_memory(config: StudentConfig, sizes: GPTConfig, num_parameters: int
     layers = sizes.num_hidden_layers * per_token
     if config.training.get("gradient_checkpointing", False):  # the layers' inputs, and all of one layer at a time
         layers = sizes.num_hidden_layers * (4 * H) + per_token
-    # Logits and the matrix's gradient; under mixed precision their bfloat16 copies and the matrix's bfloat16 copy too.
-    rows = chunk_rows("cuda" if torch.cuda.is_available() else "cpu")
-    head = rows * V * (4 + (2 if config.bf16 else 0)) + V * H * (4 + (4 if config.bf16 else 0))
+    # Logits and the matrix's gradient; under mixed precision the logits' bfloat16 copy, the matrix's, and a chunk's
+    # gradient of the matrix, which a GPU forms in float32.
+    on_gpu = torch.cuda.is_available()
+    copies = (2 + (4 if on_gpu else 2)) if config.bf16 else 0
+    head = chunk_rows("cuda" if on_gpu else "cpu") * V * (4 + (2 if config.bf16 else 0)) + V * H * (4 + copies)
     return MemoryEstimate(
         state_bytes=16 * num_parameters,
         activation_bytes=_micro_batch_tokens(config) * (layers + 4 * H),  # and the last norm's input
