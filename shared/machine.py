@@ -54,10 +54,13 @@ def require_usable_card() -> None:
     Raises:
         ConfigError: the driver lists a card and torch sees none.
     """
-    import pynvml
     import torch
 
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    try:
+        import pynvml
+    except ImportError:  # then nothing knows of a card
         return
     try:
         pynvml.nvmlInit()

@@ -93,6 +93,7 @@ def run_cli(command: Any) -> NoReturn:
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which nothing here imports
             raise
-        log(f"error: the device has too little memory; got: {str(error).partition('. ')[0]}; fix: {LESS_MEMORY}")
+        got = str(error).partition(". ")[0]  # from whichever rank it comes
+        sys.stderr.write(f"error: the device has too little memory; got: {got}; fix: {LESS_MEMORY}\n")
         code = 1
     sys.exit(code)

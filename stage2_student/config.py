@@ -24,7 +24,7 @@ FIXED: dict[str, str | None] = dict.fromkeys((
 }  # fmt: skip
 # Types with their range, as `require_range` takes it.
 Count = Annotated[int, {"at_least": 1}]
-CountOrNone = Annotated[int, {"at_least": 0}]  # 0 means none, or all
+Natural = Annotated[int, {"at_least": 0}]
 Positive = Annotated[float, {"above": 0}]
 NotNegative = Annotated[float, {"at_least": 0}]
 Share = Annotated[float, {"at_least": 0, "at_most": 1}]
@@ -76,7 +76,7 @@ class StudentConfig:
     divergence: Literal["forward", "reverse", "jsd", "skewed-forward", "skewed-reverse"] = "forward"
     beta: Mixture = 0.5
     skew: Mixture = 0.1
-    k: CountOrNone = 0
+    k: Natural = 0
     label_smoothing: ShareBelowOne = 0.0
     targets: Literal["completion", "all"] = "completion"
     block_size: Count = 512
@@ -94,13 +94,13 @@ class StudentConfig:
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
     logging_steps: Count = 10
-    eval_steps: CountOrNone = 0
-    save_steps: CountOrNone = 200
+    eval_steps: Natural = 0
+    save_steps: Natural = 200
     save_total_limit: Count = 2
     bf16: bool = True
-    dataloader_num_workers: CountOrNone = 0
-    seed: CountOrNone = 0
-    early_stopping_patience: CountOrNone = 0
+    dataloader_num_workers: Natural = 0
+    seed: Natural = 0
+    early_stopping_patience: Natural = 0
     early_stopping_threshold: NotNegative = 0.0
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -118,22 +118,42 @@ class StudentConfig:
         for name, hint in typing.get_type_hints(StudentConfig, include_extras=True).items():
             for bounds in getattr(hint, "__metadata__", ()):
                 require_range(getattr(self, name), name, **bounds)
-        require(not (self.label_smoothing and self.alpha), "distillation has the teacher's labels in place of smoothed "
-                "ones", where="label_smoothing, alpha", expected="label_smoothing=0, or alpha=0",
-                got=f"label_smoothing={self.label_smoothing:g}, alpha={self.alpha:g}")  # fmt: skip
-        require(not self.uses_samples or self.divergence == "forward", "samples estimate only the forward divergence",
-                where="loss, divergence", expected="divergence=forward, or loss=ghost or truncated",
-                got=f"loss={self.loss}, divergence={self.divergence}")  # fmt: skip
-        require(not (self.uses_samples and self.k), "samples were drawn beside all entries of a row, or in place of "
-                "them", where="loss, k", expected="k=0, or loss=ghost or truncated",
-                got=f"loss={self.loss}, k={self.k}")  # fmt: skip
+        require(
+            not (self.label_smoothing and self.alpha),
+            "distillation has the teacher's labels in place of smoothed ones",
+            where="label_smoothing, alpha",
+            expected="label_smoothing=0, or alpha=0",
+            got=f"label_smoothing={self.label_smoothing:g}, alpha={self.alpha:g}",
+        )
+        require(
+            not self.uses_samples or self.divergence == "forward",
+            "samples estimate only the forward divergence",
+            where="loss, divergence",
+            expected="divergence=forward, or loss=ghost or truncated",
+            got=f"loss={self.loss}, divergence={self.divergence}",
+        )
+        require(
+            not (self.uses_samples and self.k),
+            "samples were drawn beside all entries of a row, or in place of them",
+            where="loss, k",
+            expected="k=0, or loss=ghost or truncated",
+            got=f"loss={self.loss}, k={self.k}",
+        )
         dense = {"divergence": "forward", "k": 0, "temperature": 1.0, "targets": "completion"}
-        require(self.loss != "dense" or all(getattr(self, name) == value for name, value in dense.items()),
-                "the full distribution is stored at T = 1, for the loss mask's targets, and has the forward divergence",
-                where="loss=dense", expected=", ".join(f"{name}={value}" for name, value in dense.items()))  # fmt: skip
+        require(
+            self.loss != "dense" or all(getattr(self, name) == value for name, value in dense.items()),
+            "the full distribution is stored at T = 1, for the loss mask's targets, and has the forward divergence",
+            where="loss=dense",
+            expected=", ".join(f"{name}={value}" for name, value in dense.items()),
+        )
         positions = self.student_sizes().max_position_embeddings
-        require(self.block_size <= positions, "blocks are longer than the student's positions", where="block_size",
-                expected=f"at most max_position_embeddings = {positions}", got=self.block_size)  # fmt: skip
+        require(
+            self.block_size <= positions,
+            "blocks are longer than the student's positions",
+            where="block_size",
+            expected=f"at most max_position_embeddings = {positions}",
+            got=self.block_size,
+        )
 
     def student_sizes(self, **changes: Any) -> GPTConfig:
         """The sizes to build, and `changes` to them, such as the cache's `vocab_size`.
@@ -164,14 +184,20 @@ def require_labels(config: StudentConfig, cache: Cache) -> None:
     try:
         samples = cache.sampling
     except CacheMismatchError as error:
-        raise ConfigError(f"loss={config.loss} needs sampled targets, and the cache holds none", where=cache.path,
-                          fix=f"build the cache with samples of the {wanted} distribution, or "
-                          "loss=ghost") from error  # fmt: skip
+        raise ConfigError(
+            f"loss={config.loss} needs sampled targets, and the cache holds none",
+            where=cache.path,
+            fix=f"build the cache with samples of the {wanted} distribution, or loss=ghost",
+        ) from error
     require(samples.drawn_from == wanted, f"loss={config.loss} needs other samples than the cache holds",
             where=cache.path, expected=f"samples_from={wanted}", got=f"samples_from={samples.drawn_from}")  # fmt: skip
-    require(config.temperature <= samples.temperature, "samples cannot stand for a flatter distribution: a few of them "
-            "would carry all the weight", where=cache.path, got=f"temperature={config.temperature:g}",
-            expected=f"temperature at most samples_temperature={samples.temperature:g}")  # fmt: skip
+    require(
+        config.temperature <= samples.temperature,
+        "samples cannot stand for a flatter distribution: a few of them would carry all the weight",
+        where=cache.path,
+        expected=f"temperature at most samples_temperature={samples.temperature:g}",
+        got=f"temperature={config.temperature:g}",
+    )
 
 
 def student_config(*layers: Mapping[str, Any]) -> StudentConfig:

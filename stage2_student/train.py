@@ -98,8 +98,8 @@ def train(
         Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; a checkpoint was saved.
     """
     out = output_path(out)
-    require((config.loss == "dense") == (teacher_logprobs is not None), "loss=dense and --teacher-logprobs belong "
-            "together", got=f"loss={config.loss}")  # fmt: skip
+    both = (config.loss == "dense") == (teacher_logprobs is not None)
+    require(both, "loss=dense and --teacher-logprobs belong together", got=f"loss={config.loss}")
     look = functools.partial(check, config, cache_paths, out, weights, validation_path, init_from)
     with joined(), contextlib.ExitStack() as held:
         if is_main_process() and not look().is_done(out):  # the others wait, so that a mistake is named once

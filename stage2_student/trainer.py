@@ -134,7 +134,8 @@ class DistillTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """As the base class has it, which calls it before each step; kept for `check_step`."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._gradient_norm = torch.as_tensor(norm, dtype=torch.float32, device=self._step[-1].device)
+        whole = getattr(norm, "full_tensor", lambda: norm)()  # FSDP's lies in parts
+        self._gradient_norm = torch.as_tensor(whole, dtype=torch.float32, device=self._step[-1].device)
         return norm
 
     def _documents(self, number: int) -> list[str]:
@@ -237,9 +238,12 @@ def _refusals_in_a_line(checkpoint: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
             raise  # not one of torch's own, which has no type for them
-        raise DistillError("a checkpoint cannot be saved", where=checkpoint, got=str(error).partition("\n")[0],
-                           fix="make room or give rights; the same command then continues from the last whole "
-                           "checkpoint") from error  # fmt: skip
+        raise DistillError(
+            "a checkpoint cannot be saved",
+            where=checkpoint,
+            got=str(error).partition("\n")[0],
+            fix="make room or give rights; the same command then continues from the last whole checkpoint",
+        ) from error
 
 
 def _warmed_up(factor: Callable[[int], float], num_warmup_steps: int) -> Callable[[int], float]:

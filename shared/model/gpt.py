@@ -245,9 +245,19 @@ class GPT(nn.Module):
 
 
 def cross_entropy(
-    hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, *, num_items_in_batch: Tensor | int | None = None
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    labels_N: Tensor,
+    *,
+    targets: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> dict[str, Tensor]:
-    """Plain next-token cross-entropy: a sum over targets divided by their number, here or in the whole window."""
+    """Plain next-token cross-entropy: a sum over targets divided by their number, here or in the whole window.
+
+    `targets`, int64, are the places that have a label; where they are given, no other place gets logits.
+    """
+    if targets is not None:
+        hidden_NH, labels_N = hidden_NH[targets], labels_N[targets]
     logits_NV = F.linear(hidden_NH, weight_VH).float()
     total = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
     num_targets = (labels_N != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch

@@ -99,6 +99,8 @@ def measure(arguments):
             weight, labels = model.model.embed_tokens.weight, batch.pop("labels").flatten()
             loss = model.head_loss(hidden.flatten(0, 1), weight, labels, **batch)["loss"]
         else:
+            if way in ("F.cross_entropy", "Liger"):
+                del batch["targets"]  # which positions need no logits is our loss's knowledge
             loss = model(**batch)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,5 +1,7 @@
 """What a machine has, and whether torch can use it."""
 
+import sys
+
 import pynvml
 import pytest
 import torch
@@ -33,6 +35,9 @@ def test_hidden_cards_and_machines_without_one_run_on_the_processor(driver, monk
     require_usable_card()
     driver(cards=2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    require_usable_card()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
     require_usable_card()
     monkeypatch.undo()
     require_usable_card()  # this machine as it is, its cards hidden from the tests

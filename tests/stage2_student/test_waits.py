@@ -70,12 +70,24 @@ def test_a_step_waits_for_nothing_before_its_losses_are_read(monkeypatch, alpha)
 
 def test_a_batch_moves_as_one_buffer():
     batch = collate([block(0), block(1)])
-    moved = batch.to("cpu", non_blocking=True)
-    assert isinstance(moved, Batch)
-    assert all(torch.equal(moved[name], batch[name]) for name in batch)
-    assert len({field.untyped_storage().data_ptr() for field in moved.values()}) == 1
+    moved = batch.to(torch.device("meta"), non_blocking=True)
+    assert isinstance(moved, Batch) and moved.buffer.device.type == "meta"
+    for name, field in batch.items():  # each in the same place of one buffer
+        found = moved[name]
+        assert (found.shape, found.dtype, found.device.type) == (field.shape, field.dtype, "meta")
+        assert found.storage_offset() == field.storage_offset()
+    assert [field.storage_offset() for field in moved.values()][1:] != [0] * (len(moved) - 1)
     parts = Batch(dict(batch)).to(torch.device("meta"))
-    assert {field.device.type for field in parts.values()} == {"meta"}
+    assert {(field.device.type, field.storage_offset()) for field in parts.values()} == {("meta", 0)}
+
+
+def test_the_plain_loss_takes_batches_too():
+    torch.manual_seed(0)
+    model, batch = GPT(PRESETS["tiny"]), collate([block(0), block(1)])
+    batch = {name: field for name, field in batch.items() if not name.startswith("soft_")}
+    chosen = model(**batch)["loss"]
+    del batch["targets"]
+    torch.testing.assert_close(chosen, model(**batch)["loss"], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
