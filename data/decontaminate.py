@@ -67,8 +67,16 @@ class Index:
     def __init__(self, problems: Mapping[str, Sequence[Problem]], absent: Mapping[str, str] | None = None) -> None:
         self.problems, self.absent = problems, absent or {}
 
+    def without(self, others: "Index") -> "Index":
+        """The index without these benchmarks."""
+        return Index({name: self.problems[name] for name in self.problems if name not in others.problems}, self.absent)
+
     def __bool__(self) -> bool:
         return bool(self.problems)
+
+    @functools.cached_property
+    def _prompts(self) -> dict[tuple[str, ...], str]:
+        return {tuple(_lexemes(problem.prompt)): problem.task_id for problem in self._all()}
 
     @functools.cached_property
     def _runs(self) -> dict[tuple[str, ...], str]:
@@ -118,6 +126,10 @@ class Index:
         else:
             texts = [document.prompt + document.completion]
         return next((found for text in texts if (found := self._match(text))), None)
+
+    def prompt_of(self, prompt: str) -> str | None:
+        """The problem that has this prompt, but for white space and comments."""
+        return self._prompts.get(tuple(_lexemes(prompt)))
 
     def _match(self, text: str) -> Match | None:
         lexemes = _lexemes(text)
