@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from shared.chat import chat_prompt
-from shared.eval.programs.completion import Ending, ending_after, parse
+from shared.eval.programs.completion import Ending, ending_after, parse, program_end
 from shared.tokenizer import Tokenizer, encode_prompt
 
 QUESTION = (
@@ -58,14 +58,15 @@ def continuation(prompt: str, answer: str) -> str:
 
     A model repeats the prompt, changes its docstring, or writes nothing but the body. After the head of a function this
     is the body of the function of that name, with imports of the answer at its start; after a description, which a
-    whole program answers, all of the answer's code that is not the prompt again. An answer without a code block is
-    taken as code.
+    whole program answers, the answer's code without the prompt and up to its own tests (`program_end`). An answer
+    without a code block is taken as code.
     """
     block = _BLOCK.search(answer)
     code = block["code"] if block else answer
     head = _open_function(prompt)
     if head is None:
-        return "\n" + code.strip().removeprefix(prompt.strip()).lstrip("\n") + "\n"
+        program = "\n" + code.strip().removeprefix(prompt.strip()).lstrip("\n")
+        return program[: program_end(program)].rstrip() + "\n"
     tree = parse(code)
     functions = [node for node in ast.walk(tree) if isinstance(node, Function)] if tree else []
     function = next((each for each in functions if each.name == head.name), None)
