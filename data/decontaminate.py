@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.humaneval import load_humaneval
+from data.humaneval import load_exercises, load_humaneval
 from data.mbpp import NAME as MBPP
 from data.mbpp import is_mbpp, load_problems
 from data.records import Document, Problem
@@ -35,7 +35,7 @@ from shared.files import sha256_json
 
 RUN, RUN_WORDS = 30, 10
 BODY_TOKENS = 20
-BENCHMARKS = ("humaneval", "mbpp:test")
+BENCHMARKS = ("humaneval", "mbpp:test", "exercises")
 RULE = f"a run of {RUN} tokens, or an equal solution of {BODY_TOKENS} tokens or more; version 1"
 
 _LEXEME = re.compile(r"\#[^\n]* | [^\W\d]\w* | \d[\w.]* | [^\s\w]", re.VERBOSE)
@@ -155,7 +155,7 @@ def load_index(names: str, dataset: str = "") -> Index:
     """
     chosen = {"auto": list(BENCHMARKS), "none": []}.get(names, [name.strip() for name in names.split(",")])
     unknown = [name for name in chosen if name not in BENCHMARKS]
-    expected = f"auto, none, or {' and '.join(BENCHMARKS)}"
+    expected = f"auto, none, or of {', '.join(BENCHMARKS)}"
     require(not unknown, "unknown benchmark", where="decontaminate", expected=expected, got=", ".join(unknown))
     found, absent = dict[str, Sequence[Problem]](), dict[str, str]()
     for name in chosen:
@@ -171,6 +171,8 @@ def load_index(names: str, dataset: str = "") -> Index:
 def _load(name: str, dataset: str, *, offline: bool) -> Sequence[Problem]:
     if name == "humaneval":
         return load_humaneval(offline=offline)
+    if name == "exercises":
+        return load_exercises()
     is_file = dataset.endswith(SUFFIXES) and Path(dataset).is_file()
     if is_file and is_mbpp(open_table([Path(dataset)], dataset).columns):
         return load_problems(dataset, "test")[0]

@@ -66,6 +66,11 @@ def load_humaneval(*, offline: bool = False) -> tuple[Problem, ...]:
     return _problems(parse_jsonl(io.BytesIO(gzip.decompress(compressed)), name))
 
 
+def load_exercises() -> tuple[Problem, ...]:
+    """64 functions of one line, written for this project: they tell students apart before these solve anything else."""
+    return read_problems(Path(__file__).with_name("exercises.jsonl"))
+
+
 def problems_digest(problems: Sequence[Problem]) -> str:
     """SHA-256 over the published fields of problems, in order."""
     return sha256_json([{key: getattr(problem, key) for key in (*KEYS, "canonical_solution")} for problem in problems])

@@ -65,7 +65,7 @@ class TeacherConfig:
     batch_tokens: int = _option(1_024, "Max tokens per batch, padding included.", "N")
     head_rows: int = 192
     decontaminate: str = _option(
-        "auto", "Leave out documents that share text with humaneval,mbpp:test; auto: those at hand; or none.", "NAMES"
+        "auto", "Leave out text of humaneval,mbpp:test,exercises; auto: of those at hand; none: nothing.", "NAMES"
     )
     max_length: int | None = _option(None, "Longest document in tokens; by default the teacher's positions.", "N")
     on_long: Literal["split", "truncate", "drop"] = _option("split", "What to do with longer documents.")

@@ -238,6 +238,19 @@ def mbpp(dataset: str, **options: Any) -> None:
     _evaluate_benchmark(lambda: problems.mbpp(dataset), **options)
 
 
+@evaluate.command(cls=GroupedCommand, groups=_groups("problems_file", "benchmark_file", "dataset"))
+@functools.partial(_of_a_benchmark, max_new_tokens=48)
+def exercises(**options: Any) -> None:
+    """Score pass@k on easy functions.
+
+    64 functions of one line each, which tell students apart before they solve anything harder. Never train on them.
+    Re-running an interrupted command continues it.
+    """
+    from shared.eval.programs import problems
+
+    _evaluate_benchmark(problems.exercises, **options)
+
+
 evaluate.add_command(score)
 
 

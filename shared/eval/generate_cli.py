@@ -52,7 +52,7 @@ from shared.options import GroupedCommand
 @TEACHER_CACHE
 @click.option("--unsafe-no-sandbox", is_flag=True, help="Run programs without isolation if there is none.")
 def generate(model: str, prompts: str, split: str, limit: int | None, out: Path, **options: Any) -> None:
-    """Let a model write documents, and keep those that pass.
+    """Let a model write verified documents.
 
     Completes the prompts of a data set, runs what was written against the prompts' own tests in the sandbox, and drops
     duplicates and text that a benchmark has. documents.jsonl is a data set of `teacher build`; every row says who wrote
