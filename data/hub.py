@@ -84,7 +84,7 @@ def open_hub(
         commit=commit,
         config=rows.config_name,
         license=_license(hub_id, commit),
-        table=Table(hub_id, names, read, lambda: None if streaming else len(rows)),
+        table=Table(hub_id, names, read, lambda limit: limit if streaming else min(len(rows), limit or len(rows))),
     )
 
 

@@ -110,7 +110,7 @@ def open_documents(source: Source) -> DocumentSet:
             )
         else:
             name, read = table.name, _read_plain(table, parse_columns(source.columns), source.limit_docs)
-            num_documents = source.limit_docs or table.count()
+            num_documents = table.count(source.limit_docs)
     return DocumentSet(
         name=name,
         split=source.split,

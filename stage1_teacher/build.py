@@ -107,6 +107,13 @@ class Task:
             expected=f"at most {positions}",
             got=asked,
         )
+        require(
+            self.config.top_k <= head_width,
+            "--top-k is beyond the teacher's vocabulary",
+            expected=f"at most {head_width}",
+            got=self.config.top_k,
+            fix="a smaller --top-k",
+        )
         return Limits(max_length=asked or positions, on_long=self.config.on_long, head_width=head_width)
 
     def options(self) -> dict[str, Any]:

@@ -211,8 +211,8 @@ def _groups(*absent: str) -> dict[str, str]:
 def humaneval(problems_file: Path | None, benchmark_file: Path | None, **options: Any) -> None:
     """Score pass@k on HumanEval.
 
-    Or on problems of its form (--benchmark). Re-running an interrupted command continues it. With other settings, such
-    as --limit, the results in --out are replaced.
+    Or on problems of its form (--benchmark). Re-running an interrupted command continues it. With other settings the
+    results in --out are replaced, unless they are of more completions.
     """
     if problems_file and benchmark_file:
         raise click.UsageError("--problems are HumanEval's and --benchmark others': give one")
@@ -230,8 +230,8 @@ def humaneval(problems_file: Path | None, benchmark_file: Path | None, **options
 def mbpp(dataset: str, **options: Any) -> None:
     """Score pass@k on MBPP's test split.
 
-    Re-running an interrupted command continues it. With other settings, such as --limit, the results in --out are
-    replaced.
+    Re-running an interrupted command continues it. With other settings the results in --out are replaced, unless they
+    are of more completions.
     """
     from shared.eval.programs import problems
 
@@ -247,7 +247,7 @@ def _evaluate_benchmark(
     """Run one benchmark, which rank 0 loads, unless its result is up to date."""
     from data.humaneval import problems_digest
     from shared.checkpoints import locate_model, model_digest
-    from shared.eval.inputs import is_up_to_date
+    from shared.eval.inputs import is_up_to_date, refuse_to_shrink
     from shared.eval.programs.completion import ENDS
     from shared.eval.results import BenchmarkResult
     from shared.process import is_main_process, world_size
@@ -269,6 +269,9 @@ def _evaluate_benchmark(
             inputs = None
             if world_size() == 1:
                 return
+        else:
+            num_problems = len(benchmark.problems[: options["limit"]])
+            refuse_to_shrink(out, num_problems * options["samples"])
     _quieten()
     from shared.eval.programs.benchmark import evaluate_benchmark
     from shared.eval.programs.sample import Decoding
