@@ -103,6 +103,7 @@ def render_page(look: Look) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {"runs": runs, "visible": visible}
     script = environment.loader.get_source(environment, "show.js")[0]  # type: ignore[union-attr]
     page = environment.get_template("show.html.j2").render(

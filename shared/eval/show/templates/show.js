@@ -36,6 +36,11 @@ texts.forEach((text, number) => {
   });
 });
 
+for (const choice of document.querySelectorAll("input[name=by]")) {
+  choice.addEventListener("change", () => document.body.classList.toggle("by-kl", choice.id === "by-kl"));
+  if (choice.checked) document.body.classList.toggle("by-kl", choice.id === "by-kl"); // a browser may restore it
+}
+
 for (const button of document.querySelectorAll("button[data-token]")) {
   const text = button.closest("details").querySelector(".text");
   button.addEventListener("click", () => keep(text.tokens[button.dataset.token]));
