@@ -60,7 +60,10 @@ def two_teachers(hub, tmp_path_factory):
 def test_make_all(two_teachers, tmp_path):
     hub = two_teachers
     clone, environment = fresh_clone(tmp_path / "clone"), hub.environment(tmp_path / "home")
-    run(clone, environment, "make", "all", "PROFILE=starcoder2", f"SET={FEW_STEPS}", FEW_PROBLEMS)
+    everything = ("make", "all", "PROFILE=starcoder2", f"SET={FEW_STEPS}", FEW_PROBLEMS)
+    run(clone, environment, *everything)
+    for step in ("draft", "report"):
+        run(clone, environment, "make", step, "PROFILE=starcoder2", "DRAFT=--limit 2 --new-tokens 4 --repeats 1")
     made = clone / "artifacts" / "starcoder2"
     for split in ("train", "validation"):
         cache = Cache(made / f"cache-{split}")
@@ -82,8 +85,7 @@ def test_make_all(two_teachers, tmp_path):
         assert record["metrics"]["steps"] == 2
 
     before = state_of(made)
-    again = ("make", "all", "PROFILE=starcoder2", f"SET={FEW_STEPS}", FEW_PROBLEMS)
-    said = run(clone, environment, *again)
+    said = run(clone, environment, *everything)
     # Caches, the teacher's three results, students, their two results each, latency and the report.
     assert said.count(" is up to date\n") == 2 + 3 + 2 + 2 * 2 + 1 + 1
     no_hub = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
