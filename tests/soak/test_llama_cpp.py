@@ -1,4 +1,7 @@
-"""An exported student in llama.cpp: converted and run there, it gives the log-probabilities that transformers gives."""
+"""An exported student in llama.cpp: converted and run there, it gives the log-probabilities that transformers gives.
+
+Needs the package registry, for llama.cpp, its converter and the demo teacher; is skipped where pip cannot reach it.
+"""
 
 import json
 import subprocess

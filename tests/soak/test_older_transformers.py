@@ -1,4 +1,7 @@
-"""What we write, read by the last transformers 4: exports, caches' tokenizers and the demo teacher, ids and logits."""
+"""What we write, read by the last transformers 4: exports, caches' tokenizers and the demo teacher, ids and logits.
+
+Needs the package registry, for transformers 4 and the demo teacher; is skipped where pip cannot reach it.
+"""
 
 import json
 import subprocess
