@@ -71,7 +71,7 @@ def test_every_figure_arrives_in_report_json(full):
     assert student["results"]["run"]["config"]["alpha"] == 0.7
     assert student["results"]["latency"]["machine"] == MACHINE
     power, draft = {"tokens_per_second_per_watt"}, {"acceptance_rate", "mean_accepted_length", "draft_speedup"}
-    unmeasured = [set(model["reasons"]) - {"mbpp"} for model in report["models"].values()]
+    unmeasured = [set(model["reasons"]) - {"mbpp", "exercises"} for model in report["models"].values()]
     assert unmeasured == [power | draft, power, power | draft]
     assert set(report["models"]["teacher"]["ratios_to_teacher"].values()) == {1.0, None}
     assert student["ci95"]["acceptance_rate"] == [0.39, 0.43]
@@ -374,7 +374,7 @@ def test_a_cache_of_which_nothing_is_measured(tmp_path):
     teacher = report["models"]["teacher"]
     assert all(teacher[key] is None for key in KEYS)
     assert teacher["reasons"]["heldout_nll_nats"] == "not measured: there is no fidelity.json for this model"
-    assert set(teacher["reasons"]) == {*FIGURES, "humaneval", "mbpp"}
+    assert set(teacher["reasons"]) == {*FIGURES, *BENCHMARKS}
     assert "<img" not in (tmp_path / "report" / "report.html").read_text()
 
 
