@@ -2,27 +2,39 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from shared.cli import codedistill
-from tests.stage2_student.test_ranks import torchrun
-from tests.stage2_student.test_train import arguments, log_of, run
+from tests.support.cache_faults import CLI
 from tests.support.devices import ON_A_CARD, ON_TWO_CARDS
 from tests.support.eval_models import save_model
 from tests.support.student_cache import make_cache
-from tests.support.student_kills import Trainings, outcome, progress
+from tests.support.student_kills import ENVIRONMENT, Trainings, outcome, progress
 
 EXACT = {"full_determinism": True}  # attention's backward pass and the embedding's add in any order without it
 
 
-def near(ours, theirs, tolerance):
-    """Two training logs line by line."""
-    assert len(ours) == len(theirs) > 3
-    for a, b in zip(ours, theirs, strict=True):
-        assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
+def arguments(folder, name, **settings):
+    """What to train, on a small cache, into a folder of that name."""
+    if not (folder / "train").exists():
+        make_cache(folder / "train")
+    fixed = {"preset": "tiny", "block_size": 48, "max_steps": 12, "save_steps": 0, "logging_steps": 1}
+    assigned = [f"--set={key}={json.dumps(value)}" for key, value in (fixed | settings).items()]
+    return ["student", "train", "--cache", str(folder / "train"), "--out", str(folder / name), *assigned]
+
+
+def train(folder, name, *launcher, **settings):
+    """Train in processes of their own; what they said, and the losses by step."""
+    command = [*launcher, *CLI, *arguments(folder, name, **settings)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (folder / name / "training_log.jsonl").read_text().splitlines()]
+    return done.stderr, [line["loss"] for line in log if "loss" in line]
 
 
 @ON_A_CARD
@@ -40,29 +52,25 @@ def test_a_kill_changes_no_bit(tmp_path, settings):
 @ON_A_CARD
 @pytest.mark.timeout(1800)
 def test_every_way_to_train_has_the_figures_of_float32(tmp_path):
-    make_cache(tmp_path / "train")
-    logs = {}
+    losses = {}
     for name, settings in {
         "float32": {"bf16": False, "torch_compile": False},
-        "compiled float32": {"bf16": False, "torch_compile": True},
+        "compiled": {"bf16": False, "torch_compile": True},
+        "recomputed": {"bf16": False, "gradient_checkpointing": True},
         "bfloat16": {"bf16": True},
         "float16": {"bf16": False, "fp16": True},
-        "recomputed": {"bf16": False, "gradient_checkpointing": True},
     }.items():
-        out = tmp_path / name
-        said = run(arguments(tmp_path / "train", out, logging_steps=1, max_grad_norm=0.0, **settings)).stderr
-        assert (", compiled" in said) == (settings.get("torch_compile", True) and torch.cuda.is_available())
-        logs[name] = [line["loss"] for line in log_of(out) if "loss" in line]
-    for name, losses in logs.items():
-        near(losses, logs["float32"], 1e-3 if name in ("compiled float32", "recomputed") else 0.05)
+        said, losses[name] = train(tmp_path, name, **settings)
+        assert (", compiled" in said) == (name != "float32")
+    assert len(losses["float32"]) == 12
+    for name in losses:
+        assert losses[name] == pytest.approx(losses["float32"], rel=1e-3 if "float16" not in name else 0.05)
 
 
 @ON_A_CARD
 def test_training_leaves_float32_products_exact(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    make_cache(tmp_path / "train")
-    command = arguments(tmp_path / "train", tmp_path / "run", max_steps=2, save_steps=0)
-    done = CliRunner().invoke(codedistill, ["student", *command[command.index("train") :]])
+    done = CliRunner().invoke(codedistill, arguments(tmp_path, "run", max_steps=2))
     assert done.exit_code == 0, done.output
     assert torch.get_float32_matmul_precision() == "highest"
     if torch.cuda.is_available():
@@ -73,13 +81,10 @@ def test_training_leaves_float32_products_exact(tmp_path, monkeypatch):
 @ON_TWO_CARDS
 @pytest.mark.timeout(1800)
 def test_two_cards_have_the_figures_of_one(tmp_path):
-    make_cache(tmp_path / "train")
-    settings = {"max_steps": 12, "save_steps": 4, "logging_steps": 1}
-    run(arguments(tmp_path / "train", tmp_path / "one", per_device_train_batch_size=2, **settings))
-    process = torchrun(arguments(tmp_path / "train", tmp_path / "two", per_device_train_batch_size=1, **settings))
-    errors = process.communicate(timeout=900)[1]
-    assert process.returncode == 0, errors
-    near(*([line["loss"] for line in log_of(tmp_path / name) if "loss" in line] for name in ("one", "two")), 1e-3)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    _, one = train(tmp_path, "one", per_device_train_batch_size=2)
+    _, two = train(tmp_path, "two", *launcher, per_device_train_batch_size=1)
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 @ON_A_CARD
