@@ -206,6 +206,19 @@ def test_killed_and_run_again_equals_an_uninterrupted_run(finished, caches, tmp_
     assert not (out / ".run.json.tmp-1").exists()
 
 
+def test_checkpoints_by_the_clock_change_nothing(finished, caches, tmp_path):
+    """The shortest time saves every step; killed at one of them and run again."""
+    changes = {"save_steps": 0, "save_minutes": 1e-9, "save_total_limit": 99}
+    command = arguments(caches / "train", tmp_path / "run", caches / "validation", **changes)
+    code, _ = stop_when(command, (tmp_path / "run" / "checkpoint-7" / "COMPLETE").exists, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert "continuing from" in run(command).stderr
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in range(1, 13)
+    }
+    same_student(finished, tmp_path / "run")
+
+
 def test_epochs_of_the_data_set_are_evaluated_and_saved_and_a_resume_changes_nothing(caches, tmp_path):
     changes = {
         "max_steps": -1, "num_train_epochs": 5, "eval_steps": 0, "save_steps": 0, "eval_strategy": "epoch",
