@@ -16,7 +16,7 @@ from shared.errors import CacheCorruptError, ConfigError
 from shared.eval.cli import evaluate
 from shared.eval.report.report import collect
 from shared.eval.report.tables import FIGURES, count, ratio_text
-from shared.eval.results import Fidelity
+from shared.eval.results import BENCHMARKS, Fidelity
 from tests.support.eval_models import save_model
 from tests.support.report_fixture import (
     MACHINE,
