@@ -7,7 +7,7 @@ from typing import Any
 from shared.cache.manifest import Manifest
 from shared.errors import ConfigError
 from shared.eval.report.compare import Row, result_rows
-from shared.eval.report.tables import BASELINE, BENCHMARKS, FIGURES, NOT_HELD_OUT, Model, benchmarks
+from shared.eval.report.tables import BASELINE, BENCHMARKS, FIGURES, NOT_HELD_OUT, Model, benchmarks, speed_key
 from shared.eval.results import Proof
 
 MAY_DIFFER = {"alpha"}  # between a student and its baseline
@@ -75,6 +75,7 @@ def facts(
         "teacher": models[0],
         "student": student,
         "baseline": baseline,
+        "speed_key": speed_key(models),
         "paired": {row["figure"]: row for row in paired},
         "manifest": next(filter(None, manifests), None),
         "proof": proof,
