@@ -85,6 +85,7 @@ cache: setup ## stage 1: cache the teacher's top-k logits, and measure the teach
 	$(BUILD) $(VALIDATION_DATASET:%=--dataset %) --split validation $(DOCS_VALIDATION_$(PROFILE)) --out $(ART)/cache-validation
 	$(DISTILL) eval fidelity --model $(TEACHER) --cache $(ART)/cache-validation --out $(EVAL)/teacher/fidelity.json
 	$(DISTILL) eval humaneval --model $(TEACHER) --cache $(ART)/cache-train --out $(EVAL)/teacher/humaneval $(HUMANEVAL)
+	$(DISTILL) eval exercises --model $(TEACHER) --cache $(ART)/cache-train --out $(EVAL)/teacher/exercises
 	$(DISTILL) eval latency --model teacher=$(TEACHER) --cache $(ART)/cache-train --out $(EVAL)/teacher/latency.json
 	$(DISTILL) cache attach $(ART)/cache-train --teacher-eval $(EVAL)/teacher
 
@@ -100,6 +101,7 @@ endif
 define EVALUATE
 	$(if $(VALIDATION),$(DISTILL) eval fidelity --model $(RUNS)/$1 --cache $(VALIDATION) --out $(EVAL)/$1/fidelity.json)
 	$(DISTILL) eval humaneval --model $(RUNS)/$1 --out $(EVAL)/$1/humaneval $(PROBLEMS:%=--problems %) $(HUMANEVAL)
+	$(DISTILL) eval exercises --model $(RUNS)/$1 --out $(EVAL)/$1/exercises
 
 endef
 eval: setup ## measure the students, and time the teacher beside them where it is at hand

@@ -12,6 +12,7 @@ Commands = dict[str, tuple[str, str, str]]
 # Subcommand → (module, attribute, help). The composition root: the only place that knows every layer.
 COMMANDS: Commands = {
     "teacher": ("stage1_teacher.cli", "teacher", "Stage 1: label documents, write caches."),
+    "generate": ("shared.eval.generate_cli", "generate", "Let a model write verified documents."),
     "cache": ("shared.cache.cli", "cache", "Inspect, verify and edit logit caches."),
     "student": ("stage2_student.cli", "student", "Stage 2: train and export students."),
     "eval": ("shared.eval.cli", "evaluate", "Measure models and write the report."),

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.decontaminate import RULE, Index, load_index
 from data.load import Source, fingerprint, open_documents
 from data.records import DocumentSet
 from shared import tracking
@@ -84,6 +86,11 @@ class Task:
         return open_documents(self.origin)
 
     @functools.cached_property
+    def benchmarks(self) -> Index:
+        """What documents are compared with."""
+        return load_index(self.config.decontaminate, self.config.dataset)
+
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The teacher's, with the documents' ends recorded."""
         tokenizer = load_tokenizer(self.files.path)
@@ -101,6 +108,13 @@ class Task:
             expected=f"at most {positions}",
             got=asked,
         )
+        require(
+            self.config.top_k <= head_width,
+            "--top-k is beyond the teacher's vocabulary",
+            expected=f"at most {head_width}",
+            got=self.config.top_k,
+            fix="a smaller --top-k",
+        )
         return Limits(max_length=asked or positions, on_long=self.config.on_long, head_width=head_width)
 
     def options(self) -> dict[str, Any]:
@@ -114,9 +128,15 @@ class Task:
                 "tokenizer_files_digest": files.tokenizer_files_digest,
             },
             "skip_in": self._skipped(),
+            "benchmarks": self._compared(),
             **({"part": list(self.part)} if self.part else {}),
             **{key: value for key, value in to_dict(self.config).items() if key not in FREE},
         }
+
+    def _compared(self) -> dict[str, Any]:
+        """The benchmarks whose text is left out, the rule and the digest of both; empty where there are none."""
+        names = list(self.benchmarks.problems)
+        return {"names": names, "rule": RULE, "digest": self.benchmarks.digest} if names else {}
 
     def _skipped(self) -> list[str]:
         return [cache.manifest.digest for cache in self.skip_in]
@@ -135,6 +155,7 @@ class Task:
             "code": [sha256_file(folder / name) for folder, names in code for name in names],
             "versions": versions("tokenizers", "transformers", "jinja2"),
             "skip_in": self._skipped(),
+            "benchmarks": self._compared(),
         }
 
     def identity(self, head: str) -> dict[str, Any]:
@@ -177,6 +198,10 @@ class Task:
             "fingerprint": data.fingerprint,
             "num_documents": facts.num_documents,
             **({"num_skipped": facts.num_skipped} if self.skip_in else {}),
+            "benchmarks": self._compared(),
+            "num_contaminated": facts.contaminated,
+            "contaminated": facts.matches,
+            "written": facts.written,
             "num_long": facts.long.count,
             "on_long": self.config.on_long,
             "num_lossy": facts.lossy.count,
@@ -364,8 +389,12 @@ def _tokenise(task: Task) -> bool:
     else:
         if (out / LOCK).exists():
             Lock(out, "building this cache").release()  # refuses where another process is labelling the store's tokens
-        skipped = _known_digests(task.skip_in)
-        store = make_store(folder, request, task.data, task.tokenizer, task.limits, skipped=skipped)
+        skipped, benchmarks = _known_digests(task.skip_in), task.benchmarks
+        for name, reason in benchmarks.absent.items():
+            log(f"documents are not compared with {name}: {reason}")
+        store = make_store(
+            folder, request, task.data, task.tokenizer, task.limits, skipped=skipped, benchmarks=benchmarks
+        )
     try:
         task.require_restored(store)
     except ConfigError:
@@ -443,6 +472,11 @@ def _report(store: TokenStore, config: TeacherConfig) -> None:
     data, facts = store.data, store.facts
     if facts.num_skipped:
         log(f"{facts.num_skipped:,} of {facts.num_documents:,} documents are skipped: --skip-in holds them")
+    if facts.contaminated:
+        shown = ", ".join(f"{id} ({problem})" for id, problem in itertools.islice(facts.matches.items(), 5))
+        log(f"{facts.contaminated:,} documents share text with a benchmark and are left out: {shown}")
+    for origin, counts in facts.written.items():
+        log(f"{counts['documents']:,} documents were written by a {origin}; {counts['passed']:,} passed their tests")
     log(f"{data.name} {data.split}: {facts.num_new:,} documents, {facts.num_tokens:,} tokens")
     first = next(iter(facts.documents()), None)
     if first is not None and first.prompt:

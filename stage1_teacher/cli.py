@@ -15,7 +15,8 @@ from stage1_teacher.config import TeacherConfig
 
 GROUPS = {
     "Teacher": "teacher revision dtype load_in",
-    "Data": "dataset dataset_config split dataset_revision columns limit_docs max_length on_long max_lossy skip_in",
+    "Data": "dataset dataset_config split dataset_revision columns limit_docs decontaminate max_length on_long "
+    "max_lossy skip_in",
     "Labels": "open_with close_with top_k top_p codec samples samples_from samples_temperature",
     "Cache": "out part filter shard_tokens",
     "Hardware": "batch_tokens device_map gpus_per_teacher",

@@ -15,8 +15,8 @@ from shared.eval.report import tables
 from shared.eval.report.compare import read_outcomes
 from shared.eval.report.provenance import REPORT_FORMAT, Files
 from shared.eval.report.summary import differences, facts, roles
-from shared.eval.report.tables import BENCHMARKS, FIGURES, LABELS, SHARES, Model
-from shared.eval.results import BenchmarkResult, Draft, Fidelity, Latency, Proof
+from shared.eval.report.tables import FIGURES, LABELS, SHARES, Model
+from shared.eval.results import BENCHMARKS, BenchmarkResult, Draft, Fidelity, Latency, Proof
 from shared.files import read_json, replace_files, sha256_file, to_json
 from shared.machine import machine, versions
 from shared.process import log
