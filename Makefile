@@ -15,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # steps use all cores, and one measures time
-.PHONY: help all profile setup teacher cache student eval report draft proof test check soak coverage bench clean
+.PHONY: help all profile setup teacher cache student eval report draft proof test check check-browser soak coverage bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -53,7 +53,7 @@ STUDENTS = $(or $(strip $(filter $(FINISHED),student_kd student_ce) $(filter-out
 PROBLEMS = $(shell ls $(TRAIN)/teacher_eval/humaneval/problems.jsonl 2>/dev/null)
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 all: profile setup cache student eval report ## everything: setup → teacher → cache → student → evaluation → report
 	@echo "done: $(ART)/report/report.html"
@@ -143,6 +143,11 @@ check: setup ## ruff, mypy, import-linter and the tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory test
+
+check-browser: setup ## the pages in Chromium, which must be installed (Debian: apt-get install chromium)
+	@command -v chromium google-chrome >/dev/null || \
+	  { echo "error: no Chromium; expected: chromium or google-chrome in PATH; fix: apt-get install chromium" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/shared/eval/show/test_browser.py
 
 coverage: setup ## the test suite under coverage, child processes included
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report=term

@@ -21,6 +21,7 @@ COMMANDS: Commands = {
 # What a group takes from layers above its own.
 MOUNTED: dict[str, Commands] = {
     "cache": {
+        "show": ("shared.eval.cli", "show", "See what the teacher expected."),
         "audit": ("stage1_teacher.cli", "audit", "Compare a cache with its teacher."),
         "import": ("data.cli", "import_command", "Make a cache from recorded logprobs."),
     }

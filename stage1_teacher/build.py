@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.decontaminate import RULE, Index, load_index
 from data.load import Source, fingerprint, open_documents
@@ -40,7 +40,11 @@ from shared.tokenizer import (
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_space
 from stage1_teacher.documents import Limits, describe_loss, plan_shards
+from stage1_teacher.engine import HiddenStates
 from stage1_teacher.store import TokenStore, find_store, make_store, store_folder
+
+if TYPE_CHECKING:
+    from shared.logits import LogitSource
 
 LABELLING = datetime.timedelta(days=30)  # ranks may work that long before they meet again
 NAMED = ("teacher", "revision", "dataset", "dataset_revision", "dataset_config", "split")  # recorded with the source
@@ -56,6 +60,7 @@ class Task:
         files: the teacher's.
         skip_in: finished caches whose documents are skipped.
         part: i and N where only the i-th of N parts is built.
+        hidden: an engine's hidden states, where an engine has run the teacher.
 
     Raises:
         ConfigError: what cannot be used of teacher and data set, as each is first asked for.
@@ -66,6 +71,7 @@ class Task:
     files: ModelFiles
     skip_in: tuple[Cache, ...] = ()
     part: tuple[int, int] | None = None
+    hidden: HiddenStates | None = None
 
     @functools.cached_property
     def origin(self) -> Source:
@@ -130,6 +136,7 @@ class Task:
             "skip_in": self._skipped(),
             "benchmarks": self._compared(),
             **({"part": list(self.part)} if self.part else {}),
+            **({"engine": self.hidden.record.label} if self.hidden else {}),
             **{key: value for key, value in to_dict(self.config).items() if key not in FREE},
         }
 
@@ -171,6 +178,8 @@ class Task:
             "opening": list(ends.opening),
             "closing": list(ends.closing),
         }
+        if self.hidden:
+            labels["engine"] = self.hidden.record.label
         if config.load_in:
             labels["load_in"] = config.load_in
         if config.samples:
@@ -243,7 +252,13 @@ def _origin(data: DocumentSet, digest: str) -> dict[str, Any]:
 
 
 def build_cache(
-    config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = (), part: tuple[int, int] | None = None
+    config: TeacherConfig,
+    out: Path,
+    *,
+    skip_in: Sequence[Path] = (),
+    part: tuple[int, int] | None = None,
+    hidden_states: Path | None = None,
+    delete_hidden_states: bool = False,
 ) -> None:
     """Label a data set with a teacher and write the cache. Run again, it resumes, or reports the cache up to date.
 
@@ -253,6 +268,8 @@ def build_cache(
         skip_in: finished caches of the same label identity; a document that one of them holds is skipped.
         part: i and N, 1 ≤ i ≤ N: only the i-th of N runs of the build's shards, as a cache of its own. `merge_caches`
             makes of all parts the shards of the whole build.
+        hidden_states: a folder of an engine's hidden states (see `HiddenStates`); the teacher's layers are not run.
+        delete_hidden_states: remove those that were used once the cache is finished.
 
     Raises:
         ConfigError: options, teacher or documents that cannot be used, a disk that cannot hold the cache, no document
@@ -263,7 +280,10 @@ def build_cache(
     """
     files = find_teacher(config)
     out = output_path(out)
-    task = Task(config=config, out=out, files=files, skip_in=tuple(map(Cache, skip_in)), part=part)
+    hidden = HiddenStates(hidden_states) if hidden_states else None
+    both = hidden and config.load_in
+    require(not both, "--load-in with --hidden-states", fix="leave --load-in out: no layer is loaded")
+    task = Task(config=config, out=out, files=files, skip_in=tuple(map(Cache, skip_in)), part=part, hidden=hidden)
     if world_size() == 1 and _is_done(task):  # answered without loading torch
         log(f"{out} is up to date")
         return
@@ -273,7 +293,7 @@ def build_cache(
         if agree([world_size() > 1 and is_main_process() and _is_done(task)]) == [1]:
             log(f"{out} is up to date")
         else:
-            _build(task)
+            _build(task, delete_hidden_states)
 
 
 def find_teacher(config: TeacherConfig) -> ModelFiles:
@@ -293,7 +313,7 @@ def _is_done(task: Task) -> bool:
     if not is_finished(task.out) or has_leftovers(task.out):
         return False
     options = read_json(task.out / BUILD)["options"]
-    if any(options.get(key) != value for key, value in ({"part": None} | task.options()).items()):
+    if any(options.get(key) != value for key, value in ({"part": None, "engine": None} | task.options()).items()):
         return False
     now = fingerprint(task.origin)
     before = [source.get("fingerprint") for source in read_manifest(task.out).sources]
@@ -322,7 +342,7 @@ def _refuse_moved(task: Task) -> None:
             )
 
 
-def _build(task: Task) -> None:
+def _build(task: Task, delete_hidden_states: bool) -> None:
     """Tokenise the documents, unless that is done; label them and write the cache."""
     from shared.distributed import wait
 
@@ -335,6 +355,9 @@ def _build(task: Task) -> None:
         try:
             _report(store, config)
             shards = _own_shards(plan_shards(store.lengths, config.shard_tokens), task.part)
+            used = []
+            if task.hidden and is_main_process():
+                used = task.hidden.require_all(segment for places in shards for segment in store.segments(places))
             num_tokens = int(store.lengths[shards[0].start : shards[-1].stop].sum())
             present_bytes = sum(file.stat().st_size for file in out.glob("shard-*.h5"))
             least = least_bytes_per_token(config, len(tokenizer))
@@ -357,6 +380,8 @@ def _build(task: Task) -> None:
             _label(task, writer, shards, store, run)
             if is_main_process():
                 _finish(task, writer, store, run)
+    if task.hidden and delete_hidden_states:
+        task.hidden.delete(used)
     if is_main_process():
         store.remove()
 
@@ -440,8 +465,13 @@ def _label(task: Task, writer: CacheWriter, shards: Sequence[range], store: Toke
         log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
     mine = {shard: shards[shard] for shard in todo[rank() :: world_size()]}
     if mine:
-        source = load_teacher(task.config, task.files)
-        if is_main_process() and len(todo) == len(shards):
+        if task.hidden:
+            from stage1_teacher.engine_head import load_engine_head
+
+            source: LogitSource = load_engine_head(task.config, task.files, task.hidden)
+        else:
+            source = load_teacher(task.config, task.files)
+        if is_main_process() and len(todo) == len(shards) and not task.hidden:
             _, positions = head_and_positions(task.files.path)
             for label, text in describe_ends(weigh_ends(source, task.tokenizer, store.facts.documents(), positions)):
                 log(f"{label} of documents: {text}")

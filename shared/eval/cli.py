@@ -400,6 +400,35 @@ def trace(context: click.Context, path: Path, look_in: tuple[Path, ...], as_json
         context.exit(1)
 
 
+@click.command()
+@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@click.option("--document", "documents", metavar="ID|N", multiple=True,
+              help="A document's id or number, from 0; may be repeated.  [the first 12]")  # fmt: skip
+@click.option("--student", metavar="RUN", type=DIRECTORY, help="Show this run's or export's rows beside the teacher's.")
+@click.option("--html", metavar="OUT.html", type=FILE, help="Write a page instead of lines.")
+def show(path: Path, documents: tuple[str, ...], student: Path | None, html: Path | None) -> None:
+    """See what the teacher expected.
+
+    Prints the tokens of each document that surprised the teacher most, with what it expected there. With --html, writes
+    one file that shows the whole text, coloured by surprise, and the teacher's row at each token; it loads nothing
+    from anywhere. With --student, each token also has the student's row and its KL, and the documents of the largest
+    KL come first.
+    """
+    if student:
+        quieten()
+    from shared.eval.show.page import look_into, render_page, terminal_text
+    from shared.files import output_path, write_bytes
+
+    look = look_into(path, documents, student)
+    if html is None:
+        click.echo(terminal_text(look))
+        return
+    html = output_path(html)
+    html.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(html, render_page(look))
+    click.echo(" ".join(filter(None, [f"wrote {html}: {len(look.documents)} documents.", look.left_out_text])))
+
+
 def quieten() -> None:
     """Keep transformers' own bars and deprecation notes out of ours."""
     import warnings
