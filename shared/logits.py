@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ class LogitSource:
         Both arguments are on the CPU. A chunk is valid until the next one is asked for. Padding stands at the right,
         where no real token sees it under a causal mask, so there is no attention mask.
         """
-        chosen_N = chosen_BT.flatten().nonzero().squeeze(1)  # on the CPU, where it waits for nothing
+        chosen_N = torch.from_numpy(np.flatnonzero(chosen_BT.numpy()))  # by the host, which waits for nothing
         ids_BT = send(ids_BT, self._device)
         if self.notice is None:
             out_BTX = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state

@@ -34,6 +34,7 @@ from stage1_teacher.store import TokenStore
 from stage1_teacher.topk import CapturedRows, HostRows, capture_rows
 
 MAX_EXCESS_MASS = 1e-4
+CPU_ROWS, GPU_ROWS = 192, 2_048  # that go through the head at once: what caches hold, what launches are worth
 
 # Captured rows of a shard, each batch's beside the numbers that its rows have in the shard: i64 [N].
 Captured = list[tuple[Array, HostRows]]
@@ -49,7 +50,7 @@ def load_teacher(config: TeacherConfig, files: ModelFiles) -> LogitSource:
         DistillError: its head has another width than its configuration says.
     """
     model = load_frozen(files.path, config.dtype, load_in=config.load_in, **device_placement(config))
-    source = LogitSource(model, config.head_rows)
+    source = LogitSource(model, config.head_rows or (CPU_ROWS if model.device.type == "cpu" else GPU_ROWS))
     processes = "" if world_size() == 1 else f" in each of {world_size()} processes"
     log(
         f"teacher {files.name}: {model.num_parameters() / 1e6:,.1f} M parameters, {config.dtype} on "
@@ -121,12 +122,12 @@ def capture_shard(
     for batch in plan_batches(lengths, config.batch_tokens):
         # A segment's last token predicts nothing: rows are the tokens before it, in the shard's order.
         rows_N = np.concatenate([np.arange(ends[i], ends[i + 1] - 1) for i in batch])
-        real_BT = torch.arange(lengths[batch[0]] - 1) < torch.tensor([[lengths[i] - 1] for i in batch])
-        ids_BT = torch.zeros(real_BT.shape, dtype=torch.int64)
-        ids_BT[real_BT] = torch.from_numpy(tokens[rows_N])
+        real_BT = np.arange(lengths[batch[0]] - 1) < np.array([[lengths[i] - 1] for i in batch])
+        ids_BT = np.zeros(real_BT.shape, np.int64)
+        ids_BT[real_BT] = tokens[rows_N]
         chunks: list[CapturedRows] = []
         left_N = rows_N
-        for logits_NV in source.chunks(ids_BT, real_BT) if len(rows_N) else ():
+        for logits_NV in source.chunks(torch.from_numpy(ids_BT), torch.from_numpy(real_BT)) if len(rows_N) else ():
             chunk_N, left_N = left_N[: len(logits_NV)], left_N[len(logits_NV) :]
             gold_N = send(torch.from_numpy(tokens[chunk_N + 1]), logits_NV.device)
             uniform_NM = None if uniform_SM is None else send(torch.from_numpy(uniform_SM[chunk_N]), logits_NV.device)
@@ -137,6 +138,7 @@ def capture_shard(
     return captured
 
 
+@torch.inference_mode()
 def _capture_chunk(
     logits_NV: torch.Tensor,
     gold_N: torch.Tensor,

@@ -177,7 +177,7 @@ def tail_sums(z_NV: Tensor, shift_N1: Tensor, num_temperatures: int, powers: Pow
         for odd, columns in chains:
             u = unit**odd
             for doublings, column in enumerate(columns):
-                u = u * u if doublings else u
+                u = u**2 if doublings else u
                 if column is not None:
                     sums[column] = u.sum(1)
     return torch.stack(sums, 1), (distance.exp() * distance).sum(1)
