@@ -15,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # steps use all cores, and one measures time
-.PHONY: help all profile setup teacher cache student eval report draft proof test check soak coverage bench clean
+.PHONY: help all profile setup teacher cache student eval report draft proof test check check-browser soak coverage bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -53,7 +53,7 @@ STUDENTS = $(or $(strip $(filter $(FINISHED),student_kd student_ce) $(filter-out
 PROBLEMS = $(shell ls $(TRAIN)/teacher_eval/humaneval/problems.jsonl 2>/dev/null)
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 all: profile setup cache student eval report ## everything: setup → teacher → cache → student → evaluation → report
 	@echo "done: $(ART)/report/report.html"
@@ -85,6 +85,7 @@ cache: setup ## stage 1: cache the teacher's top-k logits, and measure the teach
 	$(BUILD) $(VALIDATION_DATASET:%=--dataset %) --split validation $(DOCS_VALIDATION_$(PROFILE)) --out $(ART)/cache-validation
 	$(DISTILL) eval fidelity --model $(TEACHER) --cache $(ART)/cache-validation --out $(EVAL)/teacher/fidelity.json
 	$(DISTILL) eval humaneval --model $(TEACHER) --cache $(ART)/cache-train --out $(EVAL)/teacher/humaneval $(HUMANEVAL)
+	$(DISTILL) eval exercises --model $(TEACHER) --cache $(ART)/cache-train --out $(EVAL)/teacher/exercises
 	$(DISTILL) eval latency --model teacher=$(TEACHER) --cache $(ART)/cache-train --out $(EVAL)/teacher/latency.json
 	$(DISTILL) cache attach $(ART)/cache-train --teacher-eval $(EVAL)/teacher
 
@@ -100,6 +101,7 @@ endif
 define EVALUATE
 	$(if $(VALIDATION),$(DISTILL) eval fidelity --model $(RUNS)/$1 --cache $(VALIDATION) --out $(EVAL)/$1/fidelity.json)
 	$(DISTILL) eval humaneval --model $(RUNS)/$1 --out $(EVAL)/$1/humaneval $(PROBLEMS:%=--problems %) $(HUMANEVAL)
+	$(DISTILL) eval exercises --model $(RUNS)/$1 --out $(EVAL)/$1/exercises
 
 endef
 eval: setup ## measure the students, and time the teacher beside them where it is at hand
@@ -141,6 +143,11 @@ check: setup ## ruff, mypy, import-linter and the tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory test
+
+check-browser: setup ## the pages in Chromium, which must be installed (Debian: apt-get install chromium)
+	@command -v chromium google-chrome >/dev/null || \
+	  { echo "error: no Chromium; expected: chromium or google-chrome in PATH; fix: apt-get install chromium" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/shared/eval/show/test_browser.py
 
 coverage: setup ## the test suite under coverage, child processes included
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report=term

@@ -34,7 +34,6 @@ from stage1_teacher.store import TokenStore
 from stage1_teacher.topk import CapturedRows, HostRows, capture_rows
 
 MAX_EXCESS_MASS = 1e-4
-CPU_ROWS, GPU_ROWS = 192, 2_048  # that go through the head at once: what caches hold, what launches are worth
 
 # Captured rows of a shard, each batch's beside the numbers that its rows have in the shard: i64 [N].
 Captured = list[tuple[Array, HostRows]]
@@ -50,7 +49,7 @@ def load_teacher(config: TeacherConfig, files: ModelFiles) -> LogitSource:
         DistillError: its head has another width than its configuration says.
     """
     model = load_frozen(files.path, config.dtype, load_in=config.load_in, **device_placement(config))
-    source = LogitSource(model, config.head_rows or (CPU_ROWS if model.device.type == "cpu" else GPU_ROWS))
+    source = LogitSource(model, config.head_rows)
     processes = "" if world_size() == 1 else f" in each of {world_size()} processes"
     log(
         f"teacher {files.name}: {model.num_parameters() / 1e6:,.1f} M parameters, {config.dtype} on "

@@ -23,6 +23,7 @@ def export(run: Path, out: Path) -> None:
         ResumeError: `out` holds something else than a whole export of this run.
     """
     out = output_path(out)
+    require(run.is_dir(), "there is no such folder", where=run, expected="the folder of a finished training run")
     record = read_json(run / "run.json") if (run / "run.json").exists() else {}
     is_finished = [record.get(key) for key in ("format", "version", "state")] == [RUN_FORMAT, RUN_VERSION, "finished"]
     fix = "finish it with `codedistill student train`"

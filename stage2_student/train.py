@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from shared import tracking
+from shared.cache.directory import require_outside_caches
 from shared.cache.identity import require_same
 from shared.cache.reader import Cache
 from shared.checkpoints import WEIGHTS
 from shared.distributed import agree, joined, wait
 from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
-from shared.files import output_path, read_json, sha256_file, sha256_json, write_bytes, write_json
+from shared.files import is_system_file, output_path, read_json, sha256_file, sha256_json, write_bytes, write_json
 from shared.lock import Lock
 from shared.machine import has_accelerator, machine, require_usable_card, versions
 from shared.model.gpt import GPT, GPTConfig
@@ -35,7 +36,6 @@ from stage2_student.checkpoint import (
     RUN_FORMAT,
     RUN_VERSION,
     is_leftover,
-    is_side_file,
     newest_whole,
     remove_leftovers,
     require_no_file,
@@ -89,7 +89,7 @@ def train(
         request: recorded in `run.json`; see `request_digest`.
 
     Raises:
-        ResumeError: the folder holds another run, or another process trains in it.
+        ResumeError: the folder holds another run or lies in a cache, or another process trains in it.
         ConfigError: a cache is given twice, the caches lack the labels that the loss needs, the weights to start from
             do not fit, or under torchrun the processes do not come together.
         CacheMismatchError: the temperature is off the caches' grid, or the caches are not all one teacher's.
@@ -98,6 +98,7 @@ def train(
         Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; a checkpoint was saved.
     """
     out = output_path(out)
+    require_outside_caches(out)
     both = (config.loss == "dense") == (teacher_logprobs is not None)
     require(both, "loss=dense and --teacher-logprobs belong together", got=f"loss={config.loss}")
     look = functools.partial(check, config, cache_paths, out, weights, validation_path, init_from)
@@ -364,7 +365,7 @@ def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     other: dict[str, Any] = {"error": ResumeError, "where": out, "fix": "choose another --out"}
     require(out.is_dir() or not out.exists(), "the run's path is not a folder", **other)
     if not (out / "run.json").exists():
-        is_free = not out.exists() or all(is_leftover(path) or is_side_file(path) for path in out.iterdir())
+        is_free = not out.exists() or all(is_leftover(path) or is_system_file(path.name) for path in out.iterdir())
         require(is_free, "the folder holds something that is no run", **other)
         return None
     earlier: dict[str, Any] = read_json(out / "run.json")

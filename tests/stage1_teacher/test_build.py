@@ -258,7 +258,7 @@ def test_a_tokenizer_that_loses_text_is_refused_unless_asked_for(tokenizer, tmp_
     teacher, rows = save_teacher(tmp_path / "teacher", made, width=len(made)), tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     with pytest.raises(ConfigError) as caught:
-        build(teacher, rows, tmp_path / "cache")
+        build(teacher, rows, tmp_path / "cache", "--top-k", "5")
     expected = f"expected: at most 10% of {len(texts)} documents (--max-lossy); got: {got}; fix: "
     assert f"does not give documents back as they were; where: teacher; {expected}" in str(caught.value)
     assert not (tmp_path / "cache").exists()
@@ -328,6 +328,8 @@ def test_unusable_requests_are_named(teacher, rows, tmp_path, monkeypatch):
         build(tmp_path / "empty", rows, tmp_path / "cache")
     with pytest.raises(ConfigError, match="top_k"):
         build(teacher, rows, tmp_path / "cache", "--top-k", "0")
+    with pytest.raises(ConfigError, match=r"--top-k is beyond the teacher's vocabulary.*at most [0-9]+; got: 60000"):
+        build(teacher, rows, tmp_path / "cache", "--top-k", "60000")
     with pytest.raises(SystemExit):  # click's usage error
         build(teacher, rows, tmp_path / "cache", "--on-long", "cut")
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():

@@ -7,8 +7,8 @@ from typing import Any
 from shared.cache.manifest import Manifest
 from shared.errors import ConfigError
 from shared.eval.report.compare import Row, result_rows
-from shared.eval.report.tables import BASELINE, BENCHMARKS, FIGURES, NOT_HELD_OUT, Model, benchmarks
-from shared.eval.results import Proof
+from shared.eval.report.tables import BASELINE, FIGURES, NOT_HELD_OUT, Model, benchmarks
+from shared.eval.results import BENCHMARKS, Proof
 
 MAY_DIFFER = {"alpha"}  # between a student and its baseline
 

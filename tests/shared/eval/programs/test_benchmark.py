@@ -269,16 +269,27 @@ def test_what_is_finished_stays_until_its_replacement_is_whole(model, whole, tmp
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    other = [*DECODING, "--seed", "1", "--max-new-tokens", "4", "--limit", "4"]
+    other = [*DECODING, "--seed", "1", "--max-new-tokens", "4"]
     monkeypatch.setattr(benchmark, "score_completions", stop)
     evaluate("humaneval", model, out, *other, code=1)
     now = contents(out)
-    assert now.pop("completions.rank-0.jsonl").count(b"\n") == 8
+    assert now.pop("completions.rank-0.jsonl").count(b"\n") == 16
     assert now == before
     monkeypatch.undo()
-    assert "8 of 8 completions are there already" in evaluate("humaneval", model, out, *other).stderr
+    assert "16 of 16 completions are there already" in evaluate("humaneval", model, out, *other).stderr
     assert sorted(contents(out)) == sorted(before)
-    assert (result_of(out)["num_problems"], len(read(out, "problems")), len(read(out))) == (4, 4, 8)
+    assert (result_of(out)["num_problems"], len(read(out, "problems")), len(read(out))) == (8, 8, 16)
+
+
+def test_a_smaller_evaluation_does_not_replace_a_larger_one(model, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = contents(out)
+    for fewer in (["--limit", "4"], ["--samples", "1", "--seed", "1"]):
+        error = evaluate("humaneval", model, out, *DECODING, *fewer, code=1).exception
+        assert "a smaller evaluation would replace a larger one" in str(error) and f"where: {out}" in str(error)
+        assert "at least 16 completions" in str(error) and "name another --out" in str(error)
+    assert contents(out) == before
 
 
 def test_a_part_of_a_rank_that_died_is_taken_up(model, whole, tmp_path):

@@ -30,6 +30,7 @@ from tests.support.report_fixture import (
     write_latency,
     write_run,
 )
+from tests.support.text_cache import make_text_cache
 
 KEYS = ("parameters", "bytes", "heldout_nll_nats", "heldout_bits_per_byte", "kl_to_teacher_nats", "top1_agreement",
         "prefill_ms", "decode_tokens_per_second")  # fmt: skip
@@ -218,6 +219,28 @@ def test_a_report_is_up_to_date_until_a_file_changes_or_a_page_is_damaged(tmp_pa
         assert is_up_to_date()
     (tmp_path / "eval" / "student_ce" / "fidelity.json").unlink()
     assert not is_up_to_date()
+
+
+def test_a_page_of_three_documents_of_the_last_finished_cache_stands_beside_the_report(tmp_path):
+    make_text_cache(tmp_path / "train", ["unseen"])
+    make_text_cache(tmp_path / "held", ["a = 1", "b = 2", "c = 3", "d = 4"], ids=["</a>", "b", "c", "d"])
+    (tmp_path / "begun").mkdir()
+    out = tmp_path / "report"
+    arguments = (tmp_path / "eval", {}, [tmp_path / "train", tmp_path / "held", tmp_path / "begun"])
+    report = build_report(*arguments, out)
+    assert report["documents"] == {"cache": "held", "ids": ["</a>", "b", "c"]}
+    page, documents = ((out / name).read_text() for name in ("report.html", "documents.html"))
+    assert 'href="documents.html"' in page and "held: &lt;/a&gt;, b, c." in page
+    assert "`documents.html`" in (out / "report.md").read_text()
+    assert documents.count('role="listbox"') == 3
+    assert collect(*arguments, None, out).is_up_to_date(out)
+    (out / "documents.html").write_text(documents + " ")
+    assert not collect(*arguments, None, out).is_up_to_date(out)
+    (tmp_path / "held" / "shard-00000.h5").unlink()  # a cache of which only the manifest was copied
+    report = build_report(*arguments, out)
+    assert report["documents"]["reasons"]["documents"].startswith("a file of the cache is missing")
+    assert "Documents of held are not shown: a file of the cache is missing" in (out / "report.html").read_text()
+    assert not (out / "documents.html").exists()
 
 
 def test_a_manifest_whose_seal_is_broken_is_refused_by_name(tmp_path):
