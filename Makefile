@@ -7,6 +7,7 @@
 #   CACHE     on a machine without the teacher: the folder that holds cache-train/ and cache-validation/, or one cache
 #   RUN, SET  `make student RUN=name SET="alpha=0.5 seed=1"` trains one more student
 #   HUMANEVAL options of `eval humaneval`, for teacher and students: HUMANEVAL="--limit 20"
+#   N, ROUND_PROMPTS, GENERATE   of `make rounds`: how many, whose prompts, and options of `generate`
 #   DRAFT     options of `eval draft` in `make draft`
 #   BENCH_DATASET   what `make bench` measures on (default: mbpp, from the Hub)
 #   PROOF_CONFIG, PROOF_OUT, PROOF_JOBS, PROOF_DOCS_train, PROOF_DOCS_validation, PROOF_DOCS_test   of `make proof`
@@ -15,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # steps use all cores, and one measures time
-.PHONY: help all profile setup teacher cache student eval report draft proof test check check-browser soak coverage bench clean
+.PHONY: help all profile setup teacher cache student eval rounds report draft proof test check check-browser soak coverage bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -108,6 +109,22 @@ eval: setup ## measure the students, and time the teacher beside them where it i
 	$(foreach s,$(STUDENTS),$(call EVALUATE,$s))
 	$(DISTILL) eval latency $(if $(TEACHER_HERE),--model teacher=$(TEACHER) --cache $(TRAIN)) $(foreach s,$(STUDENTS),--model $s=$(RUNS)/$s) \
 	  --out $(EVAL)/latency.json
+
+# A round corrects the last student on its own text: it writes, the teacher labels that, and it trains on both caches.
+N ?= 1
+ROUND_PROMPTS ?= $(or $(DATASET),stdlib)
+GENERATE ?= $(if $(filter demo,$(PROFILE)),--limit 160 --samples 2 --max-new-tokens 128)
+ROUNDS := $(ART)/rounds
+before = $(if $(filter 1,$1),student_kd,student_round$(shell expr $1 - 1))
+define ROUND
+	$(DISTILL) generate --model $(RUNS)/$(call before,$1) --prompts $(ROUND_PROMPTS) --keep all --out $(ROUNDS)/written-$1 $(GENERATE)
+	$(BUILD) --dataset $(ROUNDS)/written-$1/documents.jsonl --out $(ROUNDS)/cache-$1
+	$(DISTILL) student train --cache $(TRAIN):0.5 --cache $(ROUNDS)/cache-$1:0.5 $(VALIDATION:%=--validation %) \
+	  --config stage2_student/configs/$(PROFILE).toml --init-from $(RUNS)/$(call before,$1) --out $(RUNS)/student_round$1 $(SET:%=--set %)
+
+endef
+rounds: setup ## N rounds: the student writes, the teacher labels it, the student trains on both (after `make all`)
+	$(foreach n,$(shell seq $(N)),$(call ROUND,$n))
 
 report: setup ## one page: report.{html,md,json}
 	$(DISTILL) eval report --eval $(EVAL) $(foreach s,$(STUDENTS),--student $s=$(RUNS)/$s) --cache $(TRAIN) $(VALIDATION:%=--cache %) \

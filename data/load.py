@@ -112,6 +112,9 @@ def open_documents(source: Source) -> DocumentSet:
         else:
             name, read = table.name, _read_plain(table, parse_columns(source.columns), source.limit_docs)
             num_documents = table.count(source.limit_docs)
+            if kind == "files" and WRITTEN in table.columns:  # the prompts' license passes on
+                first = next(iter(table.read([WRITTEN])), None)
+                license = _written(first).get("license") if first else None
     return DocumentSet(
         name=name,
         split=source.split,
@@ -262,18 +265,19 @@ def _plain_documents(
             yield document
         else:
             prompt = row.text(columns[0]) if len(form) == 2 else ""
-            yield prompt_document(id, name, prompt, row.text(columns[-1], blank=False), **_written(row))
+            written = {key: value for key, value in _written(row).items() if key != "license"}
+            yield prompt_document(id, name, prompt, row.text(columns[-1], blank=False), **written)
     require(number, "an empty data set", where=name, expected="at least one row")
     if id_column:
         _refuse_repeated_ids(hashes, rows, id_column)
 
 
 def _written(row: Row) -> dict[str, str]:
-    """Who wrote a completion, and what its tests said, where `codedistill generate` made the row."""
+    """Who wrote a completion, its verdict and its prompt's license, where `codedistill generate` made the row."""
     record = row.fields.get(WRITTEN)
     if not isinstance(record, dict) or record.get("origin") not in ORIGINS:
         return {}
-    return {key: record[key] for key in ("origin", "verdict") if isinstance(record.get(key), str)}
+    return {key: record[key] for key in ("origin", "verdict", "license") if isinstance(record.get(key), str)}
 
 
 def _hash(id: str) -> int:

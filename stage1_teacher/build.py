@@ -18,7 +18,7 @@ from shared import tracking
 from shared.cache.directory import has_leftovers, is_finished, plain_errors
 from shared.cache.format import BUILD, MANIFEST
 from shared.cache.identity import require_same_labels
-from shared.cache.manifest import read_manifest, read_record
+from shared.cache.manifest import read_manifest, read_record, written_text
 from shared.cache.reader import Cache
 from shared.cache.writer import CacheWriter, check_folder
 from shared.checkpoints import ModelFiles, head_and_positions, identify_model
@@ -505,8 +505,8 @@ def _report(store: TokenStore, config: TeacherConfig) -> None:
     if facts.contaminated:
         shown = ", ".join(f"{id} ({problem})" for id, problem in itertools.islice(facts.matches.items(), 5))
         log(f"{facts.contaminated:,} documents share text with a benchmark and are left out: {shown}")
-    for origin, counts in facts.written.items():
-        log(f"{counts['documents']:,} documents were written by a {origin}; {counts['passed']:,} passed their tests")
+    for text in written_text([{"written": facts.written}]):
+        log(text)
     log(f"{data.name} {data.split}: {facts.num_new:,} documents, {facts.num_tokens:,} tokens")
     first = next(iter(facts.documents()), None)
     if first is not None and first.prompt:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from shared.cache.manifest import written_text
 from shared.checkpoints import WEIGHTS, tokenizer_files, weight_files
 from shared.errors import ResumeError, require
 from shared.files import output_path, publish_folder, read_json, sha256_file, write_bytes, write_json
@@ -126,4 +127,5 @@ def _describe_source(source: dict[str, Any], weight: float | None) -> str:
         f"- {source['name']} ({source['split']}, {source['num_documents']} documents{weighted}), "
         f"license: {source.get('license') or 'unknown'}, revision: {source.get('revision') or 'none'}, "
         f"digest: `{source['digest']}`\n  Attribution: {source.get('attribution') or 'unknown'}"
+        + "".join(f"\n  {text}." for text in written_text([source]))
     )

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.errors import CacheFormatError, ConfigError, DistillError, ResumeError
-from shared.process import own_command
 from stage1_teacher.cli import teacher as command
+from tests.support import warm
 
 VOCABULARY, WIDTH = 300, 304
 
@@ -444,23 +444,23 @@ def test_a_killed_and_resumed_build_is_one_wandb_run(teacher, rows, tmp_path):
     out = tmp_path / "tracked" / "cache"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"WANDB_MODE": "offline", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    arguments = ["--teacher", teacher, "--dataset", rows, "--out", out, "--dtype", "float32", "--shard-tokens", 60]
-    command = own_command("teacher", "build", *map(str, arguments))
+    command = ["teacher", "build", "--teacher", teacher, "--dataset", rows]
+    command += ["--out", out, "--dtype", "float32", "--shard-tokens", 60]
 
     def ids():
         return [path.name.rpartition("-")[2] for path in sorted(out.parent.glob("wandb/offline-run-*"))]
 
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = warm.Command(*command, env=environment)
     deadline = time.monotonic() + 60
     while not (out / "shard-00000.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert not (out / "manifest.json").exists()
     (first,) = ids()
-    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert "shards are done already" in resumed.stderr
+    resumed = warm.run(*command, env=environment, timeout=120)
+    assert resumed.returncode == 0 and "shards are done already" in resumed.stderr
     assert ids() == [first, first]
     assert not (out.parent / "wandb" / "cache.json").exists()
     made = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}

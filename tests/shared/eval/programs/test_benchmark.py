@@ -24,6 +24,7 @@ from shared.eval.results import BenchmarkResult
 from shared.eval.sandbox.runner import Verdict, open_sandbox
 from shared.files import read_json
 from shared.process import own_command
+from tests.support import warm
 from tests.support.cache_faults import file_size_limit
 from tests.support.eval_models import save_model, save_recurrent
 from tests.support.hub_contents import mbpp_row
@@ -204,8 +205,7 @@ def test_several_processes_make_the_same(model, whole, tmp_path):
 
 def test_killed_it_continues(model, whole, tmp_path):
     lines = tmp_path / "completions.rank-0.jsonl"
-    command = own_command("eval", "humaneval", "--model", str(model), "--out", str(tmp_path))
-    process = subprocess.Popen([*command, *DECODING], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = warm.Command("eval", "humaneval", "--model", model, "--out", tmp_path, *DECODING, env=ENVIRONMENT)
     deadline = time.monotonic() + 250  # a busy machine takes long to start one
     while (not lines.exists() or not lines.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)

@@ -102,6 +102,10 @@ def test_what_is_kept_is_verified_unique_and_says_who_wrote_it(model, prompts, t
         ("1/teacher/0", "teacher", "passed"), ("1/teacher/3", "teacher", "passed"),
         ("2/teacher/0", "teacher", None), ("2/teacher/4", "teacher", None)]  # fmt: skip
     assert "up to date" in generate(model, prompts, out).stderr
+    assert load_documents(str(out / "documents.jsonl"), "train").license is None
+    (out / "documents.jsonl").write_text("".join(json.dumps(
+        row | {"written": row["written"] | {"license": "CC-BY-4.0"}}) + "\n" for row in rows))  # fmt: skip
+    assert load_documents(str(out / "documents.jsonl"), "train").license == "CC-BY-4.0"
 
 
 @pytest.mark.parametrize(
