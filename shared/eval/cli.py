@@ -48,9 +48,9 @@ def evaluate() -> None:
 @click.option("--teacher", metavar="DIR|ID", help="Also run the teacher, for the KL over the whole vocabulary.")
 @_OUT
 @DTYPE
-@click.option("--batch-tokens", type=click.IntRange(1), default=1024, show_default=True,
+@click.option("--batch-tokens", type=click.IntRange(1), show_default="1024; 8192 on a GPU",
               help="Max tokens at once, padding included.")  # fmt: skip
-def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype: str, batch_tokens: int) -> None:
+def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype: str, batch_tokens: int | None) -> None:
     """Score a model on a cache's targets.
 
     NLL of the text, KL to the teacher, agreement and calibration, with 95 % intervals over documents.
@@ -58,7 +58,9 @@ def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype:
     from shared.checkpoints import locate_model, model_digest
     from shared.eval.inputs import cache_digest, is_up_to_date
     from shared.eval.results import Fidelity
+    from shared.machine import has_accelerator
 
+    batch_tokens = batch_tokens or (8_192 if has_accelerator() else 1_024)
     model_dir = locate_model(model, cache_dir)
     teacher_dir = locate_model(teacher, cache_dir) if teacher else None
     settings = {"dtype": dtype, "batch_tokens": batch_tokens}
