@@ -111,6 +111,8 @@ def workplace(tmp_path_factory):
     rows = [{"prompt": f"What is {i} + 1?\n", "completion": f"It is {i + 1}."} for i in range(30)]
     for name, chosen in (("mine", rows[:25]), ("heldout", rows[25:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    prompt = {"prompt": "def add(a, b):", "test": "def check(add):\n    assert add(1, 2) == 3\n", "entry_point": "add"}
+    (folder / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
     mbpp = [mbpp_row(i) for i in (*range(511, 517), *range(601, 625))]
     (folder / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mbpp))
     return folder
@@ -125,7 +127,8 @@ def test_the_quick_start(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for words in commands_of(QUICK_START):
-        run(words[1:] + (["--limit=2", "--max-new-tokens=4"] if "humaneval" in words else []))
+        short = {"humaneval": ["--limit=2", "--max-new-tokens=4"], "generate": ["--keep=all", "--max-new-tokens=8"]}
+        run(words[1:] + next((options for word, options in short.items() if word in words), []))
     assert [Cache(f"caches/{name}").num_documents for name in ("mine", "heldout")] == [25, 5]
     (program,) = blocks_of(QUICK_START, "python")
     printed = io.StringIO()
