@@ -30,7 +30,9 @@ OWN_FILES = (BUILD, LOCK, MANIFEST, DOC_LENGTHS)
 MAX_THREADS = 16
 BATCH_FILES = 1_024  # that wait for a thread at a time
 # What the Hub's client, macOS and network file systems put into a folder that they carry.
-SIDE_FILES = re.compile(r"\.cache/huggingface/.+|\.gitattributes|README\.md|(.*/)?(\._[^/]+|\.DS_Store|\.nfs[^/]*)")
+SIDE_FILES = re.compile(
+    r"\.cache/huggingface/.+|\.gitattributes|README\.md|captured_mass\.png|(.*/)?(\._[^/]+|\.DS_Store|\.nfs[^/]*)"
+)
 
 
 @contextlib.contextmanager

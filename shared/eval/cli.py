@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from shared.eval.sandbox_cli import sandbox_check, score
-from shared.options import GroupedCommand, RecordingGroup, command_line
+from shared.options import GroupedCommand, RecordingGroup, command_line, local_cache
 
 DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -44,7 +44,9 @@ def evaluate() -> None:
 
 @evaluate.command()
 @click.option("--model", metavar="DIR|ID", required=True, help="Teacher, run or export; or a Hub id.")
-@click.option("--cache", "cache_dir", type=DIRECTORY, required=True, help="Cache of held-out documents, same teacher.")
+@click.option("--cache", "cache_dir", type=click.Path(path_type=Path), required=True,
+              help="Cache of held-out documents, same teacher; or its URL.")  # fmt: skip
+@local_cache
 @click.option("--teacher", metavar="DIR|ID", help="Also run the teacher, for the KL over the whole vocabulary.")
 @_OUT
 @_DTYPE
