@@ -10,9 +10,9 @@ from shared.options import GroupedCommand, RecordingGroup, local_cache
 
 
 def weighted(text: str) -> tuple[Path, float | None]:
-    """Read `CACHE` or `CACHE:WEIGHT`, split at the last `:` where a number follows; no path that exists is split."""
+    """Read `CACHE` or `CACHE:WEIGHT`, split at the last `:` where a number follows; no path that exists, and no port."""
     found = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", text)
-    if not found or Path(text).exists():
+    if not found or Path(text).exists() or re.fullmatch(r"https?://[^/:]+:\d+", text):
         return Path(text), None
     if not 0 < float(found[2]) < math.inf:
         raise click.BadParameter(f"the weight of {found[1]!r} must be above 0 and finite, not {found[2]}")
