@@ -10,7 +10,7 @@ from shared.options import GroupedCommand, RecordingGroup, local_cache
 
 
 def weighted(text: str) -> tuple[Path, float | None]:
-    """Read `CACHE` or `CACHE:WEIGHT`, split at the last `:` where a number follows; no path that exists, and no port."""
+    """Read `CACHE` or `CACHE:WEIGHT`, split at the last `:` before a number that is no port; no path that exists."""
     found = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", text)
     if not found or Path(text).exists() or re.fullmatch(r"https?://[^/:]+:\d+", text):
         return Path(text), None
