@@ -7,6 +7,7 @@
 #   CACHE     on a machine without the teacher: the folder that holds cache-train/ and cache-validation/, or one cache
 #   RUN, SET  `make student RUN=name SET="alpha=0.5 seed=1"` trains one more student
 #   HUMANEVAL options of `eval humaneval`, for teacher and students: HUMANEVAL="--limit 20"
+#   N, ROUND_PROMPTS, GENERATE   of `make rounds`: how many, whose prompts, and options of `generate`
 #   DRAFT     options of `eval draft` in `make draft`
 #   BENCH_DATASET   what `make bench` measures on (default: mbpp, from the Hub)
 #   PROOF_CONFIG, PROOF_OUT, PROOF_JOBS, PROOF_DOCS_train, PROOF_DOCS_validation, PROOF_DOCS_test   of `make proof`
@@ -15,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # steps use all cores, and one measures time
-.PHONY: help all profile setup teacher cache student eval report draft proof test check soak coverage bench clean
+.PHONY: help all profile setup teacher cache student eval rounds report draft proof test check check-browser soak coverage bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -53,7 +54,7 @@ STUDENTS = $(or $(strip $(filter $(FINISHED),student_kd student_ce) $(filter-out
 PROBLEMS = $(shell ls $(TRAIN)/teacher_eval/humaneval/problems.jsonl 2>/dev/null)
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 all: profile setup cache student eval report ## everything: setup → teacher → cache → student → evaluation → report
 	@echo "done: $(ART)/report/report.html"
@@ -85,6 +86,7 @@ cache: setup ## stage 1: cache the teacher's top-k logits, and measure the teach
 	$(BUILD) $(VALIDATION_DATASET:%=--dataset %) --split validation $(DOCS_VALIDATION_$(PROFILE)) --out $(ART)/cache-validation
 	$(DISTILL) eval fidelity --model $(TEACHER) --cache $(ART)/cache-validation --out $(EVAL)/teacher/fidelity.json
 	$(DISTILL) eval humaneval --model $(TEACHER) --cache $(ART)/cache-train --out $(EVAL)/teacher/humaneval $(HUMANEVAL)
+	$(DISTILL) eval exercises --model $(TEACHER) --cache $(ART)/cache-train --out $(EVAL)/teacher/exercises
 	$(DISTILL) eval latency --model teacher=$(TEACHER) --cache $(ART)/cache-train --out $(EVAL)/teacher/latency.json
 	$(DISTILL) cache attach $(ART)/cache-train --teacher-eval $(EVAL)/teacher
 
@@ -100,12 +102,29 @@ endif
 define EVALUATE
 	$(if $(VALIDATION),$(DISTILL) eval fidelity --model $(RUNS)/$1 --cache $(VALIDATION) --out $(EVAL)/$1/fidelity.json)
 	$(DISTILL) eval humaneval --model $(RUNS)/$1 --out $(EVAL)/$1/humaneval $(PROBLEMS:%=--problems %) $(HUMANEVAL)
+	$(DISTILL) eval exercises --model $(RUNS)/$1 --out $(EVAL)/$1/exercises
 
 endef
 eval: setup ## measure the students, and time the teacher beside them where it is at hand
 	$(foreach s,$(STUDENTS),$(call EVALUATE,$s))
 	$(DISTILL) eval latency $(if $(TEACHER_HERE),--model teacher=$(TEACHER) --cache $(TRAIN)) $(foreach s,$(STUDENTS),--model $s=$(RUNS)/$s) \
 	  --out $(EVAL)/latency.json
+
+# A round corrects the last student on its own text: it writes, the teacher labels that, and it trains on both caches.
+N ?= 1
+ROUND_PROMPTS ?= $(or $(DATASET),stdlib)
+GENERATE ?= $(if $(filter demo,$(PROFILE)),--limit 160 --samples 2 --max-new-tokens 128)
+ROUNDS := $(ART)/rounds
+before = $(if $(filter 1,$1),student_kd,student_round$(shell expr $1 - 1))
+define ROUND
+	$(DISTILL) generate --model $(RUNS)/$(call before,$1) --prompts $(ROUND_PROMPTS) --keep all --out $(ROUNDS)/written-$1 $(GENERATE)
+	$(BUILD) --dataset $(ROUNDS)/written-$1/documents.jsonl --out $(ROUNDS)/cache-$1
+	$(DISTILL) student train --cache $(TRAIN):0.5 --cache $(ROUNDS)/cache-$1:0.5 $(VALIDATION:%=--validation %) \
+	  --config stage2_student/configs/$(PROFILE).toml --init-from $(RUNS)/$(call before,$1) --out $(RUNS)/student_round$1 $(SET:%=--set %)
+
+endef
+rounds: setup ## N rounds: the student writes, the teacher labels it, the student trains on both (after `make all`)
+	$(foreach n,$(shell seq $(N)),$(call ROUND,$n))
 
 report: setup ## one page: report.{html,md,json}
 	$(DISTILL) eval report --eval $(EVAL) $(foreach s,$(STUDENTS),--student $s=$(RUNS)/$s) --cache $(TRAIN) $(VALIDATION:%=--cache %) \
@@ -141,6 +160,11 @@ check: setup ## ruff, mypy, import-linter and the tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory test
+
+check-browser: setup ## the pages in Chromium, which must be installed (Debian: apt-get install chromium)
+	@command -v chromium google-chrome >/dev/null || \
+	  { echo "error: no Chromium; expected: chromium or google-chrome in PATH; fix: apt-get install chromium" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/shared/eval/show/test_browser.py
 
 coverage: setup ## the test suite under coverage, child processes included
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report=term

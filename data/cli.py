@@ -29,9 +29,9 @@ import click
 def import_command(file: Path, out: Path, **options: Any) -> None:
     """Make a cache from recorded logprobs.
 
-    FILE.jsonl[.gz|.zst] or FILE.parquet holds vLLM's prompt_logprobs with prompt_token_ids, or DistillKit's
-    uncompressed rows (input_ids, token_ids, top_values); shared/cache/FORMAT.md, "Importing", lists the columns. The
-    cache holds only the temperature 1. If it is interrupted, the same command resumes.
+    FILE.jsonl[.gz|.zst] or FILE.parquet holds vLLM's prompt_logprobs with prompt_token_ids, SGLang's meta_info, or
+    DistillKit's uncompressed rows (input_ids, token_ids, top_values); shared/cache/FORMAT.md, "Importing", lists the
+    columns. The cache holds only the temperature 1. If it is interrupted, the same command resumes.
     """
     if not options["teacher_name"].strip():
         raise click.UsageError("--teacher-name is empty: a cache must say who made its labels")

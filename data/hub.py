@@ -1,5 +1,6 @@
 """Data sets on the Hub, pinned to the commit that their name stands for."""
 
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator
@@ -30,7 +31,13 @@ class HubSplit:
 
 
 def open_hub(
-    hub_id: str, split: str, revision: str | None = None, config: str | None = None, limit: int | None = None
+    hub_id: str,
+    split: str,
+    revision: str | None = None,
+    config: str | None = None,
+    limit: int | None = None,
+    *,
+    offline: bool = False,
 ) -> HubSplit:
     """Open one split: fetched and mapped into memory, or streamed where only its first rows are wanted.
 
@@ -42,21 +49,26 @@ def open_hub(
         revision: branch, tag or commit; the main branch by default.
         config: one of its configurations; by default the only one, or the one that its card says is the default.
         limit: no more rows than that will be read; nothing of them is kept on the disk.
+        offline: as `HF_HUB_OFFLINE=1`, for this data set; refused at once where nothing of it was prepared.
 
     Raises:
         ConfigError: the Hub cannot be reached, has no such data set, revision, configuration or split; several
             configurations and none is named; or the split has no rows.
     """
+    prepared = hub_id.replace("/", "___")
+    is_there = not offline or (_datasets_folder() / prepared).is_dir()
+    require(is_there, "the data set is not at hand", where=hub_id, fix="read it once while the Hub can be reached")
     try:
         import datasets
     except ImportError as error:
         raise ConfigError("Hub data sets need a package", got=error, fix="pip install datasets") from error
-    commit = find_commit(hub_id, "dataset", revision)
+    commit = None if offline else find_commit(hub_id, "dataset", revision)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         streaming = commit is not None and limit is not None
-        rows = datasets.load_dataset(hub_id, config, split=split, revision=commit, streaming=streaming)
+        local = {"download_config": datasets.DownloadConfig(local_files_only=True)} if offline else {}
+        rows = datasets.load_dataset(hub_id, config, split=split, revision=commit, streaming=streaming, **local)
         # Streamed rows of JSONL: their columns are known once one is read.
         names = tuple(rows.column_names or next(iter(rows), ()))
     except Exception as error:  # the library raises many unrelated types
@@ -84,8 +96,15 @@ def open_hub(
         commit=commit,
         config=rows.config_name,
         license=_license(hub_id, commit),
-        table=Table(hub_id, names, read, lambda: None if streaming else len(rows)),
+        table=Table(hub_id, names, read, lambda limit: limit if streaming else min(len(rows), limit or len(rows))),
     )
+
+
+def _datasets_folder() -> Path:
+    """Where `datasets` keeps what it prepared, without importing it."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")).expanduser()
 
 
 def _explain_config(hub_id: str, commit: str, config: str | None) -> ConfigError | None:

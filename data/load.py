@@ -14,7 +14,7 @@ import numpy as np
 
 from data import mbpp, stdlib
 from data.hub import open_hub
-from data.records import Document, DocumentSet
+from data.records import ORIGINS, Document, DocumentSet
 from data.tabular import FILES, MANY, Row, Table, digest_files, find_data_files, open_table
 from data.templates import chat_document, mbpp_document, prompt_document
 from shared.errors import ConfigError, require, require_range
@@ -22,6 +22,7 @@ from shared.files import sha256_file, sha256_json
 from shared.hub import find_commit
 
 DEFAULT_CONFIGS = {mbpp.HUB_ID: mbpp.CONFIG}
+WRITTEN = "written"  # the column in which `codedistill generate` says who wrote a document
 FORMS = (("prompt", "completion"), ("messages",), ("text",))  # the first that a data set has the columns of
 
 
@@ -110,7 +111,10 @@ def open_documents(source: Source) -> DocumentSet:
             )
         else:
             name, read = table.name, _read_plain(table, parse_columns(source.columns), source.limit_docs)
-            num_documents = source.limit_docs or table.count()
+            num_documents = table.count(source.limit_docs)
+            if kind == "files" and WRITTEN in table.columns:  # the prompts' license passes on
+                first = next(iter(table.read([WRITTEN])), None)
+                license = _written(first).get("license") if first else None
     return DocumentSet(
         name=name,
         split=source.split,
@@ -230,12 +234,12 @@ def _read_plain(table: Table, names: Mapping[str, str], limit: int | None) -> Re
         raise ConfigError("unknown columns", where=table.name, expected=expected, got=got, fix=fix)
     columns = [names.get(column, column) for column in form]
     id_column = names.get("id", "id" if "id" in table.columns else None)
-    wanted = [*columns, id_column] if id_column else columns
+    wanted = [*columns, *([id_column] if id_column else [])]
     missing = ", ".join(column for column in wanted if column not in table.columns)
     require(not missing, "a column is missing", where=table.name, expected=missing, got=", ".join(table.columns))
 
     def rows() -> Iterator[Row]:
-        return itertools.islice(table.read(wanted), limit)
+        return itertools.islice(table.read([*wanted, WRITTEN]), limit)
 
     return lambda: _plain_documents(rows, table.name, form, columns, id_column)
 
@@ -261,10 +265,19 @@ def _plain_documents(
             yield document
         else:
             prompt = row.text(columns[0]) if len(form) == 2 else ""
-            yield prompt_document(id, name, prompt, row.text(columns[-1], blank=False))
+            written = {key: value for key, value in _written(row).items() if key != "license"}
+            yield prompt_document(id, name, prompt, row.text(columns[-1], blank=False), **written)
     require(number, "an empty data set", where=name, expected="at least one row")
     if id_column:
         _refuse_repeated_ids(hashes, rows, id_column)
+
+
+def _written(row: Row) -> dict[str, str]:
+    """Who wrote a completion, its verdict and its prompt's license, where `codedistill generate` made the row."""
+    record = row.fields.get(WRITTEN)
+    if not isinstance(record, dict) or record.get("origin") not in ORIGINS:
+        return {}
+    return {key: record[key] for key in ("origin", "verdict", "license") if isinstance(record.get(key), str)}
 
 
 def _hash(id: str) -> int:

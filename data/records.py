@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from shared.files import sha256_json
 
+ORIGINS = ("teacher", "student")  # of documents that a model has written
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
@@ -18,6 +20,8 @@ class Document:
         prompt: what a model is given; never ends in white space.
         completion: the text to learn; it follows the prompt directly and ends in one newline.
         messages: a chat (`role`, `content`) in place of prompt and completion; the targets are the assistant's turns.
+        origin: who wrote the completion: `corpus`, or the `teacher` or a `student` (see `codedistill generate`).
+        verdict: what the prompt's own tests said of a completion that a model wrote; None where it was not run.
     """
 
     id: str
@@ -25,6 +29,8 @@ class Document:
     prompt: str = ""
     completion: str = ""
     messages: tuple[Mapping[str, str], ...] | None = None
+    origin: str = "corpus"
+    verdict: str | None = None
 
     @property
     def digest(self) -> str:

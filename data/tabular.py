@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import ConfigError, require
-from shared.files import sha256_file
+from shared.files import json_fault, sha256_file
 
 if TYPE_CHECKING:
     from pyarrow import Array
@@ -101,13 +101,13 @@ class Table:
         name: for errors.
         columns: the names of its columns; of JSONL the fields of its first row.
         read: gives its rows; of a Parquet file only with these columns, where it has them.
-        count: the number of its rows; None where only reading tells.
+        count: the number of its rows, or of the first so many; None where only reading all of them tells.
     """
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[Collection[str]], Iterator[Row]]
-    count: Callable[[], int | None]
+    count: Callable[[int | None], int | None]
 
 
 def find_data_files(name: str) -> list[Path] | None:
@@ -153,8 +153,15 @@ def open_table(paths: Sequence[Path], name: str) -> Table:
     def read(columns: Collection[str]) -> Iterator[Row]:
         return itertools.chain.from_iterable(read_rows(path, columns) for path in paths)
 
-    def count() -> int | None:
-        return sum(map(_num_rows, paths)) if all(path.suffix == ".parquet" for path in paths) else None
+    def count(limit: int | None) -> int | None:
+        if limit is None and not all(path.suffix == ".parquet" for path in paths):
+            return None
+        num_rows = 0
+        for path in paths:
+            if limit is not None and num_rows >= limit:
+                break
+            num_rows += _num_rows(path, limit)
+        return num_rows if limit is None else min(num_rows, limit)
 
     return Table(name, columns, read, count)
 
@@ -168,8 +175,11 @@ def _columns(path: Path) -> tuple[str, ...] | None:
     return tuple(first.fields) if first else None
 
 
-def _num_rows(path: Path) -> int:
-    """Rows of a Parquet file, from its footer."""
+def _num_rows(path: Path, limit: int | None = None) -> int:
+    """Rows of a Parquet file, from its footer; filled lines of JSONL, counted up to a limit."""
+    if path.suffix != ".parquet":
+        with _open_text(path) as lines:
+            return sum(1 for _ in itertools.islice(_filled(lines), limit))
     with _parquet(path) as file:
         return int(file.metadata.num_rows)
 
@@ -271,7 +281,8 @@ def parse_jsonl(lines: Iterable[bytes], name: str, columns: Collection[str] | No
         except UnicodeDecodeError as error:
             raise ConfigError("a line is not UTF-8", where=where, got=error) from error
         except (ValueError, RecursionError) as error:
-            raise ConfigError("a line is not JSON", where=where, expected="one JSON object", got=error) from error
+            fault = json_fault(error)
+            raise ConfigError("a line is not JSON", where=where, expected="one JSON object", got=fault) from error
         if not isinstance(value, dict):
             raise ConfigError("a malformed row", where=where, expected="one JSON object", got=_describe(value))
         row = Row(where, value)

@@ -5,6 +5,7 @@ to the completion, in training as in generation.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from data.records import Document, Problem
 from data.tabular import Row
@@ -20,11 +21,12 @@ def end_line(text: str) -> str:
     return text.rstrip("\n") + "\n"
 
 
-def prompt_document(id: str, source: str, prompt: str, completion: str) -> Document:
-    """A document from two texts; white space at the prompt's end moves to the completion."""
+def prompt_document(id: str, source: str, prompt: str, completion: str, **written: Any) -> Document:
+    """A document from two texts; white space at the prompt's end moves to the completion. `written`: see `Document`."""
     prompt, completion = normalise(prompt), normalise(completion)
     border = len(prompt.rstrip())
-    return Document(id=id, source=source, prompt=prompt[:border], completion=end_line(prompt[border:] + completion))
+    text = end_line(prompt[border:] + completion)
+    return Document(id=id, source=source, prompt=prompt[:border], completion=text, **written)
 
 
 def chat_document(id: str, source: str, messages: Iterable[Mapping[str, str]]) -> Document:

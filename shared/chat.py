@@ -1,11 +1,23 @@
 """Chats as token ids: the tokenizer's chat template renders them, and the assistant's turns are the targets."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shared.errors import ConfigError, require
 from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, decode, plain_backend
+
+
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The ids of a chat up to where the assistant begins to write; a message that spells a special token is text.
+
+    Raises:
+        ConfigError: there is no chat template, or it refuses these messages.
+    """
+    stand_ins = _stand_ins(tokenizer, messages)
+    hidden = [{key: swap(text, stand_ins) for key, text in message.items()} for message in messages]
+    text = _renderer(tokenizer)(hidden, add_generation_prompt=True)[0]
+    return _encode(tokenizer, swap(text, stand_ins), stand_ins)[0]
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> Encoded:
@@ -27,13 +39,10 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
         # Swapped again, the messages read as written and the template's own special tokens are the stand-ins.
         swapped = swap(rendered, stand_ins)
         turns = [(len(swap(rendered[:a], stand_ins)), len(swap(rendered[:b], stand_ins))) for a, b in turns]
-        ids, offsets = encode_with_stand_ins(tokenizer, swapped, stand_ins)
         text = swapped
     else:
         text, turns = _render_chat(tokenizer, messages)
-        with plain_backend(tokenizer.backend_tokenizer, special_is_text=False) as backend:
-            encoding = backend.encode(text, add_special_tokens=False)
-        ids, offsets = encoding.ids, encoding.offsets
+    ids, offsets = _encode(tokenizer, text, stand_ins)
     is_target = [any(start < b and a < end for a, b in turns) for start, end in offsets]
     return Encoded(
         ids=ids,
@@ -41,6 +50,15 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
         target_bytes=count_target_bytes(tokenizer, ids, is_target, 0, len(is_target)),
         lossless=_is_lossless(tokenizer, text, ids, offsets),
     )
+
+
+def _encode(tokenizer: Tokenizer, text: str, stand_ins: Mapping[str, str]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets of a rendered chat, whose special tokens are stand-ins where there are any."""
+    if stand_ins:
+        return encode_with_stand_ins(tokenizer, text, stand_ins)
+    with plain_backend(tokenizer.backend_tokenizer, special_is_text=False) as backend:
+        encoding = backend.encode(text, add_special_tokens=False)
+    return encoding.ids, encoding.offsets
 
 
 def _is_lossless(tokenizer: Tokenizer, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> bool:
@@ -74,6 +92,8 @@ def _stand_ins(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> d
 
 def swap(text: str, stand_ins: Mapping[str, str]) -> str:
     """Stand-ins in place of special tokens and special tokens in place of stand-ins."""
+    if not stand_ins:
+        return text
     both = dict(stand_ins) | {stand_in: special for special, stand_in in stand_ins.items()}
     longest_first = "|".join(re.escape(token) for token in sorted(both, key=len, reverse=True))
     return re.sub(longest_first, lambda match: both[match[0]], text)
@@ -103,8 +123,11 @@ def encode_with_stand_ins(
     return [meant.get(id, id) for id in encoding.ids], encoding.offsets
 
 
-def _render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-    """A chat's text and where in it the assistant's turns are."""
+Render = Callable[..., tuple[str, list[tuple[int, int]]]]
+
+
+def _renderer(tokenizer: Tokenizer) -> Render:
+    """Renders messages to a text, and where in it the assistant's turns are, if the template marks them."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -122,6 +145,12 @@ def _render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) ->
         texts, turns = rendered  # of each conversation; turns only where the template marks them
         return texts[0], [(start, end) for start, end in turns[0]] if turns else []
 
+    return render
+
+
+def _render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    """A chat's text and where in it the assistant's turns are."""
+    render, template = _renderer(tokenizer), tokenizer.get_chat_template()
     if re.search(r"\{%-?\s*generation\s*-?%\}", template):
         return render(messages, return_assistant_tokens_mask=True)
     text, turns, before = render(messages)[0], list[tuple[int, int]](), ""

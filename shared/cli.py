@@ -12,6 +12,7 @@ Commands = dict[str, tuple[str, str, str]]
 # Subcommand → (module, attribute, help). The composition root: the only place that knows every layer.
 COMMANDS: Commands = {
     "teacher": ("stage1_teacher.cli", "teacher", "Stage 1: label documents, write caches."),
+    "generate": ("shared.eval.generate_cli", "generate", "Let a model write verified documents."),
     "cache": ("shared.cache.cli", "cache", "Inspect, verify and edit logit caches."),
     "student": ("stage2_student.cli", "student", "Stage 2: train and export students."),
     "eval": ("shared.eval.cli", "evaluate", "Measure models and write the report."),
@@ -20,6 +21,7 @@ COMMANDS: Commands = {
 # What a group takes from layers above its own.
 MOUNTED: dict[str, Commands] = {
     "cache": {
+        "show": ("shared.eval.cli", "show", "See what the teacher expected."),
         "audit": ("stage1_teacher.cli", "audit", "Compare a cache with its teacher."),
         "import": ("data.cli", "import_command", "Make a cache from recorded logprobs."),
     }

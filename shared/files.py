@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 from shared.errors import ConfigError, require
 
 _SCRATCH = ".tmp-"
+# What macOS, Windows, NFS, FUSE and file servers put into folders at any time, and take away again.
+_SYSTEM_FILE = re.compile(r"\._.+|\.DS_Store|Thumbs\.db|desktop\.ini|\.(nfs|fuse_hidden).*")
 
 
 def output_path(path: Path) -> Path:
@@ -30,6 +32,11 @@ def output_path(path: Path) -> Path:
     except UnicodeEncodeError as error:
         raise ConfigError("a path to write to is not UTF-8", where="--out", got=ascii(str(path))) from error
     return path
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a file of this name is one that operating and file systems leave in any folder."""
+    return _SYSTEM_FILE.fullmatch(name) is not None
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -202,10 +209,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line, parse_constant=_refuse_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
-            raise ConfigError("a line is not valid JSON", where=f"{path}, line {number}", got=error) from error
+            fault = json_fault(error)
+            raise ConfigError("a line is not valid JSON", where=f"{path}, line {number}", got=fault) from error
         require(isinstance(record, dict), "a line is no JSON object", where=f"{path}, line {number}", got=line[:80])
         records.append(record)
     return records
+
+
+def json_fault(error: Exception) -> str:
+    """What is wrong with a line of JSONL; the decoder itself counts lines from that one."""
+    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -48,7 +48,7 @@ def partition_(logits_CV: Tensor, ids_CK: Tensor, real_CK: Tensor) -> Partition:
     real_CK = torch.cat((real_CK[:, :1] | empty_C1, real_CK[:, 1:]), 1)
     # a [C, K]: the row's own logits; the logits keep those of the bucket
     a_CK = logits_CV.gather(1, ids_CK).masked_fill_(~real_CK, -torch.inf)
-    logits_CV.scatter_(1, ids_CK, -torch.inf)
+    scatter_(logits_CV, ids_CK, torch.full_like(a_CK, -torch.inf))
     # top [C]: a, r and ℓ are relative to the row's largest logit, so that differences of large logits stay exact
     outside_C = logits_CV.amax(1)
     top_C = torch.maximum(outside_C, a_CK.amax(1))
@@ -61,6 +61,18 @@ def partition_(logits_CV: Tensor, ids_CK: Tensor, real_CK: Tensor) -> Partition:
     normaliser_C = torch.logaddexp(a_CK.logsumexp(1), r_C)
     logq_CM = torch.cat((a_CK, r_C[:, None]), 1) - normaliser_C[:, None]
     return Partition(ids_CK, real_CK, logq_CM, top_C, normaliser_C, bucket_sum_C)
+
+
+def scatter_(out_CV: Tensor, ids_CK: Tensor, values_CK: Tensor) -> None:
+    """Write values at some ids of each row; an id that repeats has one value.
+
+    A compiler writes in place for `index_put_`, and copies the whole for `scatter_`, which is faster without one.
+    """
+    values_CK = values_CK.to(out_CV.dtype)
+    if torch.compiler.is_compiling():
+        out_CV.index_put_((torch.arange(len(ids_CK), device=ids_CK.device)[:, None], ids_CK), values_CK)
+    else:
+        out_CV.scatter_(1, ids_CK, values_CK)
 
 
 def kl_rows(log_a_CM: Tensor, log_b_CM: Tensor) -> Tensor:

@@ -3,20 +3,22 @@
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from data.decontaminate import RULE, Index, load_index
 from data.load import Source, fingerprint, open_documents
 from data.records import DocumentSet
 from shared import tracking
 from shared.cache.directory import has_leftovers, is_finished, plain_errors
 from shared.cache.format import BUILD, MANIFEST
 from shared.cache.identity import require_same_labels
-from shared.cache.manifest import read_manifest, read_record
+from shared.cache.manifest import read_manifest, read_record, written_text
 from shared.cache.reader import Cache
 from shared.cache.writer import CacheWriter, check_folder
 from shared.checkpoints import ModelFiles, head_and_positions, identify_model
@@ -38,7 +40,11 @@ from shared.tokenizer import (
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import least_bytes_per_token, require_space
 from stage1_teacher.documents import Limits, describe_loss, plan_shards
+from stage1_teacher.engine import HiddenStates
 from stage1_teacher.store import TokenStore, find_store, make_store, store_folder
+
+if TYPE_CHECKING:
+    from shared.logits import LogitSource
 
 LABELLING = datetime.timedelta(days=30)  # ranks may work that long before they meet again
 NAMED = ("teacher", "revision", "dataset", "dataset_revision", "dataset_config", "split")  # recorded with the source
@@ -54,6 +60,7 @@ class Task:
         files: the teacher's.
         skip_in: finished caches whose documents are skipped.
         part: i and N where only the i-th of N parts is built.
+        hidden: an engine's hidden states, where an engine has run the teacher.
 
     Raises:
         ConfigError: what cannot be used of teacher and data set, as each is first asked for.
@@ -64,6 +71,7 @@ class Task:
     files: ModelFiles
     skip_in: tuple[Cache, ...] = ()
     part: tuple[int, int] | None = None
+    hidden: HiddenStates | None = None
 
     @functools.cached_property
     def origin(self) -> Source:
@@ -84,6 +92,11 @@ class Task:
         return open_documents(self.origin)
 
     @functools.cached_property
+    def benchmarks(self) -> Index:
+        """What documents are compared with."""
+        return load_index(self.config.decontaminate, self.config.dataset)
+
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The teacher's, with the documents' ends recorded."""
         tokenizer = load_tokenizer(self.files.path)
@@ -101,6 +114,13 @@ class Task:
             expected=f"at most {positions}",
             got=asked,
         )
+        require(
+            self.config.top_k <= head_width,
+            "--top-k is beyond the teacher's vocabulary",
+            expected=f"at most {head_width}",
+            got=self.config.top_k,
+            fix="a smaller --top-k",
+        )
         return Limits(max_length=asked or positions, on_long=self.config.on_long, head_width=head_width)
 
     def options(self) -> dict[str, Any]:
@@ -114,9 +134,16 @@ class Task:
                 "tokenizer_files_digest": files.tokenizer_files_digest,
             },
             "skip_in": self._skipped(),
+            "benchmarks": self._compared(),
             **({"part": list(self.part)} if self.part else {}),
+            **({"engine": self.hidden.record.label} if self.hidden else {}),
             **{key: value for key, value in to_dict(self.config).items() if key not in FREE},
         }
+
+    def _compared(self) -> dict[str, Any]:
+        """The benchmarks whose text is left out, the rule and the digest of both; empty where there are none."""
+        names = list(self.benchmarks.problems)
+        return {"names": names, "rule": RULE, "digest": self.benchmarks.digest} if names else {}
 
     def _skipped(self) -> list[str]:
         return [cache.manifest.digest for cache in self.skip_in]
@@ -135,6 +162,7 @@ class Task:
             "code": [sha256_file(folder / name) for folder, names in code for name in names],
             "versions": versions("tokenizers", "transformers", "jinja2"),
             "skip_in": self._skipped(),
+            "benchmarks": self._compared(),
         }
 
     def identity(self, head: str) -> dict[str, Any]:
@@ -150,6 +178,8 @@ class Task:
             "opening": list(ends.opening),
             "closing": list(ends.closing),
         }
+        if self.hidden:
+            labels["engine"] = self.hidden.record.label
         if config.load_in:
             labels["load_in"] = config.load_in
         if config.samples:
@@ -177,6 +207,10 @@ class Task:
             "fingerprint": data.fingerprint,
             "num_documents": facts.num_documents,
             **({"num_skipped": facts.num_skipped} if self.skip_in else {}),
+            "benchmarks": self._compared(),
+            "num_contaminated": facts.contaminated,
+            "contaminated": facts.matches,
+            "written": facts.written,
             "num_long": facts.long.count,
             "on_long": self.config.on_long,
             "num_lossy": facts.lossy.count,
@@ -218,7 +252,13 @@ def _origin(data: DocumentSet, digest: str) -> dict[str, Any]:
 
 
 def build_cache(
-    config: TeacherConfig, out: Path, *, skip_in: Sequence[Path] = (), part: tuple[int, int] | None = None
+    config: TeacherConfig,
+    out: Path,
+    *,
+    skip_in: Sequence[Path] = (),
+    part: tuple[int, int] | None = None,
+    hidden_states: Path | None = None,
+    delete_hidden_states: bool = False,
 ) -> None:
     """Label a data set with a teacher and write the cache. Run again, it resumes, or reports the cache up to date.
 
@@ -228,6 +268,8 @@ def build_cache(
         skip_in: finished caches of the same label identity; a document that one of them holds is skipped.
         part: i and N, 1 ≤ i ≤ N: only the i-th of N runs of the build's shards, as a cache of its own. `merge_caches`
             makes of all parts the shards of the whole build.
+        hidden_states: a folder of an engine's hidden states (see `HiddenStates`); the teacher's layers are not run.
+        delete_hidden_states: remove those that were used once the cache is finished.
 
     Raises:
         ConfigError: options, teacher or documents that cannot be used, a disk that cannot hold the cache, no document
@@ -238,7 +280,10 @@ def build_cache(
     """
     files = find_teacher(config)
     out = output_path(out)
-    task = Task(config=config, out=out, files=files, skip_in=tuple(map(Cache, skip_in)), part=part)
+    hidden = HiddenStates(hidden_states) if hidden_states else None
+    both = hidden and config.load_in
+    require(not both, "--load-in with --hidden-states", fix="leave --load-in out: no layer is loaded")
+    task = Task(config=config, out=out, files=files, skip_in=tuple(map(Cache, skip_in)), part=part, hidden=hidden)
     if world_size() == 1 and _is_done(task):  # answered without loading torch
         log(f"{out} is up to date")
         return
@@ -248,7 +293,7 @@ def build_cache(
         if agree([world_size() > 1 and is_main_process() and _is_done(task)]) == [1]:
             log(f"{out} is up to date")
         else:
-            _build(task)
+            _build(task, delete_hidden_states)
 
 
 def find_teacher(config: TeacherConfig) -> ModelFiles:
@@ -268,7 +313,7 @@ def _is_done(task: Task) -> bool:
     if not is_finished(task.out) or has_leftovers(task.out):
         return False
     options = read_json(task.out / BUILD)["options"]
-    if any(options.get(key) != value for key, value in ({"part": None} | task.options()).items()):
+    if any(options.get(key) != value for key, value in ({"part": None, "engine": None} | task.options()).items()):
         return False
     now = fingerprint(task.origin)
     before = [source.get("fingerprint") for source in read_manifest(task.out).sources]
@@ -297,7 +342,7 @@ def _refuse_moved(task: Task) -> None:
             )
 
 
-def _build(task: Task) -> None:
+def _build(task: Task, delete_hidden_states: bool) -> None:
     """Tokenise the documents, unless that is done; label them and write the cache."""
     from shared.distributed import wait
 
@@ -310,6 +355,9 @@ def _build(task: Task) -> None:
         try:
             _report(store, config)
             shards = _own_shards(plan_shards(store.lengths, config.shard_tokens), task.part)
+            used = []
+            if task.hidden and is_main_process():
+                used = task.hidden.require_all(segment for places in shards for segment in store.segments(places))
             num_tokens = int(store.lengths[shards[0].start : shards[-1].stop].sum())
             present_bytes = sum(file.stat().st_size for file in out.glob("shard-*.h5"))
             least = least_bytes_per_token(config, len(tokenizer))
@@ -332,6 +380,8 @@ def _build(task: Task) -> None:
             _label(task, writer, shards, store, run)
             if is_main_process():
                 _finish(task, writer, store, run)
+    if task.hidden and delete_hidden_states:
+        task.hidden.delete(used)
     if is_main_process():
         store.remove()
 
@@ -364,8 +414,12 @@ def _tokenise(task: Task) -> bool:
     else:
         if (out / LOCK).exists():
             Lock(out, "building this cache").release()  # refuses where another process is labelling the store's tokens
-        skipped = _known_digests(task.skip_in)
-        store = make_store(folder, request, task.data, task.tokenizer, task.limits, skipped=skipped)
+        skipped, benchmarks = _known_digests(task.skip_in), task.benchmarks
+        for name, reason in benchmarks.absent.items():
+            log(f"documents are not compared with {name}: {reason}")
+        store = make_store(
+            folder, request, task.data, task.tokenizer, task.limits, skipped=skipped, benchmarks=benchmarks
+        )
     try:
         task.require_restored(store)
     except ConfigError:
@@ -411,8 +465,13 @@ def _label(task: Task, writer: CacheWriter, shards: Sequence[range], store: Toke
         log(f"{len(shards) - len(todo)} of {len(shards)} shards are done already")
     mine = {shard: shards[shard] for shard in todo[rank() :: world_size()]}
     if mine:
-        source = load_teacher(task.config, task.files)
-        if is_main_process() and len(todo) == len(shards):
+        if task.hidden:
+            from stage1_teacher.engine_head import load_engine_head
+
+            source: LogitSource = load_engine_head(task.config, task.files, task.hidden)
+        else:
+            source = load_teacher(task.config, task.files)
+        if is_main_process() and len(todo) == len(shards) and not task.hidden:
             _, positions = head_and_positions(task.files.path)
             for label, text in describe_ends(weigh_ends(source, task.tokenizer, store.facts.documents(), positions)):
                 log(f"{label} of documents: {text}")
@@ -443,6 +502,11 @@ def _report(store: TokenStore, config: TeacherConfig) -> None:
     data, facts = store.data, store.facts
     if facts.num_skipped:
         log(f"{facts.num_skipped:,} of {facts.num_documents:,} documents are skipped: --skip-in holds them")
+    if facts.contaminated:
+        shown = ", ".join(f"{id} ({problem})" for id, problem in itertools.islice(facts.matches.items(), 5))
+        log(f"{facts.contaminated:,} documents share text with a benchmark and are left out: {shown}")
+    for text in written_text([{"written": facts.written}]):
+        log(text)
     log(f"{data.name} {data.split}: {facts.num_new:,} documents, {facts.num_tokens:,} tokens")
     first = next(iter(facts.documents()), None)
     if first is not None and first.prompt:

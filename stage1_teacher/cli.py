@@ -14,12 +14,15 @@ from shared.options import GroupedCommand, RecordingGroup
 from stage1_teacher.config import TeacherConfig
 
 GROUPS = {
-    "Teacher": "teacher revision dtype load_in",
-    "Data": "dataset dataset_config split dataset_revision columns limit_docs max_length on_long max_lossy skip_in",
+    "Teacher": "teacher revision dtype load_in hidden_states delete_hidden_states",
+    "Data": "dataset dataset_config split dataset_revision columns limit_docs decontaminate max_length on_long "
+    "max_lossy skip_in",
     "Labels": "open_with close_with top_k top_p codec samples samples_from samples_temperature",
     "Cache": "out part filter shard_tokens",
     "Hardware": "batch_tokens device_map gpus_per_teacher",
 }
+
+BUILD_ONLY = ("skip_in", "part", "hidden_states", "delete_hidden_states")  # and not `plan`
 
 
 def _config_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -75,10 +78,19 @@ def fetch_demo(out: Path, wheel: Path | None) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The cache's directory.")
 @click.option("--part", metavar="I/N", callback=_read_part,
               help="Build only the I-th of N parts, as a cache; `cache merge` joins them.")  # fmt: skip
+@click.option("--hidden-states", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="Label with the teacher's head over these hidden states, which an engine wrote.")  # fmt: skip
+@click.option("--delete-hidden-states", is_flag=True, help="Remove the states that were used once the cache is done.")
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path),
               help="TOML file with defaults for these options, such as top_k = 50.")  # fmt: skip
 def build(
-    out: Path, profile: Path | None, skip_in: tuple[Path, ...], part: tuple[int, int] | None, **options: Any
+    out: Path,
+    profile: Path | None,
+    skip_in: tuple[Path, ...],
+    part: tuple[int, int] | None,
+    hidden_states: Path | None,
+    delete_hidden_states: bool,
+    **options: Any,
 ) -> None:
     """Label a data set and write the cache.
 
@@ -88,6 +100,9 @@ def build(
 
     An interrupted build is resumed by the same command, which keeps finished shards. It refuses other options, another
     teacher or an edited data set. A finished cache is reported up to date within seconds.
+
+    With --hidden-states a teacher that only vLLM or another engine can run is labelled exactly: the first call writes
+    the engine's requests, the second labels what it wrote (stage1_teacher/README.md).
 
     With --part I/N each of N machines builds a cache of its own; `cache merge` joins them to the shards of one build.
 
@@ -99,7 +114,14 @@ def build(
     from shared.cache.info import summary
     from stage1_teacher.build import build_cache
 
-    build_cache(_config(profile, options), out, skip_in=skip_in, part=part)
+    build_cache(
+        _config(profile, options),
+        out,
+        skip_in=skip_in,
+        part=part,
+        hidden_states=hidden_states,
+        delete_hidden_states=delete_hidden_states,
+    )
     click.echo(summary(out))
 
 
@@ -107,11 +129,12 @@ def build(
     cls=GroupedCommand,
     groups={
         **GROUPS,
+        "Teacher": GROUPS["Teacher"].removesuffix(" hidden_states delete_hidden_states"),
         "Data": GROUPS["Data"].removesuffix(" skip_in"),
         "Cache": GROUPS["Cache"].replace(" part", ""),
         "Plan": "pilot_docs as_json",
     },
-    params=[option for option in build.params if option.name not in ("skip_in", "part")],
+    params=[option for option in build.params if option.name not in BUILD_ONLY],
 )
 @click.option("--pilot-docs", metavar="N", type=click.IntRange(min=1), default=64, show_default=True,
               help="Documents to label for the measurement.")  # fmt: skip

@@ -64,6 +64,9 @@ class TeacherConfig:
     shard_tokens: int = _option(32_768, "Approximate tokens per shard.", "N")
     batch_tokens: int = _option(1_024, "Max tokens per batch, padding included.", "N")
     head_rows: int = 192
+    decontaminate: str = _option(
+        "auto", "Leave out text of humaneval,mbpp:test,exercises; auto: of those at hand; none: nothing.", "NAMES"
+    )
     max_length: int | None = _option(None, "Longest document in tokens; by default the teacher's positions.", "N")
     on_long: Literal["split", "truncate", "drop"] = _option("split", "What to do with longer documents.")
     max_lossy: float = _option(

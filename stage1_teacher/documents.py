@@ -106,7 +106,7 @@ def _cut(document: Document, digest: str, encoded: Encoded, tokenizer: Tokenizer
     if is_long:
         assert max_length is not None
         starts = {"split": list(range(0, length - 1, max_length - 1)), "truncate": [0], "drop": []}[limits.on_long]
-    meta = {"id": document.id, "source": document.source, "origin": "corpus", "digest": digest}
+    meta = {"id": document.id, "source": document.source, "origin": document.origin, "digest": digest}
     segments = []
     for part, start in enumerate(starts):
         stop = length if max_length is None else min(start + max_length, length)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data.decontaminate import Index
 from data.records import Document, DocumentSet, RunningDigest
 from shared.cache.directory import check_files, plain_errors
 from shared.cache.format import Array, indptr
@@ -36,7 +37,7 @@ TOKENS, TARGETS, LENGTHS, METAS, META_LENGTHS = "tokens.u32", "targets.u8", "len
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # tokenised at once; a longer document is a batch by itself
 MAX_CHARACTERS = 1 << 26  # of one document: tokenising takes some 50 times that in bytes
 BATCHES_AHEAD = 2  # that are encoded or wait for it
-NAMED_IDS = 5
+NAMED_IDS, LISTED_MATCHES = 5, 1_000
 SAMPLE = 16
 
 Batch = list[tuple[Document, str]]  # documents with their digests
@@ -63,6 +64,9 @@ class Facts:
     Attributes:
         digest: of the data set; num_documents: in it.
         num_skipped: of these, documents that another cache holds.
+        contaminated: documents left out since they share text with a benchmark; `matches`, of the first 1,000, the
+            benchmark's problem and the rule that says so (`data.decontaminate`).
+        written: documents that models wrote, and how many of them passed their tests, by who wrote them.
         num_tokens, num_targets: of the segments.
         long, lossy, without_targets: see `CutDocument`.
         sample: up to 16 documents that are no chats, the first among them, evenly spaced.
@@ -71,6 +75,9 @@ class Facts:
     digest: str = ""
     num_documents: int = 0
     num_skipped: int = 0
+    contaminated: int = 0
+    matches: dict[str, str] = dataclasses.field(default_factory=dict)
+    written: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     num_tokens: int = 0
     num_targets: int = 0
     long: Noted = dataclasses.field(default_factory=Noted)
@@ -80,8 +87,8 @@ class Facts:
 
     @property
     def num_new(self) -> int:
-        """Documents that are not skipped."""
-        return self.num_documents - self.num_skipped
+        """Documents that are neither skipped nor left out."""
+        return self.num_documents - self.num_skipped - self.contaminated
 
     def documents(self) -> list[Document]:
         """The sample."""
@@ -165,6 +172,7 @@ def make_store(
     limits: Limits,
     *,
     skipped: Container[str] = (),
+    benchmarks: Index | None = None,
 ) -> TokenStore:
     """Tokenise a data set into a folder, in place of what is in it. An exception leaves no folder behind.
 
@@ -178,6 +186,7 @@ def make_store(
         tokenizer: the teacher's, with its ends recorded; not used by anyone else meanwhile.
         limits: of the segments.
         skipped: digests of documents to leave out.
+        benchmarks: documents that share text with one of these are left out, too.
 
     Raises:
         ConfigError: documents that cannot be read or labelled, or none is left.
@@ -195,7 +204,7 @@ def make_store(
                     file.unlink()
             with contextlib.ExitStack() as stack:
                 writer = _Writer(folder, stack)
-                _tokenise(writer, data, tokenizer, limits, skipped)
+                _tokenise(writer, data, tokenizer, limits, skipped, benchmarks)
                 writer.finish(request, data)
             return TokenStore(folder)
         except BaseException:
@@ -218,7 +227,12 @@ def _link_store(folder: Path, request: Mapping[str, Any]) -> bool:
 
 
 def _tokenise(
-    writer: "_Writer", data: DocumentSet, tokenizer: Tokenizer, limits: Limits, skipped: Container[str]
+    writer: "_Writer",
+    data: DocumentSet,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    skipped: Container[str],
+    benchmarks: Index | None,
 ) -> None:
     """Read, cut and write batches while others are encoded, on all processors, in a thread beside this one."""
     encoder, pending = TextEncoder(tokenizer), collections.deque[tuple[Batch, Future[list[Any]]]]()
@@ -232,7 +246,7 @@ def _tokenise(
         )
 
     with progress("tokenising", data.num_documents, "documents") as bar, ThreadPoolExecutor(1, "encoder") as pool:
-        for batch in _batches(_new_documents(data.documents, writer.facts, skipped)):
+        for batch in _batches(_new_documents(data.documents, writer.facts, skipped, benchmarks)):
             texts = [document.prompt + document.completion for document, _ in batch if document.messages is None]
             pending.append((batch, pool.submit(encoder.encode, texts)))
             if len(pending) > BATCHES_AHEAD:
@@ -241,8 +255,9 @@ def _tokenise(
             write()
     require(
         writer.facts.num_new,
-        "every document is in a cache of --skip-in",
+        "every document is in a cache of --skip-in, or shares text with a benchmark",
         where=data.name,
+        got=f"{writer.facts.num_skipped:,} in caches, {writer.facts.contaminated:,} that share text",
         fix="train on these caches",
     )
     require(
@@ -254,9 +269,9 @@ def _tokenise(
 
 
 def _new_documents(
-    documents: Iterable[Document], facts: Facts, skipped: Container[str]
+    documents: Iterable[Document], facts: Facts, skipped: Container[str], benchmarks: Index | None
 ) -> Iterator[tuple[Document, str]]:
-    """Each document that is not skipped, with its digest; the facts get the digest of all."""
+    """Each document that is neither skipped nor left out, with its digest; the facts get the digest of all."""
     running = RunningDigest()
     for document in documents:
         digest = document.digest
@@ -264,7 +279,15 @@ def _new_documents(
         facts.num_documents += 1
         if digest in skipped:
             facts.num_skipped += 1
+        elif benchmarks and (match := benchmarks.match(document)):
+            facts.contaminated += 1
+            if len(facts.matches) < LISTED_MATCHES:
+                facts.matches[document.id] = f"{match.problem}, {match.rule}"
         else:
+            if document.origin != "corpus":
+                counts = facts.written.setdefault(document.origin, {"documents": 0, "passed": 0})
+                counts["documents"] += 1
+                counts["passed"] += document.verdict == "passed"
             yield document, digest
     facts.digest = running.hexdigest()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, ResumeError, require
-from shared.files import fsync_directory, read_json, settle_file, sha256_file, write_json
+from shared.files import fsync_directory, is_system_file, read_json, settle_file, sha256_file, write_json
 from shared.lock import LOCK
 from shared.process import log
 
@@ -21,8 +21,6 @@ MARKER = "COMPLETE"
 WINDOW = "window.json"  # the last file that training writes into a checkpoint: the loss sums since the last log
 # What a save writes; anything else that lies in a checkpoint's folder by then is somebody else's.
 _SAVED = {".safetensors", ".pt", ".pth", ".bin", ".json", ".distcp"}
-# What systems put into folders at any time, and take away again.
-_SIDE_FILE = re.compile(r"\.nfs.*|\.DS_Store|\._.*")
 
 
 def seal(checkpoint: Path) -> None:
@@ -133,11 +131,6 @@ def is_leftover(path: Path) -> bool:
     return path.name == LOCK or re.fullmatch(r"\..+\.tmp-\d+", path.name) is not None
 
 
-def is_side_file(path: Path) -> bool:
-    """Whether a file is one that systems put into folders at any time, and take away again."""
-    return _SIDE_FILE.fullmatch(path.name) is not None
-
-
 def remove_leftovers(run: Path) -> None:
     """Remove the temporary files that a killed process left."""
     for path in list(run.iterdir()):
@@ -169,7 +162,7 @@ def _files(checkpoint: Path) -> Iterator[Path]:
     """What training wrote: by name, and `.metadata` of torch's distributed checkpoints."""
     for file in sorted(checkpoint.rglob("*")):
         is_saved = file.suffix in _SAVED or file.name == ".metadata"
-        if file.is_file() and is_saved and not is_side_file(file):
+        if file.is_file() and is_saved and not is_system_file(file.name):
             yield file
 
 

@@ -58,8 +58,10 @@ class StudentConfig:
         validation_fraction: without a validation cache, the share of the documents of each cache that is held out.
         max_steps: optimizer steps; above 0 it wins over `num_train_epochs`.
         eval_steps, save_steps: 0 evaluates, or saves, only at the end.
+        save_minutes: also save at the first step that ends so long after the last checkpoint; 0 never does.
         save_total_limit: complete checkpoints kept.
         bf16: mixed precision; weights and optimizer stay in float32.
+        torch_compile: compile the layers, and on CUDA the loss; `auto` does where CUDA and a C compiler are.
         seed: initial weights, data order and held-out documents.
         early_stopping_patience: evaluations without a better `eval_loss` after which training stops; 0 never stops it.
         early_stopping_threshold: by how much a loss must be lower to be better, in nats.
@@ -96,8 +98,10 @@ class StudentConfig:
     logging_steps: Count = 10
     eval_steps: Natural = 0
     save_steps: Natural = 200
+    save_minutes: NotNegative = 0.0
     save_total_limit: Count = 2
     bf16: bool = True
+    torch_compile: bool | Literal["auto"] = "auto"
     dataloader_num_workers: Natural = 0
     seed: Natural = 0
     early_stopping_patience: Natural = 0

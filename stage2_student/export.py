@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from shared.cache.manifest import written_text
 from shared.checkpoints import WEIGHTS, tokenizer_files, weight_files
 from shared.errors import ResumeError, require
 from shared.files import output_path, publish_folder, read_json, sha256_file, write_bytes, write_json
@@ -23,6 +24,7 @@ def export(run: Path, out: Path) -> None:
         ResumeError: `out` holds something else than a whole export of this run.
     """
     out = output_path(out)
+    require(run.is_dir(), "there is no such folder", where=run, expected="the folder of a finished training run")
     record = read_json(run / "run.json") if (run / "run.json").exists() else {}
     is_finished = [record.get(key) for key in ("format", "version", "state")] == [RUN_FORMAT, RUN_VERSION, "finished"]
     fix = "finish it with `codedistill student train`"
@@ -125,4 +127,5 @@ def _describe_source(source: dict[str, Any], weight: float | None) -> str:
         f"- {source['name']} ({source['split']}, {source['num_documents']} documents{weighted}), "
         f"license: {source.get('license') or 'unknown'}, revision: {source.get('revision') or 'none'}, "
         f"digest: `{source['digest']}`\n  Attribution: {source.get('attribution') or 'unknown'}"
+        + "".join(f"\n  {text}." for text in written_text([source]))
     )

@@ -1,11 +1,11 @@
 """The output head fused with the loss: gradients are formed in the forward pass, chunk by chunk of positions.
 
-No [N, V] tensor is kept: a chunk's logits turn into their own gradient in place, which is multiplied into the
-gradients of the hidden states and of the head's matrix before the next chunk starts. The backward pass only scales
-them.
+No [N, V] tensor is kept: a chunk's logits turn into their own gradient, which is multiplied into the gradients of the
+hidden states and of the head's matrix before the next chunk starts. The backward pass only scales them. Compiled, a
+chunk's logits are read twice and its gradient is written once.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,12 +30,21 @@ class HeadLoss:
     Args:
         config: what `distill_` reads of it, and `k`.
         sampling: how the samples of the labels were drawn, for losses that need them.
+        compiles: make kernels for a chunk's loss with `torch.compile`.
+
+    Attributes:
+        scaled: a loss as the backward pass gets it: a loss scaler's `scale`.
     """
 
-    def __init__(self, config: StudentConfig, sampling: Sampling | None = None) -> None:
+    def __init__(self, config: StudentConfig, sampling: Sampling | None = None, *, compiles: bool = False) -> None:
         self.config = config
         self._decoding = Decoding(temperature=config.temperature, sampling=sampling if config.uses_samples else None)
         self._scratch: dict[tuple[int, ...], Tensor] = {}
+        self.scaled: Callable[[Tensor], Tensor] = torch.clone
+        self.chunk = self._chunk
+        if compiles:
+            # The option would move reads of the logits behind the write to them, which then needs a copy.
+            self.chunk = torch.compile(self._chunk, options={"reorder_for_locality": False})
 
     def __call__(
         self,
@@ -65,9 +74,16 @@ class HeadLoss:
         # Prompts and padding need no logits.
         targets_N = (labels_N != IGNORE).nonzero().squeeze(1) if targets is None else targets
         hidden_NH, labels_N, labels = hidden_NH[targets_N], labels_N[targets_N], self.labels(soft, targets_N)
-        total, kd, ce = _FusedHeadLoss.apply(hidden_NH, weight_VH, labels_N, labels, self, torch.is_grad_enabled())
         num_targets = len(targets_N) if num_items_in_batch is None else num_items_in_batch
         at_least_1 = num_targets.clamp(min=1) if isinstance(num_targets, Tensor) else max(num_targets, 1)
+        device = hidden_NH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
+        # float16 would lose small gradients: they are rounded as the scaled loss has them.
+        factor = self.scaled(torch.as_tensor(1 / at_least_1, device=device)) if dtype == torch.float16 else 1.0
+        with_gradients = torch.is_grad_enabled()
+        total, kd, ce = _FusedHeadLoss.apply(
+            hidden_NH, weight_VH, labels_N, labels, self, dtype, factor, with_gradients
+        )
         return {"loss": total / at_least_1, "kd": kd, "ce": ce}
 
     def labels(self, soft: dict[str, Tensor], chosen_N: Tensor) -> SoftLabels | None:
@@ -91,11 +107,31 @@ class HeadLoss:
             self._scratch[key] = torch.empty(shape, dtype=dtype, device=device)
         return self._scratch[key]
 
-    def chunk_(self, logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels | None) -> ChunkLoss:
-        """Loss sums of a chunk; `logits_CV` becomes the gradient."""
+    def logits_memory(self, x_CH: Tensor, w_VH: Tensor, dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory for a chunk [C, V]; a compiler plans its own."""
+        C, V = len(x_CH), len(w_VH)
+        if torch.compiler.is_compiling():
+            return x_CH.new_empty(C, V, dtype=dtype)
+        return self.scratch(chunk_rows(x_CH.device.type), V, dtype=dtype, device=x_CH.device)[:C]
+
+    def _chunk(
+        self, x_CH: Tensor, w_VH: Tensor, labels_C: Tensor, soft: SoftLabels | None, factor: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """The loss sums [3] of a chunk and its gradient by the logits times `factor` [C, V], in the dtype of `x_CH`."""
+        dtype = torch.promote_types(x_CH.dtype, torch.float32)
+        z_CV = g_CV = self.logits_memory(x_CH, w_VH, dtype)
+        if dtype != x_CH.dtype:
+            g_CV = self.logits_memory(x_CH, w_VH, x_CH.dtype)
+        _logits_(x_CH, w_VH, z_CV, g_CV)
+        return torch.stack(self.chunk_(z_CV, labels_C, soft, g_CV, factor)), g_CV
+
+    def chunk_(
+        self, logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels | None, out_CV: Tensor, factor: Tensor | float
+    ) -> ChunkLoss:
+        """Loss sums of a chunk; `out_CV`, which may be `logits_CV`, becomes the gradient times `factor`."""
         if soft is None:
-            return cross_entropy_(logits_CV, labels_C, self.config.label_smoothing)
-        return distill_(logits_CV, labels_C, soft, self.config)
+            return cross_entropy_(logits_CV, labels_C, self.config.label_smoothing, out_CV=out_CV, factor=factor)
+        return distill_(logits_CV, labels_C, soft, self.config, out_CV=out_CV, factor=factor)
 
 
 class _FusedHeadLoss(torch.autograd.Function):
@@ -107,43 +143,35 @@ class _FusedHeadLoss(torch.autograd.Function):
         labels_N: Tensor,
         soft: SoftLabels | None,
         loss: HeadLoss,
+        dtype: torch.dtype,
+        factor: Tensor | float,
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden_NH.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VH.dtype
         x_NH, w_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
         gradient_NH = torch.empty_like(hidden_NH)
         gradient_VH = torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32))
         sums = hidden_NH.new_zeros(3, dtype=gradient_VH.dtype)
-        V, H = w_VH.shape
-        scratch = functools.partial(loss.scratch, device=w_VH.device)
         rows = chunk_rows(device)
-        z_full = scratch(rows, V, dtype=gradient_VH.dtype)
-        g_full = z_full if dtype == z_full.dtype else scratch(rows, V, dtype=dtype)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(x_NH), rows):
                 chunk = slice(start, start + rows)
                 x_CH = x_NH[chunk]
-                z_CV, g_CV = z_full[: len(x_CH)], g_full[: len(x_CH)]
-                # logits [C, V] in float32
-                _logits_(x_CH, w_VH, z_CV, g_CV)
-                # loss; z becomes dL/dz [C, V]
-                sums += torch.stack(loss.chunk_(z_CV, labels_N[chunk], soft and soft.rows(chunk)))
+                chunk_sums, g_CV = loss.chunk(x_CH, w_VH, labels_N[chunk], soft and soft.rows(chunk), factor)
+                sums += chunk_sums
                 if not with_gradients:
                     continue
                 # dL/dhidden [C, H] and dL/dweight [V, H]
-                if g_full is not z_full:
-                    g_CV.copy_(z_CV)
                 gradient_NH[chunk] = g_CV @ w_VH
-                if g_full is z_full:
+                if g_CV.dtype == gradient_VH.dtype:
                     gradient_VH.addmm_(g_CV.T, x_CH)
-                elif device == "cuda":
-                    out = scratch(V, H, dtype=gradient_VH.dtype)
-                    gradient_VH += torch.mm(g_CV.T, x_CH, out_dtype=out.dtype, out=out)
-                else:
-                    gradient_VH += torch.mm(g_CV.T, x_CH, out=scratch(V, H, dtype=dtype))
+                    continue
+                product = torch.float32 if device == "cuda" else dtype
+                out_VH = loss.scratch(*w_VH.shape, dtype=product, device=w_VH.device)
+                options = {"out_dtype": product} if device == "cuda" else {}
+                gradient_VH += torch.mm(g_CV.T, x_CH, out=out_VH, **options)
         ctx.save_for_backward(gradient_NH, gradient_VH)
-        ctx.weight_dtype = weight_VH.dtype
+        ctx.weight_dtype, ctx.factor = weight_VH.dtype, factor
         total, kd, ce = sums.unbind()
         ctx.mark_non_differentiable(kd, ce)
         return total, kd, ce
@@ -154,7 +182,8 @@ class _FusedHeadLoss(torch.autograd.Function):
         # In place: a copy of the matrix's gradient would be the largest tensor of all. A second backward pass through
         # the same graph fails, as autograd sees that what was saved has changed.
         gradient_NH, gradient_VH = ctx.saved_tensors
-        return gradient_NH.mul_(gradient), gradient_VH.mul_(gradient).to(ctx.weight_dtype), None, None, None, None
+        gradient = gradient / ctx.factor
+        return gradient_NH.mul_(gradient), gradient_VH.mul_(gradient).to(ctx.weight_dtype), *[None] * 6
 
 
 def _logits_(x_CH: Tensor, w_VH: Tensor, z_CV: Tensor, g_CV: Tensor) -> None:

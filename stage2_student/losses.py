@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shared.model.gpt import IGNORE
-from shared.partition import kl_rows, partition_
+from shared.partition import kl_rows, partition_, scatter_
 from stage2_student.config import StudentConfig
 
 LOG_ZERO = -745.0  # mass below e^-745 is 0 in float64 too; what the cache stores for an underflown tail lies below
@@ -68,14 +68,23 @@ class ChunkLoss(NamedTuple):
     ce: Tensor
 
 
-def cross_entropy_(logits_CV: Tensor, labels_C: Tensor, smoothing: float = 0.0) -> ChunkLoss:
-    """Sum of next-token cross-entropy; `logits_CV` becomes its gradient.
+def cross_entropy_(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    smoothing: float = 0.0,
+    *,
+    out_CV: Tensor | None = None,
+    factor: Tensor | float = 1.0,
+) -> ChunkLoss:
+    """Sum of next-token cross-entropy, and its gradient.
 
     Args:
-        logits_CV: float32, overwritten with dL/dz.
+        logits_CV: float32, overwritten.
         labels_C: int64 target ids, `IGNORE` where there is none.
         smoothing: share of the target that is spread evenly over all V ids (Szegedy et al. 2016, section 7); `total`
             and the gradient have it, `ce` never.
+        out_CV: becomes dL/dz, rounded once to its dtype; default: `logits_CV`.
+        factor: what the gradient is multiplied by before it is rounded.
     """
     valid_C1, safe_C1 = _targets(labels_C, logits_CV.dtype)
     # [C, 1]: the label's logit and the mean, relative to the row's largest, before the logits become exponentials
@@ -84,12 +93,19 @@ def cross_entropy_(logits_CV: Tensor, labels_C: Tensor, smoothing: float = 0.0) 
     mean_C1 = logits_CV.mean(1, keepdim=True) if smoothing else 0.0
     sum_C1 = logits_CV.exp_().sum(1, keepdim=True)
     ce = ((sum_C1.log() - label_C1) * valid_C1).sum()
-    # dL/dz [C, V]: q less the target's distribution
-    logits_CV.mul_(valid_C1 / sum_C1)
-    logits_CV.scatter_add_(1, safe_C1, (smoothing - 1) * valid_C1)
+    # dL/dz [C, V]: q less the target's distribution, and the label's by itself
+    weight_C1 = factor * valid_C1
+    evenly_C1 = weight_C1 * (smoothing / logits_CV.shape[1])
+    q_label_C1 = label_C1.exp() / sum_C1
+    gradient_CV = logits_CV if out_CV is None else out_CV
+    if smoothing:
+        logits_CV.mul_(weight_C1 / sum_C1)
+        torch.sub(logits_CV, evenly_C1, out=gradient_CV)
+    else:
+        torch.mul(logits_CV, weight_C1 / sum_C1, out=gradient_CV)
+    scatter_(gradient_CV, safe_C1, weight_C1 * (q_label_C1 - (1 - smoothing)) - evenly_C1)
     if not smoothing:
         return ChunkLoss(ce, ce.new_zeros(()), ce)
-    logits_CV.sub_(valid_C1 * smoothing / logits_CV.shape[1])
     evenly = ((sum_C1.log() - mean_C1) * valid_C1).sum()
     return ChunkLoss((1 - smoothing) * ce + smoothing * evenly, ce.new_zeros(()), ce)
 
@@ -122,8 +138,16 @@ def _targets(labels_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return valid_C1.to(dtype), labels_C[:, None].where(valid_C1, 0)
 
 
-def distill_(logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels, config: StudentConfig) -> ChunkLoss:
-    """α·T²·KD plus (1−α)·CE, summed; `logits_CV` becomes the gradient.
+def distill_(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    soft: SoftLabels,
+    config: StudentConfig,
+    *,
+    out_CV: Tensor | None = None,
+    factor: Tensor | float = 1.0,
+) -> ChunkLoss:
+    """α·T²·KD plus (1−α)·CE, summed, and the gradient.
 
     KD by `config.loss`, all at temperature T:
     - `ghost`: the divergence of the teacher's and the student's distributions over the K ids and the tail's bucket.
@@ -133,22 +157,24 @@ def distill_(logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels, config: Stud
     - `hybrid`: the same with the exact K ids, of weights p_k, beside samples of the tail.
 
     Args:
-        logits_CV: float32, overwritten with dL/dz.
+        logits_CV: float32, overwritten.
         labels_C: int64 target ids, `IGNORE` where there is none; KD counts the same positions, where the row is not
             empty.
         soft: the teacher's rows at `config.temperature`.
         config: `loss`, `divergence`, `skew`, `beta`, `alpha` and `temperature` count.
+        out_CV: becomes dL/dz, rounded once to its dtype; default: `logits_CV`.
+        factor: what the gradient is multiplied by before it is rounded.
     """
     alpha, temperature = config.alpha, config.temperature
-    hard_CV = None
-    if temperature != 1:  # cross-entropy is at T = 1, so it needs exponentials of its own
-        hard_CV = logits_CV.clone()
-        ce = cross_entropy_(hard_CV, labels_C).ce
-        logits_CV.div_(temperature)
-
     # [C, 1]: which rows have a target, and its id and logit, before the logits are overwritten
     valid_C1, safe_C1 = _targets(labels_C, logits_CV.dtype)
     label_C1 = logits_CV.gather(1, safe_C1)
+    if temperature != 1:  # cross-entropy is at T = 1, so it needs exponentials of its own
+        top_C1 = logits_CV.amax(1, keepdim=True)
+        hard_CV = (logits_CV - top_C1).exp_()
+        hard_sum_C1 = hard_CV.sum(1, keepdim=True)
+        ce = ((hard_sum_C1.log() - (label_C1 - top_C1)) * valid_C1).sum()
+        logits_CV.div_(temperature)
 
     # log p and log q [C, M]: both sides over the row's cells
     ids_CK, real_CK, logp_CK, logp_tail_C = _cells(soft, config.loss)
@@ -159,19 +185,31 @@ def distill_(logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels, config: Stud
     # KD [C] and its gradient by s over the cells [C, M]
     kd_C, g_CM = _cell_loss(logp_CM, cells.logq, config)
     kd = (kd_C * taught_C1[:, 0]).sum()
-    if hard_CV is None:
+    gradient_CM = factor * alpha * temperature * taught_C1 * g_CM
+
+    # dL/dz [C, V]: the bucket's ids share its gradient by exp(s_j − r); at T = 1 cross-entropy's q joins the cells
+    hard_C1 = factor * (1 - alpha) * valid_C1
+    gradient_CV = logits_CV if out_CV is None else out_CV
+    bucket_sum_C1 = cells.bucket_sum.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    if temperature == 1:
         ce = ((cells.normaliser - (label_C1[:, 0] - cells.top)) * valid_C1[:, 0]).sum()
+        gradient_CM = gradient_CM + hard_C1 * cells.logq.exp()
+        share_C1 = gradient_CM[:, -1:] / bucket_sum_C1
+        gradient_CK, at_label_C1 = gradient_CM[:, :-1], share_C1 * logits_CV.gather(1, safe_C1)
+        torch.mul(logits_CV, share_C1, out=gradient_CV)
+    else:
+        logits_CV.mul_(gradient_CM[:, -1:] / bucket_sum_C1).addcmul_(hard_CV, hard_C1 / hard_sum_C1)
+        gradient_CK = gradient_CM[:, :-1] + logits_CV.gather(1, cells.ids)
+        at_label_C1 = logits_CV.gather(1, safe_C1)
+        if out_CV is not None:
+            out_CV.copy_(logits_CV)
 
-    # dL/ds over the cells [C, M]; at T = 1 cross-entropy's q joins here, and its −1 at the label below
-    hard_C1 = (1 - alpha) * valid_C1 if hard_CV is None else torch.zeros_like(valid_C1)
-    gradient_CM = alpha * temperature * taught_C1 * g_CM + hard_C1 * cells.logq.exp()
-
-    # dL/dz [C, V]: the bucket's ids share its gradient by exp(s_j − r), then the row's own ids, then the label
-    logits_CV.mul_(gradient_CM[:, -1:] / cells.bucket_sum.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
-    logits_CV.scatter_add_(1, cells.ids, gradient_CM[:, :-1].masked_fill(~cells.real, 0))
-    logits_CV.scatter_add_(1, safe_C1, -hard_C1)
-    if hard_CV is not None:
-        logits_CV.add_(hard_CV, alpha=1 - alpha)
+    # then the row's own ids [C, K], those that are no entry as the entry they repeat, and the label, less 1
+    repeated_C1 = gradient_CK.gather(1, cells.real.int().argmax(1, keepdim=True))
+    scatter_(gradient_CV, cells.ids, gradient_CK.where(cells.real, repeated_C1))
+    is_label_CK = cells.real & (cells.ids == safe_C1)
+    among_ids_C1 = gradient_CK.where(is_label_CK, 0).sum(1, keepdim=True)
+    scatter_(gradient_CV, safe_C1, among_ids_C1.where(is_label_CK.any(1, keepdim=True), at_label_C1) - hard_C1)
     return ChunkLoss(alpha * temperature**2 * kd + (1 - alpha) * ce, kd, ce)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from shared.distributed import smallest
-from shared.errors import ConfigError
+from shared.errors import ConfigError, require
 from shared.model.gpt import GPTConfig
-from shared.process import log
+from shared.process import log, world_size
 from stage2_student.config import StudentConfig
 from stage2_student.fused import chunk_rows
 
@@ -92,7 +92,7 @@ def fit_micro_batch(
             another order of summation gives other last bits.
 
     Raises:
-        ConfigError: not even one block fits.
+        ConfigError: not even one block fits, or the micro-batch needs more memory than there is in all.
     """
     is_auto, blocks = batch_tokens == "auto", config.per_device_train_batch_size * config.gradient_accumulation_steps
     candidates, limit = [config], math.inf
@@ -119,6 +119,16 @@ def fit_micro_batch(
                 f"{memory.activation_bytes / 2**30:.2f} activations of {tokens:,} tokens, "
                 f"{memory.head_bytes / 2**30:.2f} head)"
             )
+            own_bytes = memory.total_bytes - (memory.state_bytes if world_size() > 1 else 0)  # FSDP cuts the state
+            most = smallest(total_memory())
+            require(
+                own_bytes <= most,
+                "training needs more memory than a device has",
+                expected=f"at most {most / 2**30:.2f} GiB",
+                got=f"about {own_bytes / 2**30:.2f} GiB",
+                fix="a smaller per_device_train_batch_size, block_size or preset, --batch-tokens auto, or "
+                "gradient_checkpointing=true",
+            )
             return fitted
     raise ConfigError(
         "not even one block fits into a micro-batch",
@@ -144,3 +154,13 @@ def free_memory() -> int:
         limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def total_memory() -> int:
+    """Bytes of this process's device, free or not; without a GPU, its share of the main memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[1])
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

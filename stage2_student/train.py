@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,17 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
+from torch.utils._triton import has_triton
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from shared import tracking
+from shared.cache.directory import require_outside_caches
 from shared.cache.identity import require_same
 from shared.cache.reader import Cache
 from shared.checkpoints import WEIGHTS
 from shared.distributed import agree, joined, wait
 from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
-from shared.files import output_path, read_json, sha256_file, sha256_json, write_bytes, write_json
+from shared.files import is_system_file, output_path, read_json, sha256_json, write_bytes, write_json
 from shared.lock import Lock
 from shared.machine import has_accelerator, machine, require_usable_card, versions
 from shared.model.gpt import GPT, GPTConfig
@@ -35,7 +38,6 @@ from stage2_student.checkpoint import (
     RUN_FORMAT,
     RUN_VERSION,
     is_leftover,
-    is_side_file,
     newest_whole,
     remove_leftovers,
     require_no_file,
@@ -48,12 +50,12 @@ from stage2_student.fused import HeadLoss
 from stage2_student.init_weights import Start, read_start
 from stage2_student.memory import fit_micro_batch
 from stage2_student.request import is_finished
-from stage2_student.trainer import DistillTrainer, EpochEnds, RunRecorder, StopEarly, StopOnSignal
+from stage2_student.trainer import DistillTrainer, EpochEnds, RunRecorder, SaveByMinutes, StopEarly, StopOnSignal
 
 NEVER = 2**31  # steps between two evaluations or saves
 # May change between a kill and the resume without changing what is learnt.
 FREE_ON_RESUME = (
-    "eval_steps", "save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers",
+    "eval_steps", "save_steps", "save_minutes", "save_total_limit", "logging_steps", "dataloader_num_workers",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",  # see BLOCKS
 )  # fmt: skip
 BLOCKS = "number of blocks per optimizer step (per_device_train_batch_size x gradient_accumulation_steps x processes)"
@@ -89,7 +91,7 @@ def train(
         request: recorded in `run.json`; see `request_digest`.
 
     Raises:
-        ResumeError: the folder holds another run, or another process trains in it.
+        ResumeError: the folder holds another run or lies in a cache, or another process trains in it.
         ConfigError: a cache is given twice, the caches lack the labels that the loss needs, the weights to start from
             do not fit, or under torchrun the processes do not come together.
         CacheMismatchError: the temperature is off the caches' grid, or the caches are not all one teacher's.
@@ -98,6 +100,7 @@ def train(
         Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C came; a checkpoint was saved.
     """
     out = output_path(out)
+    require_outside_caches(out)
     both = (config.loss == "dense") == (teacher_logprobs is not None)
     require(both, "loss=dense and --teacher-logprobs belong together", got=f"loss={config.loss}")
     look = functools.partial(check, config, cache_paths, out, weights, validation_path, init_from)
@@ -179,7 +182,8 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
     if teacher_logprobs:
         head_loss: HeadLoss = DenseLoss(config, teacher_logprobs, task.caches)
     else:
-        head_loss = HeadLoss(config, task.caches[0].sampling if config.uses_samples else None)
+        sampling = task.caches[0].sampling if config.uses_samples else None
+        head_loss = HeadLoss(config, sampling, compiles=compiles(config) and torch.cuda.is_available())
     model.head_loss = head_loss
     record |= {
         "config": to_dict(config),
@@ -211,6 +215,8 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
             data_collator=collate,
             callbacks=[recorder, early, stop, EpochEnds(config.training, blocks.epoch_ends(), per_step)],
         )
+        if config.save_minutes:
+            trainer.add_callback(SaveByMinutes(config.save_minutes))
         trainer.remove_callback(PrinterCallback)
         start = time.monotonic()
         with stop:
@@ -243,7 +249,7 @@ def _describe_blocks(blocks: PackedBlocks, config: StudentConfig, model: GPT, nu
     log(
         f"student {config.preset}: {num_parameters:,} parameters ({embeddings:.0%} in embeddings); "
         f"{blocks.num_rows:,} rows x {blocks.num_epochs:.4g} epochs in {blocks.num_blocks:,} blocks of "
-        f"{config.block_size} ({blocks.padding:.1%} padding)"
+        f"{config.block_size} ({blocks.padding:.1%} padding){', compiled' if compiles(config) else ''}"
     )
     return {"rows_per_epoch": blocks.num_rows, "epochs": blocks.num_epochs, "blocks": blocks.num_blocks,
             "padding": blocks.padding}  # fmt: skip
@@ -268,8 +274,7 @@ def _finish(trainer: DistillTrainer, task: Task, out: Path, run: tracking.Run, *
             expected="steps with targets and a learning rate above 0",
             got=f"{trainer.state.global_step} steps, {trainer.skipped_steps} of them without targets",
         )
-        _write_student(weights, task.sizes, task.caches[0], out)
-        finished = {"state": "finished", "weights_sha256": sha256_file(out / WEIGHTS)}
+        finished = {"state": "finished", "weights_sha256": _write_student(weights, task.sizes, task.caches[0], out)}
         write_json(out / "run.json", record | finished)
         log(f"{out}: " + ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items()))
     wait()  # the lock holds until all are here
@@ -364,7 +369,7 @@ def _earlier_run(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     other: dict[str, Any] = {"error": ResumeError, "where": out, "fix": "choose another --out"}
     require(out.is_dir() or not out.exists(), "the run's path is not a folder", **other)
     if not (out / "run.json").exists():
-        is_free = not out.exists() or all(is_leftover(path) or is_side_file(path) for path in out.iterdir())
+        is_free = not out.exists() or all(is_leftover(path) or is_system_file(path.name) for path in out.iterdir())
         require(is_free, "the folder holds something that is no run", **other)
         return None
     earlier: dict[str, Any] = read_json(out / "run.json")
@@ -396,6 +401,14 @@ def _blocks_per_step(config: StudentConfig) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
 
 
+def compiles(config: StudentConfig) -> bool:
+    """Whether the student is compiled. FSDP cuts the layers into several graphs: there only if it is asked for."""
+    if config.torch_compile != "auto":
+        return config.torch_compile
+    has_compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    return torch.cuda.is_available() and has_triton() and bool(has_compiler) and not config.training.get("fsdp")
+
+
 def half_precision(config: StudentConfig) -> dict[str, bool]:
     """The `TrainingArguments` of mixed precision that this machine has: cards before Ampere know float16 only."""
     if not config.bf16 or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0):
@@ -423,8 +436,8 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
         "logging_nan_inf_filter": False,  # it waits for the device at each micro-batch; what is not finite is refused
         "ddp_find_unused_parameters": False,
         "eval_steps": config.eval_steps or None,
-        "save_strategy": "steps" if config.save_steps > 0 else "no",
-        "save_steps": config.save_steps or 500,
+        "save_strategy": "steps" if config.save_steps or config.save_minutes else "no",
+        "save_steps": config.save_steps or NEVER,
         "save_total_limit": None,  # `RunRecorder` rotates
         "data_seed": config.seed,
         "label_names": ["labels"],
@@ -433,6 +446,8 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
         "average_tokens_across_devices": True,
         "report_to": [],
         "disable_tqdm": not sys.stderr.isatty(),
+        "torch_compile": compiles(config),
+        "tf32": False,  # else compiling would turn it on, for all that the process does
         "use_cpu": not has_accelerator(),
         "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # pinned batches: the host goes on
     }
@@ -461,8 +476,8 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(to_safetensors({k: v.cpu().contiguous() for k, v in weights.items()})).hexdigest()
 
 
-def _write_student(weights: Mapping[str, Tensor], sizes: GPTConfig, cache: Cache, out: Path) -> None:
-    """The run folder as a transformers directory; the weights last."""
+def _write_student(weights: Mapping[str, Tensor], sizes: GPTConfig, cache: Cache, out: Path) -> str:
+    """The run folder as a transformers directory; the weights last, whose SHA-256 is returned."""
     tokenizer = load_tokenizer(cache.tokenizer_path)
     save_tokenizer(tokenizer, out)
     ids = special_ids(tokenizer)
@@ -470,4 +485,6 @@ def _write_student(weights: Mapping[str, Tensor], sizes: GPTConfig, cache: Cache
     dtype = {"dtype": "float32", "torch_dtype": "float32"}  # its names in transformers 5 and earlier
     write_json(out / "config.json", sizes.to_dict() | special | dtype)
     write_json(out / "generation_config.json", special)
-    write_bytes(out / WEIGHTS, to_safetensors(dict(weights), metadata={"format": "pt"}))
+    data = to_safetensors(dict(weights), metadata={"format": "pt"})
+    write_bytes(out / WEIGHTS, data)
+    return hashlib.sha256(data).hexdigest()

@@ -42,6 +42,8 @@ class DistillTrainer(Trainer):
     def __init__(self, *args: Any, head_loss: HeadLoss, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_loss = head_loss
+        if self.accelerator.scaler is not None:
+            head_loss.scaled = self.accelerator.scaler.scale
         self._step: list[Tensor] = []  # loss, kd, ce, targets of each micro-batch since the last step
         self._gradient_norm = torch.zeros(())  # of the last step, before it was clipped
         self._window = torch.zeros(3, dtype=torch.float64)  # kd, ce, targets since the last log
@@ -342,6 +344,23 @@ class EpochEnds(TrainerCallback):
         if state.global_step in self.steps:
             control.should_evaluate |= self.evaluates
             control.should_save |= self.saves
+
+
+class SaveByMinutes(TrainerCallback):
+    """Saves at the first step that ends so many minutes after the last checkpoint, by the clock of rank 0."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60 * minutes
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start to count."""
+        self._since = time.monotonic()
+
+    on_train_begin = on_save
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint on all ranks where it is time."""
+        control.should_save |= on_any(rank() == 0 and time.monotonic() - self._since >= self.seconds)
 
 
 class StopEarly(TrainerCallback):

@@ -5,11 +5,38 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from shared.cache.directory import FOLDERS, plain_errors, remove_leftovers
+from shared.cache.directory import FOLDERS, is_side_file, plain_errors, remove_leftovers
 from shared.cache.manifest import FileEntry, read_manifest, write_manifest
-from shared.errors import ConfigError
-from shared.files import fsync_directory, write_bytes
+from shared.errors import ConfigError, require
+from shared.files import fsync_directory, read_json, write_bytes
 from shared.lock import Lock
+
+
+def find_results(folder: Path) -> dict[str, Path]:
+    """A teacher's results in a folder by relative name: JSON files, and folders with `result.json` of a benchmark.
+
+    W&B's folder and what systems leave are passed over.
+
+    Raises:
+        ConfigError: the folder holds anything else, or no result.
+    """
+    files = list[Path]()
+    for entry in sorted(folder.iterdir()):
+        if entry.name == "wandb" or is_side_file(entry.name):
+            continue
+        result = entry / "result.json" if entry.is_dir() else entry
+        record = read_json(result) if result.suffix == ".json" and result.is_file() else None
+        require(
+            isinstance(record, dict) and "inputs" in record,
+            "the folder holds something that is no result",
+            where=folder,
+            expected="the teacher's results only, as `codedistill eval` wrote them",
+            got=entry.name,
+        )
+        files += sorted(entry.rglob("*")) if entry.is_dir() else [entry]
+    require(files, "the folder holds no result", where=folder, expected="files that `codedistill eval` wrote")
+    names = {file.relative_to(folder).as_posix(): file for file in files if file.is_file()}
+    return {name: file for name, file in names.items() if not is_side_file(name)}
 
 
 def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:

@@ -165,11 +165,8 @@ def attach(path: Path, folder: Path) -> None:
     They go to teacher_eval/ and travel with the cache, so that the student's machine can report them. The manifest is
     replaced last; labels and label identity do not change.
     """
-    from shared.cache.attach import add_files
+    from shared.cache.attach import add_files, find_results
 
-    found = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    files = {name.as_posix(): file for name, file in found.items() if name.parts[0] != "wandb"}
-    if not files:
-        raise click.UsageError(f"there is no file in {folder}")
+    files = find_results(folder)
     add_files(path, {f"teacher_eval/{name}": file.read_bytes() for name, file in files.items()})
     click.echo(f"{path}: {len(files)} files in teacher_eval/")

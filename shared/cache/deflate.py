@@ -19,15 +19,16 @@ from shared.cache.format import Array
 
 inflater: ModuleType = zlib
 deflater: ModuleType = zlib
-COMPRESSOR = f"zlib {zlib.ZLIB_RUNTIME_VERSION}"  # it decides the bytes of gzip
+LEVEL, MEMORY_LEVEL = 4, 9
+COMPRESSOR = f"zlib {zlib.ZLIB_RUNTIME_VERSION}"
 with contextlib.suppress(ImportError):
     inflater = importlib.import_module("isal.isal_zlib")
 with contextlib.suppress(ImportError):
     deflater = importlib.import_module("zlib_ng.zlib_ng")
     COMPRESSOR = f"zlib-ng {deflater.ZLIBNG_VERSION}"
+COMPRESSOR += f", memory level {MEMORY_LEVEL}"  # it decides the bytes of gzip
 
 inflate = inflater.decompress
-LEVEL, MEMORY_LEVEL = 4, 9
 DEFAULT = zlib.Z_DEFAULT_STRATEGY
 WORTHWHILE = 0.97
 SAMPLE_BYTES = 1 << 15  # of a plane, by which its encoding is chosen

@@ -13,6 +13,7 @@ from typing import Any
 from shared.cache.format import (
     BUILD,
     DOC_LENGTHS,
+    FORMAT,
     MANIFEST,
     SHARD_PATTERN,
     TEACHER_EVAL,
@@ -21,7 +22,7 @@ from shared.cache.format import (
 )
 from shared.cache.manifest import FileEntry, read_manifest
 from shared.errors import CacheCorruptError, CacheFormatError, DistillError, ResumeError
-from shared.files import sha256_file
+from shared.files import is_system_file, sha256_file
 from shared.lock import LOCK, is_abandoned
 from shared.progress import progress
 
@@ -29,10 +30,8 @@ FOLDERS = (TOKENIZER, TEACHER_EVAL)
 OWN_FILES = (BUILD, LOCK, MANIFEST, DOC_LENGTHS)
 MAX_THREADS = 16
 BATCH_FILES = 1_024  # that wait for a thread at a time
-# What the Hub's client, macOS and network file systems put into a folder that they carry.
-SIDE_FILES = re.compile(
-    r"\.cache/huggingface/.+|\.gitattributes|README\.md|captured_mass\.png|(.*/)?(\._[^/]+|\.DS_Store|\.nfs[^/]*)"
-)
+# What the Hub's client, Git and `cache push` put into a folder that they carry, beside what systems do.
+SIDE_FILES = re.compile(r"\.cache/huggingface/.+|\.git/.+|\.git(attributes|ignore)|README\.md|captured_mass\.png")
 
 
 @contextlib.contextmanager
@@ -62,7 +61,7 @@ def list_files(directory: Path) -> dict[str, FileEntry]:
 
 def is_side_file(name: str) -> bool:
     """Whether a file, by its relative name, is one that a transport or a system put there."""
-    return SIDE_FILES.fullmatch(name) is not None
+    return SIDE_FILES.fullmatch(name) is not None or is_system_file(name.rpartition("/")[2])
 
 
 def walk(directory: Path, *, folders: bool = False) -> Iterator[tuple[str, Path]]:
@@ -93,14 +92,27 @@ def shown(name: str) -> str:
 
 
 def build_options(directory: Path) -> dict[str, Any] | None:
-    """The options in `build.json`; None where it is missing or damaged."""
+    """The options in `build.json`; None where it is missing, damaged or not a cache's."""
     file = directory / BUILD
     try:
         value = json.loads(file.read_bytes()) if file.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
-    options = value.get("options") if isinstance(value, dict) else None
+    options = value.get("options") if isinstance(value, dict) and value.get("format") == FORMAT else None
     return options if isinstance(options, dict) else None
+
+
+def require_outside_caches(out: Path) -> None:
+    """Refuse a folder that lies in a cache, which then would no longer be as its manifest says.
+
+    Raises:
+        ResumeError: with the cache.
+    """
+    for parent in out.resolve().parents:
+        if build_options(parent) is not None:
+            raise ResumeError(
+                "the folder lies in another cache", where=out, got=parent, fix="name an --out that is not in a cache"
+            )
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -119,7 +131,8 @@ def is_ours(entry: Path) -> bool:
     """Whether an entry of a folder is one that a cache may hold, or that a transport left."""
     name = entry.name
     if entry.is_dir():
-        return name in FOLDERS or (name == ".cache" and [path.name for path in entry.iterdir()] == ["huggingface"])
+        is_hub_folder = name == ".cache" and [path.name for path in entry.iterdir()] == ["huggingface"]
+        return is_hub_folder or name in (*FOLDERS, ".git")
     patterns = (SHARD_PATTERN, TEMPORARY_PATTERN)
     return name in OWN_FILES or is_side_file(name) or any(pattern.fullmatch(name) for pattern in patterns)
 

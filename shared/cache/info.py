@@ -5,7 +5,7 @@ from typing import Any
 
 from shared.cache.directory import build_options
 from shared.cache.format import MANIFEST, TEACHER_EVAL, TOKENIZER
-from shared.cache.manifest import Manifest, read_manifest
+from shared.cache.manifest import Manifest, read_manifest, written_text
 from shared.cache.remote import Remote, local_path, url_of
 from shared.errors import CacheFormatError
 from shared.lock import is_locked
@@ -108,6 +108,7 @@ def summary(path: Path | str) -> str:
             "             its encoding KL is measured against the rows it was cut from, which have one of their own"
         )
     lines += [f"  source     {_pairs_of(source)}" for source in info["sources"]]
+    lines += [f"  written    {text}" for text in written_text(info["sources"])]
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -107,6 +108,18 @@ class ShardRecord:
     documents: list[Any]
     doc_lengths: list[int]
     capture: dict[str, Any] = field(default_factory=dict)
+
+
+def written_text(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many documents of these data sets models wrote, by who wrote them; nothing where none did."""
+    total: dict[str, Counter[str]] = {}
+    for source in sources:
+        for origin, counts in source.get("written", {}).items():
+            total.setdefault(origin, Counter()).update(counts)
+    return [
+        f"{counts['documents']:,} documents were written by a {origin}; {counts['passed']:,} passed their tests"
+        for origin, counts in total.items()
+    ]
 
 
 def seal(value: Mapping[str, Any]) -> bytes:

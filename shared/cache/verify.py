@@ -57,7 +57,7 @@ def _verify_remote(store: Store) -> list[str]:
 
 
 def side_files(directory: Path) -> list[str]:
-    """What the Hub's client, macOS and network file systems left in a cache's folder; it does no harm."""
+    """What the Hub's client, Git, operating and file systems left in a cache's folder; it does no harm."""
     return [name for name, _ in walk(directory) if is_side_file(name)]
 
 
@@ -110,7 +110,7 @@ def foreign_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, st
         if name == MANIFEST or name in manifest.files or is_side_file(name):
             continue
         if entry.is_dir() and not entry.is_symlink():
-            if name not in folders:
+            if name not in folders and not is_side_file(name):  # Git has empty folders
                 yield name, "a folder that is not of the cache"
         elif not (entry.is_symlink() and name in folders):
             yield name, "not listed in the manifest"

@@ -18,6 +18,7 @@ from shared.cache.directory import (
     list_files,
     plain_errors,
     remove_leftovers,
+    require_outside_caches,
 )
 from shared.cache.documents import document_rows, join_rows
 from shared.cache.encode import encode_shard, shard_options
@@ -300,6 +301,7 @@ def check_folder(path: Path, options: Mapping[str, Any], *, partly: bool = False
     Raises:
         ResumeError: with what differs.
     """
+    require_outside_caches(path)
     if not path.exists():
         return
     if not path.is_dir():

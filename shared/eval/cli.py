@@ -14,9 +14,9 @@ from shared.options import GroupedCommand, RecordingGroup, command_line, local_c
 DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
-_DTYPE = click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+DTYPE = click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                       show_default=True, help="Precision of the weights; auto: the model's own.")  # fmt: skip
-_TEACHER_CACHE = click.option("--cache", "cache_dir", type=DIRECTORY,
+TEACHER_CACHE = click.option("--cache", "cache_dir", type=DIRECTORY,
                               help="If a Hub id made this cache, take the commit that made it.")  # fmt: skip
 _OUT = click.option("--out", type=FILE, required=True, help="JSON file to write.")
 
@@ -49,7 +49,7 @@ def evaluate() -> None:
 @local_cache
 @click.option("--teacher", metavar="DIR|ID", help="Also run the teacher, for the KL over the whole vocabulary.")
 @_OUT
-@_DTYPE
+@DTYPE
 @click.option("--batch-tokens", type=click.IntRange(1), default=1024, show_default=True,
               help="Max tokens at once, padding included.")  # fmt: skip
 def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype: str, batch_tokens: int) -> None:
@@ -71,7 +71,7 @@ def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype:
     }
     if is_up_to_date(out, Fidelity, inputs):
         return
-    _quieten()
+    quieten()
     from shared.eval.fidelity.measure import evaluate_fidelity
 
     result = evaluate_fidelity(model_dir, cache_dir, dtype=dtype, batch_tokens=batch_tokens, teacher_dir=teacher_dir)
@@ -88,8 +88,8 @@ def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype:
 )
 @click.option("--model", "models", type=Named("DIR|ID"), multiple=True, required=True,
               help="A model and its name in the report; may be repeated.")  # fmt: skip
-@_TEACHER_CACHE
-@_DTYPE
+@TEACHER_CACHE
+@DTYPE
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of a prompt.")
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Decode steps after it.")
 @click.option("--repeats", type=click.IntRange(1), default=6, show_default=True,
@@ -111,7 +111,7 @@ def latency(models: tuple[tuple[str, str], ...], cache_dir: Path | None, out: Pa
     inputs = options | {"models": digests, "place": timing_place()}
     if is_up_to_date(out, Latency, inputs):
         return
-    _quieten()
+    quieten()
     from shared.eval.speed.latency import measure_latency
 
     _write("latency", out, measure_latency(located, **options), inputs)
@@ -126,8 +126,8 @@ def latency(models: tuple[tuple[str, str], ...], cache_dir: Path | None, out: Pa
 )
 @click.option("--teacher", metavar="DIR|ID", required=True, help="Decodes greedily, with and without drafts.")
 @click.option("--student", metavar="DIR|ID", required=True, help="Run or export that drafts; same tokenizer.")
-@_TEACHER_CACHE
-@_DTYPE
+@TEACHER_CACHE
+@DTYPE
 @click.option("--prompts", "prompts_file", type=FILE, help="Rows with `prompt`, .jsonl or .parquet.  [HumanEval's]")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Only the first prompts.")
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Max tokens per prompt.")
@@ -153,7 +153,7 @@ def draft(teacher: str, student: str, out: Path, cache_dir: Path | None, **optio
     inputs |= {"prompts": prompts, "place": timing_place()}
     if is_up_to_date(out, Draft, inputs):
         return
-    _quieten()
+    quieten()
     from shared.eval.speed.draft import evaluate_draft
 
     result = evaluate_draft(folders["teacher"], folders["student"], **options)
@@ -185,8 +185,8 @@ def _of_a_benchmark(command: Callable[..., None], *, max_new_tokens: int) -> Cal
         click.option("--limit", type=click.IntRange(1), help="Only the first problems."),
         click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0,
                      show_default=True, help="Max wall seconds per program, not counting message time."),
-        _DTYPE,
-        _TEACHER_CACHE,
+        DTYPE,
+        TEACHER_CACHE,
         click.option("--unsafe-no-sandbox", is_flag=True,
                      help="Run programs without isolation if there is none."),
     ]  # fmt: skip
@@ -213,8 +213,8 @@ def _groups(*absent: str) -> dict[str, str]:
 def humaneval(problems_file: Path | None, benchmark_file: Path | None, **options: Any) -> None:
     """Score pass@k on HumanEval.
 
-    Or on problems of its form (--benchmark). Re-running an interrupted command continues it. With other settings, such
-    as --limit, the results in --out are replaced.
+    Or on problems of its form (--benchmark). Re-running an interrupted command continues it. With other settings the
+    results in --out are replaced, unless they are of more completions.
     """
     if problems_file and benchmark_file:
         raise click.UsageError("--problems are HumanEval's and --benchmark others': give one")
@@ -232,12 +232,25 @@ def humaneval(problems_file: Path | None, benchmark_file: Path | None, **options
 def mbpp(dataset: str, **options: Any) -> None:
     """Score pass@k on MBPP's test split.
 
-    Re-running an interrupted command continues it. With other settings, such as --limit, the results in --out are
-    replaced.
+    Re-running an interrupted command continues it. With other settings the results in --out are replaced, unless they
+    are of more completions.
     """
     from shared.eval.programs import problems
 
     _evaluate_benchmark(lambda: problems.mbpp(dataset), **options)
+
+
+@evaluate.command(cls=GroupedCommand, groups=_groups("problems_file", "benchmark_file", "dataset"))
+@functools.partial(_of_a_benchmark, max_new_tokens=48)
+def exercises(**options: Any) -> None:
+    """Score pass@k on easy functions.
+
+    64 functions of one line each, which tell students apart before they solve anything harder. Never train on them.
+    Re-running an interrupted command continues it.
+    """
+    from shared.eval.programs import problems
+
+    _evaluate_benchmark(problems.exercises, **options)
 
 
 evaluate.add_command(score)
@@ -249,7 +262,7 @@ def _evaluate_benchmark(
     """Run one benchmark, which rank 0 loads, unless its result is up to date."""
     from data.humaneval import problems_digest
     from shared.checkpoints import locate_model, model_digest
-    from shared.eval.inputs import is_up_to_date
+    from shared.eval.inputs import is_up_to_date, refuse_to_shrink
     from shared.eval.programs.completion import ENDS
     from shared.eval.results import BenchmarkResult
     from shared.process import is_main_process, world_size
@@ -271,7 +284,10 @@ def _evaluate_benchmark(
             inputs = None
             if world_size() == 1:
                 return
-    _quieten()
+        else:
+            num_problems = len(benchmark.problems[: options["limit"]])
+            refuse_to_shrink(out, num_problems * options["samples"])
+    quieten()
     from shared.eval.programs.benchmark import evaluate_benchmark
     from shared.eval.programs.sample import Decoding
 
@@ -381,7 +397,36 @@ def trace(context: click.Context, path: Path, look_in: tuple[Path, ...], as_json
         context.exit(1)
 
 
-def _quieten() -> None:
+@click.command()
+@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@click.option("--document", "documents", metavar="ID|N", multiple=True,
+              help="A document's id or number, from 0; may be repeated.  [the first 12]")  # fmt: skip
+@click.option("--student", metavar="RUN", type=DIRECTORY, help="Show this run's or export's rows beside the teacher's.")
+@click.option("--html", metavar="OUT.html", type=FILE, help="Write a page instead of lines.")
+def show(path: Path, documents: tuple[str, ...], student: Path | None, html: Path | None) -> None:
+    """See what the teacher expected.
+
+    Prints the tokens of each document that surprised the teacher most, with what it expected there. With --html, writes
+    one file that shows the whole text, coloured by surprise, and the teacher's row at each token; it loads nothing
+    from anywhere. With --student, each token also has the student's row and its KL, and the documents of the largest
+    KL come first.
+    """
+    if student:
+        quieten()
+    from shared.eval.show.page import look_into, render_page, terminal_text
+    from shared.files import output_path, write_bytes
+
+    look = look_into(path, documents, student)
+    if html is None:
+        click.echo(terminal_text(look))
+        return
+    html = output_path(html)
+    html.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(html, render_page(look))
+    click.echo(" ".join(filter(None, [f"wrote {html}: {len(look.documents)} documents.", look.left_out_text])))
+
+
+def quieten() -> None:
     """Keep transformers' own bars and deprecation notes out of ours."""
     import warnings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.cache.reader import Cache
-from shared.errors import ConfigError
+from shared.errors import ConfigError, ResumeError, require
 from shared.eval.results import BenchmarkResult, Result
 from shared.files import sha256_file
 from shared.machine import machine
@@ -55,3 +55,24 @@ def is_up_to_date(path: Path, cls: type[Result], inputs: dict[str, Any]) -> bool
         return False
     log(f"{path} is up to date")
     return True
+
+
+def refuse_to_shrink(out: Path, num_samples: int) -> None:
+    """Refuse to replace a benchmark's result by one of fewer completions.
+
+    Raises:
+        ResumeError: the folder's result is of more.
+    """
+    try:
+        before = BenchmarkResult.read(out / "result.json").num_samples
+    except ConfigError:  # none, or damaged
+        return
+    require(
+        before <= num_samples,
+        "a smaller evaluation would replace a larger one",
+        error=ResumeError,
+        where=out,
+        expected=f"at least {before:,} completions, as in its result",
+        got=f"{num_samples:,}",
+        fix="name another --out, or remove that result.json",
+    )

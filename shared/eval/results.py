@@ -9,6 +9,8 @@ from shared.files import read_json
 from shared.machine import machine, versions
 
 Interval = list[float]  # low and high
+# A result's folder → the benchmark if no result names another.
+BENCHMARKS = {"humaneval": "HumanEval", "mbpp": "MBPP", "exercises": "Exercises"}
 
 
 @dataclass(frozen=True, kw_only=True)

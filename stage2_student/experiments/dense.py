@@ -123,12 +123,17 @@ class DenseLoss(HeadLoss):
         row_N1 = soft["soft_row"].flatten(0, 1)[chosen_N]
         return DenseLabels(row_N1, row_N1, row_N1, row_N1)
 
-    def chunk_(self, logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels | None) -> ChunkLoss:
-        """Loss sums of a chunk; `logits_CV` becomes the gradient."""
+    def chunk_(
+        self, logits_CV: Tensor, labels_C: Tensor, soft: SoftLabels | None, out_CV: Tensor, factor: Tensor | float
+    ) -> ChunkLoss:
+        """Loss sums of a chunk; `out_CV` becomes the gradient times `factor`."""
         if not isinstance(soft, DenseLabels):
-            return super().chunk_(logits_CV, labels_C, soft)
+            return super().chunk_(logits_CV, labels_C, soft, out_CV, factor)
         half_CV = torch.from_numpy(self._logp_NV[soft.ids[:, 0].cpu().numpy()]).to(logits_CV.device)
-        return dense_distill_(logits_CV, labels_C, half_CV.float().log_softmax(1), self.config.alpha)
+        sums = dense_distill_(logits_CV, labels_C, half_CV.float().log_softmax(1), self.config.alpha)
+        if out_CV is not logits_CV:
+            torch.mul(logits_CV, factor, out=out_CV)
+        return sums
 
 
 def _target_masks(cache: Cache) -> list[Array]:

@@ -39,6 +39,8 @@ def sweep(grid: Path, inputs: Inputs, out: Path, *, jobs: int = 1) -> str:
     require(not experiment.confirm.seeds, "[confirm] belongs to `student proof`", where=grid, fix="[grid] seed = [...]")
     runner = Runner(runs=experiment.runs(), out=out, inputs=inputs, jobs=jobs, scored_on=inputs.validation,
                     group=out.resolve().name, on_change=lambda rows: _write(experiment, rows, out))  # fmt: skip
+    if inputs.validation is None:
+        log("no --validation cache is given: students are trained, but neither scored nor ranked")
     with locked(out):
         runner.train()
         text = _write(experiment, runner.rows, out)

@@ -92,6 +92,37 @@ def test_vllms_rows(tokenizer, tmp_path):
         import_cache(file, cache.path, tokenizer=str(tokenizer), teacher_name="far/teacher")
 
 
+def sglang_row(tokens, logp, **more):
+    entry = lambda row, id: [float(row[id]), int(id), None]  # noqa: E731
+    tops = [[entry(row, id) for id in np.argsort(-row, kind="stable")[:K]] for row in logp]
+    given = [entry(row, id) for row, id in zip(logp, tokens[1:], strict=True)]
+    meta = {"prompt_tokens": len(tokens), "input_top_logprobs": [None, *tops]}
+    return {"text": "x", "meta_info": meta | {"input_token_logprobs": [[None, int(tokens[0]), None], *given]}, **more}
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_sglangs_rows(tokenizer, tmp_path, nested):
+    rows = [sglang_row(tokens, logp, id=str(number)) for number, (tokens, logp) in enumerate(documents())]
+    if not nested:
+        names = ("input_token_logprobs", "input_top_logprobs")
+        rows = [{"id": row["id"], **{name: row["meta_info"][name] for name in names}} for row in rows]
+    import_cache(write(tmp_path / "rows.jsonl", rows), tmp_path / "c", tokenizer=str(tokenizer), teacher_name="t")
+    cache = Cache(tmp_path / "c")
+    assert_labels(cache, [[True] * (len(tokens) - 1) + [False] for tokens, _ in documents()])
+    nll = [-logp[np.arange(len(logp)), tokens[1:]] for tokens, logp in documents()]
+    assert cache.statistics["teacher_nll_all_nats"] == pytest.approx(np.mean(np.concatenate(nll)), rel=1e-6)
+
+
+def test_sglangs_rows_are_whole_also_where_each_ends_in_the_next_token(tokenizer, tmp_path):
+    logp = np.full((2, VOCABULARY), -20.0)
+    logp[:, [7, 8, 9]] = np.log([0.5, 0.25, 0.125])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "K", 3)
+        row = sglang_row(np.array([5, 9, 9]), logp)
+    import_cache(write(tmp_path / "rows.jsonl", [row]), tmp_path / "c", tokenizer=str(tokenizer), teacher_name="t")
+    assert Cache(tmp_path / "c").targets(0, 1.0).k.tolist() == [3, 3, 0]
+
+
 @pytest.mark.parametrize("cut", [0, 1])
 def test_distillkits_rows(tokenizer, tmp_path, cut):
     columns = {"input_ids": [], "token_ids": [], "top_values": []}
@@ -230,6 +261,12 @@ def test_entries_beyond_the_top_k_asked_for_are_counted(tokenizer, tmp_path):
 ROW = {"prompt_token_ids": [5, 6], "prompt_logprobs": [None, {"6": {"logprob": -0.5, "rank": 1}}]}
 
 
+SGLANG = {
+    "input_token_logprobs": [[None, 5, None], [-0.5, 6, None]],
+    "input_top_logprobs": [None, [[-0.5, 6, None]]],
+}
+
+
 def changed(**fields):
     return ROW | fields
 
@@ -269,6 +306,24 @@ def changed(**fields):
         (changed(prompt_tokens=3), r"'prompt_tokens'; expected: 0 to 2; got: 3"),
         ({"input_ids": [5, 6]}, "'token_ids'; expected: a list of 1 rows for 2 tokens"),
         ({"input_ids": [5, 6], "token_ids": [[1]], "top_values": [[-1, -2]]}, r"top_values\[0\]'.*1; got: 2"),
+        ({"meta_info": 5}, r"input_token_logprobs'; expected: a list of at least one \[logprob, id, text\]; got: None"),
+        (
+            {"meta_info": SGLANG | {"input_top_logprobs": [None]}},
+            r"input_top_logprobs'; expected: a list of 2 rows.*got: 1",
+        ),
+        ({"meta_info": SGLANG | {"prompt_tokens": 9}}, r"all 9 tokens of the prompt: .*logprob_start_len=0; got: 2"),
+        (
+            {"meta_info": SGLANG | {"input_top_logprobs": [[[-1, 5]], [[-1, 6]]]}},
+            r"input_top_logprobs\[0\]'; expected: null",
+        ),
+        ({"meta_info": SGLANG | {"input_top_logprobs": [None, []]}}, r"input_top_logprobs\[1\]'; expected: a list"),
+        ({"meta_info": SGLANG | {"input_top_logprobs": [None, [[-1, 257]]]}}, r"\[1\]\[0\]\[1\]'.*0 to 256; got: 257"),
+        ({"meta_info": SGLANG | {"input_top_logprobs": [None, [["-1", 6]]]}}, r"\[1\]\[0\]\[0\]'.*got: '-1'"),
+        ({"meta_info": SGLANG | {"input_top_logprobs": [None, [6]]}}, r"\[1\]\[0\]'; expected: \[logprob, id, text\]"),
+        (
+            {"meta_info": SGLANG | {"input_top_logprobs": [None, [[-0.1, 6, "x"], [-0.1, 7, "y"]]]}},
+            r"input_top_logprobs\[1\]'.*add up to 1.*got: 1\.8097",
+        ),
         ({"input_ids": [5, 6], "compressed_logprobs": [[1]], "bytepacked_indices": [[1]]}, "uncompressed rows"),
     ],
 )

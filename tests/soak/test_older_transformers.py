@@ -1,7 +1,9 @@
-"""What we write, read by the last transformers 4: exports, caches' tokenizers and the demo teacher, ids and logits."""
+"""What we write, read by the last transformers 4: exports, caches' tokenizers and the demo teacher, ids and logits.
+
+Needs the package registry, for transformers 4 and the demo teacher; is skipped where pip cannot reach it.
+"""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.child import codedistill, run
 from tests.support.student_cache import make_cache
 
 OLDER = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
@@ -41,16 +44,6 @@ def older(tmp_path_factory):
     if done.returncode:
         pytest.skip(f"the package registry cannot be reached: {done.stderr.splitlines()[-1]}")
     return folder
-
-
-def run(*command, **environment):
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def codedistill(*arguments):
-    return run(sys.executable, "-c", "from shared.__main__ import main; main()", *arguments, WANDB_MODE="disabled")
 
 
 def compare(folder, older, out=None):

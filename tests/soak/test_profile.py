@@ -1,4 +1,7 @@
-"""The profile `starcoder2` in fresh clones, on CPU, with only the Hub exchanged: `make all`; README's two machines."""
+"""The profile `starcoder2` in fresh clones, on CPU, with only the Hub exchanged: `make all`; README's two machines.
+
+Needs git; `unshare --net` for the second machine.
+"""
 
 import json
 import shutil
@@ -60,7 +63,10 @@ def two_teachers(hub, tmp_path_factory):
 def test_make_all(two_teachers, tmp_path):
     hub = two_teachers
     clone, environment = fresh_clone(tmp_path / "clone"), hub.environment(tmp_path / "home")
-    run(clone, environment, "make", "all", "PROFILE=starcoder2", f"SET={FEW_STEPS}", FEW_PROBLEMS)
+    everything = ("make", "all", "PROFILE=starcoder2", f"SET={FEW_STEPS}", FEW_PROBLEMS)
+    run(clone, environment, *everything)
+    for step in ("draft", "report"):
+        run(clone, environment, "make", step, "PROFILE=starcoder2", "DRAFT=--limit 2 --new-tokens 4 --repeats 1")
     made = clone / "artifacts" / "starcoder2"
     for split in ("train", "validation"):
         cache = Cache(made / f"cache-{split}")
@@ -82,16 +88,15 @@ def test_make_all(two_teachers, tmp_path):
         assert record["metrics"]["steps"] == 2
 
     before = state_of(made)
-    again = ("make", "all", "PROFILE=starcoder2", f"SET={FEW_STEPS}", FEW_PROBLEMS)
-    said = run(clone, environment, *again)
-    # Caches, the teacher's three results, students, their two results each, latency and the report.
-    assert said.count(" is up to date\n") == 2 + 3 + 2 + 2 * 2 + 1 + 1
+    said = run(clone, environment, *everything)
+    # Caches, the teacher's four results, students, their three results each, latency and the report.
+    assert said.count(" is up to date\n") == 2 + 4 + 2 + 2 * 3 + 1 + 1
     no_hub = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     assert "another learning_rate" in run(
         clone, no_hub, "make", "student", "PROFILE=starcoder2", f"SET={FEW_STEPS} learning_rate=1e-4", code=2
     )
-    said = run(clone, environment, "make", "cache", "PROFILE=starcoder2", f"TEACHER={TEACHER}")
-    assert said.count(" is up to date\n") == 2
+    said = run(clone, environment, "make", "cache", "PROFILE=starcoder2", f"TEACHER={TEACHER}", FEW_PROBLEMS)
+    assert said.count(" is up to date\n") == 2 + 4
     other = ("make", "cache", "PROFILE=starcoder2", f"TEACHER={OTHER_TEACHER}")
     assert "teacher" in run(clone, environment, *other, code=2).partition("error: ")[2]
     assert state_of(made) == before

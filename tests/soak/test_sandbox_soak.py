@@ -1,4 +1,8 @@
-"""The sandbox at length: whole benchmarks, all hostile programs, another judge, another user."""
+"""The sandbox at length: whole benchmarks, all hostile programs, another judge, another user.
+
+The given programs and MBPP are read from ../shared/data, beside the project; root and setpriv become another user. What
+is absent skips its test.
+"""
 
 import json
 import os
@@ -46,7 +50,7 @@ def test_every_program_in_every_isolation(isolation):
     assert wrong(hostile_rows(slow=True), sandbox, 3.0) == []
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the file lies beside the project only where it is developed")
+@pytest.mark.skipif(not DATA.exists(), reason=f"there is no {DATA}")
 @ISOLATIONS
 def test_the_given_hostile_programs(isolation):
     rows = []
@@ -58,7 +62,7 @@ def test_the_given_hostile_programs(isolation):
     assert not Path("/tmp/sbx_pwned").exists()
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the file lies beside the project only where it is developed")
+@pytest.mark.skipif(not DATA.exists(), reason=f"there is no {DATA}")
 def test_mbpp_references():
     problems = [mbpp_problem(row) for row in read_rows(DATA / "mbpp.jsonl")]
     rows = [(p.task_id, candidate_of(p, p.canonical_solution), ["passed"]) for p in problems]

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -23,8 +22,7 @@ from shared.cache.rows import exact, gold_in_rows
 from shared.cache.verify import verify_cache
 from stage1_teacher.cli import audit as command
 from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
-
-PROGRAM = [sys.executable, "-c", "from shared.__main__ import main; main()"]
+from tests.support import warm
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +89,8 @@ def test_the_verdict_is_one_line(cache, teacher, tmp_path, tokenizer):  # noqa: 
             torch.nn.init.normal_(parameter, std=float(parameter.std()))
 
     other = save_teacher(tmp_path / "other", tokenizer, width=len(tokenizer), change=other_seed)
-    line = [*PROGRAM, "cache", "audit", str(cache.path), "--documents", "3", "--teacher", str(other)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=200)
+    line = ["cache", "audit", cache.path, "--documents", 3, "--teacher", other]
+    done = warm.run(*line, env=os.environ, timeout=200)
     assert done.returncode == 1
     assert "the digest of its weights differs, and" in done.stdout
     assert re.search(r"rows deviate, most at document '\d+', position \d+;", done.stdout)

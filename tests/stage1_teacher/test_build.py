@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.errors import CacheFormatError, ConfigError, DistillError, ResumeError
-from shared.process import own_command
 from stage1_teacher.cli import teacher as command
+from tests.support import warm
 
 VOCABULARY, WIDTH = 300, 304
 
@@ -258,7 +258,7 @@ def test_a_tokenizer_that_loses_text_is_refused_unless_asked_for(tokenizer, tmp_
     teacher, rows = save_teacher(tmp_path / "teacher", made, width=len(made)), tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     with pytest.raises(ConfigError) as caught:
-        build(teacher, rows, tmp_path / "cache")
+        build(teacher, rows, tmp_path / "cache", "--top-k", "5")
     expected = f"expected: at most 10% of {len(texts)} documents (--max-lossy); got: {got}; fix: "
     assert f"does not give documents back as they were; where: teacher; {expected}" in str(caught.value)
     assert not (tmp_path / "cache").exists()
@@ -328,6 +328,8 @@ def test_unusable_requests_are_named(teacher, rows, tmp_path, monkeypatch):
         build(tmp_path / "empty", rows, tmp_path / "cache")
     with pytest.raises(ConfigError, match="top_k"):
         build(teacher, rows, tmp_path / "cache", "--top-k", "0")
+    with pytest.raises(ConfigError, match=r"--top-k is beyond the teacher's vocabulary.*at most [0-9]+; got: 60000"):
+        build(teacher, rows, tmp_path / "cache", "--top-k", "60000")
     with pytest.raises(SystemExit):  # click's usage error
         build(teacher, rows, tmp_path / "cache", "--on-long", "cut")
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
@@ -442,23 +444,23 @@ def test_a_killed_and_resumed_build_is_one_wandb_run(teacher, rows, tmp_path):
     out = tmp_path / "tracked" / "cache"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"WANDB_MODE": "offline", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    arguments = ["--teacher", teacher, "--dataset", rows, "--out", out, "--dtype", "float32", "--shard-tokens", 60]
-    command = own_command("teacher", "build", *map(str, arguments))
+    command = ["teacher", "build", "--teacher", teacher, "--dataset", rows]
+    command += ["--out", out, "--dtype", "float32", "--shard-tokens", 60]
 
     def ids():
         return [path.name.rpartition("-")[2] for path in sorted(out.parent.glob("wandb/offline-run-*"))]
 
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = warm.Command(*command, env=environment)
     deadline = time.monotonic() + 60
     while not (out / "shard-00000.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert not (out / "manifest.json").exists()
     (first,) = ids()
-    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert "shards are done already" in resumed.stderr
+    resumed = warm.run(*command, env=environment, timeout=120)
+    assert resumed.returncode == 0 and "shards are done already" in resumed.stderr
     assert ids() == [first, first]
     assert not (out.parent / "wandb" / "cache.json").exists()
     made = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}

@@ -58,7 +58,7 @@ def test_help_states_the_configs_defaults():
     default = TeacherConfig()
     options = [option.name for option in build.params if hasattr(default, option.name)]
     assert shown == {n: str(getattr(default, n)) for n in options if getattr(default, n) not in (None, "")}
-    assert len(shown) == 14
+    assert len(shown) == 15
 
 
 def test_samples_of_a_ragged_rows_tail_are_refused():

@@ -14,8 +14,8 @@ from shared.cache.verify import verify_cache
 from shared.errors import ConfigError
 from stage1_teacher.cli import teacher as command
 from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
+from tests.support import warm
 
-PROGRAM = [sys.executable, "-c", "from shared.__main__ import main; main()"]
 OPTIONS = ["--dtype", "float32", "--shard-tokens", "300", "--top-k", "20"]
 
 
@@ -25,10 +25,8 @@ def no_tracking(monkeypatch):
 
 
 def plan(teacher, rows, out, *options, **environment):  # noqa: F811
-    command = [*PROGRAM, "teacher", "plan", "--teacher", teacher, "--dataset", rows, "--out", out, *OPTIONS, *options]
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=200, env={**os.environ, **environment}
-    )
+    command = ["teacher", "plan", "--teacher", teacher, "--dataset", rows, "--out", out, *OPTIONS, *options]
+    return warm.run(*command, env=os.environ | environment, timeout=200)
 
 
 def test_the_plan_is_what_the_build_then_takes(teacher, rows, tmp_path):  # noqa: F811

@@ -97,3 +97,39 @@ def test_repair_names_the_documents_and_the_same_build_makes_them_again(teacher,
     _, result = build(teacher, rows, out)
     assert f"{cache.num_shards - 1} of {cache.num_shards} shards are done already" in result.stderr
     assert files(out) == before
+
+
+def test_documents_that_share_text_with_a_benchmark_are_left_out(teacher, rows, tmp_path):  # noqa: F811
+    from data.humaneval import load_humaneval
+
+    problem, path = load_humaneval()[0], tmp_path / "planted.jsonl"
+    copies = [{"prompt": problem.prompt.rstrip(), "completion": "\n" + (problem.canonical_solution or "")}]
+    copies += [{"prompt": "", "completion": copies[0]["prompt"].replace("numbers", "x") + copies[0]["completion"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in copies) + rows.read_text())
+    cache, result = build(teacher, path, tmp_path / "cache", "--decontaminate", "humaneval", "--max-lossy", "1")
+    assert "2 documents share text with a benchmark and are left out: 1 (HumanEval/0, run), 2" in result.stderr
+    assert [cache.meta(i)["id"] for i in range(cache.num_documents)] == [str(i + 3) for i in range(20)]
+    (source,) = cache.manifest.sources
+    assert (source["num_documents"], source["num_contaminated"]) == (22, 2)
+    assert source["contaminated"] == {"1": "HumanEval/0, run", "2": "HumanEval/0, run"}
+    assert source["benchmarks"]["names"] == ["humaneval"] and verify_cache(cache.path) == []
+    _, result = build(teacher, path, cache.path, "--decontaminate", "humaneval", "--max-lossy", "1")
+    assert "up to date" in result.stderr
+    with pytest.raises(ResumeError, match="benchmarks"):
+        build(teacher, path, cache.path, "--decontaminate", "none", "--max-lossy", "1")
+    whole, result = build(teacher, path, tmp_path / "whole", "--decontaminate", "none", "--max-lossy", "1")
+    assert whole.num_documents > cache.num_documents and "share text" not in result.stderr
+
+
+def test_documents_keep_who_wrote_them(teacher, tmp_path):  # noqa: F811
+    path = tmp_path / "written.jsonl"
+    written = [None, "1999", {"origin": "teacher", "verdict": "passed"}, {"origin": "teacher", "verdict": "failed"},
+               {"origin": "student", "verdict": None}, {"origin": "somebody"}]  # fmt: skip
+    path.write_text("".join(json.dumps({"prompt": f"# {i}", "completion": f"\nx = {i}\n", "written": by}) + "\n"
+                            for i, by in enumerate(written)))  # fmt: skip
+    cache, result = build(teacher, path, tmp_path / "cache")
+    origins = [cache.meta(i)["origin"] for i in range(cache.num_documents)]
+    assert origins == ["corpus", "corpus", "teacher", "teacher", "student", "corpus"]
+    (source,) = cache.manifest.sources
+    assert source["written"] == {"teacher": {"documents": 2, "passed": 1}, "student": {"documents": 1, "passed": 0}}
+    assert "2 documents were written by a teacher; 1 passed their tests" in result.stderr

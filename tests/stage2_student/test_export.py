@@ -74,6 +74,8 @@ def test_only_what_the_run_made_is_exported_and_only_as_training_ended(tmp_path,
     ]  # fmt: skip
     again = CliRunner().invoke(student, ["export", str(tmp_path / "one"), "--out", str(tmp_path / "two")])
     assert "not a finished training run" in str(again.exception)
+    nowhere = CliRunner().invoke(student, ["export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "two")])
+    assert "there is no such folder" in str(nowhere.exception)
     same = CliRunner().invoke(student, ["export", str(run), "--out", str(tmp_path / "one")])
     assert same.exit_code == 0 and "is up to date" in same.output
     (tmp_path / "one" / "config.json").write_text("{}")

@@ -185,3 +185,40 @@ def test_alpha_above_0_needs_soft_labels():
     hidden, weight, labels, _ = inputs()
     with pytest.raises(KeyError, match="soft_ids"):
         GivenLabels(StudentConfig(alpha=0.1, temperature=1.0))(hidden, weight, labels)
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), SETTINGS)
+def test_a_traced_chunk_gives_the_same_loss_and_gradients(monkeypatch, alpha, temperature):
+    monkeypatch.setattr(fused, "chunk_rows", lambda device: 8)  # and a shorter one
+    compiler = torch.compile  # inductor takes minutes: `make soak` and `tests/gpu` run it
+    monkeypatch.setattr(torch, "compile", lambda chunk, options: compiler(chunk, backend="aot_eager", fullgraph=True))
+    hidden, weight, labels, soft = inputs()
+    config, results = StudentConfig(alpha=alpha, temperature=temperature), []
+    for compiles in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            # As the model calls it: where nothing else is compiled.
+            head_loss = torch.compiler.disable(GivenLabels(config, compiles=compiles).__call__)
+            loss = head_loss(hidden, weight, labels, **soft)["loss"]
+        results.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_float16_rounds_the_scaled_gradients(scale):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 16, generator=generator).half().float().requires_grad_()
+    weight = (2 * torch.randn(512, 16, generator=generator)).half().float().requires_grad_()
+    labels = torch.arange(64)  # ids above are never right: their rows of the matrix have small gradients only
+    exact = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="mean")
+    expected = torch.autograd.grad(exact, (hidden, weight))
+    head_loss = GivenLabels(StudentConfig(alpha=0.0))
+    head_loss.scaled = lambda loss: scale * loss
+    with torch.autocast("cpu", torch.float16):
+        loss = head_loss(hidden, weight, labels)["loss"]
+    ours = torch.autograd.grad(scale * loss, (hidden, weight))
+    small = expected[1].norm(dim=1) < 1e-7
+    assert small.sum() > 3
+    errors = ((ours[1] / scale - expected[1]).norm(dim=1) / expected[1].norm(dim=1))[small]
+    assert (errors > 0.3).any() if scale == 1 else (errors < 0.01).all()
+    torch.testing.assert_close(ours[0] / scale, expected[0], rtol=0, atol=5e-3 * expected[0].abs().max().item())

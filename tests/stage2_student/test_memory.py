@@ -93,6 +93,18 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits(monkeypatch):
         fitted("auto")
 
 
+def test_a_micro_batch_beyond_all_memory_is_refused_before_it_is_allocated(monkeypatch):
+    config = StudentConfig(preset="tiny", per_device_train_batch_size=4096, block_size=1024)
+    needed = estimate_memory(config, PRESETS["tiny"], 1000).total_bytes
+    monkeypatch.setattr(memory, "total_memory", lambda: needed - 1)
+    for batch_tokens in (None, 4096 * 1024):
+        with pytest.raises(ConfigError, match=r"more memory than a device has.*fix: .*per_device_train_batch_size"):
+            fit_micro_batch(config, PRESETS["tiny"], 1000, batch_tokens)
+    assert fit_micro_batch(config, PRESETS["tiny"], 1000, 4095 * 1024).per_device_train_batch_size == 2048
+    monkeypatch.setattr(memory, "total_memory", lambda: needed)
+    assert fit_micro_batch(config, PRESETS["tiny"], 1000, None) is config
+
+
 def test_recomputed_layers_keep_their_inputs_alone():
     sizes = PRESETS["tiny"]
     config = StudentConfig(per_device_train_batch_size=1, block_size=100)
@@ -105,4 +117,4 @@ def test_recomputed_layers_keep_their_inputs_alone():
 
 
 def test_free_memory_is_some_of_the_machine():
-    assert 0 < memory.free_memory() < 1 << 45
+    assert 0 < memory.free_memory() < memory.total_memory() < 1 << 45

@@ -20,12 +20,14 @@ from shared.lock import Lock
 from shared.process import own_command
 from stage2_student.checkpoint import seal
 from stage2_student.cli import student
+from tests.support import warm
 from tests.support.blocks import decoded
 from tests.support.student_cache import VOCABULARY, make_cache
 from tests.support.student_kills import strew
 from tests.support.wandb_runs import wandb_steps
 
-# Most runs are processes of their own. What needs neither signals nor equal bits runs in this one, which saves imports.
+# The first run, and those that do not train, are programs of their own; others with signals or equal bits fork from a
+# process that has imported torch. The rest run in this one.
 COMMAND = own_command("student")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
 ON_A_PROCESSOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="about machines without accelerators")
@@ -48,8 +50,15 @@ def arguments(cache, out, validation=None, **changes):
 
 
 def run(command, code=0):
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    result = warm.run("student", *command[len(COMMAND) :], env=ENVIRONMENT, timeout=120)
     assert result.returncode == code, result.stderr
+    return result
+
+
+def run_afresh(command):
+    """Run a command as a program, which imports everything by itself."""
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
     return result
 
 
@@ -67,7 +76,7 @@ def refused(command):
 
 def stop_when(command, condition, signal_number):
     """Start a command, send it a signal as soon as the condition holds, and return exit code and standard error."""
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = warm.Command("student", *command[len(COMMAND) :], env=ENVIRONMENT)
     deadline = time.monotonic() + 60
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -106,7 +115,7 @@ def caches(tmp_path_factory):
 def finished(caches, tmp_path_factory):
     """An uninterrupted run; tests only read it. Beside it lies `stderr.txt`."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    result = run(arguments(caches / "train", out, caches / "validation"))
+    result = run_afresh(arguments(caches / "train", out, caches / "validation"))
     (out.parent / "stderr.txt").write_text(result.stderr)
     return out
 
@@ -152,7 +161,7 @@ def test_the_logged_figures_are_those_of_the_saved_student(finished, caches):
 
 def test_a_finished_run_is_up_to_date(finished, caches):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    result = run(arguments(caches / "train", finished, caches / "validation"))
+    result = run_afresh(arguments(caches / "train", finished, caches / "validation"))
     assert result.stderr == f"{finished} is up to date\n"
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
@@ -164,7 +173,7 @@ def test_a_finished_run_is_found_up_to_date_without_torch(finished, caches):
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     command = [sys.executable, "-c", program, *command[len(COMMAND) :]]
-    assert run(command).stderr == f"{finished} is up to date\n"
+    assert run_afresh(command).stderr == f"{finished} is up to date\n"
 
 
 def test_the_baseline_without_soft_labels_starts_from_the_same_weights(finished, caches, tmp_path):
@@ -195,6 +204,19 @@ def test_killed_and_run_again_equals_an_uninterrupted_run(finished, caches, tmp_
     assert "continuing from" in run(command).stderr
     same_student(finished, out)
     assert not (out / ".run.json.tmp-1").exists()
+
+
+def test_checkpoints_by_the_clock_change_nothing(finished, caches, tmp_path):
+    """The shortest time saves every step; killed at one of them and run again."""
+    changes = {"save_steps": 0, "save_minutes": 1e-9, "save_total_limit": 99}
+    command = arguments(caches / "train", tmp_path / "run", caches / "validation", **changes)
+    code, _ = stop_when(command, (tmp_path / "run" / "checkpoint-7" / "COMPLETE").exists, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert "continuing from" in run(command).stderr
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in range(1, 13)
+    }
+    same_student(finished, tmp_path / "run")
 
 
 def test_epochs_of_the_data_set_are_evaluated_and_saved_and_a_resume_changes_nothing(caches, tmp_path):

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from shared.model import gpt
 from shared.model.gpt import GPT, PRESETS, Documents, document_bounds
 from stage2_student.config import StudentConfig
 from stage2_student.dataset import Batch, collate
 from stage2_student.fused import HeadLoss
-from stage2_student.train import half_precision
+from stage2_student.train import compiles, half_precision, training_arguments
 from tests.support.host_waits import HostWaits
 
 T, K, V = 48, 5, PRESETS["tiny"].vocab_size
@@ -102,6 +103,33 @@ def test_cards_without_bfloat16_train_in_float16(monkeypatch, capability, bf16, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert half_precision(StudentConfig(bf16=bf16)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_card", "has_triton", "expected"),
+    [
+        ({}, True, True, True),
+        ({}, True, False, False),
+        ({}, False, True, False),
+        ({"training": {"fsdp": "full_shard"}}, True, True, False),
+        ({"torch_compile": False}, True, True, False),
+        ({"torch_compile": True}, False, False, True),
+    ],
+)
+def test_students_are_compiled_where_there_is_a_card(monkeypatch, settings, has_card, has_triton, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_card)
+    monkeypatch.setattr("stage2_student.train.has_triton", lambda: has_triton)
+    assert compiles(StudentConfig(**settings)) == expected
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, False), ({"training": {"tf32": True}}, True)])
+def test_compiling_does_not_turn_tf32_on(monkeypatch, tmp_path, settings, expected):
+    """A processor has no such flag; `tests/gpu` reads it on a card."""
+    switched = []
+    monkeypatch.setattr(transformers.training_args, "is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr(transformers.training_args, "enable_tf32", switched.append)
+    training_arguments(StudentConfig(torch_compile=True, **settings), tmp_path, has_validation=False)
+    assert switched[-1] is expected
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ def evaluate_fidelity(
     start = time.monotonic()
     cache = Cache(cache_dir)
     cache.require_targets()
-    model = _load(model_dir, dtype, cache)
-    teacher = _load(teacher_dir, dtype, cache) if teacher_dir else None
+    model = load_for_cache(model_dir, dtype, cache)
+    teacher = load_for_cache(teacher_dir, dtype, cache) if teacher_dir else None
     sums = score_cache(model, cache, batch_tokens=batch_tokens, teacher=teacher)
     metas = [cache.meta(doc) for doc in range(cache.num_documents)]
     sums.columns["target_bytes"] = np.array([meta.get("target_bytes", math.nan) for meta in metas], np.float64)
@@ -121,7 +121,12 @@ def evaluate_fidelity(
     )
 
 
-def _load(directory: Path, dtype: str, cache: Cache) -> Any:
+def load_for_cache(directory: Path, dtype: str, cache: Cache) -> Any:
+    """Load a model that has a cache's tokenizer.
+
+    Raises:
+        CacheMismatchError: it has another one.
+    """
     model, tokenizer = load_model(directory, dtype)
     ours, theirs = tokenizer_digest(tokenizer), tokenizer_digest(load_tokenizer(cache.tokenizer_path))
     if ours != theirs:
@@ -223,7 +228,7 @@ def score_cache(model: Any, cache: Cache, *, batch_tokens: int, teacher: Any = N
     columns_FD = np.zeros((len(names), cache.num_documents))
     bins = np.zeros((cache.num_documents, _BINS, 3))
     models = [m for m in (model, teacher) if m is not None]
-    sources = [_source(m, cache) for m in models]
+    sources = [logit_source(m, cache) for m in models]
     limits = [getattr(m.config, "max_position_embeddings", None) for m in models]
     positions = min([limit for limit in limits if limit] or [int(cache.doc_lengths.max())])
     with progress("Scoring", cache.num_tokens - cache.num_documents, "tokens") as bar:
@@ -250,7 +255,7 @@ def score_cache(model: Any, cache: Cache, *, batch_tokens: int, teacher: Any = N
     return Sums(columns=dict(zip(names, columns_FD, strict=True)), bins=bins)
 
 
-def _source(model: Any, cache: Cache) -> LogitSource:
+def logit_source(model: Any, cache: Cache) -> LogitSource:
     """A model's float32 logits: half-precision logits tie in most rows, which would decide the top-1 agreement."""
     source = LogitSource(model, _CHUNK_ROWS)
     source.require_width(cache.tokenizer_size, where=cache.path)

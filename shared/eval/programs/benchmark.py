@@ -22,6 +22,7 @@ from shared.eval.programs.passk import mean_interval, pass_at_k
 from shared.eval.programs.problems import Benchmark
 from shared.eval.programs.sample import COMPLETIONS, REFUSED, Decoding, complete, remove_parts, to_jsonl
 from shared.eval.programs.score import to_candidate
+from shared.eval.programs.style import CHAT, PROMPT, Style
 from shared.eval.results import BenchmarkResult
 from shared.eval.sandbox.runner import Candidate, Sandbox, Verdict, open_sandbox, run_candidates
 from shared.files import replace_files, to_json
@@ -74,13 +75,15 @@ def evaluate_benchmark(
         if agree([inputs is None]) == [1]:
             return None
         if benchmark is not None:
-            sandbox = _sandbox(benchmark.name, unsafe=unsafe)
-        problems = _shared([] if benchmark is None else benchmark.problems[:limit])
-        completions, settings, generation_seconds = _complete(problems, model_dir, out, decoding, dtype, ends)
+            sandbox = find_sandbox(benchmark.name, unsafe=unsafe)
+        problems = on_all_ranks([] if benchmark is None else benchmark.problems[:limit])
+        completions, settings, generation_seconds = complete_problems(
+            problems, model_dir, out, decoding=decoding, dtype=dtype, ends=ends
+        )
     if benchmark is None or inputs is None:
         return None
     start = time.monotonic()
-    parses = [_parses(line) for line in completions]
+    parses = [is_python(line) for line in completions]
     verdicts = None
     if isinstance(sandbox, Sandbox):
         verdicts = score_completions(problems, completions, sandbox=sandbox, timeout_seconds=timeout_seconds)
@@ -112,17 +115,24 @@ def evaluate_benchmark(
     return result
 
 
-def _complete(
+def complete_problems(
     problems: Sequence[Problem],
     model_dir: Path,
     out: Path,
+    *,
     decoding: Decoding,
     dtype: str,
     ends: Mapping[str, list[str]] | None,
+    style: str = "prompt",
 ) -> tuple[list[dict[str, Any]], dict[str, Any], float]:
-    """The completions of a model, which is no longer held afterwards; what decided them; and the seconds they took."""
+    """The completions of a model, which is no longer held afterwards; what decided them; and the seconds they took.
+
+    `style`: see `Style`; `auto` asks a model whose tokenizer has a chat template by it.
+    """
     model, tokenizer = load_model(model_dir, dtype)
     adopt_ends(tokenizer, ends)
+    if style == "auto":
+        style = CHAT.name if tokenizer.chat_template else PROMPT.name
     settings = {
         "problems_sha256": problems_digest(problems),
         "model_sha256": model_digest(model_dir),
@@ -131,13 +141,14 @@ def _complete(
         "completion_ends": ENDS,
         "dtype": dtype_name(model),
         "device": model.device.type,
+        **({"style": style} if style != PROMPT.name else {}),
     }
     start = time.monotonic()
-    completions = complete(model, tokenizer, problems, out, decoding=decoding, settings=settings)
+    completions = complete(model, tokenizer, problems, out, decoding=decoding, settings=settings, style=Style(style))
     return completions, settings, time.monotonic() - start
 
 
-def _parses(line: Mapping[str, Any]) -> bool:
+def is_python(line: Mapping[str, Any]) -> bool:
     """Whether a completion makes its prompt Python."""
     return line["finish_reason"] != REFUSED and parse(line["prompt"] + line["completion"]) is not None
 
@@ -304,7 +315,7 @@ def describe(result: BenchmarkResult) -> str:
     return f"{name}: {solved}, {', '.join(scores)}; of the programs {', '.join(shown)}{refused}"
 
 
-def _sandbox(name: str, *, unsafe: bool) -> Sandbox | SandboxError:
+def find_sandbox(name: str, *, unsafe: bool) -> Sandbox | SandboxError:
     """A sandbox, or why there is none."""
     try:
         return open_sandbox(unsafe=unsafe)
@@ -319,6 +330,6 @@ def _share(values: Iterable[object]) -> float | None:
     return None if None in known else sum(map(bool, known)) / len(known)
 
 
-def _shared(problems: Sequence[Problem]) -> list[Problem]:
+def on_all_ranks(problems: Sequence[Problem]) -> list[Problem]:
     """Rank 0's problems, on every rank."""
     return [Problem(**json.loads(text)) for text in gathered([json.dumps(dataclasses.asdict(p)) for p in problems])]

@@ -94,18 +94,19 @@ def special_texts(tokenizer: Tokenizer) -> list[str]:
 def prepare(
     model: Any,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | list[int],
     *,
     max_new_tokens: int,
     end: Ending | None = None,
     where: str = "",
 ) -> Request:
-    """A request for a prompt as `data.templates` renders it; fewer tokens where the model's positions run out.
+    """A request for a prompt as `data.templates` renders it, or for its ids; fewer tokens where the model's positions
+    run out.
 
     Raises:
         ConfigError: the prompt is empty, or leaves the model no position to write to; it is named as `where`.
     """
-    ids = encode_prompt(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
     positions = getattr(model.config, "max_position_embeddings", None)
     limit = max_new_tokens if positions is None else min(max_new_tokens, positions - len(ids))
     if not ids or limit < 1:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.humaneval import load_humaneval, read_problems
+from data.humaneval import load_exercises, load_humaneval, read_problems
 from data.mbpp import load_problems
 from data.records import Problem
 from data.tabular import read_rows
@@ -47,6 +47,11 @@ def from_file(path: Path) -> Benchmark:
         ConfigError: a malformed file.
     """
     return Benchmark(name=path.stem, problems=read_problems(path), about={"file": path.name})
+
+
+def exercises() -> Benchmark:
+    """Our own one-line functions."""
+    return Benchmark(name="Exercises", problems=load_exercises(), about={})
 
 
 def mbpp(dataset: str) -> Benchmark:

@@ -12,7 +12,7 @@ from data.records import Problem
 from data.templates import humaneval_prompt
 from shared.distributed import agree
 from shared.errors import ConfigError
-from shared.eval.programs.completion import Ending, ending_after
+from shared.eval.programs.completion import Ending
 from shared.eval.programs.generate import (
     Generation,
     Request,
@@ -24,10 +24,11 @@ from shared.eval.programs.generate import (
     require_generation,
     special_texts,
 )
+from shared.eval.programs.style import PROMPT, Style
 from shared.files import naming, write_bytes
 from shared.process import log, rank, world_size
 from shared.progress import progress
-from shared.tokenizer import Tokenizer, encode_prompt
+from shared.tokenizer import Tokenizer
 
 COMPLETIONS = "completions.jsonl"
 REFUSED = "refused"  # the finish reason where the model cannot take the prompt
@@ -92,6 +93,7 @@ def complete(
     *,
     decoding: Decoding,
     settings: Mapping[str, Any],
+    style: Style = PROMPT,
 ) -> list[dict[str, Any]]:
     """Complete every problem: one line per sample, by problem, with its settings.
 
@@ -109,6 +111,7 @@ def complete(
         out: created where missing; a folder that all ranks see.
         decoding: how.
         settings: what else decides the completions, such as the model's digest; recorded in every line.
+        style: how the model is asked.
 
     Returns:
         All lines, in order (on rank 0; nothing on others). A prompt that leaves the model no position to write to has
@@ -121,8 +124,9 @@ def complete(
     settings = {**decoding.to_dict(), **settings}
     prompts = {problem.task_id: humaneval_prompt(problem) for problem in problems}
     special = special_texts(tokenizer)
-    ends = {task_id: ending_after(prompt, special) for task_id, prompt in prompts.items()}
-    prepared, refused = _prepare(model, tokenizer, prompts, ends, decoding.max_new_tokens)
+    ends = {task_id: style.ending(prompt, special) for task_id, prompt in prompts.items()}
+    ids = {task_id: style.encode(tokenizer, prompt) for task_id, prompt in prompts.items()}
+    prepared, refused = _prepare(model, tokenizer, ids, ends, decoding.max_new_tokens)
     keys = [(task_id, sample) for task_id in prepared for sample in range(decoding.num_samples)]
     requests = [replace(prepared[task_id], seed=f"{decoding.seed}/{task_id}/{sample}") for task_id, sample in keys]
     batches = plan_batches(requests, decoding.batch_size if caches_by_token(model) else 1)
@@ -134,7 +138,7 @@ def complete(
     if any(missing):
         require_generation(model, tokenizer, requests[0])
     mine = [batch for batch, is_missing in zip(batches, missing, strict=True) if is_missing][rank() :: world_size()]
-    saver = _Saver(prompts=prompts, ends=ends, settings=settings)
+    saver = _Saver(prompts=prompts, ends=ends, settings=settings, style=style)
     of_batches = [[(keys[index], requests[index]) for index in batch] for batch in mine]
     saver.save_batches(model, tokenizer, of_batches, out / f"completions.rank-{rank()}.jsonl", decoding.sampling)
     agree([0])
@@ -143,8 +147,7 @@ def complete(
     whole = _read(out, settings)[0]
     for task_id, reason in refused.items():
         log(f"refused, which counts as failed: {reason}")
-        num_prompt_tokens = len(encode_prompt(tokenizer, prompts[task_id]))
-        none = Generation(text="", finish_reason=REFUSED, num_prompt_tokens=num_prompt_tokens, num_new_tokens=0)
+        none = Generation(text="", finish_reason=REFUSED, num_prompt_tokens=len(ids[task_id]), num_new_tokens=0)
         for sample in range(decoding.num_samples):
             whole[task_id, sample] = saver.line((task_id, sample), none) | {"reason": reason}
     return [whole[task_id, sample] for task_id in prompts for sample in range(decoding.num_samples)]
@@ -157,6 +160,7 @@ class _Saver:
     prompts: Mapping[str, str]
     ends: Mapping[str, Ending]
     settings: Mapping[str, Any]
+    style: Style
 
     def line(self, key: Key, generation: Generation) -> dict[str, Any]:
         """What is saved of a sample."""
@@ -165,7 +169,7 @@ class _Saver:
             "task_id": task_id,
             "sample": sample,
             "prompt": self.prompts[task_id],
-            "completion": generation.text[: self.ends[task_id](generation.text)],
+            "completion": self.style.completion(self.prompts[task_id], generation.text, self.ends[task_id]),
             "raw": generation.text,
             "finish_reason": generation.finish_reason,
             "num_prompt_tokens": generation.num_prompt_tokens,
@@ -197,7 +201,7 @@ class _Saver:
 
 
 def _prepare(
-    model: Any, tokenizer: Tokenizer, prompts: Mapping[str, str], ends: Mapping[str, Ending], max_new_tokens: int
+    model: Any, tokenizer: Tokenizer, prompts: Mapping[str, list[int]], ends: Mapping[str, Ending], max_new_tokens: int
 ) -> tuple[dict[str, Request], dict[str, str]]:
     """The requests of the prompts that the model can take, and why it cannot take the others; refused if none."""
     prepared: dict[str, Request] = {}

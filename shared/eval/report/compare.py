@@ -18,7 +18,7 @@ from shared.cache.format import Array
 from shared.errors import ConfigError, require
 from shared.eval.bootstrap import percentile_interval, resample_sums
 from shared.eval.report.provenance import REPORT_FORMAT
-from shared.eval.results import BenchmarkResult, Fidelity, Interval, Latency, Result
+from shared.eval.results import BENCHMARKS, BenchmarkResult, Fidelity, Interval, Latency, Result
 from shared.files import read_json, read_json_lines
 
 LEAST_UNITS = 10  # a bootstrap over fewer is too narrow to be believed
@@ -42,7 +42,7 @@ TIMING_SETTINGS = ("prompt_tokens", "new_tokens", "threads", "device")
 PROBLEM_SETTINGS = ("decoding", "samples", "temperature", "top_p", "max_new_tokens", "limit", "completion_ends",
                     "timeout_seconds")  # fmt: skip
 KINDS: dict[str, type[Result]] = {
-    "fidelity": Fidelity, "latency": Latency, "humaneval": BenchmarkResult, "mbpp": BenchmarkResult
+    "fidelity": Fidelity, "latency": Latency, **dict.fromkeys(BENCHMARKS, BenchmarkResult)
 }  # fmt: skip
 ONLY_IN = {"kl_kind": "fidelity", "models": "latency", "pass_at_1": "benchmark"}  # a key that one kind alone has
 VERDICTS = ("worse", "better", "changed", "unknown", "noise")

@@ -14,7 +14,7 @@ from typing import Any
 from shared.cache.directory import check_files
 from shared.cache.format import MANIFEST
 from shared.cache.identity import label_identity
-from shared.cache.manifest import read_manifest
+from shared.cache.manifest import read_manifest, written_text
 from shared.checkpoints import WEIGHTS, weight_files, weights_digest, weights_sha256
 from shared.errors import ConfigError, DistillError, require
 from shared.eval.report.provenance import REPORT_FORMAT
@@ -219,6 +219,7 @@ class _Tracer:
         file = "stdlib" if is_library else str(place / source["name"]) if place else None
         name = f"{source['name']} ({source['split']}), {source['num_documents']} documents"
         notes = [f"revision {source['revision']}"] if source.get("revision") else []
+        notes += written_text([source])
         part = Part(kind="documents", name=name, at=file, digest=source["digest"], notes=notes)
         if file is None:
             return part

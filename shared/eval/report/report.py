@@ -10,13 +10,13 @@ from typing import Any
 from shared.cache.format import FORMAT, MANIFEST, VERSION
 from shared.cache.manifest import Manifest, read_manifest
 from shared.checkpoints import WEIGHTS, model_digest
-from shared.errors import ConfigError, require
+from shared.errors import ConfigError, DistillError, require
 from shared.eval.report import tables
 from shared.eval.report.compare import read_outcomes
 from shared.eval.report.provenance import REPORT_FORMAT, Files
 from shared.eval.report.summary import differences, facts, roles
-from shared.eval.report.tables import BENCHMARKS, FIGURES, LABELS, SHARES, Model
-from shared.eval.results import BenchmarkResult, Draft, Fidelity, Latency, Proof
+from shared.eval.report.tables import FIGURES, LABELS, SHARES, Model
+from shared.eval.results import BENCHMARKS, BenchmarkResult, Draft, Fidelity, Latency, Proof
 from shared.files import read_json, replace_files, sha256_file, to_json
 from shared.machine import machine, versions
 from shared.process import log
@@ -26,6 +26,8 @@ PACKAGES = ("codedistill", "torch", "transformers", "numpy", "h5py", "matplotlib
 RESULT_FILES = ("fidelity.json", "latency.json", "draft.json", *(f"{key}/result.json" for key in BENCHMARKS))
 BULKY = ("per_document", "per_prompt", "ece_bins", "outcomes", "definitions")  # in report.json, not on the page
 PAGES = ("report.md", "report.html")
+DOCUMENTS_PAGE = "documents.html"
+NUM_DOCUMENTS = 3
 UNSHOWN = ("files", "build", "documents_per_shard")  # of a manifest
 NUM_PROMPTS = 3
 
@@ -37,12 +39,14 @@ class Collected:
     Args:
         models: teacher first.
         caches: manifests by name; None for an unfinished cache.
+        shown_cache: folder and name of the last finished cache, documents of which the report shows.
         prompts: the first prompts, and what the models write after them.
         files: see `Files`.
     """
 
     models: Sequence[Model]
     caches: Mapping[str, Manifest | None]
+    shown_cache: tuple[Path, str] | None
     proof: Proof | None
     prompts: Sequence[dict[str, Any]]
     files: Mapping[str, dict[str, Any]]
@@ -61,7 +65,7 @@ class Collected:
         """Whether a whole report of the same inputs is there; says so where it is."""
         try:
             report = read_json(out / "report.json")
-            pages = {name: sha256_file(out / name) for name in PAGES}
+            pages = {name: sha256_file(out / name) for name in report["pages"]}
             same = (report["inputs"], report["pages"]) == (self.inputs, pages)
         except (ConfigError, OSError, KeyError, TypeError):
             return False
@@ -111,6 +115,7 @@ def collect(
     return Collected(
         models=models,
         caches=manifests,
+        shown_cache=next(((path, files.name(path)) for path in reversed(caches) if manifests[files.name(path)]), None),
         proof=files.result(proof_file, Proof, "variants over several seeds") if proof_file else None,
         prompts=_prompts(models, folders, files),
         files=files.files,
@@ -218,9 +223,10 @@ def _manifest(path: Path, files: Files) -> Manifest | None:
 
 
 def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
-    """Write `report.md`, `report.html` and, last, `report.json`, and return the last as data."""
+    """Write `report.md`, `report.html`, a page of documents and, last, `report.json`, and return the last as data."""
     from shared.eval.report.plots import report_plots
 
+    documents, documents_page = _documents(collected.shown_cache)
     models, proof, pairs = collected.models, collected.proof, differences(collected.models)
     render, given = _renderer(), facts(models, pairs, collected.caches.values(), proof)
 
@@ -237,6 +243,7 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "differences": pairs,
         "proof": proof and proof.to_dict(),
         "prompts": collected.prompts,
+        "documents": documents,
         "caveats": sentences("caveats"),
         "caches": [_cache_json(*cache) for cache in collected.caches.items()],
         "files": collected.files,
@@ -247,10 +254,25 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
     shown = {"report": report, "rows": tables.comparison(models), "benchmark": next(iter(tables.benchmarks(models))),
              "proof": proof, "plots": report_plots(models, collected.caches, proof)}  # fmt: skip
     pages = {name: render(f"{name}.j2", **shown).encode(errors="backslashreplace") for name in PAGES}
+    pages |= {DOCUMENTS_PAGE: documents_page} if documents_page else {}
     report["pages"] = {name: hashlib.sha256(page).hexdigest() for name, page in pages.items()}
     out_dir.mkdir(parents=True, exist_ok=True)
-    replace_files(out_dir, pages | {"report.json": to_json(report).encode()})
+    replace_files(out_dir, {DOCUMENTS_PAGE: None} | pages | {"report.json": to_json(report).encode()})
     return report
+
+
+def _documents(cache: tuple[Path, str] | None) -> tuple[dict[str, Any] | None, bytes | None]:
+    """The page of a cache's first documents, and what the report says of it; only a reason where there is none."""
+    from shared.eval.show.page import look_into, render_page
+
+    if cache is None:
+        return None, None
+    path, name = cache
+    try:
+        look = look_into(path, limit=NUM_DOCUMENTS)
+    except DistillError as error:
+        return {"cache": name, "reasons": {"documents": str(error)}}, None
+    return {"cache": name, "ids": [look.name(document) for document in look.documents]}, render_page(look)
 
 
 def _model_json(model: Model, teacher: Model) -> dict[str, Any]:

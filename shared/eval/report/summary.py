@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from shared.cache.manifest import Manifest
+from shared.cache.manifest import Manifest, written_text
 from shared.errors import ConfigError
 from shared.eval.report.compare import Row, result_rows
-from shared.eval.report.tables import BASELINE, BENCHMARKS, FIGURES, NOT_HELD_OUT, Model, benchmarks
-from shared.eval.results import Proof
+from shared.eval.report.tables import BASELINE, FIGURES, NOT_HELD_OUT, Model, benchmarks
+from shared.eval.results import BENCHMARKS, Proof
 
 MAY_DIFFER = {"alpha"}  # between a student and its baseline
 
@@ -68,6 +68,7 @@ def facts(
 ) -> dict[str, Any]:
     """What the templates of the sentences are given."""
     student, baseline = roles(models)
+    whole = [manifest for manifest in manifests if manifest]
     ghosts = [variant for variant in proof.variants if variant.loss == "ghost" and variant.versus_ce] if proof else []
     paired = [row for pair in pairs if student and pair["student"] == student.name for row in pair["rows"]]
     return {
@@ -76,7 +77,8 @@ def facts(
         "student": student,
         "baseline": baseline,
         "paired": {row["figure"]: row for row in paired},
-        "manifest": next(filter(None, manifests), None),
+        "manifest": next(iter(whole), None),
+        "written": written_text([source for manifest in whole for source in manifest.sources]),
         "proof": proof,
         "best": max(ghosts, key=lambda variant: variant.k or 0, default=None),
         "benchmarks": benchmarks(models),

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 from shared.eval import results
 from shared.eval.report.compare import Outcomes
-from shared.eval.results import BenchmarkResult, Fidelity, Interval, Latency, Result
+from shared.eval.results import BENCHMARKS, BenchmarkResult, Fidelity, Interval, Latency, Result
 
 BASELINE = "student_ce"
 LABELS = {"teacher": "Teacher", "student_kd": "Distilled student", BASELINE: "Cross-entropy baseline"}
-BENCHMARKS = {"humaneval": "HumanEval", "mbpp": "MBPP"}  # a result's folder → the benchmark if no result names another
 SHARES = {
     "share_parses": "programs that parse",
     "share_runs": "programs that run",

@@ -319,11 +319,13 @@ def leave(path, *names):
 def test_what_transports_leave_is_named_and_passes(cache):
     names = [
         *(".DS_Store", "._manifest.json", ".cache/huggingface/.gitignore"),
-        *(".cache/huggingface/download/manifest.json.metadata", ".gitattributes", ".nfs000000000123abcd00000001"),
-        *("README.md", "tokenizer/._tokenizer.json"),
+        *(".cache/huggingface/download/manifest.json.metadata", ".fuse_hidden0000000100000002", ".git/HEAD"),
+        *(".git/lfs/objects/ab", ".gitattributes", ".gitignore", ".nfs000000000123abcd00000001"),
+        *("README.md", "Thumbs.db", "desktop.ini", "tokenizer/._tokenizer.json"),
     ]
     before = contents(cache)
     leave(cache, *names)
+    (cache / ".git" / "refs" / "tags").mkdir(parents=True)
     assert verify_cache(cache) == []
     assert verify_cache(cache, strict=True) == [f"{name}: left by a transport" for name in names]
     run = CliRunner().invoke
@@ -338,10 +340,21 @@ def test_what_transports_leave_is_named_and_passes(cache):
     assert contents(cache) == before | dict.fromkeys(names, b"\x00\x05\x16\x07")
 
 
-@pytest.mark.parametrize("name", [".cache/other/x", "tokenizer/README.md", "sub/.gitattributes", ".cache/huggingface"])
+@pytest.mark.parametrize("name", [
+    ".cache/other/x", "tokenizer/README.md", "sub/.gitattributes", ".cache/huggingface", "tokenizer/.git/HEAD",
+])  # fmt: skip
 def test_what_only_looks_like_it_does_not_pass(cache, name):
     leave(cache, name)
     assert f"{name}: not listed in the manifest" in verify_cache(cache)
+
+
+@pytest.mark.parametrize("name", ["inner", "tokenizer/deep/inner", "../link/inner"])
+def test_nothing_is_built_inside_another_cache(cache, tmp_path, name):
+    (tmp_path / "link").symlink_to(cache, target_is_directory=True)
+    before = contents(cache)
+    with pytest.raises(ResumeError, match=f"lies in another cache; where: .*inner; got: {cache.resolve()}"):
+        build(cache / name)
+    assert contents(cache) == before
 
 
 def test_a_build_in_a_folder_with_side_files_lists_none_of_them(tmp_path):
@@ -513,11 +526,24 @@ def test_attach_leaves_what_wandb_recorded_beside_the_results(cache, tmp_path):
     for name in ("fidelity.json", "humaneval/result.json", "wandb/offline-run-1/run-1.wandb"):
         file = tmp_path / "teacher" / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("{}")
+        file.write_text('{"inputs": {}}')
     done = CliRunner().invoke(cache_command, ["attach", str(cache), "--teacher-eval", str(tmp_path / "teacher")])
     assert done.exit_code == 0, done.exception
     attached = {name for name in Cache(cache).manifest.files if name.startswith("teacher_eval/")}
     assert attached == {"teacher_eval/fidelity.json", "teacher_eval/humaneval/result.json"}
+    before = contents(cache)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for folder, got in {
+        "teacher/wandb": "offline-run-1",
+        ".": "cache",
+        "empty": "no result",
+        "model": "config.json",
+    }.items():
+        refused = CliRunner().invoke(cache_command, ["attach", str(cache), "--teacher-eval", str(tmp_path / folder)])
+        assert refused.exit_code == 1 and got in str(refused.exception), folder
+    assert contents(cache) == before
 
 
 def test_info_during_a_build(tmp_path):

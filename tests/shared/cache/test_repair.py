@@ -9,6 +9,7 @@ from shared.cache.attach import add_files
 from shared.cache.cli import cache as command
 from shared.cache.reader import Cache
 from shared.cache.repair import copy_whole_shards, repair_cache
+from shared.cache.transform import merge_caches
 from shared.cache.verify import verify_cache
 from shared.cache.writer import CacheWriter
 from shared.errors import CacheCorruptError, CacheFormatError, DistillError, ResumeError
@@ -48,6 +49,18 @@ def flip(file, position=-1):
     data = bytearray(file.read_bytes())
     data[position] ^= 1
     file.write_bytes(data)
+
+
+def test_repair_leaves_the_cache_that_shares_its_shards_as_it_is(cache, tmp_path):
+    other, merged = tmp_path / "other", tmp_path / "merged"
+    shutil.copytree(cache, other)
+    merge_caches([cache, other], merged)
+    shard = merged / "shard-00001.h5"
+    assert shard.samefile(cache / shard.name)
+    flip(shard)  # the bytes of both
+    before = contents(cache)
+    repair_cache(merged)
+    assert not shard.exists() and contents(cache) == before
 
 
 def test_a_whole_cache_is_left_alone(cache):

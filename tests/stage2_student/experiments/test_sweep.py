@@ -145,6 +145,15 @@ def test_settings_with_several_seeds_are_compared_with_the_first(caches, tmp_pat
     assert (tmp_path / "sweep" / "sweep.md").read_text().partition("\n\n")[2] == done.stdout
 
 
+def test_a_sweep_says_before_it_trains_that_nothing_will_be_scored(caches, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    grid = f"{FIXED.replace('12', '1')}[grid]\nalpha = [0.0]\n"
+    options = [option for option in arguments(caches, tmp_path, grid) if not option.startswith("--validation")]
+    done = CliRunner().invoke(student, ["sweep", *options])
+    assert done.exit_code == 0, done.exception
+    assert done.stderr.startswith("no --validation cache is given: students are trained, but neither scored nor ranked")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_sweep_and_its_processes(caches, tmp_path, number, code):
     sweep = tmp_path / "sweep"

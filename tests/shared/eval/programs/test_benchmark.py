@@ -24,6 +24,7 @@ from shared.eval.results import BenchmarkResult
 from shared.eval.sandbox.runner import Verdict, open_sandbox
 from shared.files import read_json
 from shared.process import own_command
+from tests.support import warm
 from tests.support.cache_faults import file_size_limit
 from tests.support.eval_models import save_model, save_recurrent
 from tests.support.hub_contents import mbpp_row
@@ -204,8 +205,7 @@ def test_several_processes_make_the_same(model, whole, tmp_path):
 
 def test_killed_it_continues(model, whole, tmp_path):
     lines = tmp_path / "completions.rank-0.jsonl"
-    command = own_command("eval", "humaneval", "--model", str(model), "--out", str(tmp_path))
-    process = subprocess.Popen([*command, *DECODING], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = warm.Command("eval", "humaneval", "--model", model, "--out", tmp_path, *DECODING, env=ENVIRONMENT)
     deadline = time.monotonic() + 250  # a busy machine takes long to start one
     while (not lines.exists() or not lines.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -269,16 +269,27 @@ def test_what_is_finished_stays_until_its_replacement_is_whole(model, whole, tmp
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    other = [*DECODING, "--seed", "1", "--max-new-tokens", "4", "--limit", "4"]
+    other = [*DECODING, "--seed", "1", "--max-new-tokens", "4"]
     monkeypatch.setattr(benchmark, "score_completions", stop)
     evaluate("humaneval", model, out, *other, code=1)
     now = contents(out)
-    assert now.pop("completions.rank-0.jsonl").count(b"\n") == 8
+    assert now.pop("completions.rank-0.jsonl").count(b"\n") == 16
     assert now == before
     monkeypatch.undo()
-    assert "8 of 8 completions are there already" in evaluate("humaneval", model, out, *other).stderr
+    assert "16 of 16 completions are there already" in evaluate("humaneval", model, out, *other).stderr
     assert sorted(contents(out)) == sorted(before)
-    assert (result_of(out)["num_problems"], len(read(out, "problems")), len(read(out))) == (4, 4, 8)
+    assert (result_of(out)["num_problems"], len(read(out, "problems")), len(read(out))) == (8, 8, 16)
+
+
+def test_a_smaller_evaluation_does_not_replace_a_larger_one(model, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = contents(out)
+    for fewer in (["--limit", "4"], ["--samples", "1", "--seed", "1"]):
+        error = evaluate("humaneval", model, out, *DECODING, *fewer, code=1).exception
+        assert "a smaller evaluation would replace a larger one" in str(error) and f"where: {out}" in str(error)
+        assert "at least 16 completions" in str(error) and "name another --out" in str(error)
+    assert contents(out) == before
 
 
 def test_a_part_of_a_rank_that_died_is_taken_up(model, whole, tmp_path):

@@ -30,6 +30,7 @@ from tests.support.report_fixture import (
     write_latency,
     write_run,
 )
+from tests.support.text_cache import make_text_cache
 
 KEYS = ("parameters", "bytes", "heldout_nll_nats", "heldout_bits_per_byte", "kl_to_teacher_nats", "top1_agreement",
         "prefill_ms", "decode_tokens_per_second")  # fmt: skip
@@ -70,7 +71,7 @@ def test_every_figure_arrives_in_report_json(full):
     assert student["results"]["run"]["config"]["alpha"] == 0.7
     assert student["results"]["latency"]["machine"] == MACHINE
     power, draft = {"tokens_per_second_per_watt"}, {"acceptance_rate", "mean_accepted_length", "draft_speedup"}
-    unmeasured = [set(model["reasons"]) - {"mbpp"} for model in report["models"].values()]
+    unmeasured = [set(model["reasons"]) - {"mbpp", "exercises"} for model in report["models"].values()]
     assert unmeasured == [power | draft, power, power | draft]
     assert set(report["models"]["teacher"]["ratios_to_teacher"].values()) == {1.0, None}
     assert student["ci95"]["acceptance_rate"] == [0.39, 0.43]
@@ -220,6 +221,28 @@ def test_a_report_is_up_to_date_until_a_file_changes_or_a_page_is_damaged(tmp_pa
     assert not is_up_to_date()
 
 
+def test_a_page_of_three_documents_of_the_last_finished_cache_stands_beside_the_report(tmp_path):
+    make_text_cache(tmp_path / "train", ["unseen"])
+    make_text_cache(tmp_path / "held", ["a = 1", "b = 2", "c = 3", "d = 4"], ids=["</a>", "b", "c", "d"])
+    (tmp_path / "begun").mkdir()
+    out = tmp_path / "report"
+    arguments = (tmp_path / "eval", {}, [tmp_path / "train", tmp_path / "held", tmp_path / "begun"])
+    report = build_report(*arguments, out)
+    assert report["documents"] == {"cache": "held", "ids": ["</a>", "b", "c"]}
+    page, documents = ((out / name).read_text() for name in ("report.html", "documents.html"))
+    assert 'href="documents.html"' in page and "held: &lt;/a&gt;, b, c." in page
+    assert "`documents.html`" in (out / "report.md").read_text()
+    assert documents.count('role="listbox"') == 3
+    assert collect(*arguments, None, out).is_up_to_date(out)
+    (out / "documents.html").write_text(documents + " ")
+    assert not collect(*arguments, None, out).is_up_to_date(out)
+    (tmp_path / "held" / "shard-00000.h5").unlink()  # a cache of which only the manifest was copied
+    report = build_report(*arguments, out)
+    assert report["documents"]["reasons"]["documents"].startswith("a file of the cache is missing")
+    assert "Documents of held are not shown: a file of the cache is missing" in (out / "report.html").read_text()
+    assert not (out / "documents.html").exists()
+
+
 def test_a_manifest_whose_seal_is_broken_is_refused_by_name(tmp_path):
     arguments = write_everything(tmp_path)
     manifest = tmp_path / "cache-train" / "manifest.json"
@@ -351,7 +374,7 @@ def test_a_cache_of_which_nothing_is_measured(tmp_path):
     teacher = report["models"]["teacher"]
     assert all(teacher[key] is None for key in KEYS)
     assert teacher["reasons"]["heldout_nll_nats"] == "not measured: there is no fidelity.json for this model"
-    assert set(teacher["reasons"]) == {*FIGURES, "humaneval", "mbpp"}
+    assert set(teacher["reasons"]) == {*FIGURES, *BENCHMARKS}
     assert "<img" not in (tmp_path / "report" / "report.html").read_text()
 
 

@@ -1,0 +1,283 @@
+"""Which documents share text with a benchmark's test problems: training on those would score what was learnt by heart.
+
+A document matches a problem in either of two ways:
+
+1. A run of `RUN` tokens in a row that the problem's prompt, reference solution or tests have, too. Tokens are words,
+   numbers and signs; white space and comments are none.
+2. A function that does the same as the reference solution, statement by statement: equal syntax trees once docstrings
+   and annotations are taken away and arguments and variables are numbered as they appear. Bodies of fewer than
+   `BODY_TOKENS` tokens are not compared: half of all programmers would write them alike.
+
+Only functions are parsed that could match: those whose tokens, with all names alike, hold a run of the solution's.
+"""
+
+import ast
+import functools
+import keyword
+import re
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.humaneval import load_exercises, load_humaneval
+from data.mbpp import NAME as MBPP
+from data.mbpp import is_mbpp, load_problems
+from data.records import Document, Problem
+from data.tabular import SUFFIXES, open_table
+from data.templates import normalise
+from shared.cache.format import Array
+from shared.errors import ConfigError, require
+from shared.files import sha256_json
+
+RUN, RUN_WORDS = 30, 10
+BODY_TOKENS = 20
+BENCHMARKS = ("humaneval", "mbpp:test", "exercises")
+RULE = f"a run of {RUN} tokens, or an equal solution of {BODY_TOKENS} tokens or more; version 1"
+
+_LEXEME = re.compile(r"\#[^\n]* | [^\W\d]\w* | \d[\w.]* | [^\s\w]", re.VERBOSE)
+_FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_UNCOUNTED = frozenset({"ctx", "type_comment", "returns", "annotation", "kind"})
+
+_BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
+_INVERSE = pow(_BASE, -1, 1 << 64)
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Match:
+    """What a document shares: with which problem, such as `HumanEval/3`, and by which rule (`run` or `solution`)."""
+
+    problem: str
+    rule: str
+
+
+class Index:
+    """The problems that documents are compared with.
+
+    Args:
+        problems: by the benchmark's name.
+        absent: why further benchmarks are not among them.
+    """
+
+    def __init__(self, problems: Mapping[str, Sequence[Problem]], absent: Mapping[str, str] | None = None) -> None:
+        self.problems, self.absent = problems, absent or {}
+
+    def without(self, others: "Index") -> "Index":
+        """The index without these benchmarks."""
+        return Index({name: self.problems[name] for name in self.problems if name not in others.problems}, self.absent)
+
+    def __bool__(self) -> bool:
+        return bool(self.problems)
+
+    @functools.cached_property
+    def _prompts(self) -> dict[tuple[str, ...], str]:
+        return {tuple(_lexemes(problem.prompt)): problem.task_id for problem in self._all()}
+
+    @functools.cached_property
+    def _runs(self) -> dict[tuple[str, ...], str]:
+        """The problem of every run of `RUN` tokens with enough words in it."""
+        found: dict[tuple[str, ...], str] = {}
+        for problem in self._all():
+            for lexemes in map(_lexemes, (_program(problem), problem.test)):
+                for start in range(len(lexemes) - RUN + 1):
+                    run = tuple(lexemes[start : start + RUN])
+                    if len({word for word in run if word.isidentifier()}) >= RUN_WORDS:
+                        found.setdefault(run, problem.task_id)
+        return found
+
+    @functools.cached_property
+    def _solutions(self) -> dict[str, tuple[str, list[str]]]:
+        """The problem of every reference solution that is long enough, and its tokens with all names alike."""
+        found: dict[str, tuple[str, list[str]]] = {}
+        for problem in self._all():
+            for function in _functions(_program(problem)):
+                body = _blind(_lexemes("\n".join(map(ast.unparse, _body(function)))))
+                if function.name == problem.entry_point and len(body) >= BODY_TOKENS:
+                    found.setdefault(_canonical(function), (problem.task_id, body))
+        return found
+
+    @functools.cached_property
+    def _run_hashes(self) -> Array:
+        return _sorted(_hashes(run, RUN) for run in self._runs)
+
+    @functools.cached_property
+    def _body_hashes(self) -> Array:
+        return _sorted(_hashes(body, BODY_TOKENS) for _, body in self._solutions.values())
+
+    def _all(self) -> Iterator[Problem]:
+        return (problem for problems in self.problems.values() for problem in problems)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the rule and of all texts that documents are compared with."""
+        texts = [[p.task_id, p.prompt, p.canonical_solution, p.test] for p in self._all()]
+        return sha256_json([RULE, sorted(self.problems), texts])
+
+    def match(self, document: Document) -> Match | None:
+        """The first problem that a document shares text with."""
+        if document.messages is not None:
+            texts = [message["content"] for message in document.messages]
+            texts += [block for text in texts for block in _FENCED.findall(text)]
+        else:
+            texts = [document.prompt + document.completion]
+        return next((found for text in texts if (found := self._match(text))), None)
+
+    def prompt_of(self, prompt: str) -> str | None:
+        """The problem that has this prompt, but for white space and comments."""
+        return self._prompts.get(tuple(_lexemes(prompt)))
+
+    def _match(self, text: str) -> Match | None:
+        lexemes = _lexemes(text)
+        for start in np.flatnonzero(_is_in(_hashes(lexemes, RUN), self._run_hashes)).tolist():
+            if found := self._runs.get(tuple(lexemes[start : start + RUN])):
+                return Match(problem=found, rule="run")
+        if _is_in(_hashes(_blind(lexemes), BODY_TOKENS), self._body_hashes).any():
+            for function in _functions(text):
+                if solution := self._solutions.get(_canonical(function)):
+                    return Match(problem=solution[0], rule="solution")
+        return None
+
+
+def load_index(names: str, dataset: str = "") -> Index:
+    """The index of benchmarks.
+
+    Args:
+        names: of `BENCHMARKS`, with commas between; `none`; or `auto` for all that are at hand without a network.
+        dataset: what is to be compared: where it is MBPP itself, its test split comes from there.
+
+    Raises:
+        ConfigError: an unknown name, or a benchmark that is asked for is not to be had.
+    """
+    chosen = {"auto": list(BENCHMARKS), "none": []}.get(names, [name.strip() for name in names.split(",")])
+    unknown = [name for name in chosen if name not in BENCHMARKS]
+    expected = f"auto, none, or of {', '.join(BENCHMARKS)}"
+    require(not unknown, "unknown benchmark", where="decontaminate", expected=expected, got=", ".join(unknown))
+    found, absent = dict[str, Sequence[Problem]](), dict[str, str]()
+    for name in chosen:
+        try:
+            found[name] = _load(name, dataset, offline=names == "auto")
+        except ConfigError as error:
+            if names != "auto":
+                raise
+            absent[name] = str(error)
+    return Index(found, absent)
+
+
+def _load(name: str, dataset: str, *, offline: bool) -> Sequence[Problem]:
+    if name == "humaneval":
+        return load_humaneval(offline=offline)
+    if name == "exercises":
+        return load_exercises()
+    is_file = dataset.endswith(SUFFIXES) and Path(dataset).is_file()
+    if is_file and is_mbpp(open_table([Path(dataset)], dataset).columns):
+        return load_problems(dataset, "test")[0]
+    return load_problems(MBPP, "test", offline=offline and dataset != MBPP)[0]
+
+
+def _program(problem: Problem) -> str:
+    """A problem's prompt with its reference solution."""
+    return problem.prompt + (problem.canonical_solution or "")
+
+
+def _lexemes(text: str) -> list[str]:
+    return [lexeme for lexeme in _LEXEME.findall(normalise(text)) if lexeme[0] != "#"]
+
+
+def _blind(lexemes: Iterable[str]) -> list[str]:
+    """Lexemes with all names but keywords alike, and both kinds of quotes; without what may stand or not."""
+    return [
+        "'" if lexeme == '"' else "_" if lexeme.isidentifier() and not keyword.iskeyword(lexeme) else lexeme
+        for lexeme in lexemes
+        if lexeme not in "(),"
+    ]
+
+
+def _hashes(lexemes: Sequence[str], length: int) -> Array:
+    """A hash of every run of so many lexemes, u64; differs from process to process."""
+    size = len(lexemes)
+    if size < length:
+        return np.zeros(0, np.uint64)
+    powers, inverses = (np.cumprod(np.full(size, base, np.uint64)) for base in (_BASE, _INVERSE))
+    sums = np.cumsum(np.fromiter(map(hash, lexemes), np.int64, size).view(np.uint64) * powers)
+    sums[length:] -= sums[:-length].copy()
+    hashes: Array = sums[length - 1 :] * inverses[: size - length + 1]
+    return hashes
+
+
+def _sorted(hashes: Iterable[Array]) -> Array:
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
+
+
+def _is_in(hashes: Array, known: Array) -> Array:
+    """Which of the hashes are among sorted ones."""
+    if not len(known):
+        return np.zeros(len(hashes), bool)
+    found: Array = known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes
+    return found
+
+
+def _functions(text: str) -> list[Function]:
+    """The functions of a text, at any depth; of one that is no Python those that can be parsed by themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _walk(ast.parse(text))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            pass
+        found = []
+        for block in re.split(r"^(?=[ \t]*(?:async[ \t]+)?def\b)", normalise(text), flags=re.MULTILINE)[1:]:
+            lines = textwrap.dedent(block).splitlines(keepends=True)
+            # Without the lines after the function, which lie further left or at its own column.
+            stop = next((n for n, line in enumerate(lines[1:], 1) if line.strip() and line[0] not in " \t)]}#"), None)
+            try:
+                found += _walk(ast.parse("".join(lines[:stop])))
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+        return found
+
+
+def _walk(tree: ast.AST) -> list[Function]:
+    return [node for node in ast.walk(tree) if isinstance(node, Function)]
+
+
+def _body(function: Function) -> list[ast.stmt]:
+    """A function's statements without its docstring."""
+    first = function.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return function.body[1:] if is_docstring else function.body
+
+
+def _canonical(function: Function) -> str:
+    """A function's arguments and statements, alike for all functions that differ only in docstrings, annotations and
+    the names that they bind."""
+    bound = {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)} | {function.name}
+    bound |= {
+        node.id for node in ast.walk(function) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
+    }
+    bound |= {node.name for node in _walk(function)}
+    numbers = {function.name: "v0"}
+
+    def renamed(name: str) -> str:
+        return numbers.setdefault(name, f"v{len(numbers)}") if name in bound else name
+
+    def dump(node: object) -> object:
+        if isinstance(node, list):
+            return [dump(item) for item in node]
+        if isinstance(node, ast.Name):
+            return ["Name", renamed(node.id)]
+        if isinstance(node, ast.arg):
+            return ["arg", renamed(node.arg)]
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            return ["Assign", [dump(node.target)], dump(node.value)]
+        if isinstance(node, Function):
+            return [type(node).__name__, renamed(node.name), dump(node.args), dump(_body(node))]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        return [type(node).__name__, *(dump(value) for name, value in ast.iter_fields(node) if name not in _UNCOUNTED)]
+
+    return repr([dump(function.args), dump(_body(function))])

@@ -1,0 +1,112 @@
+"""`codedistill generate`: text that a model writes, verified, as a data set for `teacher build`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shared.eval.cli import DTYPE, FOLDER, TEACHER_CACHE, quieten
+from shared.options import GroupedCommand
+
+
+@click.command(
+    cls=GroupedCommand,
+    groups={
+        "Model": "model cache_dir dtype style origin",
+        "Prompts": "prompts split limit benchmark_prompts",
+        "Decoding": "samples temperature top_p seed max_new_tokens batch_size",
+        "Kept": "keep per_prompt prefer decontaminate",
+        "Sandbox": "timeout_seconds unsafe_no_sandbox",
+    },
+)
+@click.option("--model", metavar="DIR|ID", required=True, help="Who writes: teacher, run or export; or a Hub id.")
+@click.option("--prompts", metavar="NAME|FILE", required=True,
+              help="mbpp, stdlib, or data files with prompt and, for tests, test and entry_point.")  # fmt: skip
+@click.option("--split", metavar="NAME", default="train", show_default=True, help="Split of mbpp and stdlib.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first prompts.")
+@click.option("--benchmark-prompts", metavar="NAMES",
+              help="Also take test problems of humaneval, mbpp:test. Never train on the result.")  # fmt: skip
+@click.option("--out", type=FOLDER, required=True, help="Folder for documents.jsonl and result.json.")
+@click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help="Completions per prompt.")
+@click.option("--temperature", type=float, default=0.8, show_default=True, help="Sampling temperature; 0 is greedy.")
+@click.option(
+    "--top-p", type=float, default=0.95, show_default=True, help="Nucleus sampling: probability to draw from."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all samples.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Max tokens written.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Completions at once.")
+@click.option("--style", type=click.Choice(["auto", "prompt", "chat"]), default="auto", show_default=True,
+              help="How the model is asked; auto: by its chat template if it has one.")  # fmt: skip
+@click.option("--origin", type=click.Choice(["auto", "teacher", "student"]), default="auto", show_default=True,
+              help="Who the documents say wrote them; auto: student for a run or export.")  # fmt: skip
+@click.option("--keep", type=click.Choice(["passed", "parsed", "all"]), default="passed", show_default=True,
+              help="passed: its prompt's tests, or Python where there are none.")  # fmt: skip
+@click.option("--per-prompt", type=click.IntRange(1), help="Keep at most so many per prompt.")
+@click.option("--prefer", type=click.Choice(["shortest", "random"]), default="shortest", show_default=True,
+              help="Which to keep where there are more.")  # fmt: skip
+@click.option("--decontaminate", metavar="NAMES", default="auto", show_default=True,
+              help="Leave out text shared with humaneval,mbpp:test; auto: those at hand.")  # fmt: skip
+@click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
+              help="Max wall seconds per program.")  # fmt: skip
+@DTYPE
+@TEACHER_CACHE
+@click.option("--unsafe-no-sandbox", is_flag=True, help="Run programs without isolation if there is none.")
+def generate(model: str, prompts: str, split: str, limit: int | None, out: Path, **options: Any) -> None:
+    """Let a model write verified documents.
+
+    Completes the prompts of a data set, runs what was written against the prompts' own tests in the sandbox, and drops
+    duplicates and text that a benchmark has. documents.jsonl is a data set of `teacher build`; every row says who wrote
+    it. Re-running an interrupted command continues it.
+
+    \b
+    Example:
+      codedistill generate --model teachers/demo --prompts mbpp --out written/mbpp
+      codedistill teacher build --teacher teachers/demo --dataset written/mbpp/documents.jsonl --out caches/written
+    """
+    from data.decontaminate import load_index
+    from data.humaneval import problems_digest
+    from shared.checkpoints import locate_model, model_digest
+    from shared.eval.inputs import is_up_to_date
+    from shared.eval.programs.write import Choice, Written, read_prompts, refuse_benchmark_prompts, write_documents
+    from shared.process import is_main_process, log, world_size
+    from shared.tokenizer import recorded_ends
+
+    cache_dir = options.pop("cache_dir")
+    model_dir = locate_model(model, cache_dir)
+    ends = recorded_ends(cache_dir / "tokenizer") if cache_dir else None
+    if options["origin"] == "auto":
+        is_student = any((model_dir / name).is_file() for name in ("run.json", "lineage.json"))
+        options["origin"] = "student" if is_student else "teacher"
+    allowed = options.pop("benchmark_prompts")
+    benchmarks = load_index(options["decontaminate"], prompts)
+    if allowed:
+        benchmarks = benchmarks.without(load_index(allowed, prompts))
+    chosen = inputs = None
+    if is_main_process():
+        chosen = read_prompts(prompts, split, limit)
+        refuse_benchmark_prompts(chosen, benchmarks)
+        for name, reason in benchmarks.absent.items():
+            log(f"documents are not compared with {name}: {reason}")
+        inputs = options | {
+            "model": model_digest(model_dir),
+            "prompts": [chosen.name, problems_digest(chosen.problems)],
+            "ends": ends,
+            "benchmarks": benchmarks.digest,
+        }
+        if is_up_to_date(out / "result.json", Written, inputs) and (out / "documents.jsonl").is_file():
+            inputs = None
+            if world_size() == 1:
+                return
+    quieten()
+    from shared.eval.programs.sample import Decoding
+
+    del options["decontaminate"]
+    names = ("temperature", "top_p", "seed", "max_new_tokens", "batch_size")
+    decoding = Decoding(num_samples=options.pop("samples"), **{name: options.pop(name) for name in names})
+    choice = Choice(**{name: options.pop(name) for name in ("keep", "per_prompt", "prefer")}, seed=decoding.seed)
+    result = write_documents(chosen, model_dir, out, inputs=inputs, decoding=decoding, choice=choice, ends=ends,
+                             benchmarks=benchmarks, unsafe=options.pop("unsafe_no_sandbox"), **options)  # fmt: skip
+    if result:
+        from shared import tracking
+
+        tracking.record_evaluation("generate", out, result.to_dict())

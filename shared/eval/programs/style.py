@@ -1,0 +1,99 @@
+"""How a model is asked to continue a prompt: base models by the prompt itself, chat models by their template."""
+
+import ast
+import re
+import textwrap
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from shared.chat import chat_prompt
+from shared.eval.programs.completion import Ending, ending_after, parse, program_end
+from shared.tokenizer import Tokenizer, encode_prompt
+
+QUESTION = (
+    "Complete this Python program. Answer with the whole program in one Python code block and nothing else.\n\n"
+    "```python\n{prompt}\n```"
+)
+_BLOCK = re.compile(r"```[^\n]*\n(?P<code>.*?)(?P<end>^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """One way to ask.
+
+    Args:
+        name: `prompt`, or `chat` (`QUESTION`, rendered by the tokenizer's chat template).
+    """
+
+    name: str = "prompt"
+
+    def encode(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
+        """The ids that the model is given."""
+        if self.name == "prompt":
+            return encode_prompt(tokenizer, prompt)
+        return chat_prompt(tokenizer, [{"role": "user", "content": QUESTION.format(prompt=prompt)}])
+
+    def ending(self, prompt: str, special: Collection[str]) -> Ending:
+        """What finds the end of the model's text."""
+        return ending_after(prompt, special) if self.name == "prompt" else answer_end
+
+    def completion(self, prompt: str, text: str, end: Ending) -> str:
+        """What the model's text adds to the prompt."""
+        return text[: end(text)] if self.name == "prompt" else continuation(prompt, text)
+
+
+PROMPT, CHAT = Style(), Style("chat")
+
+
+def answer_end(text: str) -> int | None:
+    """The end of the first code block; None while it is open, or where there is none."""
+    block = _BLOCK.search(text)
+    return block.end() if block and block["end"] else None
+
+
+def continuation(prompt: str, answer: str) -> str:
+    """What the program in a chat's answer adds to the prompt.
+
+    A model repeats the prompt, changes its docstring, or writes nothing but the body. After the head of a function this
+    is the body of the function of that name, with imports of the answer at its start; after a description, which a
+    whole program answers, the answer's code without the prompt and up to its own tests (`program_end`). An answer
+    without a code block is taken as code.
+    """
+    block = _BLOCK.search(answer)
+    code = block["code"] if block else answer
+    head = _open_function(prompt)
+    if head is None:
+        program = "\n" + code.strip().removeprefix(prompt.strip()).lstrip("\n")
+        return program[: program_end(program)].rstrip() + "\n"
+    tree = parse(code)
+    functions = [node for node in ast.walk(tree) if isinstance(node, Function)] if tree else []
+    function = next((each for each in functions if each.name == head.name), None)
+    if tree is None or function is None:
+        return "\n" + textwrap.indent(textwrap.dedent(code.strip("\n")), "    ") + "\n"
+    first = function.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    body = function.body[1:] if is_docstring else function.body
+    if not body:
+        return "\n"
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    lines = code.splitlines()
+    before = [
+        line for node in imports if not _stands_in(node, prompt) for line in lines[node.lineno - 1 : node.end_lineno]
+    ]
+    text = "\n".join(lines[body[0].lineno - 1 : function.end_lineno])
+    return "\n" + textwrap.indent("\n".join([*before, textwrap.dedent(text)]), "    ") + "\n"
+
+
+def _open_function(prompt: str) -> Function | None:
+    """The function whose body a prompt waits for; None where a whole program answers it."""
+    for text in (prompt, prompt + "\n    pass", prompt + "\npass"):
+        if (tree := parse(text)) is not None:
+            last = tree.body[-1] if tree.body else None
+            return last if isinstance(last, Function) else None
+    return None
+
+
+def _stands_in(node: ast.stmt, prompt: str) -> bool:
+    return re.search(rf"^{re.escape(ast.unparse(node))}\s*$", prompt, re.MULTILINE) is not None
