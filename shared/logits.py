@@ -1,6 +1,6 @@
 """Float32 logits of chosen positions, a few rows at a time, from any causal language model.
 
-Shapes: B rows of a batch, T positions, N chosen positions (flattened), D hidden size, V vocabulary.
+Shapes: B rows of a batch, T positions, N chosen positions (flattened), D hidden size, V vocabulary, G groups of ids.
 """
 
 import math
@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from shared.errors import CacheMismatchError, DistillError, require
 
 _BLOCK_ROWS = 8  # rows whose halves are added while they are in a processor's cache
+# torch.topk on a CPU puts every column through a heap; maxima of groups of this many columns rule most of them out.
+_GROUP = 16
 
 
 class LogitSource:
@@ -25,23 +28,25 @@ class LogitSource:
 
     Args:
         model: a causal language model of transformers; put into evaluation mode.
-        chunk_rows: rows of one chunk.
+        chunk_rows: rows of one chunk; by default 192 on a CPU and 2,048 on a GPU.
 
     Raises:
         DistillError: weights that are not there (on `meta`, or a head of zeros), or a model whose logits depend on
             later tokens, so that padding and the targets themselves would enter them.
     """
 
-    def __init__(self, model: Any, chunk_rows: int) -> None:
-        self.model, self.chunk_rows = model.eval(), chunk_rows
-        self._device = _input_device(model)
+    def __init__(self, model: Any, chunk_rows: int | None = None) -> None:
+        torch.set_float32_matmul_precision("highest")  # a CUDA device may otherwise multiply in TF32, with 10 bits
+        torch.backends.cudnn.allow_tf32 = False
+        self.model, self._device = model.eval(), _input_device(model)
+        self.chunk_rows = chunk_rows or (192 if self._device.type == "cpu" else 2_048)
         probe = _Probe(model, self._device)
         self.notice = probe.notice
         self.head_width: int = probe.head_width
         self.head_bytes: int | None = None  # memory of the fused head beyond the model's own
         if self.notice is None:
             head = model.get_output_embeddings()
-            self._project = Projection(head, chunk_rows, scale=probe.scale, cap=probe.cap)
+            self._project = Projection(head, self.chunk_rows, scale=probe.scale, cap=probe.cap)
             self.head_bytes = self._project.num_bytes
 
     def require_width(self, tokenizer_size: int, where: object) -> None:
@@ -63,18 +68,25 @@ class LogitSource:
     def chunks(self, ids_BT: Tensor, chosen_BT: Tensor) -> Iterator[Tensor]:
         """Yield the logits [n, V] of the positions that `chosen_BT` marks, in row-major order.
 
-        A chunk is valid until the next one is asked for. Padding stands at the right, where no real token sees it under
-        a causal mask, so there is no attention mask.
+        Both arguments are on the CPU. A chunk is valid until the next one is asked for. Padding stands at the right,
+        where no real token sees it under a causal mask, so there is no attention mask.
         """
-        ids_BT = ids_BT.to(self._device)
-        if self.notice is not None:
-            logits_NV = self.model(input_ids=ids_BT, use_cache=False).logits
-            for part in logits_NV[chosen_BT.to(logits_NV.device)].split(self.chunk_rows):
-                yield part.float()
-            return
-        hidden_BTD = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-        for part in hidden_BTD[chosen_BT.to(hidden_BTD.device)].split(self.chunk_rows):
-            yield self._project(part)
+        chosen_N = torch.from_numpy(np.flatnonzero(chosen_BT.numpy()))  # by the host, which waits for nothing
+        ids_BT = send(ids_BT, self._device)
+        if self.notice is None:
+            out_BTX = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        else:
+            out_BTX = self.model(input_ids=ids_BT, use_cache=False).logits
+        out_NX = out_BTX.flatten(0, 1)[send(chosen_N, out_BTX.device)]
+        for part in out_NX.split(self.chunk_rows):
+            yield part.float() if self.notice else self._project(part)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device; the host does not wait for a CUDA device's earlier work."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _input_device(model: Any) -> torch.device:
@@ -203,6 +215,64 @@ def _refuse_lookahead(model: Any, ids_BT: Tensor, logits_BTV: Tensor) -> None:
             expected="a causal language model",
             got="other logits once later ids change",
         )
+
+
+# --- the largest logits ---------------------------------------------------------------------------------------------
+
+
+def largest(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The largest logits of each row, descending, equal ones by ascending id. A GPU's host waits for nothing.
+
+    Returns:
+        values: `[N, k + 1]`, one more than asked for; fewer where V is smaller.
+        ids: i64 `[N, k]`, of the first k.
+    """
+    if z_NV.device.type != "cpu":
+        return largest_by_sorting(z_NV, k)
+    values, ids = _topk_by_groups(z_NV, min(k + 1, z_NV.shape[1]))
+    tied_N = (values[:, 1:] == values[:, :-1]).any(1)  # `topk` leaves their order open, at the border too
+    ids = ids[:, :k]
+    if tied_N.any():
+        ids[tied_N] = largest_by_sorting(z_NV[tied_N], k)[1]
+    return values, ids
+
+
+def largest_by_sorting(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`largest` by stable sorts of few columns.
+
+    The k + 1 groups of consecutive ids that come first in order of (largest logit, id) hold the k + 1 logits that come
+    first in the same order: of a group that is left out, each logit has k + 1 before it.
+    """
+    N, V = z_NV.shape
+    count = min(k + 1, V)
+    width = max(math.isqrt(V // count), 1)
+    groups = V // width
+    ids_V = torch.arange(V, device=z_NV.device)
+    maxima_NG = z_NV[:, : groups * width].unflatten(1, (groups, width)).amax(2)
+    chosen_NG = maxima_NG.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+    columns = (chosen_NG[:, :, None] * width + ids_V[:width]).flatten(1)
+    columns = torch.cat([columns, ids_V[groups * width :].expand(N, -1)], 1)
+    values, places = z_NV.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values[:, :count], columns.gather(1, places[:, :k])
+
+
+def _topk_by_groups(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """torch.topk on a CPU: values and ids `[N, k]`; among equal values at the boundary any may be chosen.
+
+    The k groups of columns with the largest maxima come first: they hold every value above the k-th largest maximum,
+    and at least k values that reach it.
+    """
+    N, V = z_NV.shape
+    groups = V // _GROUP
+    if groups < 4 * k:
+        return z_NV.topk(k)
+    # Group j holds the columns j, j + groups, …: its maximum is taken across contiguous stretches.
+    maxima = z_NV[:, : groups * _GROUP].view(N, _GROUP, groups).amax(1)
+    columns = (maxima.topk(k, sorted=False).indices[:, :, None] + torch.arange(0, groups * _GROUP, groups)).flatten(1)
+    if V % _GROUP:
+        columns = torch.cat([columns, torch.arange(groups * _GROUP, V).expand(N, -1)], 1)
+    values, places = z_NV.gather(1, columns).topk(k)
+    return values, columns.gather(1, places)
 
 
 # --- the head -------------------------------------------------------------------------------------------------------

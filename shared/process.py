@@ -61,6 +61,9 @@ def run_cli(command: Any) -> NoReturn:
     def terminate(signum: int, frame: object) -> NoReturn:
         raise Terminated
 
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # torch's older name, which a user may have set
+        # Batches of many shapes would leave holes in a GPU's memory; read when torch first uses one.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

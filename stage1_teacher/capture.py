@@ -1,5 +1,8 @@
 """The capture loop: batch → rows on the teacher's device → a shard's arrays, encoded while the next shard is computed.
 
+A batch's rows leave a CUDA device as one buffer behind the batch's own kernels, into pinned memory. The writer's thread
+waits for the event behind that copy and puts nothing on the teacher's stream: labelling and encoding overlap.
+
 Shapes: N rows of a chunk, S rows of a shard, K entries, G grid temperatures, M samples per row.
 """
 
@@ -19,7 +22,7 @@ from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
 from shared.checkpoints import ModelFiles, device_kinds, head_and_positions, load_frozen
 from shared.errors import CacheFormatError, DistillError, require
-from shared.logits import LogitSource
+from shared.logits import LogitSource, send
 from shared.machine import versions
 from shared.process import local_rank, log, rank, world_size
 from shared.progress import progress
@@ -28,12 +31,12 @@ from stage1_teacher.disk import least_bytes_per_token, require_space
 from stage1_teacher.documents import Segment
 from stage1_teacher.sampling import draw, to_samples, uniforms
 from stage1_teacher.store import TokenStore
-from stage1_teacher.topk import CapturedRows, capture_rows
+from stage1_teacher.topk import CapturedRows, HostRows, capture_rows
 
 MAX_EXCESS_MASS = 1e-4
 
-# Captured rows of a shard, each chunk beside the numbers that its rows have in the shard: i64 [N].
-Captured = list[tuple[Array, CapturedRows]]
+# Captured rows of a shard, each batch's beside the numbers that its rows have in the shard: i64 [N].
+Captured = list[tuple[Array, HostRows]]
 
 
 # --- the teacher -----------------------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def capture_shard(
         advance: called with the number of tokens after each batch.
 
     Returns:
-        What is kept of each row, on the teacher's device.
+        What is kept of each row, on its way to the host.
     """
     lengths, ends, tokens = _layout(segments)
     uniform_SM = _uniforms(segments, config.samples) if config.samples else None
@@ -118,18 +121,23 @@ def capture_shard(
     for batch in plan_batches(lengths, config.batch_tokens):
         # A segment's last token predicts nothing: rows are the tokens before it, in the shard's order.
         rows_N = np.concatenate([np.arange(ends[i], ends[i + 1] - 1) for i in batch])
-        real_BT = torch.arange(lengths[batch[0]] - 1) < torch.tensor([[lengths[i] - 1] for i in batch])
-        ids_BT = torch.zeros(real_BT.shape, dtype=torch.int64)
-        ids_BT[real_BT] = torch.from_numpy(tokens[rows_N])
-        for logits_NV in source.chunks(ids_BT, real_BT) if len(rows_N) else ():
-            chunk_N, rows_N = rows_N[: len(logits_NV)], rows_N[len(logits_NV) :]
-            gold_N = torch.from_numpy(tokens[chunk_N + 1]).to(logits_NV.device)
-            uniform_NM = None if uniform_SM is None else torch.from_numpy(uniform_SM[chunk_N]).to(logits_NV.device)
-            captured.append((chunk_N, _capture_chunk(logits_NV, gold_N, uniform_NM, config, tokenizer_size)))
+        real_BT = np.arange(lengths[batch[0]] - 1) < np.array([[lengths[i] - 1] for i in batch])
+        ids_BT = np.zeros(real_BT.shape, np.int64)
+        ids_BT[real_BT] = tokens[rows_N]
+        chunks: list[CapturedRows] = []
+        left_N = rows_N
+        for logits_NV in source.chunks(torch.from_numpy(ids_BT), torch.from_numpy(real_BT)) if len(rows_N) else ():
+            chunk_N, left_N = left_N[: len(logits_NV)], left_N[len(logits_NV) :]
+            gold_N = send(torch.from_numpy(tokens[chunk_N + 1]), logits_NV.device)
+            uniform_NM = None if uniform_SM is None else send(torch.from_numpy(uniform_SM[chunk_N]), logits_NV.device)
+            chunks.append(_capture_chunk(logits_NV, gold_N, uniform_NM, config, tokenizer_size))
+        if chunks:
+            captured.append((rows_N, HostRows(chunks)))
         advance(sum(lengths[i] for i in batch))
     return captured
 
 
+@torch.inference_mode()
 def _capture_chunk(
     logits_NV: torch.Tensor,
     gold_N: torch.Tensor,
@@ -156,7 +164,7 @@ def _capture_chunk(
 def to_arrays(
     captured: Captured, segments: Sequence[Segment], config: TeacherConfig, tokenizer_size: int
 ) -> tuple[ShardArrays, float]:
-    """Bring a shard's rows from the device into the order of its segments.
+    """Bring a shard's rows into the order of its segments, once they are on the host.
 
     Returns:
         The shard's exact arrays, and the mean probability that the teacher gave to ids beyond the tokenizer.
@@ -172,14 +180,15 @@ def to_arrays(
     gold_logprob, entropy, excess = np.full(S, np.nan, np.float32), np.zeros(S, np.float32), np.zeros(S, np.float32)
     M = config.samples or 0
     drawn_SM, drawn_margins_SM = np.full((S, M), -1, np.int64), np.zeros((S, M), np.float32)
-    for at, rows in captured:
-        excess[at] = rows.excess_mass.cpu()
-        _require_usable(rows.top_logit.cpu().numpy() + excess[at], at, ends, segments)
-        ids_SK[at], margins_SK[at] = rows.ids.cpu(), rows.margins.cpu()
-        k[at], tail_log_SG[at], gold_in_topk[at] = rows.k.cpu(), rows.tail_log.cpu(), rows.gold_rank.cpu() < K
-        gold_logprob[at], entropy[at] = rows.gold_logprob.cpu(), rows.entropy_nats.cpu()
-        if rows.sample_ids is not None and rows.sample_margins is not None:
-            drawn_SM[at], drawn_margins_SM[at] = rows.sample_ids.cpu(), rows.sample_margins.cpu()
+    for at, host_rows in captured:
+        rows = host_rows.arrays()
+        excess[at] = rows["excess_mass"]
+        _require_usable(rows["top_logit"] + excess[at], at, ends, segments)
+        ids_SK[at], margins_SK[at] = rows["ids"], rows["margins"]
+        k[at], tail_log_SG[at], gold_in_topk[at] = rows["k"], rows["tail_log"], rows["gold_rank"] < K
+        gold_logprob[at], entropy[at] = rows["gold_logprob"], rows["entropy_nats"]
+        if M:
+            drawn_SM[at], drawn_margins_SM[at] = rows["sample_ids"], rows["sample_margins"]
 
     excess_mass = float(excess.sum(dtype=np.float64)) / max(S - len(segments), 1)
     require(

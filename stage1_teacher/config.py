@@ -32,7 +32,8 @@ class TeacherConfig:
 
     Attributes:
         temperatures: the grid at which the mass outside the row is stored; holds 1.
-        head_rows: rows that go through the LM head at once; their float32 logits are the largest buffer.
+        head_rows: rows that go through the LM head at once, by default 192 on a CPU and 2,048 on a GPU; their float32
+            logits are the largest buffer.
     """
 
     teacher: str = _option("", "Any causal language model: a Hub id or a directory (safetensors).", "ID|DIR")
@@ -63,7 +64,7 @@ class TeacherConfig:
     # A longer document, which is never cut for it, is a shard by itself.
     shard_tokens: int = _option(32_768, "Approximate tokens per shard.", "N")
     batch_tokens: int = _option(1_024, "Max tokens per batch, padding included.", "N")
-    head_rows: int = 192
+    head_rows: int | None = None
     decontaminate: str = _option(
         "auto", "Leave out text of humaneval,mbpp:test,exercises; auto: of those at hand; none: nothing.", "NAMES"
     )

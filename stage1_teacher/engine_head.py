@@ -25,13 +25,13 @@ class EngineLogits(LogitSource):
     Args:
         model: the teacher without layers: embeddings, final norm and head.
         hidden: where the states are.
-        chunk_rows: rows of one chunk.
+        chunk_rows: rows of one chunk; None as `LogitSource` chooses.
 
     Raises:
         ConfigError: the model's head cannot be run on its own.
     """
 
-    def __init__(self, model: nn.Module, hidden: HiddenStates, chunk_rows: int) -> None:
+    def __init__(self, model: nn.Module, hidden: HiddenStates, chunk_rows: int | None) -> None:
         super().__init__(model, chunk_rows)
         what = "this teacher's head cannot be run on hidden states"
         require(self.notice is None, what, where=type(model).__name__, got=self.notice)

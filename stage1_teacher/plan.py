@@ -5,6 +5,7 @@ often as in the data. Seconds come from a fit over its batches, bytes from encod
 """
 
 import functools
+import math
 import resource
 import sys
 import tempfile
@@ -236,7 +237,10 @@ def _warm_up(source: "LogitSource", batch: Sequence[Segment], config: TeacherCon
 def _hours_of(
     pilot: Pilot, cells: Array, shard_tokens: Array, encode_seconds_per_token: float
 ) -> dict[str, float | None]:
-    """Hours of the build: shards are encoded while the teacher labels the next one, so the slower of both decides."""
+    """Hours of the build: shards are encoded while the teacher labels the next one, so the slower of both decides.
+
+    So it is on a GPU, too: the thread that encodes puts nothing on the teacher's stream (`capture.py`).
+    """
     num_tokens = int(shard_tokens.sum())
     encoding = encode_seconds_per_token * num_tokens
     fixed = pilot.load_seconds + encoding / len(shard_tokens)  # nothing is labelled beside the last shard's encoding
@@ -244,9 +248,10 @@ def _hours_of(
     seconds = {key: None if s is None else fixed + max(s, encoding) for key, s in labelling.items()}
     rate = num_tokens / (seconds["expected"] or 1)
     # A live teacher labels the data anew in every epoch of every student.
-    break_even = (seconds["expected"] or 0) / max(labelling["expected"] or 0, 1e-9)
+    epochs = (seconds["expected"] or 0) / max(labelling["expected"] or 0, 1e-9)
+    break_even = {"break_even_epochs": epochs, "break_even_students": math.ceil(epochs)}
     hours = {key: None if s is None else s / 3600 for key, s in seconds.items()}
-    return hours | {"tokens_per_second": rate, "break_even_epochs": break_even}
+    return hours | {"tokens_per_second": rate, **break_even}
 
 
 def predict_seconds(cells: Array, seconds: Array, planned_cells: Array) -> tuple[float, float | None, float | None]:

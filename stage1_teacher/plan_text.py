@@ -1,6 +1,5 @@
 """A plan as text: its facts, a label and a line each, and the table of choices."""
 
-import math
 from typing import Any
 
 from stage1_teacher.ends import describe_ends
@@ -56,8 +55,8 @@ def plan_facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("time", f"{_hours(hours['expected'])} ({bounds}), {hours['tokens_per_second']:,.0f} tokens/s"),
         (
             "worth it",
-            f"from {math.ceil(hours['break_even_epochs'])} epochs of training on, all students together: a live "
-            "teacher labels the data anew in each",
+            f"N* = {hours['break_even_students']} students of one epoch each, or as many epochs of training in all: a "
+            "live teacher labels the data anew in each",
         ),
         (
             "size",

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.cache.format import Samples
-from stage1_teacher.topk import block_rows
+
+# Rows whose float64 masses are formed at once: what stays in a CPU's caches; what a GPU has memory for.
+_CPU_ROWS, _GPU_ROWS = 8, 256
 
 
 def uniforms(meta: Mapping[str, Any], num_rows: int, num: int) -> NDArray[np.float64]:
@@ -45,7 +47,7 @@ def draw(z_NV: Tensor, uniforms_NM: Tensor, temperature: float) -> tuple[Tensor,
         logits: f32 `[N, M]`, those of the ids.
     """
     ids = torch.empty(uniforms_NM.shape, dtype=torch.int64, device=z_NV.device)
-    rows = block_rows(z_NV.device)
+    rows = _CPU_ROWS if z_NV.device.type == "cpu" else _GPU_ROWS
     for start in range(0, len(z_NV), rows):
         part = slice(start, start + rows)
         top = z_NV[part].amax(1, keepdim=True)

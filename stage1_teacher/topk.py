@@ -5,20 +5,25 @@ Shapes: N rows, V vocabulary, K targets, G grid temperatures, R rows of a block.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# torch.topk on a CPU puts every column through a heap; maxima of groups of this many columns rule most of them out.
-_GROUP = 16
+from shared.cache.format import Array
+from shared.logits import largest
+
+_BLOCK_ROWS = 8  # rows of a 49,152-word vocabulary that stay in a CPU's caches while all passes read them
 # Below this distance from the tail's maximum exp() is exactly 0 in float32 at every allowed temperature. Being finite
 # (unlike −inf) it makes 0 · distance a 0.
 _FLOOR = -1e4
 # A power beyond this would cost float32 digits: each multiplication adds a rounding.
 _MAX_POWER = 16
+
+Powers = list[tuple[float, list[tuple[int, list[int | None]]]]]  # see `_powers`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +41,32 @@ class CapturedRows:
     top_logit: Tensor  # f32 [N] NaN or infinite where the row cannot be used
     sample_ids: Tensor | None = None  # i64 [N, M] drawn ids; −1 where a row has nothing to draw
     sample_margins: Tensor | None = None  # f32 [N, M] z_1 − z_i of each
+
+
+class HostRows:
+    """Captured rows on their way to the host as one buffer, which the device fills after its earlier work.
+
+    Args:
+        chunks: rows on one device.
+    """
+
+    def __init__(self, chunks: Sequence[CapturedRows]) -> None:
+        joined = {name: [getattr(chunk, name) for chunk in chunks] for name in CapturedRows.__dataclass_fields__}
+        fields = {name: torch.cat(parts) for name, parts in joined.items() if parts[0] is not None}
+        fields = {n: field.int() if field.dtype == torch.int64 else field for n, field in fields.items()}
+        fields = dict(sorted(fields.items(), key=lambda item: -item[1].itemsize))  # so that each starts at its own size
+        buffer = torch.cat([field.flatten().view(torch.uint8) for field in fields.values()])
+        self._shapes = {name: (field.shape, field.dtype) for name, field in fields.items()}
+        self._bytes = buffer.to("cpu", non_blocking=buffer.is_cuda)  # then into pinned memory
+        self._copied = torch.cuda.current_stream(buffer.device).record_event() if buffer.is_cuda else None
+
+    def arrays(self) -> dict[str, Array]:
+        """Wait for the copy; the fields of `CapturedRows` that are there, whole numbers as i32."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in self._shapes.values()]
+        parts = zip(self._shapes.items(), self._bytes.split(sizes), strict=True)
+        return {name: part.view(dtype).view(shape).numpy() for (name, (shape, dtype)), part in parts}
 
 
 @torch.inference_mode()
@@ -58,15 +89,15 @@ def capture_rows(
     z_NV, excess_NX = logits_NV[:, :tokenizer_size], logits_NV[:, tokenizer_size:]
     gold_logit_N = z_NV.gather(1, gold_N[:, None]).squeeze(1)
     K = min(top_k, tokenizer_size)
-    values_NK1, ids_NK, sums_NG, weighted_N = _split_rows(z_NV, K, temperatures)
+    split = split_by_blocks if z_NV.device.type == "cpu" else split_at_once
+    values_NK1, ids_NK, sums_NG, weighted_N = split(z_NV, K, temperatures)
     values_NK, left_N = values_NK1[:, :K], values_NK1[:, K]  # what is kept; the largest logit that is not
     top_N = values_NK[:, 0].clone()
     margins_NK = top_N[:, None] - values_NK
     kept_NK = values_NK > -torch.inf
     # The tail sums are relative to its own largest logit: bring them to the row's, z_1.
     gap_N = (left_N.where(left_N.isfinite(), 0.0) - top_N).double()
-    T_G = torch.tensor(temperatures, device=gap_N.device).double()
-    tail_log_NG = sums_NG.double().log() + gap_N[:, None] / T_G
+    tail_log_NG = sums_NG.double().log() + torch.stack([gap_N / T for T in temperatures], 1)
 
     # T = 1, in float64, relative to z_1: log Z, then H = log Z + Σ p · (z_1 − z).
     head_NK = torch.exp(-margins_NK.double())
@@ -93,80 +124,63 @@ def capture_rows(
     )
 
 
-def _split_rows(z_NV: Tensor, K: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def split_by_blocks(z_NV: Tensor, K: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Split rows into their K largest logits and the rest, block by block; `z_NV` becomes −inf at the former.
 
     Returns:
         values: f32 `[N, K + 1]`, the K + 1 largest, descending; −inf where there are fewer. One more than is kept: it
-            is the tail's maximum, and shows whether a tie crosses the boundary.
+            is the tail's maximum.
         ids: i64 `[N, K]`, of the first K, equal logits by ascending id.
-        sums, weighted: of the rest, as `_tail_sums` forms them.
+        sums: f32 `[N, G]`, Σ exp((z − z_{K+1})/T) over the rest; weighted: f32 `[N]`, Σ exp(z − z_{K+1}) (z − z_{K+1}).
     """
-    N, V = z_NV.shape
-    values_NK1 = z_NV.new_full((N, K + 1), -torch.inf)
-    ids_NK = torch.empty(N, K, dtype=torch.int64, device=z_NV.device)
-    sums_NG, weighted_N = z_NV.new_empty(N, len(temperatures)), z_NV.new_empty(N)
-    block = min(block_rows(z_NV.device), N)
-    scratch = [z_NV.new_empty(block, V) for _ in range(4)]
-    for start in range(0, N, block):
-        rows = slice(start, start + block)
-        z_RV = z_NV[rows]
-        values, ids = _topk(z_RV, min(K + 1, V))
-        values_NK1[rows, : values.shape[1]], ids_NK[rows] = values, ids[:, :K]
-        z_RV.scatter_(1, ids[:, :K], -torch.inf)
-        shift_R1 = values_NK1[rows, K:]
-        shift_R1 = shift_R1.where(shift_R1.isfinite(), 0.0)
-        sums_NG[rows], weighted_N[rows] = _tail_sums(z_RV, shift_R1, temperatures, scratch)
-    _order_ties(z_NV, values_NK1, ids_NK)
+    block = min(_BLOCK_ROWS, len(z_NV))
+    scratch = [z_NV.new_empty(block, z_NV.shape[1]) for _ in range(4)]
+    parts = []
+    for z_RV in z_NV.split(block):
+        values_RK1, ids_RK, shift_R1 = _take_largest(z_RV, K)
+        parts.append((values_RK1, ids_RK, *_tail_sums(z_RV, shift_R1, temperatures, scratch)))
+    values_NK1, ids_NK, sums_NG, weighted_N = (torch.cat(part) for part in zip(*parts, strict=True))
     return values_NK1, ids_NK, sums_NG, weighted_N
 
 
-def block_rows(device: torch.device) -> int:
-    """Rows that go through all passes together.
-
-    On a CPU a few rows of a 49,152-word vocabulary stay in the caches; on a GPU a block is large against the cost of a
-    launch, and its scratch memory small against the chunk.
-    """
-    return 8 if device.type == "cpu" else 256
-
-
-def _topk(z_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk: values and ids `[R, k]`; among equal values at the boundary any may be chosen.
-
-    On a CPU the k groups of columns with the largest maxima come first: they hold every value above the k-th largest
-    maximum, and at least k values that reach it.
-    """
-    R, V = z_RV.shape
-    groups = V // _GROUP
-    if z_RV.device.type != "cpu" or groups < 4 * k:
-        return z_RV.topk(k)
-    # Group j holds the columns j, j + groups, …: its maximum is taken across contiguous stretches.
-    maxima = z_RV[:, : groups * _GROUP].view(R, _GROUP, groups).amax(1)
-    columns = (maxima.topk(k, sorted=False).indices[:, :, None] + torch.arange(0, groups * _GROUP, groups)).flatten(1)
-    if V % _GROUP:
-        columns = torch.cat([columns, torch.arange(groups * _GROUP, V).expand(R, -1)], 1)
-    values, places = z_RV.gather(1, columns).topk(k)
-    return values, columns.gather(1, places)
+def split_at_once(z_NV: Tensor, K: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`split_by_blocks` for a GPU: few launches and no wait; on CUDA one read of the rest, in a compiled kernel."""
+    values_NK1, ids_NK, shift_N1 = _take_largest(z_NV, K)
+    powers = _powers(tuple(temperatures))
+    if not z_NV.is_cuda:
+        return values_NK1, ids_NK, *tail_sums(z_NV, shift_N1, len(temperatures), powers)
+    with torch._dynamo.config.patch(suppress_errors=True):  # without a C compiler, as it is
+        return values_NK1, ids_NK, *compiled_tail_sums()(z_NV, shift_N1, len(temperatures), powers)
 
 
-def _order_ties(z_NV: Tensor, values_NK1: Tensor, ids_NK: Tensor) -> None:
-    """Put equal logits in order of their ids, and where a tie crosses the boundary choose the smallest ids; in place.
+def _take_largest(z_NV: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The K + 1 largest logits, the ids of K, which become −inf in `z_NV`, and the tail's maximum `[N, 1]`, or 0."""
+    values, ids_NK = largest(z_NV, K)
+    values_NK1 = F.pad(values, (0, K + 1 - values.shape[1]), value=-torch.inf)
+    z_NV.scatter_(1, ids_NK, -torch.inf)
+    last_N1 = values_NK1[:, K:]
+    return values_NK1, ids_NK, last_N1.where(last_N1.isfinite(), 0.0)
 
-    Args:
-        z_NV: logits, −inf at `ids_NK`; rows with boundary ties get their values back.
-        values_NK1: the K + 1 largest, descending; −inf where there are fewer.
-        ids_NK: ids with the first K of these values, in any order among equal ones.
-    """
-    equal_NK = (values_NK1[:, 1:] == values_NK1[:, :-1]) & values_NK1[:, 1:].isfinite()
-    for row in equal_NK.any(1).nonzero().squeeze(1).tolist():
-        values, ids = values_NK1[row, :-1], ids_NK[row]
-        if equal_NK[row, -1]:
-            bound = values[-1]
-            z_NV[row].scatter_(0, ids, values)
-            candidates = (z_NV[row] == bound).nonzero().squeeze(1)
-            ids[values == bound] = candidates[: int((values == bound).sum())]
-        ids, order = ids.sort()
-        ids_NK[row] = ids[values[order].sort(descending=True, stable=True).indices]
+
+@functools.cache
+def compiled_tail_sums() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`tail_sums` as one kernel."""
+    return torch.compile(tail_sums)
+
+
+def tail_sums(z_NV: Tensor, shift_N1: Tensor, num_temperatures: int, powers: Powers) -> tuple[Tensor, Tensor]:
+    """What `_tail_sums` forms, without scratch memory: a compiler keeps what is between in registers."""
+    distance = (z_NV - shift_N1).clamp(min=_FLOOR)
+    sums = [distance] * num_temperatures  # each is replaced
+    for rate, chains in powers:
+        unit = (distance * rate).exp()
+        for odd, columns in chains:
+            u = unit**odd
+            for doublings, column in enumerate(columns):
+                u = u**2 if doublings else u
+                if column is not None:
+                    sums[column] = u.sum(1)
+    return torch.stack(sums, 1), (distance.exp() * distance).sum(1)
 
 
 def _tail_sums(
@@ -198,7 +212,7 @@ def _tail_sums(
 
 
 @functools.cache
-def _powers(temperatures: tuple[float, ...]) -> list[tuple[float, list[tuple[int, list[int | None]]]]]:
+def _powers(temperatures: tuple[float, ...]) -> Powers:
     """How to form exp(x/T) for a whole grid with few exp(): rates r, and for each the odd powers of exp(r·x) to square.
 
     If all 1/T are small multiples of one rate, as 2, 1, ⅔ and ½ are of ⅙, that rate suffices: exp(x/6)³ and its

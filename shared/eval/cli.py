@@ -50,9 +50,9 @@ def evaluate() -> None:
 @click.option("--teacher", metavar="DIR|ID", help="Also run the teacher, for the KL over the whole vocabulary.")
 @_OUT
 @DTYPE
-@click.option("--batch-tokens", type=click.IntRange(1), default=1024, show_default=True,
+@click.option("--batch-tokens", type=click.IntRange(1), show_default="1024; 8192 on a GPU",
               help="Max tokens at once, padding included.")  # fmt: skip
-def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype: str, batch_tokens: int) -> None:
+def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype: str, batch_tokens: int | None) -> None:
     """Score a model on a cache's targets.
 
     NLL of the text, KL to the teacher, agreement and calibration, with 95 % intervals over documents.
@@ -60,7 +60,9 @@ def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype:
     from shared.checkpoints import locate_model, model_digest
     from shared.eval.inputs import cache_digest, is_up_to_date
     from shared.eval.results import Fidelity
+    from shared.machine import has_accelerator
 
+    batch_tokens = batch_tokens or (8_192 if has_accelerator() else 1_024)
     model_dir = locate_model(model, cache_dir)
     teacher_dir = locate_model(teacher, cache_dir) if teacher else None
     settings = {"dtype": dtype, "batch_tokens": batch_tokens}
@@ -180,8 +182,8 @@ def _of_a_benchmark(command: Callable[..., None], *, max_new_tokens: int) -> Cal
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of all samples."),
         click.option("--max-new-tokens", type=click.IntRange(1), default=max_new_tokens, show_default=True,
                      help="Max tokens per completion."),
-        click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True,
-                     help="Completions generated at once."),
+        click.option("--batch-size", type=click.IntRange(1),
+                     help="Completions at once.  [32; on a GPU 128]"),
         click.option("--limit", type=click.IntRange(1), help="Only the first problems."),
         click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0,
                      show_default=True, help="Max wall seconds per program, not counting message time."),
@@ -265,6 +267,7 @@ def _evaluate_benchmark(
     from shared.eval.inputs import is_up_to_date, refuse_to_shrink
     from shared.eval.programs.completion import ENDS
     from shared.eval.results import BenchmarkResult
+    from shared.machine import has_accelerator
     from shared.process import is_main_process, world_size
     from shared.tokenizer import recorded_ends
 
@@ -291,8 +294,12 @@ def _evaluate_benchmark(
     from shared.eval.programs.benchmark import evaluate_benchmark
     from shared.eval.programs.sample import Decoding
 
-    names = ("temperature", "top_p", "seed", "max_new_tokens", "batch_size")
-    decoding = Decoding(num_samples=options.pop("samples"), **{name: options.pop(name) for name in names})
+    names = ("temperature", "top_p", "seed", "max_new_tokens")
+    decoding = Decoding(
+        num_samples=options.pop("samples"),
+        batch_size=options.pop("batch_size") or (128 if has_accelerator() else 32),
+        **{name: options.pop(name) for name in names},
+    )
     unsafe = options.pop("unsafe_no_sandbox")
     result = evaluate_benchmark(
         benchmark, model_dir, out, decoding=decoding, unsafe=unsafe, inputs=inputs, ends=ends, **options

@@ -131,15 +131,20 @@ class BatchTiming:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing(ModelFacts):
-    """A model's size and speed; `batches` by batch size."""
+    """A model's size and speed by batch size: `batches` of eager decoding, `served` of decoding as people serve it.
+
+    `not_served` is the reason where `served` is empty.
+    """
 
     memory_bytes: int
     batches: dict[str, BatchTiming]
+    served: dict[str, BatchTiming] = field(default_factory=dict)
+    not_served: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimingSettings:
-    """How models were timed."""
+    """How models were timed; `ways` says what `batches` and `served` are of."""
 
     batch_sizes: list[int]
     prompt_tokens: int
@@ -151,6 +156,7 @@ class TimingSettings:
     peak_bytes: str
     energy: str | None
     load_average_before: float
+    ways: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +187,9 @@ class Draft(Result):
     speedup: float | None
     ci95: dict[str, Interval | None]
     speedup_range: Interval
+    served_speedup: float | None = None
+    served_speedup_range: Interval | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
     equal_to_greedy: bool
     equality: dict[str, Equality]
     definitions: dict[str, str]

@@ -26,7 +26,7 @@ MAX_KL_NATS = 0.01  # mean KL between the cache's rows and the teacher's; other 
 
 
 class DenseLabels(SoftLabels):
-    """Rows of the file, as column `ids` [C, 1]; the other fields are empty."""
+    """Rows of the file, as column `ids` [C, 1], on the host; the other fields are empty."""
 
 
 @torch.inference_mode()
@@ -120,7 +120,7 @@ class DenseLoss(HeadLoss):
         """The numbers of the rows, where the batch has them."""
         if "soft_row" not in soft:
             return super().labels(soft, chosen_N)
-        row_N1 = soft["soft_row"].flatten(0, 1)[chosen_N]
+        row_N1 = soft["soft_row"].flatten(0, 1)[chosen_N].cpu()  # the host waits here, and for no chunk
         return DenseLabels(row_N1, row_N1, row_N1, row_N1)
 
     def chunk_(
@@ -129,7 +129,9 @@ class DenseLoss(HeadLoss):
         """Loss sums of a chunk; `out_CV` becomes the gradient times `factor`."""
         if not isinstance(soft, DenseLabels):
             return super().chunk_(logits_CV, labels_C, soft, out_CV, factor)
-        half_CV = torch.from_numpy(self._logp_NV[soft.ids[:, 0].cpu().numpy()]).to(logits_CV.device)
+        half_CV = torch.from_numpy(self._logp_NV[soft.ids[:, 0].numpy()])
+        if logits_CV.is_cuda:
+            half_CV = half_CV.pin_memory().to(logits_CV.device, non_blocking=True)
         sums = dense_distill_(logits_CV, labels_C, half_CV.float().log_softmax(1), self.config.alpha)
         if out_CV is not logits_CV:
             torch.mul(logits_CV, factor, out=out_CV)

@@ -6,7 +6,7 @@ from accelerate import dispatch_model
 
 from shared.checkpoints import load_frozen
 from shared.errors import DistillError
-from shared.logits import LogitSource
+from shared.logits import LogitSource, largest, largest_by_sorting
 from stage1_teacher.topk import capture_rows
 
 GRID = (0.5, 1.0, 1.5, 2.0)
@@ -262,3 +262,37 @@ def test_the_loader_gives_an_evaluated_model_without_gradients(tmp_path):
     model = load_frozen(tmp_path, dtype="float32", device_map="cpu")
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("way", [largest, largest_by_sorting])
+def test_equal_logits_are_ordered_by_id_at_the_border_too(way):
+    z = torch.zeros(4, 40)
+    z[1, [30, 20, 10]] = torch.tensor([3.0, 2.0, 2.0])
+    z[2, 5:] = 1.0
+    z[3] = torch.arange(40.0)
+    assert way(z, 5)[1].tolist() == [
+        [0, 1, 2, 3, 4], [30, 10, 20, 0, 1], [5, 6, 7, 8, 9], [39, 38, 37, 36, 35]
+    ]  # fmt: skip
+    values, ids = way(torch.tensor([[1.0, 2.0, 2.0]]), 5)
+    assert (values.tolist(), ids.tolist()) == ([[2.0, 2.0, 1.0]], [[1, 2, 0]])
+
+
+@pytest.mark.parametrize("way", [largest, largest_by_sorting])
+@pytest.mark.parametrize(("V", "k", "step"), [(5000, 20, 0.5), (4099, 64, 0.05), (70_001, 300, 0.01), (130, 64, 1.0)])
+def test_the_largest_logits_are_those_of_a_stable_sort(way, V, k, step):
+    """Logits as coarse as half precision's: most rows tie, also at the border and between maxima of groups."""
+    z = (torch.randn(20, V, generator=torch.Generator().manual_seed(V)) / step).round() * step
+    z[0] = 0.0
+    want = z.sort(dim=1, descending=True, stable=True)
+    values, ids = way(z[:, :V], k)
+    assert torch.equal(values, want.values[:, : k + 1])
+    assert torch.equal(ids, want.indices[:, :k])
+
+
+def test_logits_are_never_formed_in_tf32():
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    LogitSource(tiny("Llama"), chunk_rows=4)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32

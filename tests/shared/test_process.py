@@ -159,3 +159,21 @@ main()
     assert done.returncode == code, done.stderr
     (line,) = done.stderr.strip().splitlines()  # click ends the terminal's line of ^C first
     assert line.startswith("interrupted" if number == signal.SIGINT else "terminated")
+
+
+@pytest.mark.parametrize(
+    ("variables", "want"),
+    [
+        ({}, "expandable_segments:True None"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native None"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None backend:native"),
+    ],
+)
+def test_cuda_memory_grows_in_segments_unless_the_user_says_otherwise(variables, want):
+    code = (
+        "import os, click\nfrom shared.process import run_cli\n@click.command()\ndef show():\n"
+        "    print(*map(os.environ.get, ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')))\nrun_cli(show)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")} | variables
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == want

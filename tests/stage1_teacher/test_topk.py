@@ -4,9 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from stage1_teacher.topk import capture_rows
+from shared.logits import largest_by_sorting
+from stage1_teacher import topk
+from stage1_teacher.topk import CapturedRows, HostRows, capture_rows
 
 GRID = (0.5, 1.0, 1.5, 2.0)
+
+
+@pytest.fixture(params=["a CPU's way", "a GPU's way"], autouse=True)
+def way(request, monkeypatch):
+    """A GPU's way that a CPU has, too."""
+    if request.param == "a GPU's way":
+        monkeypatch.setattr(topk, "split_by_blocks", topk.split_at_once)
+        monkeypatch.setattr(topk, "largest", largest_by_sorting)
 
 
 def label(logits, gold=None, *, top_k=4, temperatures=GRID, tokenizer_size=None):
@@ -172,3 +182,14 @@ def test_a_constant_added_to_all_logits_changes_nothing(shift):
     rows, moved = label(logits), label(logits + shift)
     for name in ("ids", "margins", "tail_log", "entropy_nats", "gold_logprob"):
         assert torch.equal(getattr(rows, name), getattr(moved, name))
+
+
+def test_rows_reach_the_host_as_one_buffer():
+    generator = torch.Generator().manual_seed(6)
+    chunks = [label(torch.randn(n, 90, generator=generator), top_k=7) for n in (3, 5)]
+    arrays = HostRows(chunks).arrays()
+    assert arrays.keys() == {name for name in CapturedRows.__dataclass_fields__ if not name.startswith("sample")}
+    for name, array in arrays.items():
+        want = torch.cat([getattr(chunk, name) for chunk in chunks])
+        np.testing.assert_array_equal(array, want.numpy())
+        assert array.flags.aligned and array.dtype == ("int32" if want.dtype == torch.int64 else want.numpy().dtype)

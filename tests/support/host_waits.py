@@ -3,7 +3,8 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique2")
+# `item` and `is_nonzero` are calls of their own only in inference mode.
+WAITING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique2")
 
 
 class HostWaits(TorchDispatchMode):

@@ -18,16 +18,16 @@ from shared.cache.reader import Cache
 from shared.checkpoints import describe_model, dtype_name, load_model
 from shared.errors import CacheMismatchError
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
-from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
+from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows
 from shared.eval.inputs import cache_digest
 from shared.eval.results import CacheFacts, CalibrationBin, Fidelity, ModelFacts
 from shared.files import read_json
-from shared.logits import LogitSource
+from shared.logits import LogitSource, largest, send
 from shared.process import log
 from shared.progress import progress
 from shared.tokenizer import load_tokenizer, tokenizer_digest
 
-_CHUNK_ROWS = 256  # rows whose float32 log-softmax is formed at once
+_CPU_ROWS, _GPU_ROWS = 256, 1_024  # rows whose float32 log-softmax is formed at once
 _TOP = 5
 _BINS = 15
 DEFINITIONS = {
@@ -244,7 +244,8 @@ def score_cache(model: Any, cache: Cache, *, batch_tokens: int, teacher: Any = N
                 rows = slice(stop, stop := stop + len(chunks[0]))
                 logits = [logits_NV[:, : cache.tokenizer_size] for logits_NV in chunks]
                 compared = _compare(logits, gold_N[rows], labels and tuple(label[rows] for label in labels))
-                values = {name: compared[name].double().cpu().numpy() for name in compared}
+                columns_FN = torch.stack([column.double() for column in compared.values()]).cpu().numpy()
+                values = dict(zip(compared, columns_FN, strict=True))
                 docs = doc_N[rows]
                 for row, name in enumerate(names):
                     np.add.at(columns_FD[row], docs, values[name])
@@ -257,7 +258,7 @@ def score_cache(model: Any, cache: Cache, *, batch_tokens: int, teacher: Any = N
 
 def logit_source(model: Any, cache: Cache) -> LogitSource:
     """A model's float32 logits: half-precision logits tie in most rows, which would decide the top-1 agreement."""
-    source = LogitSource(model, _CHUNK_ROWS)
+    source = LogitSource(model, _CPU_ROWS if model.device.type == "cpu" else _GPU_ROWS)
     source.require_width(cache.tokenizer_size, where=cache.path)
     if source.notice:
         log(f"the float32 head cannot be used: {source.notice}; scoring the model's own {dtype_name(model)} logits")
@@ -283,20 +284,20 @@ def _labels(cache: Cache, pieces: list[tuple[int, int, int]], masks: list[Array]
 def _compare(logits: list[Tensor], gold_N: Tensor, labels: tuple[Tensor, ...] | None) -> dict[str, Tensor]:
     """What each row adds to the sums: a model's logits against the teacher's, or against cached labels."""
     logits_NV, *rest = logits
-    gold_N = gold_N.to(logits_NV.device)
+    gold_N = send(gold_N, logits_NV.device)
     nll_N, confidence_N, correct_N = text_rows(logits_NV, gold_N)
     compared = {"targets": torch.ones_like(nll_N), "nll_nats": nll_N, "confidence": confidence_N, "correct": correct_N}
     if labels is None:
         teacher_NV = rest[0].to(logits_NV.device)
         compared["teacher_nll_nats"] = text_rows(teacher_NV, gold_N)[0]
         kl_N, reverse_kl_N = dense_rows(logits_NV, teacher_NV)
-        teacher_NM = top_ids(teacher_NV, _TOP)
+        teacher_NM = largest(teacher_NV, _TOP)[1]
         k_N = torch.full_like(gold_N, _TOP)
     else:
-        k_N, ids_NK, logp_NK, log_tail_N = (label.to(logits_NV.device) for label in labels)
+        k_N, ids_NK, logp_NK, log_tail_N = (send(label, logits_NV.device) for label in labels)
         kl_N, reverse_kl_N = partition_rows(logits_NV, k_N, ids_NK, logp_NK, log_tail_N)
         teacher_NM = ids_NK[:, :_TOP]
-    top1_N, top5_N = agreement(top_ids(logits_NV, teacher_NM.shape[1]), teacher_NM, k_N)
+    top1_N, top5_N = agreement(largest(logits_NV, teacher_NM.shape[1])[1], teacher_NM, k_N)
     return compared | {
         "kl_nats": kl_N,
         "reverse_kl_nats": reverse_kl_N,

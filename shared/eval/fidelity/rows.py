@@ -51,16 +51,6 @@ def dense_rows(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
     return kl_rows(logp_NV, logq_NV), kl_rows(logq_NV, logp_NV)
 
 
-def top_ids(logits_NV: Tensor, count: int) -> Tensor:
-    """The ids of the `count` greatest logits of each row, greatest first, equal ones by id: i64 `[N, count]`."""
-    width = logits_NV.shape[1]
-    values, ids = logits_NV.topk(min(count + 1, width), dim=1)
-    tied_N = (values[:, 1:] == values[:, :-1]).any(1)  # `topk` leaves their order open, at the border too
-    if tied_N.any():
-        ids[tied_N] = logits_NV[tied_N].sort(dim=1, descending=True, stable=True).indices[:, : ids.shape[1]]
-    return ids[:, :count]
-
-
 def agreement(ids_NM: Tensor, teacher_NM: Tensor, k_N: Tensor) -> tuple[Tensor, Tensor]:
     """Compare the most likely ids of a model with the teacher's.
 

@@ -1,7 +1,7 @@
 """Batched generation, greedy or sampled."""
 
 import contextlib
-import functools
+import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,15 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from torch.utils._pytree import tree_map_only
+from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.masking_utils import create_masks_for_generate
 
 from shared.checkpoints import trial
 from shared.errors import ConfigError
@@ -127,6 +122,13 @@ def caches_by_token(model: Any) -> bool:
     return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
+def cache_name(function: Callable[..., Any]) -> str:
+    """What a model, or another function of transformers, calls the cache; that depends on model and version."""
+    arguments = inspect.signature(function).parameters
+    names = ("cache", "past_key_values", "cache_params", "state")
+    return next((name for name in names if name in arguments), names[0])
+
+
 def require_generation(model: Any, tokenizer: Tokenizer, request: Request) -> None:
     """Try a few tokens, before the work of hours begins.
 
@@ -163,102 +165,158 @@ def generate_batch(
     # Padding is masked, so any id serves; 0 exists in every vocabulary.
     padded = [[0] * (width - len(request.ids)) + request.ids for request in requests]
     mask = [[0] * (width - len(request.ids)) + [1] * len(request.ids) for request in requests]
-    ids_BT = torch.tensor(padded, device=model.device)
-    mask_BT = torch.tensor(mask, device=model.device)
-    drawing = _Drawing(requests, sampling, width, model.device) if sampling else None
-    eos = eos_ids(model, tokenizer)
+    rows = _Rows(tokenizer, requests, eos_ids(model, tokenizer))
+    mask_BT = torch.tensor(mask)
+    loop = _Loop(rows, mask_BT, _Drawing(requests, sampling, model.device) if sampling else None)
     cache = DynamicCache(config=model.config) if caches_by_token(model) else None
     assert cache or len(requests) == 1
-    rows = list(range(len(requests)))  # which request each row of the batch continues
-    done: dict[int, Generation] = {}
-    while rows:
-        made = ids_BT.shape[1] - width
-        config = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=min(requests[row].max_new_tokens for row in rows) - made,
-            eos_token_id=eos or None,
-            pad_token_id=0,
-            use_cache=True,
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max(request.max_new_tokens for request in requests),
+        pad_token_id=0,
+        use_cache=True,
+    )
+    with _own_config(model, config):
+        model.generate(
+            torch.tensor(padded, device=model.device),
+            attention_mask=mask_BT.to(model.device),
+            generation_config=config,
+            custom_generate=loop.run,
+            **({"past_key_values": cache} if cache else {}),
         )
-        ends = functools.partial(_ends, tokenizer, [requests[row] for row in rows], width, eos)
-        with _own_config(model, config):
-            ids_BT = model.generate(
-                ids_BT,
-                attention_mask=mask_BT,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([drawing] if drawing else []),
-                stopping_criteria=StoppingCriteriaList([_SomeRowEnds(ends, ids_BT.shape[1])]),
-                **({"past_key_values": cache} if cache else {}),
-            )
-        mask_BT = torch.nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
-        keep = []
-        for position, (row, end) in enumerate(zip(rows, ends(ids_BT), strict=True)):
-            if end is None:
-                keep.append(position)
-            else:
-                done[row] = end
-        if keep and len(keep) < len(rows):
-            index = torch.tensor(keep, device=model.device)
-            ids_BT, mask_BT = ids_BT[index], mask_BT[index]
-            assert cache
-            cache.batch_select_indices(index)
-            if drawing:
-                drawing.uniforms_BT = drawing.uniforms_BT[index]
-        rows = [rows[position] for position in keep]
-    return [done[row] for row in range(len(requests))]
+    return [rows.done[row] for row in range(len(requests))]
 
 
-def _ends(
-    tokenizer: Tokenizer, requests: Sequence[Request], width: int, eos: list[int], ids_BT: Tensor
-) -> list[Generation | None]:
-    """Each row's generation, from column `width` on, where it has ended; None where it goes on."""
-    ended: list[Generation | None] = []
-    for request, new_ids in zip(requests, ids_BT[:, width:].tolist(), strict=True):
-        new_ids = new_ids[: request.max_new_tokens]
-        new_ids = new_ids[: next((at + 1 for at, id in enumerate(new_ids) if id in eos), None)]
-        text, reason = decode(tokenizer, new_ids), None
-        if new_ids[-1] in eos:
+class _Rows:
+    """The new ids of every request, on the host, and which requests still go on."""
+
+    def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request], eos: list[int]) -> None:
+        self.tokenizer, self.requests, self.eos = tokenizer, requests, set(eos)
+        self.ids: list[list[int]] = [[] for _ in requests]
+        self.going_on = list(range(len(requests)))  # which request each row of the batch continues
+        self.done: dict[int, Generation] = {}
+        self._with_eos: set[int] = set()
+        self._steps = self._looked_from = 0
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Add a step's token to each row; which rows of the batch go on. Texts are looked at every few tokens."""
+        for row, id in zip(self.going_on, tokens, strict=True):
+            self.ids[row].append(id)
+            if id in self.eos:
+                self._with_eos.add(row)
+        self._steps += 1
+        is_due = (self._steps - self._looked_from) % _SEGMENT_TOKENS == 0
+        is_last = self._steps == min(self.requests[row].max_new_tokens for row in self.going_on)
+        if not (is_due or is_last or self._with_eos.issuperset(self.going_on)):
+            return list(range(len(tokens)))
+        for row in self.going_on:
+            if end := self._end(row):
+                self.done[row] = end
+        keep = [position for position, row in enumerate(self.going_on) if row not in self.done]
+        if len(keep) < len(tokens):
+            self._looked_from = self._steps
+        self.going_on = [self.going_on[position] for position in keep]
+        return keep
+
+    def are_padded(self) -> bool:
+        """Whether a prompt that goes on is shorter than the longest of all."""
+        width = max(len(request.ids) for request in self.requests)
+        return any(len(self.requests[row].ids) < width for row in self.going_on)
+
+    def _end(self, row: int) -> Generation | None:
+        """A row's generation where it has ended; None where it goes on."""
+        request, ids = self.requests[row], self.ids[row]
+        ids = ids[: next((at + 1 for at, id in enumerate(ids) if id in self.eos), None)]
+        text, reason = decode(self.tokenizer, ids), None
+        if ids[-1] in self.eos:
             reason = "eos"
         elif request.end and request.end(text) is not None:
             reason = "finished"
-        elif len(new_ids) == request.max_new_tokens:
+        elif len(ids) == request.max_new_tokens:
             reason = "length"
-        sizes = {"num_prompt_tokens": len(request.ids), "num_new_tokens": len(new_ids)}
-        ended.append(Generation(text=text, finish_reason=reason, **sizes) if reason else None)
-    return ended
+        sizes = {"num_prompt_tokens": len(request.ids), "num_new_tokens": len(ids)}
+        return Generation(text=text, finish_reason=reason, **sizes) if reason else None
 
 
-class _SomeRowEnds(StoppingCriteria):
-    """Stops the whole batch where some row has ended, looking every few tokens."""
+class _Loop:
+    """The decoding loop, in place of transformers' own: the host waits for the device once a step, for the tokens."""
 
-    def __init__(self, ends: Callable[[Tensor], Sequence[object]], start: int) -> None:
-        self.ends, self.start = ends, start
+    def __init__(self, rows: _Rows, mask_BT: Tensor, drawing: "_Drawing | None") -> None:
+        self.rows, self.mask_BT, self.drawing = rows, mask_BT, drawing
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """The same for every row, [B]."""
-        is_due = (input_ids.shape[1] - self.start) % _SEGMENT_TOKENS == 0
-        stops = is_due and any(end is not None for end in self.ends(input_ids))
-        return torch.full((len(input_ids),), stops, dtype=torch.bool, device=input_ids.device)
+    def run(self, model: Any, input_ids: Tensor, generation_config: GenerationConfig, **inputs: Any) -> Tensor:
+        """Decode until all rows are done; called by `generate`, with `inputs` for the model."""
+        del inputs["logits_processor"], inputs["stopping_criteria"]
+        output = model._prefill(input_ids, generation_config, inputs)
+        # Given masks of two dimensions, models look for padding in them at every step, and wait for the answer.
+        if masks_here := model._can_compile_fullgraph and caches_by_token(model):
+            inputs["attention_mask"] = None
+        while True:
+            logits_BV = output.logits[:, -1].float()
+            tokens_B = self.drawing.draw(logits_BV) if self.drawing else logits_BV.argmax(-1)
+            inputs = model._update_model_kwargs_for_generation(output, inputs)
+            del output
+            input_ids = torch.cat((input_ids, tokens_B[:, None]), 1)
+            keep = self.rows.take(tokens_B.cpu().tolist())
+            if not keep:
+                return input_ids
+            self.mask_BT = torch.nn.functional.pad(self.mask_BT, (0, 1), value=1)
+            if len(keep) < len(input_ids):
+                input_ids, inputs = self._select(keep, input_ids, inputs)
+            step = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **inputs)
+            if masks_here:
+                step["attention_mask"] = self._step_mask(model, inputs)
+            output = model(**step, return_dict=True)
+
+    def _select(self, keep: list[int], input_ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Only these rows of everything."""
+        index = torch.tensor(keep)
+        self.mask_BT = self.mask_BT[index]
+        index = index.to(input_ids.device, non_blocking=True)
+        if self.drawing:
+            self.drawing.uniforms_BT = self.drawing.uniforms_BT[index]
+        for name, value in inputs.items():
+            if isinstance(value, Cache):
+                value.batch_select_indices(index)
+            elif isinstance(value, Tensor) and len(value) == len(input_ids):
+                inputs[name] = value[index]
+        return input_ids[index], inputs
+
+    def _step_mask(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """The attention masks of one step, made on the host, as the model would make them; None without padding."""
+        if not self.rows.are_padded():
+            return None
+        make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+        cache = next(value for value in inputs.values() if isinstance(value, Cache))
+        # Of the embeddings only batch, length, dtype and device count.
+        masks = make(
+            config=model.config,
+            inputs_embeds=torch.empty((len(self.mask_BT), 1, 0), dtype=model.dtype),
+            attention_mask=self.mask_BT,
+            **{cache_name(make): cache},
+        )
+        return tree_map_only(Tensor, lambda mask: mask.to(model.device, non_blocking=True), masks)
 
 
-class _Drawing(LogitsProcessor):
-    """Leaves one id per row: the one drawn, so that the most likely is that one.
+class _Drawing:
+    """Draws an id for each row.
 
     Step t of a row inverts the distribution at the t-th number of the row's own generator. Ids stay in their order, so
     that rounding, which depends on the batch, moves an id's share of [0, 1) by no more than itself.
     """
 
-    def __init__(self, requests: Sequence[Request], sampling: Sampling, width: int, device: torch.device) -> None:
-        self.sampling, self.width = sampling, width
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, device: torch.device) -> None:
+        self.sampling, self.step = sampling, 0
         steps = max(request.max_new_tokens for request in requests)
         generators = [random.Random(request.seed) for request in requests]  # the same in every version of Python
         uniforms = [[generator.random() for _ in range(steps)] for generator in generators]
         self.uniforms_BT = torch.tensor(uniforms, dtype=torch.float64, device=device)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Minus infinity for all ids but the drawn ones."""
-        below_BV = scores.double() - scores.double().amax(-1, keepdim=True)  # a small temperature must not overflow
+    def draw(self, logits_BV: Tensor) -> Tensor:
+        """The next step's ids [B]."""
+        logits_BV = logits_BV.double()
+        below_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # a small temperature must not overflow
         probs_BV = (below_BV / self.sampling.temperature).softmax(-1)
         if self.sampling.top_p < 1:
             sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
@@ -266,10 +324,10 @@ class _Drawing(LogitsProcessor):
             probs_BV = probs_BV.scatter(-1, order_BV, sorted_BV.masked_fill(beyond_BV, 0))
         shares_BV = probs_BV.cumsum(-1)
         total_B1 = shares_BV[:, -1:]
-        point_B1 = self.uniforms_BT[:, input_ids.shape[1] - self.width, None] * total_B1
+        point_B1 = self.uniforms_BT[:, self.step, None] * total_B1
+        self.step += 1
         below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # rounding may have reached the total
-        drawn_B1 = torch.searchsorted(shares_BV, torch.minimum(point_B1, below_B1), right=True)
-        return torch.full_like(scores, -torch.inf).scatter(-1, drawn_B1, 0.0)
+        return torch.searchsorted(shares_BV, torch.minimum(point_B1, below_B1), right=True)[:, 0]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from shared.cache.format import Array
 from shared.errors import ConfigError, require
 from shared.eval.bootstrap import percentile_interval, resample_sums
 from shared.eval.report.provenance import REPORT_FORMAT
-from shared.eval.results import BENCHMARKS, BenchmarkResult, Fidelity, Interval, Latency, Result
+from shared.eval.results import BENCHMARKS, BatchTiming, BenchmarkResult, Fidelity, Interval, Latency, Result
 from shared.files import read_json, read_json_lines
 
 LEAST_UNITS = 10  # a bootstrap over fewer is too narrow to be believed
@@ -295,23 +295,31 @@ def _latency_rows(a: Latency, b: Latency) -> list[Row]:
     for name in names:
         models = [side.models[name] for side in (a, b)]
         batches = [model.batches["1"] for model in models]
-        for key, (label, higher_is_better) in TIMES.items():
-            row = _row(label, batches, key, model=name)
-            (low_a, high_a), (low_b, high_b) = (getattr(batch, f"{key}_range") for batch in batches)
-            if 2 / math.comb(sum(repeats), repeats[0]) >= 0.05:
-                row.how = f"{repeats[0]} and {repeats[1]} repeats are too few"
-            else:
-                apart = high_a < low_b or high_b < low_a
-                spans = f"{low_a:,.4g} to {high_a:,.4g} and {low_b:,.4g} to {high_b:,.4g}"
-                row.how = f"repeats {'apart' if apart else 'overlap'}: {spans}"
-                row.judge(apart, higher_is_better=higher_is_better)
-            rows.append(row)
+        for way, words in (("batches", ""), ("served", ", as served")):
+            timed = [getattr(model, way)["1"] for model in models if "1" in getattr(model, way)]
+            if len(timed) == 2:
+                rows += [_time_row(key, words, timed, repeats, name) for key in TIMES]
         for key, label in SIZES.items():
             row = _row(label, batches if key == "peak_bytes" else models, key, model=name)
             if row.is_open:
                 row.verdict, row.how = "changed" if row.difference else "noise", "counted"
             rows.append(row)
     return rows
+
+
+def _time_row(key: str, words: str, batches: Sequence[BatchTiming], repeats: tuple[int, int], model: str) -> Row:
+    """The judged row of one figure of `TIMES`."""
+    label, higher_is_better = TIMES[key]
+    row = _row(label + words, batches, key, model=model)
+    (low_a, high_a), (low_b, high_b) = (getattr(batch, f"{key}_range") for batch in batches)
+    if 2 / math.comb(sum(repeats), repeats[0]) >= 0.05:
+        row.how = f"{repeats[0]} and {repeats[1]} repeats are too few"
+    else:
+        apart = high_a < low_b or high_b < low_a
+        spans = f"{low_a:,.4g} to {high_a:,.4g} and {low_b:,.4g} to {high_b:,.4g}"
+        row.how = f"repeats {'apart' if apart else 'overlap'}: {spans}"
+        row.judge(apart, higher_is_better=higher_is_better)
+    return row
 
 
 def _require_same(what: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:

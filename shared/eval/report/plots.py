@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from shared.cache.manifest import Manifest
-from shared.eval.report.tables import FIGURES, Model
+from shared.eval.report.tables import FIGURES, Model, speed_key
 from shared.eval.results import Proof
 
 
@@ -186,7 +186,7 @@ def fidelity_plot(models: Sequence[Model]) -> Plot | None:
 
 def tradeoff_plot(models: Sequence[Model]) -> Plot | None:
     """Draw speed against quality, with the size as the disc's area, of the models timed on the teacher's machine."""
-    keys = ("decode_tokens_per_second", "heldout_nll_nats", "parameters")
+    keys = (speed_key(models), "heldout_nll_nats", "parameters")
     home = models[0].latency.machine if models[0].latency else None
     points: list[tuple[int, str, list[float]]] = []
     for index, model in enumerate(models):

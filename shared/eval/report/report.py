@@ -252,7 +252,8 @@ def write_report(collected: Collected, out_dir: Path) -> dict[str, Any]:
         "versions": versions(*PACKAGES),
     }
     shown = {"report": report, "rows": tables.comparison(models), "benchmark": next(iter(tables.benchmarks(models))),
-             "proof": proof, "plots": report_plots(models, collected.caches, proof)}  # fmt: skip
+             "speed_key": given["speed_key"], "proof": proof,
+             "plots": report_plots(models, collected.caches, proof)}  # fmt: skip
     pages = {name: render(f"{name}.j2", **shown).encode(errors="backslashreplace") for name in PAGES}
     pages |= {DOCUMENTS_PAGE: documents_page} if documents_page else {}
     report["pages"] = {name: hashlib.sha256(page).hexdigest() for name, page in pages.items()}

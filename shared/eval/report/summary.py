@@ -7,7 +7,7 @@ from typing import Any
 from shared.cache.manifest import Manifest, written_text
 from shared.errors import ConfigError
 from shared.eval.report.compare import Row, result_rows
-from shared.eval.report.tables import BASELINE, FIGURES, NOT_HELD_OUT, Model, benchmarks
+from shared.eval.report.tables import BASELINE, FIGURES, NOT_HELD_OUT, Model, benchmarks, speed_key
 from shared.eval.results import BENCHMARKS, Proof
 
 MAY_DIFFER = {"alpha"}  # between a student and its baseline
@@ -76,6 +76,7 @@ def facts(
         "teacher": models[0],
         "student": student,
         "baseline": baseline,
+        "speed_key": speed_key(models),
         "paired": {row["figure"]: row for row in paired},
         "manifest": next(iter(whole), None),
         "written": written_text([source for manifest in whole for source in manifest.sources]),

@@ -140,6 +140,8 @@ class Model:
         if part is None and figure is FIGURES["heldout_nll_nats"] and self.cached_nll is not None:
             return Cell(self.cached_nll, text=figure.text(self.cached_nll))
         if part is None:
+            if self.timing and self.timing.not_served and figure.part.startswith("served "):
+                return Cell(reason=self.timing.not_served)
             missing = PARTS.get(figure.part, (f"result of {figure.part}", ""))[0]
             return Cell(reason=f"not measured: there is no {missing} for this model")
         if isinstance(part, Fidelity) and part.seen_in_training:
@@ -159,6 +161,8 @@ class Model:
         timing = self.timing
         if part.startswith("batch "):
             return timing and timing.batches.get(part.removeprefix("batch "))
+        if part.startswith("served "):
+            return timing and timing.served.get(part.removeprefix("served "))
         parts = {"sizes": timing or (self.fidelity and self.fidelity.model), "timing": timing,
                  "fidelity": self.fidelity, "draft": self.draft}  # fmt: skip
         return parts[part] if part in parts else self.result_of(part)
@@ -190,6 +194,8 @@ PARTS = {  # of the results → the file that holds it, and the heading of its f
     "timing": ("latency.json", "Size"),
     "batch 1": ("latency.json", "Speed"),
     "batch 8": ("latency.json", "Speed"),
+    "served 1": ("latency.json", "Speed"),
+    "served 8": ("latency.json", "Speed"),
     "fidelity": ("fidelity.json", "Held-out text"),
     "draft": ("draft.json", "As the teacher's draft"),
 }
@@ -213,19 +219,27 @@ FIGURES = {  # the report's key → the row
     "top5_agreement": Figure("fidelity", "top5_agreement", "Top-5 agreement with the teacher ↑", **_SHARE),
     "ece": Figure("fidelity", "ece", "Expected calibration error ↓"),
     "prefill_ms": Figure("batch 1", "prefill_ms", "Prefill, ms ↓", always=True, **_MS),
-    "decode_tokens_per_second": Figure("batch 1", "decode_tokens_per_second", "Decode, tokens per second ↑",
+    "decode_tokens_per_second": Figure("batch 1", "decode_tokens_per_second", "Decode, eager, tokens per second ↑",
                                        always=True, **_RATE),
+    "served_decode_tokens_per_second": Figure("served 1", "decode_tokens_per_second",
+                                              "Decode, as served, tokens per second ↑", **_RATE),
     **{
         f"decode_ms_{key}_batch_{batch}": Figure(f"batch {batch}", f"decode_ms_{key}",
                                                  f"Decode step, batch {batch}, {label}, ms ↓", **_MS)
         for batch in (1, 8) for key, label in (("p50", "median"), ("p95", "p95"))
+    },
+    **{
+        f"served_decode_ms_p50_batch_{batch}": Figure(f"served {batch}", "decode_ms_p50",
+                                                      f"Decode step, as served, batch {batch}, median, ms ↓", **_MS)
+        for batch in (1, 8)
     },
     "tokens_per_second_per_watt": Figure("batch 1", "tokens_per_second_per_watt",
                                          "Decode, tokens per second per watt ↑", **_RATE),
     "acceptance_rate": Figure("draft", "acceptance_rate", "Drafted tokens kept ↑", **_SHARE),
     "mean_accepted_length": Figure("draft", "mean_accepted_length", "Drafted tokens kept per pass of the teacher ↑",
                                    ".2f"),
-    "draft_speedup": Figure("draft", "speedup", "Speed-up of the teacher ↑", ".2f"),
+    "draft_speedup": Figure("draft", "speedup", "Speed-up of the teacher, eager ↑", ".2f"),
+    "served_draft_speedup": Figure("draft", "served_speedup", "Speed-up of the teacher, as served ↑", ".2f"),
 }  # fmt: skip
 EQUALITY = Figure("draft", "equal_to_greedy", "Output equal to plain greedy decoding", show=_equality)
 
@@ -284,6 +298,12 @@ def _benchmark_figures(title: str, found: Sequence[BenchmarkResult]) -> list[Fig
         *(Figure(title, "pass_at_k", f"{title} pass@{k} ↑", ".1%", key=str(k), interval="pass_at_k_ci95") for k in ks),
         *(Figure(title, name, f"{title}: {label} ↑", ".1%", interval="") for name, label in SHARES.items()),
     ]
+
+
+def speed_key(models: Sequence[Model]) -> str:
+    """The figure of decoding speed to show first: as served, where all models that were timed have it."""
+    served = [model.value("served_decode_tokens_per_second") for model in models if model.timing]
+    return "served_decode_tokens_per_second" if served and None not in served else "decode_tokens_per_second"
 
 
 # --- text forms ------------------------------------------------------------------------------------------------------

@@ -9,9 +9,8 @@ import torch
 from shared.cache.reader import Cache
 from shared.cache.shard import Targets
 from shared.eval.fidelity.measure import load_for_cache, logit_source
-from shared.eval.fidelity.rows import top_ids
 from shared.eval.show.documents import MAX_ENTRIES, StudentRow, num_entries
-from shared.logits import LogitSource
+from shared.logits import LogitSource, largest
 from shared.partition import kl_rows, partition_
 from shared.progress import progress
 
@@ -65,7 +64,7 @@ def _compare(logits_NV: torch.Tensor, gold_N: torch.Tensor, targets: Targets, ro
     logq_NV = logits_NV.log_softmax(1)
     gold_logq_N1 = logq_NV.gather(1, gold_N[:, None])
     rank_N = (logq_NV > gold_logq_N1).sum(1) + 1
-    first_NM = top_ids(logits_NV, MAX_ENTRIES)
+    first_NM = largest(logits_NV, MAX_ENTRIES)[1]
     first_q_NM = logq_NV.gather(1, first_NM).exp()
     figures: list[Any] = [gold_logq_N1[:, 0].exp(), rank_N, logq_NC[:, -1].exp(), kl_N.clamp(min=0)]
     result = []

@@ -8,6 +8,7 @@ and so is that of plain decoding: both run the same code at batch 1, so that the
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
 from shared.eval.programs.generate import caches_by_token, eos_ids, prepare
 from shared.eval.programs.problems import read_prompts
 from shared.eval.results import Draft, Equality, ModelFacts
-from shared.eval.speed.latency import now
+from shared.eval.speed.served import HOW, NOT_ON_CPU, Served
 from shared.process import log
 from shared.progress import progress
 from shared.tokenizer import Tokenizer, tokenizer_digest
@@ -35,6 +36,7 @@ DEFINITIONS = {
     "tokens_per_pass": "new tokens per pass of the teacher; plain decoding makes 1",
     "speedup": "seconds of plain greedy decoding / seconds with drafts, prefill included: sums over prompts of medians "
     "over repeats; speedup_range: least and greatest over repeats",
+    "served_speedup": f"the speed-up where teacher and student decode as people serve them: {HOW}",
     "equal_to_greedy": "whether all prompts gave the tokens of plain greedy decoding, the teacher in its own dtype and "
     "in float32",
     "ci95": METHOD + ", over prompts",
@@ -57,59 +59,103 @@ class Drafted:
     passes: int
 
 
-class _Decoder:
-    """A model with the KV cache of one sequence."""
+class Decoder:
+    """A model with the KV cache of one sequence, run eagerly.
 
-    def __init__(self, model: Any, width: int | None = None) -> None:
-        self._model, self._width = model, width
-        self._cache = DynamicCache()  # without the config: layers of a sliding window could not be cut back
-        self._length = 0
+    The cache is made without the model's config: layers of a sliding window could not be cut back.
+
+    Args:
+        model: a transformers model.
+        num_ids: only the first ids are ever the most likely; default: all.
+    """
+
+    def __init__(self, model: Any, num_ids: int | None = None) -> None:
+        self._model, self._num_ids = model, num_ids
+        self._cache, self._length = DynamicCache(), 0
 
     def most_likely(self, ids: list[int], rows: int) -> list[int]:
         """The most likely next id after each of the last `rows` tokens; what the cache lacks of `ids` is fed."""
         fed_BT = torch.tensor([ids[self._length :]], device=self._model.device)
         output = self._model(fed_BT, past_key_values=self._cache, use_cache=True, logits_to_keep=rows)
         self._length = len(ids)
-        most_likely: list[int] = output.logits[0, :, : self._width].argmax(-1).tolist()
+        most_likely: list[int] = output.logits[0, :, : self._num_ids].argmax(-1).cpu().tolist()
         return most_likely
 
     def cut(self, length: int) -> None:
         """Forget all tokens from position `length` on."""
-        if length < self._length:
+        if length == 0:
+            self._cache, self._length = DynamicCache(), 0
+        elif length < self._length:
             self._cache.crop(length - self._length)  # negative: so many tokens are removed
             self._length = length
 
 
+class ServedDecoder:
+    """The same as people serve it, see `Served`; at most `width` tokens are asked for at once."""
+
+    def __init__(self, model: Any, *, capacity: int, width: int = 1, num_ids: int | None = None) -> None:
+        self._served = Served(model, batch_size=1, capacity=capacity, width=width, num_ids=num_ids)
+        self._width, self._device, self._length = width, model.device, 0
+
+    def most_likely(self, ids: list[int], rows: int) -> list[int]:
+        """As of `Decoder`."""
+        first = len(ids) - rows
+        if self._length == 0 and first:
+            self._served.prefill(torch.tensor([ids[:first]], device=self._device))
+            self._length = first
+        while True:
+            fed = ids[self._length : first] or ids[first:]
+            fed = fed[: self._width]
+            next_BW = self._served.step(torch.tensor([fed + [0] * (self._width - len(fed))]))
+            self._length += len(fed)
+            self._served.cut(self._length)
+            if self._length == len(ids):
+                most_likely: list[int] = next_BW[0, :rows].cpu().tolist()
+                return most_likely
+
+    def cut(self, length: int) -> None:
+        """Forget all tokens from position `length` on."""
+        self._length = min(length, self._length)
+        self._served.cut(self._length)
+
+
 @torch.inference_mode()
-def decode_plain(teacher: Any, ids: list[int], *, new_tokens: int, eos: Sequence[int]) -> list[int]:
+def decode_plain(teacher: Decoder | ServedDecoder, ids: list[int], *, new_tokens: int, eos: Sequence[int]) -> list[int]:
     """The most likely token at every step, up to `new_tokens` or an end token."""
-    decoder = _Decoder(teacher)
+    teacher.cut(0)
     made: list[int] = []
     while len(made) < new_tokens and not (made and made[-1] in eos):
-        made += decoder.most_likely(ids + made, 1)
+        made += teacher.most_likely(ids + made, 1)
     return made
 
 
 @torch.inference_mode()
 def decode_with_draft(
-    teacher: Any, student: Any, ids: list[int], *, new_tokens: int, eos: Sequence[int], draft_tokens: int
+    teacher: Decoder | ServedDecoder,
+    student: Decoder | ServedDecoder,
+    ids: list[int],
+    *,
+    new_tokens: int,
+    eos: Sequence[int],
+    draft_tokens: int,
 ) -> Drafted:
     """Decode greedily, `draft_tokens` of the student's verified at once; see `decode_plain`."""
-    verifier, drafter = _Decoder(teacher), _Decoder(student, teacher.config.vocab_size)
+    teacher.cut(0)
+    student.cut(0)
     made: list[int] = []
     proposed = accepted = passes = 0
     while len(made) < new_tokens and not (made and made[-1] in eos):
         drafted: list[int] = []
         for _ in range(min(draft_tokens, new_tokens - len(made) - 1)):
-            drafted += drafter.most_likely(ids + made + drafted, 1)
+            drafted += student.most_likely(ids + made + drafted, 1)
             if drafted[-1] in eos:
                 break
-        verified = verifier.most_likely(ids + made + drafted, len(drafted) + 1)
+        verified = teacher.most_likely(ids + made + drafted, len(drafted) + 1)
         agreed = next((i for i, id in enumerate(drafted) if id != verified[i]), len(drafted))
         ended = agreed > 0 and drafted[agreed - 1] in eos
         made += verified[: agreed if ended else agreed + 1]
         proposed, accepted, passes = proposed + len(drafted), accepted + agreed, passes + 1
-        for decoder in (verifier, drafter):
+        for decoder in (teacher, student):
             decoder.cut(len(ids) + len(made) - 1)
     return Drafted(ids=made, proposed=proposed, accepted=accepted, passes=passes)
 
@@ -145,11 +191,31 @@ def evaluate_draft(
     prompts = read_prompts(prompts_file, limit)
     names, requests = _requests(prompts, tokenizer, (teacher, student), new_tokens)
     eos = eos_ids(teacher, tokenizer)
-    both = _BothWays(teacher=teacher, student=student, eos=eos, draft_tokens=draft_tokens)
-    with trial("these models cannot draft for each other", f"{type(teacher).__name__} and {type(student).__name__}"):
+    of_models = f"{type(teacher).__name__} and {type(student).__name__}"
+    eager, num_ids = Decoder(teacher), teacher.config.vocab_size
+    both = _BothWays(plain=eager, verifier=eager, drafter=Decoder(student, num_ids), eos=eos, draft_tokens=draft_tokens)
+    with trial("these models cannot draft for each other", of_models):
         both.run(requests[0], drafts_first=False)
     rounds = both.rounds(requests, repeats)
     equality = {dtype_name(teacher): compare_tokens(names, rounds[-1])}
+    served_rounds, reasons = [], {"served_speedup": NOT_ON_CPU}
+    if teacher.device.type == "cuda":
+        capacity = max(len(ids) + count for ids, count in requests) + draft_tokens + 1
+        try:
+            positions = min(getattr(m.config, "max_position_embeddings", None) or capacity for m in (teacher, student))
+            require(capacity <= positions, "no position is left for drafts", expected=f"<= {positions}", got=capacity)
+            with trial("these models do not decode as served", of_models):
+                served = _BothWays(
+                    plain=ServedDecoder(teacher, capacity=capacity),
+                    verifier=ServedDecoder(teacher, capacity=capacity, width=draft_tokens + 1),
+                    drafter=ServedDecoder(student, capacity=capacity, num_ids=num_ids),
+                    eos=eos,
+                    draft_tokens=draft_tokens,
+                )
+                served_rounds, reasons = served.rounds(requests, repeats), {}
+            equality[f"{dtype_name(teacher)}, served"] = compare_tokens(names, served_rounds[-1])
+        except ConfigError as error:
+            reasons = {"served_speedup": str(error)}
     described = [ModelFacts(**describe_model(*pair)) for pair in ((teacher, teacher_dir), (student, student_dir))]
     if "float32" not in equality:
         teacher.float()
@@ -159,10 +225,17 @@ def evaluate_draft(
         if found.num_equal < found.num_prompts:
             log(f"teacher in {name}: {found.num_equal} of {found.num_prompts} prompts decode to the same tokens")
     rows = _prompt_rows(names, rounds)
-    speedups = [sum(t.plain_seconds for t in timed) / sum(t.draft_seconds for t in timed) for timed in rounds]
+    speedup_range = _speedup_range(rounds)
+    figures, served_figures = _ratios(rows), {}
+    if served_rounds:
+        of_served = _ratios(_prompt_rows(names, served_rounds))
+        served_figures = {"served_speedup": of_served["speedup"], "served_speedup_range": _speedup_range(served_rounds)}
+        figures["ci95"]["served_speedup"] = of_served["ci95"]["speedup"]
     return Draft(
-        **_ratios(rows),
-        speedup_range=[min(speedups), max(speedups)],
+        **figures,
+        **served_figures,
+        reasons=reasons,
+        speedup_range=speedup_range,
         equal_to_greedy=all(found.num_equal == found.num_prompts for found in equality.values()),
         equality=equality,
         definitions=DEFINITIONS,
@@ -232,10 +305,11 @@ class _Timed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _BothWays:
-    """Both ways to decode a prompt, timed one after the other."""
+    """Both ways to decode a prompt, timed one after the other: by itself, and with the drafter's tokens verified."""
 
-    teacher: Any
-    student: Any
+    plain: Decoder | ServedDecoder
+    verifier: Decoder | ServedDecoder
+    drafter: Decoder | ServedDecoder
     eos: Sequence[int]
     draft_tokens: int
 
@@ -243,13 +317,13 @@ class _BothWays:
         ids, new_tokens = request
         times = {}
         for drafts in (drafts_first, not drafts_first):
-            start = now(self.teacher)
+            start = time.perf_counter()  # ways end with tokens on the host
             if drafts:
-                drafted = decode_with_draft(self.teacher, self.student, ids, new_tokens=new_tokens, eos=self.eos,
+                drafted = decode_with_draft(self.verifier, self.drafter, ids, new_tokens=new_tokens, eos=self.eos,
                                             draft_tokens=self.draft_tokens)  # fmt: skip
             else:
-                plain = decode_plain(self.teacher, ids, new_tokens=new_tokens, eos=self.eos)
-            times[drafts] = now(self.teacher) - start
+                plain = decode_plain(self.plain, ids, new_tokens=new_tokens, eos=self.eos)
+            times[drafts] = time.perf_counter() - start
         return _Timed(plain=plain, drafted=drafted, plain_seconds=times[False], draft_seconds=times[True])
 
     def rounds(self, requests: Sequence[tuple[list[int], int]], repeats: int) -> list[list[_Timed]]:
@@ -287,6 +361,12 @@ def _prompt_rows(names: Sequence[str], rounds: Sequence[Sequence[_Timed]]) -> li
         }
         for name, timed in zip(names, zip(*rounds, strict=True), strict=True)
     ]
+
+
+def _speedup_range(rounds: Sequence[Sequence[_Timed]]) -> list[float]:
+    """The least and greatest speed-up of a round."""
+    speedups = [sum(t.plain_seconds for t in timed) / sum(t.draft_seconds for t in timed) for timed in rounds]
+    return [min(speedups), max(speedups)]
 
 
 def _ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

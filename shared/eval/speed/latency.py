@@ -1,6 +1,6 @@
 """How fast models are, and what that takes: all models in one process, their repeats interleaved."""
 
-import inspect
+import copy
 import math
 import os
 import statistics
@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from shared.checkpoints import describe_model, load_model, trial
-from shared.errors import require
+from shared.checkpoints import describe_model, dtype_name, load_model, trial
+from shared.errors import ConfigError, require
+from shared.eval.programs.generate import cache_name
 from shared.eval.results import BatchTiming, Latency, Timing, TimingSettings
+from shared.eval.speed.served import HOW, NOT_ON_CPU, Served
 from shared.progress import progress
 
 BATCH_SIZES = (1, 8)
+ENERGY_SECONDS = 2.0  # of decoding between two readings: the sensor of a GPU is renewed only every 20 to 100 ms
 
 Meter = Callable[[], float]  # joules so far; only differences mean anything
 
@@ -31,24 +35,59 @@ class Timed:
     Args:
         prefill_seconds: from the prompts to the first token of each.
         step_seconds: of each decode step, a token for every row of the batch.
-        decode_joules: energy of all steps; None where the device does not report it.
         allocated_bytes: the most that torch allocated beyond what was there; None where it does not count.
     """
 
     prefill_seconds: float
     step_seconds: list[float]
-    decode_joules: float | None
     allocated_bytes: int | None = None
+
+
+class Eager:
+    """A model that decodes one operation at a time, from a cache that its prefill returns.
+
+    Args:
+        model: a transformers model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._cache_name = model, cache_name(model.forward)
+        self._cache: Any = None
+        self._kept: Any = None
+
+    def prefill(self, prompt_BT: Tensor) -> Tensor:
+        """Begin anew with prompts of one length; the most likely id after each, [B, 1]."""
+        return self._most_likely(self._model(prompt_BT, use_cache=True, logits_to_keep=1))
+
+    def step(self, ids_B1: Tensor) -> Tensor:
+        """Feed an id of each row; the most likely id after it, [B, 1]."""
+        return self._most_likely(self._model(ids_B1, use_cache=True, **{self._cache_name: self._cache}))
+
+    def keep(self) -> None:
+        """Remember the cache as it is, for `rewind`."""
+        self._kept = copy.deepcopy(self._cache)
+
+    def rewind(self) -> None:
+        """Go on from where `keep` was called."""
+        self._cache = copy.deepcopy(self._kept)
+
+    def _most_likely(self, output: Any) -> Tensor:
+        self._cache = output[self._cache_name]
+        most_likely_B1: Tensor = output.logits[:, -1:].argmax(-1)
+        return most_likely_B1
 
 
 def measure_latency(
     model_dirs: Mapping[str, Path], *, prompt_tokens: int, new_tokens: int, repeats: int, dtype: str
 ) -> Latency:
-    """Time prefill and decoding of every model at the `BATCH_SIZES`.
+    """Time prefill and decoding of every model at the `BATCH_SIZES`, eagerly and, on a GPU, as people serve it.
 
     The prompts are random ids, and no token ends a generation, so exactly `new_tokens` decode steps are timed. Each
     repeat goes through all models in turn, so that other load on the machine falls on all of them. One round before is
-    warm-up; peak memory is measured in it.
+    warm-up; peak memory is measured in it. Energy is counted last, over at least `ENERGY_SECONDS` of decoding.
+
+    With `auto`, models of different dtypes on a GPU are all timed in the smallest of them, and those that it is not
+    their own also as they are, under a name such as "student, float32".
 
     Args:
         model_dirs: transformers directories by name.
@@ -56,32 +95,45 @@ def measure_latency(
         dtype: one of `checkpoints.DTYPES`.
 
     Returns:
-        Per model and batch size `prefill_ms` and `decode_tokens_per_second` (medians over repeats, with `…_range`:
-        least and greatest, and 95 % intervals under `ci95`, see `median_interval`), `prefill_tokens_per_second`,
-        `decode_ms_p50` and `…_p95` (over all steps), `peak_bytes` (weights and what torch allocated beyond them),
-        `tokens_per_second_per_watt` (tokens per joule of decoding). What is unknown is None, with a reason.
+        Per model, way and batch size `prefill_ms` and `decode_tokens_per_second` (medians over repeats, with
+        `…_range`: least and greatest, and 95 % intervals under `ci95`, see `median_interval`),
+        `prefill_tokens_per_second`, `decode_ms_p50` and `…_p95` (over all steps), `peak_bytes` (weights and what torch
+        allocated beyond them), `tokens_per_second_per_watt` (tokens per joule of decoding). What is unknown is None,
+        with a reason. `batches` are of eager decoding, `served` of `Served`, empty for the reason `not_served`.
 
     Raises:
         ConfigError: the tokens asked for exceed a model's positions, or a model does not decode from a cache.
     """
     start, load_before = time.monotonic(), os.getloadavg()[0]
     models = {name: load_model(directory, dtype)[0] for name, directory in model_dirs.items()}
+    device = next(iter(models.values())).device
+    directories = dict(model_dirs)
+    if device.type == "cuda":
+        _in_one_dtype(models, directories)
     for name, model in models.items():
         _require_decoding(name, model, prompt_tokens + new_tokens)
-    device = next(iter(models.values())).device
+    ways, not_served = _ways(models, prompt_tokens + new_tokens)
+    times = _rounds(ways, models, prompt_tokens, new_tokens, repeats)
     meter = energy_meter(device)
-    no_energy = meter if isinstance(meter, str) else "the counter did not move"
-    times = _rounds(models, prompt_tokens, new_tokens, repeats, meter)
     results = {}
     for name, model in models.items():
-        weights, batches = weights_in_memory(model), {}
-        for batch_size in BATCH_SIZES:
-            warm_up, *timed = times[name, batch_size]
+        weights = weights_in_memory(model)
+        found: dict[str, dict[str, BatchTiming]] = {"eager": {}, "served": {}}
+        for (_, way, batch_size), decoder in ((key, decoder) for key, decoder in ways.items() if key[0] == name):
+            warm_up, *timed = times[name, way, batch_size]
             peak = None if warm_up.allocated_bytes is None else weights + warm_up.allocated_bytes
-            batches[str(batch_size)] = summarise_times(
-                timed, batch_size, prompt_tokens, peak_bytes=peak, no_energy=no_energy
+            prompt_BT = _prompt(model, batch_size, prompt_tokens)
+            energy = meter if isinstance(meter, str) else tokens_per_joule(decoder, prompt_BT, new_tokens, meter)
+            found[way][str(batch_size)] = summarise_times(
+                timed, batch_size, prompt_tokens, peak_bytes=peak, energy=energy
             )
-        results[name] = Timing(**describe_model(model, model_dirs[name]), memory_bytes=weights, batches=batches)
+        results[name] = Timing(
+            **describe_model(model, directories[name]),
+            memory_bytes=weights,
+            batches=found["eager"],
+            served=found["served"],
+            not_served=not_served.get(name),
+        )
     return Latency(
         models=results,
         settings=TimingSettings(
@@ -95,9 +147,20 @@ def measure_latency(
             peak_bytes="weights + the most that torch allocated beyond what was there",
             energy=None if isinstance(meter, str) else "NVML total energy of the GPU",
             load_average_before=load_before,
+            ways={"batches": "eager: the host launches each operation of each step", "served": HOW},
         ),
         seconds=round(time.monotonic() - start, 3),
     )
+
+
+def _in_one_dtype(models: dict[str, Any], directories: dict[str, Path]) -> None:
+    """Add the models that are not in the smallest dtype of all in that dtype, and rename them as they are."""
+    smallest = min((model.dtype for model in models.values()), key=lambda dtype: dtype.itemsize)
+    for name, model in list(models.items()):
+        if model.dtype != smallest:
+            as_is = f"{name}, {dtype_name(model)}"
+            models[as_is], directories[as_is] = model, directories[name]
+            models[name] = copy.deepcopy(model).to(smallest)
 
 
 def _require_decoding(name: str, model: Any, tokens: int) -> None:
@@ -106,40 +169,52 @@ def _require_decoding(name: str, model: Any, tokens: int) -> None:
     require(tokens <= positions, "more tokens than the model has positions", where=name, expected=f"<= {positions}",
             got=tokens)  # fmt: skip
     with trial("this model cannot be timed", name, "decode steps from a cache that its prefill returns"):
-        time_once(model, 1, 1, 1, "not counted")
+        time_once(Eager(model), _prompt(model, 1, 1), 1)
 
 
-def _cache_name(model: Any) -> str:
-    """What a model calls its cache, in its arguments and its outputs; that depends on model and version."""
-    arguments = inspect.signature(model.forward).parameters
-    names = ("cache", "past_key_values", "cache_params", "state")
-    return next((name for name in names if name in arguments), names[0])
+Ways = dict[tuple[str, str, int], Eager | Served]  # by model, way and batch size
+
+
+def _ways(models: Mapping[str, Any], capacity: int) -> tuple[Ways, dict[str, str]]:
+    """How each model decodes at each batch size; why models do not decode as served."""
+    ways: Ways = {(name, "eager", size): Eager(model) for name, model in models.items() for size in BATCH_SIZES}
+    not_served = {}
+    for name, model in models.items():
+        if model.device.type == "cpu":
+            not_served[name] = NOT_ON_CPU
+            continue
+        try:
+            with trial("the model does not decode as served", type(model).__name__):
+                for size in BATCH_SIZES:
+                    ways[name, "served", size] = Served(model, batch_size=size, capacity=capacity)
+        except ConfigError as error:
+            not_served[name] = str(error)
+            ways = {key: decoder for key, decoder in ways.items() if key[:2] != (name, "served")}
+    return ways, not_served
 
 
 def _rounds(
-    models: Mapping[str, Any], prompt_tokens: int, new_tokens: int, repeats: int, meter: Meter | str
-) -> dict[tuple[str, int], list[Timed]]:
-    """All rounds by model and batch size, the warm-up first."""
-    times: dict[tuple[str, int], list[Timed]] = defaultdict(list)
-    with progress("Timing", (repeats + 1) * len(models) * len(BATCH_SIZES), "runs") as bar:
+    ways: Ways, models: Mapping[str, Any], prompt_tokens: int, new_tokens: int, repeats: int
+) -> dict[tuple[str, str, int], list[Timed]]:
+    """All rounds by model, way and batch size, the warm-up first."""
+    times: dict[tuple[str, str, int], list[Timed]] = defaultdict(list)
+    with progress("Timing", (repeats + 1) * len(ways), "runs") as bar:
         for _ in range(repeats + 1):
-            for name, model in models.items():
-                for batch_size in BATCH_SIZES:
-                    times[name, batch_size].append(time_once(model, batch_size, prompt_tokens, new_tokens, meter))
-                    bar.advance(1)
+            for key, decoder in ways.items():
+                times[key].append(time_once(decoder, _prompt(models[key[0]], key[2], prompt_tokens), new_tokens))
+                bar.advance(1)
     return times
 
 
 def summarise_times(
-    times: Sequence[Timed], batch_size: int, prompt_tokens: int, *, peak_bytes: int | None = None, no_energy: str = ""
+    times: Sequence[Timed], batch_size: int, prompt_tokens: int, *, peak_bytes: int | None = None, energy: float | str
 ) -> BatchTiming:
-    """The figures of one model at one batch size; see `measure_latency`."""
+    """The figures of one model at one batch size; see `measure_latency`. `energy`: as `tokens_per_joule` gives it."""
     prefill_ms = [1000 * timed.prefill_seconds for timed in times]
     speeds = [batch_size * len(timed.step_seconds) / sum(timed.step_seconds) for timed in times]
     step_ms = np.array([1000 * seconds for timed in times for seconds in timed.step_seconds])
-    joules = sum(timed.decode_joules or 0 for timed in times)
     ci95 = {"prefill_ms": median_interval(prefill_ms), "decode_tokens_per_second": median_interval(speeds)}
-    reasons = {} if joules else {"tokens_per_second_per_watt": no_energy}
+    reasons = {"tokens_per_second_per_watt": energy} if isinstance(energy, str) else {}
     if peak_bytes is None:
         reasons["peak_bytes"] = "torch counts memory only on a GPU"
     if None in ci95.values():
@@ -153,7 +228,7 @@ def summarise_times(
         decode_ms_p50=float(np.quantile(step_ms, 0.5)),
         decode_ms_p95=float(np.quantile(step_ms, 0.95)),
         peak_bytes=peak_bytes,
-        tokens_per_second_per_watt=batch_size * len(step_ms) / joules if joules else None,
+        tokens_per_second_per_watt=None if isinstance(energy, str) else energy,
         ci95=ci95,
         reasons=reasons,
     )
@@ -171,38 +246,52 @@ def median_interval(values: Sequence[float]) -> list[float] | None:
     return [sorted(values)[bearing[-1] - 1], sorted(values)[-bearing[-1]]] if bearing else None
 
 
-@torch.inference_mode()
-def time_once(model: Any, batch_size: int, prompt_tokens: int, new_tokens: int, meter: Meter | str) -> Timed:
-    """One prefill and `new_tokens` greedy decode steps after it, each step until the device is done."""
+def _prompt(model: Any, batch_size: int, prompt_tokens: int) -> Tensor:
+    """Random ids [B, T], always the same."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, prompt_tokens)
-    cache_name = _cache_name(model)
-    counts_memory = model.device.type == "cuda"
+    return torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
+
+
+@torch.inference_mode()
+def time_once(decoder: Eager | Served, prompt_BT: Tensor, new_tokens: int) -> Timed:
+    """One prefill and `new_tokens` greedy decode steps after it, each step until the device is done."""
+    counts_memory = prompt_BT.device.type == "cuda"
     if counts_memory:
-        torch.cuda.reset_peak_memory_stats(model.device)
-    before = torch.cuda.memory_allocated(model.device) if counts_memory else 0
-    prompt_BT = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
-    start = now(model)
-    output = model(prompt_BT, use_cache=True, logits_to_keep=1)
-    token_BT = output.logits[:, -1:].argmax(-1)
-    times = [now(model)]
-    joules = None if isinstance(meter, str) else meter()
+        torch.cuda.reset_peak_memory_stats(prompt_BT.device)
+    before = torch.cuda.memory_allocated(prompt_BT.device) if counts_memory else 0
+    start = now(prompt_BT)
+    token_B1 = decoder.prefill(prompt_BT)
+    times = [now(prompt_BT)]
     for _ in range(new_tokens):
-        output = model(token_BT, use_cache=True, **{cache_name: output[cache_name]})
-        token_BT = output.logits[:, -1:].argmax(-1)
-        times.append(now(model))
+        token_B1 = decoder.step(token_B1)
+        times.append(now(prompt_BT))
     return Timed(
         prefill_seconds=times[0] - start,
         step_seconds=np.diff(times).tolist(),
-        decode_joules=None if isinstance(meter, str) or joules is None else meter() - joules,
-        allocated_bytes=torch.cuda.max_memory_allocated(model.device) - before if counts_memory else None,
+        allocated_bytes=torch.cuda.max_memory_allocated(prompt_BT.device) - before if counts_memory else None,
     )
 
 
-def now(model: Any) -> float:
-    """The time once the device has done everything asked of it."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+@torch.inference_mode()
+def tokens_per_joule(decoder: Eager | Served, prompt_BT: Tensor, new_tokens: int, meter: Meter) -> float | str:
+    """The energy of decoding alone, the same steps again for `ENERGY_SECONDS`; or why there is no figure."""
+    token_B1 = decoder.prefill(prompt_BT).clone()
+    decoder.keep()
+    start, joules, num_tokens = now(prompt_BT), meter(), 0
+    while now(prompt_BT) - start < ENERGY_SECONDS:
+        decoder.rewind()
+        for _ in range(new_tokens):
+            token_B1 = decoder.step(token_B1)
+        num_tokens += token_B1.numel() * new_tokens
+    joules = meter() - joules
+    return num_tokens / joules if joules else "the counter did not move"
+
+
+def now(on: Any) -> float:
+    """The time once the device of a model or a tensor has done everything asked of it."""
+    if on.device.type == "cuda":
+        torch.cuda.synchronize(on.device)
     return time.perf_counter()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from shared.eval.bootstrap import percentile_interval, resample_sums
 from shared.eval.fidelity.measure import Sums, figures_of, seen_in_training
-from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows, top_ids
+from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows
 from tests.support.student_cache import make_cache
 
 
@@ -103,17 +103,6 @@ def test_rows_that_are_full_or_without_a_tail():
     q = softmax(np.array([1.0, 0.0, -1.0]))
     assert forward[1].item() == pytest.approx(kl([0.6, 0.4], q[:2]), rel=1e-5)
     assert reverse[1].item() == pytest.approx(kl(q[:2], [0.6, 0.4]), rel=1e-5)  # the bucket is left out
-
-
-def test_equal_logits_are_ordered_by_id_at_the_border_too():
-    z = torch.zeros(4, 40)
-    z[1, [30, 20, 10]] = torch.tensor([3.0, 2.0, 2.0])
-    z[2, 5:] = 1.0
-    z[3] = torch.arange(40.0)
-    assert top_ids(z, 5).tolist() == [
-        [0, 1, 2, 3, 4], [30, 10, 20, 0, 1], [5, 6, 7, 8, 9], [39, 38, 37, 36, 35]
-    ]  # fmt: skip
-    assert top_ids(torch.tensor([[1.0, 2.0, 2.0]]), 5).tolist() == [[1, 2, 0]]
 
 
 def test_agreement_of_full_and_short_rows():

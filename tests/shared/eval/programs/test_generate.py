@@ -10,6 +10,7 @@ from tokenizers import AddedToken
 
 from shared.checkpoints import load_model
 from shared.errors import ConfigError
+from shared.eval.programs import generate as generate_module
 from shared.eval.programs.generate import (
     Sampling,
     caches_by_token,
@@ -22,6 +23,7 @@ from shared.eval.programs.generate import (
 )
 from shared.tokenizer import decode, encode_prompt
 from tests.support.eval_models import RECURRENT, save_model, save_recurrent
+from tests.support.host_waits import HostWaits
 
 PROMPTS = ["def add(a, b):", "for", "x = 1\nwhile x < 100:\n    x = x + add(x, x)", "print(name)", "a", "return b + a"]
 
@@ -215,3 +217,30 @@ def test_rows_end_by_text_by_eos_and_at_the_model_s_last_position(directory, tmp
     assert any(g.finish_reason == "length" and g.num_new_tokens < 40 for g in made)
     with pytest.raises(ConfigError, match="prompt 0; expected: 1 to 49 tokens"):
         generate(short, tokenizer, ["x" * 90])
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.8, top_p=0.95)])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1] * 6])
+def test_the_host_waits_once_per_step_for_the_tokens_of_all_rows(loaded, monkeypatch, sampling, prompts):
+    """Padded or not. A batch adds a few waits of its own; masks are made of what lies on the host."""
+    model, tokenizer = loaded
+    monkeypatch.setattr(generate_module, "eos_ids", lambda *_: [])
+    make = generate_module.create_masks_for_generate
+
+    def make_on_the_host(attention_mask, cache, **options):
+        before = len(host.found)
+        masks = make(attention_mask=attention_mask, cache=cache, **options)
+        del host.found[before:]
+        return masks
+
+    monkeypatch.setattr(type(model), "create_masks_for_generate", staticmethod(make_on_the_host), raising=False)
+    waits = []
+    for steps in (16, 32):
+        requests = [prepare(model, tokenizer, prompt, max_new_tokens=steps) for prompt in prompts]
+        with HostWaits() as host:
+            made = generate_batch(model, tokenizer, requests, sampling)
+        assert [generation.num_new_tokens for generation in made] == [steps] * 6
+        assert host.found.count("cpu (6,)") == steps
+        waits.append(len(host.found))
+    assert waits[1] - waits[0] == 16
+    assert waits[0] < 16 + 6

@@ -16,7 +16,7 @@ from shared.errors import CacheCorruptError, ConfigError
 from shared.eval.cli import evaluate
 from shared.eval.report.report import collect
 from shared.eval.report.tables import FIGURES, count, ratio_text
-from shared.eval.results import Fidelity
+from shared.eval.results import BENCHMARKS, Fidelity
 from tests.support.eval_models import save_model
 from tests.support.report_fixture import (
     MACHINE,
@@ -71,7 +71,9 @@ def test_every_figure_arrives_in_report_json(full):
     assert student["results"]["run"]["config"]["alpha"] == 0.7
     assert student["results"]["latency"]["machine"] == MACHINE
     power, draft = {"tokens_per_second_per_watt"}, {"acceptance_rate", "mean_accepted_length", "draft_speedup"}
-    unmeasured = [set(model["reasons"]) - {"mbpp", "exercises"} for model in report["models"].values()]
+    served = {key for key in FIGURES if key.startswith("served_")}
+    unmeasured = [set(model["reasons"]) - {"mbpp", "exercises"} - served for model in report["models"].values()]
+    assert all(served <= set(model["reasons"]) for model in report["models"].values())
     assert unmeasured == [power | draft, power, power | draft]
     assert set(report["models"]["teacher"]["ratios_to_teacher"].values()) == {1.0, None}
     assert student["ci95"]["acceptance_rate"] == [0.39, 0.43]
@@ -99,6 +101,28 @@ def test_the_headline_is_made_of_the_figures(full):
         "Over 5 paired seeds, of a smaller student on fewer documents, the test NLL of ghost K=64 differs from that of "
         "cross-entropy: −0.249 nats per token, 95% interval −0.270 to −0.228.",
     ]
+
+
+def test_speed_is_as_served_where_all_models_were_timed_so(tmp_path):
+    """On a GPU; eager decoding has a row of its own."""
+    file = write_latency(tmp_path)
+    result = json.loads(file.read_text())
+    for model in result["models"].values():
+        model["served"] = {"1": model["batches"]["1"] | {"decode_tokens_per_second": 1e9 / model["parameters"]}}
+    write(file, result)
+    report = build_report(tmp_path / "eval", {}, [], tmp_path / "report")
+    student, teacher = (report["models"][name] for name in ("student_kd", "teacher"))
+    ratio = teacher["parameters"] / student["parameters"]
+    assert student["ratios_to_teacher"]["served_decode_tokens_per_second"] == pytest.approx(ratio)
+    assert f"decodes {ratio:.0f}× faster" in report["headline"][0]
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| Decode, eager, tokens per second" in page and "| Decode, as served, tokens per second" in page
+    del result["models"]["student_ce"]["served"]
+    result["models"]["student_ce"]["not_served"] = "no graph"
+    write(file, result)
+    report = build_report(tmp_path / "eval", {}, [], tmp_path / "report")
+    assert report["models"]["student_ce"]["reasons"]["served_decode_tokens_per_second"] == "no graph"
+    assert "decodes 12× faster" in report["headline"][0]
 
 
 def test_student_and_baseline_are_compared_on_the_same_documents_and_problems(full):

@@ -11,7 +11,7 @@ from shared.checkpoints import load_model
 from shared.cli import codedistill
 from shared.errors import ConfigError
 from shared.eval.results import Equality
-from shared.eval.speed.draft import decode_plain, decode_with_draft, evaluate_draft
+from shared.eval.speed.draft import Decoder, decode_plain, decode_with_draft, evaluate_draft
 from shared.tokenizer import encode_prompt
 from tests.support.eval_models import save_model, save_recurrent
 
@@ -78,8 +78,10 @@ def test_counts_and_tokens_equal_the_definition(teacher, student, draft_tokens):
     totals = [0, 0, 0]
     for text in PROMPTS:
         ids = encode_prompt(tokenizer, text)
-        plain = decode_plain(model, ids, new_tokens=16, eos=[])
-        drafted = decode_with_draft(model, drafter, ids, new_tokens=16, eos=[], draft_tokens=draft_tokens)
+        plain = decode_plain(Decoder(model), ids, new_tokens=16, eos=[])
+        drafted = decode_with_draft(
+            Decoder(model), Decoder(drafter), ids, new_tokens=16, eos=[], draft_tokens=draft_tokens
+        )
         target, *counts = draft_by_hand(model, drafter, ids, 16, draft_tokens)
         assert plain == drafted.ids == target
         assert [drafted.proposed, drafted.accepted, drafted.passes] == counts
@@ -90,10 +92,12 @@ def test_counts_and_tokens_equal_the_definition(teacher, student, draft_tokens):
 def test_a_model_that_drafts_for_itself_is_always_right(teacher):
     model, tokenizer = load_model(teacher)
     drafted = decode_with_draft(
-        model, model, encode_prompt(tokenizer, "def add"), new_tokens=20, eos=[], draft_tokens=4
+        Decoder(model), Decoder(model), encode_prompt(tokenizer, "def add"), new_tokens=20, eos=[], draft_tokens=4
     )
     assert (drafted.proposed, drafted.accepted, drafted.passes, len(drafted.ids)) == (16, 16, 4, 20)
-    drafted = decode_with_draft(model, model, encode_prompt(tokenizer, "x"), new_tokens=1, eos=[], draft_tokens=4)
+    drafted = decode_with_draft(
+        Decoder(model), Decoder(model), encode_prompt(tokenizer, "x"), new_tokens=1, eos=[], draft_tokens=4
+    )
     assert (drafted.proposed, drafted.accepted, drafted.passes, len(drafted.ids)) == (0, 0, 1, 1)
 
 
@@ -103,9 +107,9 @@ def test_an_end_token_ends_both_ways_wherever_it_falls(teacher, student, end):
     ids = encode_prompt(tokenizer, PROMPTS[2])
     eos = [greedy_by_hand(model, ids, 12)[end]]
     for assistant in (model, drafter):
-        drafted = decode_with_draft(model, assistant, ids, new_tokens=20, eos=eos, draft_tokens=4)
+        drafted = decode_with_draft(Decoder(model), Decoder(assistant), ids, new_tokens=20, eos=eos, draft_tokens=4)
         target, *counts = draft_by_hand(model, assistant, ids, 20, 4, eos)
-        assert decode_plain(model, ids, new_tokens=20, eos=eos) == drafted.ids == target
+        assert decode_plain(Decoder(model), ids, new_tokens=20, eos=eos) == drafted.ids == target
         assert drafted.ids[-1] in eos
         assert [drafted.proposed, drafted.accepted, drafted.passes] == counts
 
@@ -118,7 +122,9 @@ def test_a_sliding_window_is_cut_back_right(teacher, student, tmp_path):
     ids = encode_prompt(tokenizer, PROMPTS[2])
     expected = greedy_by_hand(model, ids, 20)
     assert expected != greedy_by_hand(whole, ids, 20)
-    assert decode_with_draft(model, drafter, ids, new_tokens=20, eos=[], draft_tokens=4).ids == expected
+    assert (
+        decode_with_draft(Decoder(model), Decoder(drafter), ids, new_tokens=20, eos=[], draft_tokens=4).ids == expected
+    )
 
 
 def test_the_command_writes_figures_that_add_up(teacher, student, prompts, tmp_path):
@@ -137,6 +143,8 @@ def test_the_command_writes_figures_that_add_up(teacher, student, prompts, tmp_p
     assert result["tokens_per_pass"] == total["new_tokens"] / total["passes"]
     assert result["speedup"] == pytest.approx(total["plain_seconds"] / total["draft_seconds"], rel=1e-12)
     assert result["equal_to_greedy"] is True
+    assert result["served_speedup"] is None
+    assert "on a processor only eager decoding is timed" in result["reasons"]["served_speedup"]
     assert result["equality"] == {"float32": {"num_prompts": 5, "num_equal": 5, "first_differences": []}}
     assert all(low <= high for low, high in result["ci95"].values())
     model, tokenizer = load_model(teacher)

@@ -20,11 +20,11 @@ from shared.eval.speed.latency import (
 
 def test_figures_of_made_up_times():
     times = [
-        Timed(prefill_seconds=0.2, step_seconds=[0.01] * 9 + [0.11], decode_joules=3.0),
-        Timed(prefill_seconds=0.1, step_seconds=[0.02] * 10, decode_joules=1.0),
-        Timed(prefill_seconds=0.4, step_seconds=[0.04] * 10, decode_joules=4.0),
+        Timed(prefill_seconds=0.2, step_seconds=[0.01] * 9 + [0.11]),
+        Timed(prefill_seconds=0.1, step_seconds=[0.02] * 10),
+        Timed(prefill_seconds=0.4, step_seconds=[0.04] * 10),
     ]
-    figures = dataclasses.asdict(summarise_times(times, 8, 64, peak_bytes=7))
+    figures = dataclasses.asdict(summarise_times(times, 8, 64, peak_bytes=7, energy=30.0))
     assert figures.pop("peak_bytes") == 7
     assert figures.pop("reasons") == {"ci95": "3 repeats bear no 95 % interval of the median; 6 do"}
     assert figures.pop("ci95") == {"prefill_ms": None, "decode_tokens_per_second": None}  # of three repeats
@@ -36,10 +36,10 @@ def test_figures_of_made_up_times():
         "decode_tokens_per_second": 400,  # 80 tokens in 0.2 s in two of them
         "decode_ms_p50": 20,
         "decode_ms_p95": 40,
-        "tokens_per_second_per_watt": 240 / 8,
+        "tokens_per_second_per_watt": 30,
     })  # fmt: skip
-    silent = [Timed(prefill_seconds=1, step_seconds=[1], decode_joules=None)]
-    figures = summarise_times(silent * 6, 1, 1, no_energy="no counter")
+    silent = [Timed(prefill_seconds=1, step_seconds=[1])]
+    figures = summarise_times(silent * 6, 1, 1, energy="no counter")
     assert figures.tokens_per_second_per_watt is figures.peak_bytes is None
     assert figures.reasons == {
         "tokens_per_second_per_watt": "no counter", "peak_bytes": "torch counts memory only on a GPU"

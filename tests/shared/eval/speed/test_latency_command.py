@@ -10,7 +10,7 @@ from transformers import Starcoder2Config, Starcoder2ForCausalLM
 from shared.checkpoints import describe_model, load_model
 from shared.cli import codedistill
 from shared.errors import ConfigError
-from shared.eval.speed.latency import time_once
+from shared.eval.speed.latency import Eager, time_once
 from tests.support.eval_models import RECURRENT, save_model, save_recurrent
 from tests.support.wandb_runs import wandb_runs, wandb_summary
 
@@ -70,6 +70,9 @@ def test_latency_command(directory, tmp_path, monkeypatch):
         assert batch["peak_bytes"] is None or batch["peak_bytes"] >= model["memory_bytes"]
         assert (batch["peak_bytes"] is None) == ("peak_bytes" in batch["reasons"])
         assert (batch["tokens_per_second_per_watt"] is None) == ("tokens_per_second_per_watt" in batch["reasons"])
+    assert model["served"] == {}
+    assert "on a processor only eager decoding is timed" in model["not_served"]
+    assert set(result["settings"]["ways"]) == {"batches", "served"}
     name = f"{tmp_path.name} latency"
     assert wandb_runs(tmp_path) == {name: (tmp_path.name, 0)}
     assert wandb_summary(tmp_path, name)["models/a/parameters"] == model["parameters"]
@@ -89,9 +92,9 @@ def test_what_is_timed_is_greedy_decoding_from_the_cache(tmp_path, architecture)
     model, _ = load_model(save_recurrent(tmp_path, architecture))
     made = []
     hook = model.register_forward_hook(lambda _, arguments, output: made.append(output.logits[:, -1].argmax(-1)))
-    time_once(model, 1, 5, 4, "not counted")
-    hook.remove()
     ids = torch.randint(model.config.vocab_size, (1, 5), generator=torch.Generator().manual_seed(0))
+    time_once(Eager(model), ids, 4)
+    hook.remove()
     for step in made:
         with torch.inference_mode():
             expected = model(ids, use_cache=False).logits[:, -1].argmax(-1)
