@@ -1,4 +1,4 @@
-"""The Hub: commits that names stand for, model snapshots, cards, and the upload of a student."""
+"""The Hub: commits that names stand for, model snapshots, cards, and uploads of students and caches."""
 
 import contextlib
 import re
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, require
+from shared.progress import progress
 
 LOOKUP_SECONDS = 5.0
+COMMIT_FILES = 500  # of one commit to a data set
 # Top-level files only: safetensors, configuration, tokenizer, model card. Never code, never pickles.
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 _WANTED: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": ["*/*"]}
@@ -121,10 +123,73 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
             message = "Upload a student made by codedistill"
             hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, **_WANTED)
     except Exception as error:  # transport errors have another base class in each version
-        raise _explain_push(error, folder, repo_id) from error
+        raise _explain_push(error, repo_id, f"then `hf upload {repo_id} {folder}`: the export is whole") from error
     fix = f"make it private there, then `hf upload {repo_id} {folder}`; or name another"
     require(not is_public, "the repository is there already and is public", where=url, fix=fix)
     return str(url)
+
+
+def open_dataset(repo_id: str, branch: str | None, *, private: bool) -> None:
+    """Create a data set, and a branch of it, where there is none.
+
+    Raises:
+        ConfigError: the Hub cannot be reached or refuses, or the data set is public though `private` was asked for.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        url = hub.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
+        if branch:
+            hub.create_branch(repo_id, branch=branch, repo_type="dataset", exist_ok=True)
+        is_public = private and not hub.repo_info(repo_id, repo_type="dataset").private
+    except Exception as error:  # transport errors have another base class in each version
+        raise _explain_push(error, repo_id, "run the command again: it continues") from error
+    require(not is_public, "the data set is there already and is public", where=url, fix="name another")
+
+
+def listed_digests(repo_id: str, branch: str | None) -> dict[str, str]:
+    """What the Hub lists of a data set's files: SHA-256 of a large one, git's id of a small one, by name."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        listed = list(HfApi().list_repo_tree(repo_id, repo_type="dataset", revision=branch, recursive=True))
+    except Exception as error:  # transport errors have another base class in each version
+        raise explain(error, repo_id) from error
+    files = [entry for entry in listed if isinstance(entry, RepoFile)]
+    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+
+
+def push_files(
+    repo_id: str, branch: str | None, files: Mapping[str, bytes | Path], last: Mapping[str, bytes | Path]
+) -> str:
+    """Commit files to a data set, `last` in the last commit; the Hub takes no file twice, so a kill loses little.
+
+    Returns:
+        The last commit.
+
+    Raises:
+        ConfigError: the Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    _quiet_unless_terminal()
+    hub, names = HfApi(), list(files)
+    steps = [names[at : at + COMMIT_FILES] for at in range(0, len(names), COMMIT_FILES)] or [[]]
+    message = "Upload a logit cache made by codedistill"
+    try:
+        with progress("push", len(names), "files") as bar:
+            for step in steps:
+                contents = {name: files[name] for name in step} | (dict(last) if step is steps[-1] else {})
+                operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+                commit = hub.create_commit(
+                    repo_id, operations, commit_message=message, repo_type="dataset", revision=branch, num_threads=8
+                )
+                bar.advance(len(step))
+    except Exception as error:  # transport errors have another base class in each version
+        raise _explain_push(error, repo_id, "run the command again: it continues") from error
+    return str(commit.oid)
 
 
 def explain(error: Exception, where: str) -> ConfigError:
@@ -154,19 +219,18 @@ def explain(error: Exception, where: str) -> ConfigError:
     return ConfigError("cannot load from the Hub", where=where, got=got, fix="check the name and the split")
 
 
-def _explain_push(error: Exception, folder: Path, repo_id: str) -> ConfigError:
-    """What an error means for an upload, in one line; the exported folder stays."""
+def _explain_push(error: Exception, repo_id: str, again: str) -> ConfigError:
+    """What an error means for an upload, in one line; what is uploaded stays here too."""
     from huggingface_hub import constants
 
     chain, got = _chain(error), _short(error)
     statuses = [getattr(getattr(link, "response", None), "status_code", None) for link in chain]
-    again = f"then `hf upload {repo_id} {folder}`: the export is whole"
     if any(status in (401, 403) for status in statuses):
         fix = f"`hf auth login` with a token that may write to {repo_id.partition('/')[0]}, {again}"
         return ConfigError("the Hub refuses this token", where=repo_id, got=got, fix=fix)
     if _is_unreachable(chain):
         return ConfigError("the Hub cannot be reached", where=constants.ENDPOINT, got=got, fix=f"try later, {again}")
-    return ConfigError("the Hub does not accept the student", where=repo_id, got=got, fix=f"resolve that, {again}")
+    return ConfigError("the Hub does not accept the upload", where=repo_id, got=got, fix=f"resolve that, {again}")
 
 
 def _chain(error: BaseException) -> list[BaseException]:

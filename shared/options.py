@@ -1,7 +1,8 @@
 """Help texts whose options stand in groups, and the command line that is recorded in results."""
 
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -27,6 +28,29 @@ class GroupedCommand(click.Command):
             if rows := [record for name in names if (record := records[name])]:
                 with formatter.section(heading):
                     formatter.write_dl(rows)
+
+
+def _set_environment(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def keep(_context: click.Context, _parameter: click.Parameter, value: Any) -> None:
+        if value is not None:
+            os.environ[name] = str(value)
+
+    return keep
+
+
+def local_cache(command: Any) -> Any:
+    """Options on where caches that lie elsewhere are kept; the environment hands them to every process of the work."""
+    folder = click.option(
+        "--local-cache", metavar="DIR", type=click.Path(file_okay=False), expose_value=False,
+        callback=_set_environment("CODEDISTILL_LOCAL_CACHE"),
+        help="Where files of a cache at a URL are kept.  [default: ~/.cache/codedistill/caches]",
+    )  # fmt: skip
+    limit = click.option(
+        "--local-bytes", metavar="N", type=click.IntRange(1), expose_value=False,
+        callback=_set_environment("CODEDISTILL_LOCAL_BYTES"),
+        help="Max bytes of that folder.  [default: 50 GiB]",
+    )  # fmt: skip
+    return folder(limit(command))
 
 
 _COMMAND_LINE = "shared.options.command_line"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from shared.options import GroupedCommand, RecordingGroup
+from shared.options import GroupedCommand, RecordingGroup, local_cache
 
 
 def weighted(text: str) -> tuple[Path, float | None]:
-    """Read `CACHE` or `CACHE:WEIGHT`, split at the last `:` where a number follows; no path that exists is split."""
+    """Read `CACHE` or `CACHE:WEIGHT`, split at the last `:` before a number that is no port; no path that exists."""
     found = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", text)
-    if not found or Path(text).exists():
+    if not found or Path(text).exists() or re.fullmatch(r"https?://[^/:]+:\d+", text):
         return Path(text), None
     if not 0 < float(found[2]) < math.inf:
         raise click.BadParameter(f"the weight of {found[1]!r} must be above 0 and finite, not {found[2]}")
@@ -28,7 +28,7 @@ def batch_tokens(text: str) -> int | str:
 
 # Options of several commands.
 CACHES = click.option("--cache", "caches", required=True, multiple=True, type=weighted, metavar="CACHE[:WEIGHT]",
-                      help="A logit cache to train on; may be repeated.")  # fmt: skip
+                      help="A logit cache to train on, or its URL; may be repeated.")  # fmt: skip
 VALIDATION = click.option("--validation", type=click.Path(path_type=Path),
                           help="A cache of held-out documents, same teacher; students are scored on it.")  # fmt: skip
 JOBS = click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
@@ -57,12 +57,13 @@ def student() -> None:
 
 
 @student.command(cls=GroupedCommand, groups={
-    "Data": "caches validation teacher_logprobs",
+    "Data": "caches validation teacher_logprobs local_cache local_bytes",
     "Student": "preset init_from profile assignments",
     "Hardware": "batch_tokens",
 })  # fmt: skip
 @CACHES
 @VALIDATION
+@local_cache
 @click.option("--teacher-logprobs", metavar="F.npy", type=click.Path(path_type=Path),
               help="The teacher's full distribution, for loss=dense.")  # fmt: skip
 @click.option("--preset", metavar="NAME", help="The student's size: gpt-125m or tiny.  [default: gpt-125m]")
@@ -86,7 +87,7 @@ def train(
 ) -> None:
     """Train a student on cached soft labels.
 
-    Neither the teacher nor a network is needed.
+    Neither the teacher nor a network is needed, unless a cache is a URL: then its shards are fetched ahead of need.
 
     --set wins over --config, which wins over the defaults (stage2_student/config.py). Keys are alpha, temperature,
     block_size and the like; those of transformers' TrainingArguments, such as learning_rate and max_steps; and sizes
@@ -129,6 +130,7 @@ def train(
 @student.command()
 @CACHES
 @VALIDATION
+@local_cache
 @click.option("--grid", required=True, metavar="F.toml", type=click.Path(path_type=Path), help="What to vary.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder of all runs.")
 @click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path), help="As for `train`, for every run.")

@@ -77,7 +77,7 @@ class PackedBlocks(Dataset[Block]):
             raise ConfigError("no document of the cache has a token to predict", where=empty)
         memory = ShardMemory(SHARD_BYTES)
         for cache in caches:
-            cache.memory = memory
+            cache.memory, cache.reads_in_order = memory, False
         pool_bytes = max(
             largest_pool(cache.doc_lengths, cache.shard_indptr, block_size) * cache.bytes_per_token for cache in caches
         )
@@ -89,6 +89,11 @@ class PackedBlocks(Dataset[Block]):
             weights=weights,
             # With weights a lane has a pool of each cache in hand.
             num_lanes=lanes_within(SHARD_BYTES, pool_bytes * (1 if weights is None else len(caches))),
+        )
+        # All lanes' pools, those at hand and the next ones, must fit into the local cache.
+        self._fetches_ahead = any(
+            cache.can_expect(2 * self.order.num_lanes * largest_pool(cache.doc_lengths, cache.shard_indptr, block_size))
+            for cache in caches
         )
         each = self.order.num_blocks_per_epoch
         self.num_blocks = math.ceil(num_epochs * each) if num_blocks is None else num_blocks
@@ -151,6 +156,9 @@ class PackedBlocks(Dataset[Block]):
         if index >= self.num_blocks:
             return self.caches[0], []
         number, docs, starts, stops = self.order.block(index)
+        if self._fetches_ahead:
+            for ahead, first, stop in self.order.documents_ahead(index):
+                self.caches[ahead].expect_documents(first, stop)
         return self.caches[number], list(zip(docs.tolist(), starts.tolist(), stops.tolist(), strict=True))
 
 
@@ -303,7 +311,7 @@ def hold_out(cache: Cache, fraction: float, seed: int) -> np.ndarray:
     The parts of a document that was split stay together, and so do documents of one id: what is drawn are ids, by the
     order of their SHA-256 with the seed, whatever order the cache has them in. At least one id is drawn.
     """
-    names = [name for shard in range(cache.num_shards) for name in cache.record(shard).documents]
+    names = [name for record in cache.records() for name in record.documents]
     ids = [str(doc if name is None else name) for doc, name in enumerate(names)]
     digests = {name: hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest() for name in ids}
     ranked = sorted(digests, key=digests.__getitem__)

@@ -78,6 +78,13 @@ class BlockOrder:
         docs, starts, stops = self._packed(place.pool, place.cycle).block(place.number)
         return cache, docs + self._first[place.pool], starts, stops
 
+    def documents_ahead(self, index: int) -> list[tuple[int, int, int]]:
+        """Cache, first document and end of the pools that the block's lane reads now and next."""
+        place = self.place(index)
+        left = int(self._num_blocks[place.pool]) - place.number
+        pools = dict.fromkeys([place.pool, self.place(index + left * self.num_lanes).pool])
+        return [(int(self._cache[pool]), int(self._first[pool]), int(self._stop[pool])) for pool in pools]
+
     def place(self, index: int) -> Place:
         """Where block `index` lies."""
         sequence = 0

@@ -339,7 +339,7 @@ def _describe(
             for each, weight in zip(trained_on, weights or itertools.repeat(None), strict=False)
         ],
         "validation": validation and identify(validation),
-        "cache_paths": [str(each.path) for each in all_caches],
+        "cache_paths": [each.location for each in all_caches],
         "command": command_line(),
         "machine": machine(),
         "versions": versions("codedistill", "torch", "transformers", "accelerate", "numpy", "h5py"),

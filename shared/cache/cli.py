@@ -1,9 +1,11 @@
-"""`codedistill cache info|verify|repair|merge|slice|attach`; the root command adds `audit` and `import`."""
+"""`codedistill cache info|verify|push|pull|repair|merge|slice|attach`; the root command adds `audit` and `import`."""
 
 from pathlib import Path
 from typing import Any
 
 import click
+
+from shared.options import local_cache
 
 
 @click.group()
@@ -14,10 +16,11 @@ def cache() -> None:
 @cache.command()
 @click.argument("path", metavar="CACHE", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@local_cache
 def info(path: str, as_json: bool) -> None:
     """Show what a cache holds.
 
-    Size, labels, figures and provenance. It also works during a build.
+    Size, labels, figures and provenance. It also works during a build. CACHE may be a URL: only the manifest is read.
     """
     from shared.cache.info import cache_info, summary
     from shared.files import to_json
@@ -28,13 +31,15 @@ def info(path: str, as_json: bool) -> None:
 @cache.command()
 @click.argument("path", metavar="CACHE", type=click.Path())
 @click.option("--strict", is_flag=True, help="Also refuse stray files such as .DS_Store and .gitattributes.")
+@local_cache
 def verify(path: str, strict: bool) -> None:
     """Check every byte against the manifest.
 
     Lists the problems, and then exits with 1. Files that the Hub's client, macOS or a network file system put beside
-    the cache are named and do no harm.
+    the cache are named and do no harm. CACHE may be a URL: every byte is read there, and shards are not kept.
     """
     from shared.cache.directory import shown
+    from shared.cache.remote import local_path
     from shared.cache.verify import side_files, verify_cache
 
     problems = verify_cache(path, strict=strict)
@@ -43,9 +48,42 @@ def verify(path: str, strict: bool) -> None:
     if problems:
         click.echo(f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}", err=True)
         raise click.exceptions.Exit(1)
-    for name in side_files(Path(path)):
+    here = local_path(path)
+    for name in side_files(here) if here else ():
         click.echo(f"{shown(name)}: not of the cache; left by a transport")
     click.echo(f"{path}: every file is as the manifest says")
+
+
+@cache.command()
+@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@click.argument("url")
+@click.option("--private", is_flag=True, help="Make the Hub data set private.")
+def push(path: Path, url: str, private: bool) -> None:
+    """Upload a cache to a URL.
+
+    URL is hf://datasets/OWNER/NAME[@BRANCH], s3://…, gs://… or file:///…. Files that are there with the right SHA-256
+    are skipped, and the manifest goes last: a half-pushed cache is never taken for a whole one. After an interruption
+    the same command continues. A data set on the Hub gets a card with the cache's figures.
+    """
+    from shared.cache.push import push_cache
+
+    click.echo(push_cache(path, url, private=private))
+
+
+@cache.command()
+@click.argument("url")
+@click.argument("out", metavar="DIR", type=click.Path(path_type=Path))
+def pull(url: str, out: Path) -> None:
+    """Download a cache from a URL.
+
+    Every byte is checked, and the manifest is written last. After an interruption the same command continues. Training,
+    evaluation, `info` and `verify` also take the URL itself.
+    """
+    from shared.cache.info import summary
+    from shared.cache.push import pull_cache
+
+    pull_cache(url, out)
+    click.echo(summary(out))
 
 
 @cache.command()

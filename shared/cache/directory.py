@@ -30,8 +30,8 @@ FOLDERS = (TOKENIZER, TEACHER_EVAL)
 OWN_FILES = (BUILD, LOCK, MANIFEST, DOC_LENGTHS)
 MAX_THREADS = 16
 BATCH_FILES = 1_024  # that wait for a thread at a time
-# What the Hub's client and Git put into a folder that they carry, beside what systems do.
-SIDE_FILES = re.compile(r"\.cache/huggingface/.+|\.git/.+|\.git(attributes|ignore)|README\.md")
+# What the Hub's client, Git and `cache push` put into a folder that they carry, beside what systems do.
+SIDE_FILES = re.compile(r"\.cache/huggingface/.+|\.git/.+|\.git(attributes|ignore)|README\.md|captured_mass\.png")
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ from typing import Any
 
 from shared.cache.directory import build_options
 from shared.cache.format import MANIFEST, TEACHER_EVAL, TOKENIZER
-from shared.cache.manifest import read_manifest, written_text
+from shared.cache.manifest import Manifest, read_manifest, written_text
+from shared.cache.remote import Remote, local_path, url_of
 from shared.errors import CacheFormatError
 from shared.lock import is_locked
 
@@ -16,8 +17,12 @@ def cache_info(path: Path | str) -> dict[str, Any]:
     Raises:
         CacheFormatError: the folder holds no cache.
         CacheCorruptError: the manifest is damaged.
+        ConfigError: a cache that lies elsewhere cannot be reached.
     """
-    directory = Path(path)
+    directory = local_path(path)
+    if directory is None:
+        manifest, data = Remote(str(url_of(path))).manifest()
+        return _finished(manifest, len(data))
     try:
         manifest = read_manifest(directory)
     except CacheFormatError:
@@ -28,10 +33,14 @@ def cache_info(path: Path | str) -> dict[str, Any]:
     missing = [name for name in manifest.files if not (directory / name).is_file()]
     if missing:  # a repair took out what was damaged
         return _unfinished(directory, manifest.num_shards, build_options(directory)) | {"missing": missing}
+    return _finished(manifest, (directory / MANIFEST).stat().st_size)
+
+
+def _finished(manifest: Manifest, manifest_bytes: int) -> dict[str, Any]:
     statistics, identity = manifest.statistics, manifest.identity
     kl, mass = statistics["codec_kl_nats"], statistics["captured_mass"]
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
-    sizes[MANIFEST] = (directory / MANIFEST).stat().st_size
+    sizes[MANIFEST] = manifest_bytes
     label_bytes = sum(size for name, size in sizes.items() if name.split("/")[0] not in (TOKENIZER, TEACHER_EVAL))
     counts = ("num_shards", "num_documents", "num_tokens", "num_entries")
     return {

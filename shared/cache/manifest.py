@@ -173,6 +173,16 @@ def read_manifest(directory: Path) -> Manifest:
         raise CacheCorruptError("a file of the cache cannot be read", where=file, got=error.strerror) from error
     if data is None:
         raise CacheCorruptError("the manifest is no regular file", where=file)
+    return parse_manifest(data, file)
+
+
+def parse_manifest(data: bytes, file: Path | str) -> Manifest:
+    """A manifest's content; `file` is where it lies.
+
+    Raises:
+        CacheFormatError: an unknown version, or a mandatory field is missing.
+        CacheCorruptError: a byte of it has changed.
+    """
     try:
         value = unseal(data)
     except ValueError as error:
@@ -264,7 +274,7 @@ def _json_object(data: bytes) -> Any:
         return {"format": FORMAT, "version": VERSION}
 
 
-def _check_version(value: Any, file: Path) -> None:
+def _check_version(value: Any, file: Path | str) -> None:
     """Refuse JSON of another format or version."""
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise CacheFormatError("not a logit cache", where=file, expected=FORMAT)
@@ -274,7 +284,7 @@ def _check_version(value: Any, file: Path) -> None:
         )
 
 
-def _entries(files: Any, file: Path) -> dict[str, FileEntry]:
+def _entries(files: Any, file: Path | str) -> dict[str, FileEntry]:
     """The list of files, of which there may be a million."""
     entries = {}
     for name, entry in files.items() if isinstance(files, dict) else [("files", None)]:
@@ -285,7 +295,7 @@ def _entries(files: Any, file: Path) -> dict[str, FileEntry]:
     return entries
 
 
-def _check_values(file: Path, manifest: Manifest) -> None:
+def _check_values(file: Path | str, manifest: Manifest) -> None:
     """Refuse values that no writer makes, so that nobody who reads them further on stumbles."""
 
     def refuse(what: str, expected: Any = None, got: Any = None, fix: str | None = None) -> None:

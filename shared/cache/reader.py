@@ -15,6 +15,7 @@ from shared.cache import hdf5
 from shared.cache.directory import file_names
 from shared.cache.format import DOC_LENGTHS, TOKENIZER, Array, Sampling, indptr, shard_name
 from shared.cache.manifest import ShardRecord, parse_record, read_manifest
+from shared.cache.remote import Store, local_path, url_of
 from shared.cache.shard import SampledTargets, Shard, Targets, decode_shard
 from shared.errors import CacheCorruptError, CacheMismatchError, require
 
@@ -60,18 +61,22 @@ class Cache:
     one each.
 
     Args:
-        path: the cache's directory, which may be read-only.
+        path: the cache's directory, which may be read-only; or the URL of a cache that lies elsewhere (see `remote`).
         memory: where decoded shards are kept, which several caches may share.
         complete: refuse a cache that lacks a file; else whatever reads that file does.
 
     Raises:
         CacheFormatError: no cache, an unfinished one, or a version this code does not know.
         CacheCorruptError: the manifest is damaged, or a file is missing.
+        ConfigError: a cache that lies elsewhere cannot be reached, or the local cache is too small.
     """
 
     def __init__(self, path: Path | str, *, memory: ShardMemory | None = None, complete: bool = True) -> None:
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path)
+        here = local_path(path)
+        self.store = Store(str(url_of(path))) if here is None else None
+        self.location = self.store.remote.url if self.store else str(here)  # of the Hub with the commit
+        self.path = here or Path(self.location)
+        self.manifest = self.store.manifest if self.store else read_manifest(self.path)
         self.temperatures = tuple(float(T) for T in self.manifest.temperatures)
         self.tokenizer_size = self.manifest.tokenizer_size
         self.head_width = self.manifest.head_width
@@ -80,14 +85,14 @@ class Cache:
         self.num_tokens = self.manifest.num_tokens
         self.num_shards = self.manifest.num_shards
         self.statistics = self.manifest.statistics
-        self.tokenizer_path = self.path / TOKENIZER
         self.width = min(self.manifest.top_k, self.tokenizer_size)
         # First document of each shard, and the number of all: `num_shards + 1` values.
         self.shard_indptr: list[int] = indptr(np.array(self.manifest.documents_per_shard)).tolist()
         self.bytes_per_token = 4 * self.width + 40  # of a decoded shard, about
         self.memory = memory or ShardMemory(DECODED_BYTES)
+        self.reads_in_order = True  # so the shards after one that is read are fetched ahead
         self._checked: set[str] = set()
-        if complete and (missing := self.manifest.files.keys() - file_names(self.path)):
+        if complete and not self.store and (missing := self.manifest.files.keys() - file_names(self.path)):
             raise CacheCorruptError("a file of the cache is missing", where=self.path / min(missing), fix=FIX)
 
     def require_targets(self) -> None:
@@ -118,9 +123,13 @@ class Cache:
         Raises:
             CacheCorruptError: the manifest does not list it, it cannot be read, or its bytes are others.
         """
-        file, entry = self.path / name, self.manifest.files.get(name)
+        entry = self.manifest.files.get(name)
         if entry is None:
             raise CacheCorruptError("the manifest lacks a file", where=self.path, expected=name)
+        if self.store:
+            file, fix = self.store.folder / name, "remove this file: it is fetched again"
+            return self._checked_bytes(name, self.store.read(name), file, fix)
+        file = self.path / name
         if file.exists() and not file.is_file():  # a pipe would block
             raise CacheCorruptError("a file of the cache is no regular file", where=file, fix=FIX)
         try:
@@ -128,19 +137,23 @@ class Cache:
         except OSError as error:
             what = "a file of the cache cannot be read"
             raise CacheCorruptError(what, where=file, got=error.strerror, fix=FIX) from error
+        return self._checked_bytes(name, data, file, FIX)
+
+    def _checked_bytes(self, name: str, data: bytes, file: Path, fix: str) -> bytes:
+        entry = self.manifest.files[name]
         if len(data) != entry.bytes:
             raise CacheCorruptError(
                 "a file of the cache has the wrong size",
                 where=file,
                 expected=f"{entry.bytes} bytes",
                 got=f"{len(data)} bytes",
-                fix=FIX,
+                fix=fix,
             )
         if name not in self._checked:
             digest = hashlib.sha256(data).hexdigest()
             if digest != entry.sha256:
                 raise CacheCorruptError(
-                    "a file's bytes have changed", where=file, expected=entry.sha256, got=digest, fix=FIX
+                    "a file's bytes have changed", where=file, expected=entry.sha256, got=digest, fix=fix
                 )
             self._checked.add(name)
         return data
@@ -157,9 +170,43 @@ class Cache:
         except ValueError as error:
             raise CacheCorruptError("a shard's JSON is damaged", where=self.path / name, got=error, fix=FIX) from error
 
+    def records(self) -> list[ShardRecord]:
+        """The JSON of every shard; from elsewhere several are fetched at a time.
+
+        Raises:
+            CacheCorruptError: one is damaged.
+        """
+        if self.store:
+            self.store.fetch_all(f"{shard_name(shard)}.json" for shard in range(self.num_shards))
+        return [self.record(shard) for shard in range(self.num_shards)]
+
     def document_meta(self, shard: int) -> list[dict[str, Any]]:
         """The JSON objects of a shard's documents; nothing else of the shard is read, so its SHA-256 is not checked."""
-        return hdf5.read_document_meta(self.path / f"{shard_name(shard)}.h5")
+        name = f"{shard_name(shard)}.h5"
+        return hdf5.read_document_meta(self.store.fetch(name) if self.store else self.path / name)
+
+    @cached_property
+    def tokenizer_path(self) -> Path:
+        """The folder of the tokenizer, on this machine."""
+        if self.store:
+            self.store.fetch_all(name for name in self.manifest.files if name.startswith(f"{TOKENIZER}/"))
+        return (self.store.folder if self.store else self.path) / TOKENIZER
+
+    def can_expect(self, num_tokens: int) -> bool:
+        """Whether so many tokens are to be fetched, as they lie elsewhere, and fit into the local cache."""
+        if self.store is None:
+            return False
+        return num_tokens / self.num_tokens * sum(self.store.shard_bytes) <= self.store.limit_bytes
+
+    def expect_documents(self, first: int, stop: int) -> None:
+        """Fetch the shards of documents `first` to `stop` ahead, in the background."""
+        start, last = (bisect.bisect_right(self.shard_indptr, doc) - 1 for doc in (first, stop - 1))
+        self.expect(range(start, last + 1))
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Fetch shards ahead, in the background, where the cache lies elsewhere."""
+        if self.store:
+            self.store.expect(f"{shard_name(shard)}.h5" for shard in shards)
 
     @cached_property
     def doc_lengths(self) -> Array:
@@ -261,6 +308,8 @@ class Cache:
             CacheCorruptError: its bytes are not those of the manifest.
         """
         name = f"{shard_name(number)}.h5"
+        if self.reads_in_order:
+            self.expect(range(number + 1, min(number + 3, self.num_shards)))
         shard = decode_shard(self.read(name), self.path / name)
         lengths = self.doc_lengths[self.shard_indptr[number] : self.shard_indptr[number + 1]]
         if not np.array_equal(np.diff(shard.doc_indptr), lengths):

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from shared.cache.directory import check_files, is_side_file, shown, walk
 from shared.cache.format import DOC_LENGTHS, MANIFEST, shard_name
 from shared.cache.identity import label_identity
 from shared.cache.manifest import Manifest, doc_lengths, parse_record, read_manifest
+from shared.cache.remote import THREADS, Store, local_path, url_of
 from shared.errors import CacheCorruptError, CacheFormatError
+from shared.progress import progress
 
 
 def verify_cache(path: Path | str, *, strict: bool = False) -> list[str]:
@@ -22,8 +25,10 @@ def verify_cache(path: Path | str, *, strict: bool = False) -> list[str]:
     Returns:
         One line per problem; none if the cache is whole.
     """
-    directory = Path(path)
+    directory = local_path(path)
     try:
+        if directory is None:
+            return _verify_remote(Store(str(url_of(path))))
         manifest = read_manifest(directory)
     except (CacheFormatError, CacheCorruptError) as error:
         return [str(error)]
@@ -32,6 +37,23 @@ def verify_cache(path: Path | str, *, strict: bool = False) -> list[str]:
     problems += _check_records(directory, manifest, damaged=set(found))
     problems += [f"{shown(name)}: {what}" for name, what in foreign_files(directory, manifest)]
     return problems + [f"{shown(name)}: left by a transport" for name in side_files(directory) if strict]
+
+
+def _verify_remote(store: Store) -> list[str]:
+    """Read every file where it lies; only what shards say of themselves is kept on this machine."""
+    manifest, problems = store.manifest, {}
+    total = sum(entry.bytes for entry in manifest.files.values())
+    with ThreadPoolExecutor(THREADS) as pool, progress("verify", total, "bytes") as bar:
+        digests = pool.map(lambda name: store.remote.digest(name, manifest.files[name].bytes), manifest.files)
+        for (name, entry), digest in zip(manifest.files.items(), digests, strict=True):
+            if digest != entry.sha256:
+                what = f"SHA-256 {digest}, expected {entry.sha256}" if digest else "missing, or of another size"
+                problems[name] = what
+            bar.advance(entry.bytes)
+    texts = [name for name in manifest.files if name.endswith(".json") and name not in problems]
+    store.fetch_all(texts)
+    lines = [f"{shown(name)}: {what}" for name, what in problems.items()]
+    return lines + _check_records(store.folder, manifest, damaged=set(problems))
 
 
 def side_files(directory: Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from shared.eval.sandbox_cli import sandbox_check, score
-from shared.options import GroupedCommand, RecordingGroup, command_line
+from shared.options import GroupedCommand, RecordingGroup, command_line, local_cache
 
 DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -44,7 +44,9 @@ def evaluate() -> None:
 
 @evaluate.command()
 @click.option("--model", metavar="DIR|ID", required=True, help="Teacher, run or export; or a Hub id.")
-@click.option("--cache", "cache_dir", type=DIRECTORY, required=True, help="Cache of held-out documents, same teacher.")
+@click.option("--cache", "cache_dir", type=click.Path(path_type=Path), required=True,
+              help="Cache of held-out documents, same teacher; or its URL.")  # fmt: skip
+@local_cache
 @click.option("--teacher", metavar="DIR|ID", help="Also run the teacher, for the KL over the whole vocabulary.")
 @_OUT
 @DTYPE
@@ -404,6 +406,7 @@ def trace(context: click.Context, path: Path, look_in: tuple[Path, ...], as_json
 
 @click.command()
 @click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@local_cache
 @click.option("--document", "documents", metavar="ID|N", multiple=True,
               help="A document's id or number, from 0; may be repeated.  [the first 12]")  # fmt: skip
 @click.option("--student", metavar="RUN", type=DIRECTORY, help="Show this run's or export's rows beside the teacher's.")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shared.cache.manifest import read_manifest
+from shared.cache.reader import Cache
 from shared.errors import ConfigError, ResumeError, require
 from shared.eval.results import BenchmarkResult, Result
 from shared.files import sha256_file
@@ -20,7 +20,7 @@ R = TypeVar("R", bound=Result)
 
 def cache_digest(directory: Path) -> str:
     """SHA-256 of what a cache holds: labels, sources and shards, and not what was measured of its teacher."""
-    return read_manifest(directory).digest
+    return Cache(directory, complete=False).manifest.digest
 
 
 def timing_place() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A model Hub on 127.0.0.1 for the real client libraries: repositories with commits and branches that can be moved.
 
-Models can be pushed with the token `TOKEN`, as its owner, in the protocol of clients without Xet.
+Models and data sets can be pushed with the token `TOKEN`, as its owner, in the protocol of clients without Xet.
 
 Only the standard library. `Hub.environment` is for subprocesses: the clients read it when Python starts.
 """
@@ -76,8 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
         r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)(/(?P<verb>revision|tree|paths-info)/(?P<rest>.+))?"
     )
     PUSH = re.compile(
-        r"/api/repos/create|/api/validate-yaml|/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch|/lfs/(?P<oid>[0-9a-f]{64})"
-        r"|/api/models/(?P<model>[^/]+/[^/]+)/(?P<verb>preupload|commit)/main"
+        r"/api/repos/create|/api/validate-yaml|/(?:datasets/)?(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch"
+        r"|/lfs/(?P<oid>[0-9a-f]{64})"
+        r"|/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)/(?P<verb>preupload|commit|branch)/(?P<branch>[^/]+)"
     )
     RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
@@ -129,15 +130,20 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{asked['organization']}/{asked['name']}"
             if asked["organization"] != OWNER:
                 return self._fail(403, "Forbidden")
-            if name in self.hub.models:
-                return self._json({"url": f"{self.hub.endpoint}/{name}"}, 409)
-            self.hub.models[name] = Repository()
-            self.hub.models[name].commit({".gitattributes": b""})
-            self.hub.models[name].private = asked.get("visibility") == "private"
-            return self._json({"url": f"{self.hub.endpoint}/{name}"})
+            is_dataset = asked.get("type") == "dataset"
+            repositories = self.hub.datasets if is_dataset else self.hub.models
+            url = {"url": f"{self.hub.endpoint}/{'datasets/' if is_dataset else ''}{name}"}
+            if name in repositories:
+                return self._json(url, 409)
+            repositories[name] = Repository()
+            repositories[name].commit({".gitattributes": b""})
+            repositories[name].private = asked.get("visibility") == "private"
+            return self._json(url)
         if found["id"]:
             objects = [
-                {**each, "actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{each['oid']}", "header": {}}}}
+                each
+                if each["oid"] in self.hub.lfs_objects
+                else {**each, "actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{each['oid']}", "header": {}}}}
                 for each in json.loads(body)["objects"]
             ]
             return self._json({"transfer": "basic", "objects": objects})
@@ -145,22 +151,28 @@ class _Handler(BaseHTTPRequestHandler):
             files = [
                 {
                     "path": each["path"],
-                    "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular",
+                    "uploadMode": "lfs" if each["path"].endswith((".safetensors", ".h5")) else "regular",
                     "shouldIgnore": False,
                     "oid": None,
                 }
                 for each in json.loads(body)["files"]
             ]
             return self._json({"files": files})
-        repository = self.hub.models[found["model"]]
-        files = dict(repository.commits[repository.branches["main"]])
+        repository = (self.hub.models if found["kind"] == "models" else self.hub.datasets)[found["repo"]]
+        branch = found["branch"]
+        if found["verb"] == "branch":
+            if branch in repository.branches:
+                return self._json({}, 409)
+            repository.branches[branch] = repository.branches["main"]
+            return self._json({})
+        files = dict(repository.commits[repository.branches[branch]])
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             elif line["key"] == "lfsFile":
                 files[line["value"]["path"]] = self.hub.lfs_objects[line["value"]["oid"]]
-        commit = repository.commit(files)
-        self._json({"commitOid": commit, "commitUrl": f"{self.hub.endpoint}/{found['model']}/commit/{commit}"})
+        commit = repository.commit(files, branch)
+        self._json({"commitOid": commit, "commitUrl": f"{self.hub.endpoint}/{found['repo']}/commit/{commit}"})
 
     def _find(self, kind, name, revision):
         """The repository, the commit's id and its files; None where the answer was an error."""
@@ -261,4 +273,7 @@ def _tree(files, folder, *, recursive):
                 }
             if recursive or len(parts) == 1:
                 entries[path] = {"type": "file", "path": path, "size": len(data), "oid": _oid(data)}
+                if path.endswith(".h5"):
+                    digest = hashlib.sha256(data).hexdigest()
+                    entries[path]["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 130}
     return list(entries.values())

@@ -1,0 +1,442 @@
+"""Caches that lie elsewhere: what a URL names, and its files on this machine, fetched when they are needed.
+
+`Remote` reads a folder at a URL, patiently. `Store` keeps what was read of one cache in the local cache, a folder of
+bounded size that all processes of this machine share; it holds `<SHA-256 of the manifest>/<file>`, so copies of one
+cache share their files.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import threading
+import time
+import urllib.error
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shared.cache.format import MANIFEST, SHARD_PATTERN
+from shared.cache.manifest import FileEntry, Manifest, parse_manifest
+from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, DistillError, ResumeError, require
+from shared.files import fsync_directory, write_bytes
+from shared.hub import find_commit
+from shared.lock import Lock, is_locked
+from shared.process import log
+
+T = TypeVar("T")
+
+LOCAL_CACHE, LOCAL_BYTES = "CODEDISTILL_LOCAL_CACHE", "CODEDISTILL_LOCAL_BYTES"  # environment, for child processes too
+DEFAULT_BYTES = 50 << 30
+PAUSES_SECONDS = (0.5, 1, 2, 4, 8, 16, 32)
+TIMEOUT_SECONDS = 30.0  # without a byte
+PIECE_BYTES = 32 << 20  # of one request
+THREADS = 8
+AHEAD = 4  # files that one process fetches ahead at a time
+POLL_SECONDS = 0.02
+EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
+_URL = re.compile(r"(hf|s3|gs|https?|file):/+(.+)")
+_HUB = re.compile(r"datasets/([^/@]+/[^/@]+)(?:@(.+))?")
+_PART = re.compile(r"\..+\.tmp-(\d+)")
+
+
+def url_of(place: Path | str) -> str | None:
+    """A cache's URL; None for a path. `Path` folds the slashes behind a scheme into one, which is undone."""
+    found = _URL.fullmatch(str(place).rstrip("/"))
+    return found and f"{found[1]}://{'/' if found[1] == 'file' else ''}{found[2]}"
+
+
+def local_path(place: Path | str) -> Path | None:
+    """The path of a cache on a file system of this machine; None where it lies elsewhere."""
+    url = url_of(place)
+    if url is None:
+        return Path(place)
+    return Path(urllib.parse.unquote(url.removeprefix("file://"))) if url.startswith("file:") else None
+
+
+class Remote:
+    """A folder that a URL names.
+
+    Args:
+        url: `hf://datasets/OWNER/NAME[@REV]`, `s3://…`, `gs://…`, `http(s)://…` or `file:///…`. Of a data
+            set on the Hub the commit that REV stands for now is read.
+
+    Raises:
+        ConfigError: no such URL, a library is missing, or the Hub has no such data set.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.scheme = url.partition(":")[0]
+        self.url = url
+        if self.scheme == "hf":
+            self.repo_id, revision = split_hub(url)
+            self.revision = find_commit(self.repo_id, "dataset", revision)
+            fix = "unset HF_HUB_OFFLINE, or `codedistill cache pull` while it is unset"
+            require(self.revision is not None, "the Hub is switched off (HF_HUB_OFFLINE=1)", where=url, fix=fix)
+            self.url = f"hf://datasets/{self.repo_id}@{self.revision}"
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes of a file from `start` on: up to `stop`, or more; a dropped connection is retried.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ConfigError: the server refuses, or cannot be reached for a minute.
+        """
+        return patiently(lambda: self._read(name, start, stop), f"{self.url}/{name}")
+
+    def _read(self, name: str, start: int, stop: int | None) -> bytes:
+        if self.scheme == "hf":
+            from huggingface_hub import hf_hub_url
+            from huggingface_hub.utils import build_hf_headers
+
+            url = hf_hub_url(self.repo_id, name, repo_type="dataset", revision=self.revision)
+            return _http(url, build_hf_headers(), start, stop)
+        if self.scheme in ("http", "https"):
+            return _http(f"{self.url}/{urllib.parse.quote(name)}", {}, start, stop)
+        file_system, folder = open_file_system(self.url)
+        data: bytes = file_system.cat_file(f"{folder}/{name}", start=start, end=stop)
+        return data
+
+    def digest(self, name: str, num_bytes: int) -> str | None:
+        """SHA-256 of a file as it lies there; None where it is missing or of another size."""
+        digest, at = hashlib.sha256(), 0
+        try:
+            while at < num_bytes:
+                data = self.read(name, at, min(at + PIECE_BYTES, num_bytes))
+                digest.update(data)
+                at += len(data)
+                if not data:
+                    return None
+            return digest.hexdigest() if at == num_bytes else None
+        except FileNotFoundError:
+            return None
+
+    def download(
+        self, name: str, entry: FileEntry, file: Path, *, advance: Callable[[int], None] | None = None
+    ) -> None:
+        """Fetch a file under a temporary name, go on where an earlier attempt ended, check it, rename it.
+
+        Raises:
+            CacheCorruptError: it is missing, or its bytes are not those of the manifest.
+            ConfigError: the server refuses, or cannot be reached.
+        """
+        where, part = f"{self.url}/{name}", part_of(file, entry)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with part.open("a+b") as out:
+            out.seek(0)
+            while data := out.read(1 << 20):
+                digest.update(data)
+            resumed = at = out.tell()
+            while at < entry.bytes:
+                try:
+                    data = self.read(name, at, min(at + PIECE_BYTES, entry.bytes))
+                except FileNotFoundError as error:
+                    raise CacheCorruptError("a file of the cache is missing", where=where) from error
+                if not data or at + len(data) > entry.bytes:
+                    part.unlink()
+                    got = f"{at + len(data)} bytes"
+                    what = "a file of the cache has the wrong size"
+                    raise CacheCorruptError(what, where=where, expected=f"{entry.bytes} bytes", got=got)
+                out.write(data)
+                digest.update(data)
+                at += len(data)
+                if advance:
+                    advance(len(data))
+            out.flush()
+            os.fsync(out.fileno())
+        if digest.hexdigest() != entry.sha256:
+            part.unlink()
+            if resumed:  # what an earlier attempt left may be to blame
+                return self.download(name, entry, file)
+            raise CacheCorruptError(
+                "a file's bytes have changed",
+                where=where,
+                expected=entry.sha256,
+                got=digest.hexdigest(),
+                fix="codedistill cache push, from a whole copy; or try again if the network is to blame",
+            )
+        part.replace(file)
+        fsync_directory(file.parent)
+
+    def manifest(self) -> tuple[Manifest, bytes]:
+        """The cache's manifest, and its bytes.
+
+        Raises:
+            CacheFormatError: there is no finished cache, or an unknown version.
+            CacheCorruptError: a byte of the manifest has changed.
+        """
+        where = f"{self.url}/{MANIFEST}"
+        try:
+            data = self.read(MANIFEST)
+        except FileNotFoundError as error:
+            what, fix = "there is no finished cache here", "check the URL; a push that was cut off is run again"
+            raise CacheFormatError(what, where=self.url, expected=MANIFEST, fix=fix) from error
+        return parse_manifest(data, where), data
+
+
+class Store:
+    """A remote cache whose files are kept on this machine, in the local cache.
+
+    A file is fetched once, however many processes of this machine ask for it. Only shards, which were fetched here, are
+    evicted: those used longest ago. What is stored decides when a file arrives, never what is read.
+
+    Args:
+        url: of the cache.
+
+    Raises:
+        CacheFormatError, CacheCorruptError: see `Remote.manifest`.
+        ConfigError: the cache cannot be reached, or the local cache is too small for one of its shards.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.remote = Remote(url)
+        self.manifest, data = self.remote.manifest()
+        self.root, self.limit_bytes = local_cache()
+        self.folder = self.root / hashlib.sha256(data).hexdigest()[:32]
+        sizes = {name: entry.bytes for name, entry in self.manifest.files.items()}
+        self.shard_bytes = [size for name, size in sizes.items() if _is_shard(name)]
+        need = sum(sizes.values()) - sum(self.shard_bytes) + max(self.shard_bytes) + len(data)
+        self._require_room(need)
+        if not (self.folder / MANIFEST).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(self.folder / MANIFEST, data)
+        self._coming: tuple[int, set[str]] = (os.getpid(), set())
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes, from this machine or fetched now.
+
+        Raises:
+            CacheCorruptError, ConfigError: see `Remote.download`.
+        """
+        while True:
+            file = self.fetch(name)
+            with contextlib.suppress(FileNotFoundError):  # evicted by another process
+                os.utime(file)
+                return file.read_bytes()
+
+    def fetch(self, name: str) -> Path:
+        """A file's path on this machine, after it was fetched and checked; a shard may be evicted again."""
+        file, entry = self.folder / name, self.manifest.files[name]
+        while not self.has(name):
+            with _locked(self._lock(file)):
+                if not self.has(name):
+                    self._make_room(part_of(file, entry), entry.bytes)
+                    self.remote.download(name, entry, file)
+        return file
+
+    def fetch_all(self, names: Iterable[str]) -> None:
+        """Fetch several files at a time."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(self.fetch, [name for name in names if not self.has(name)]))
+
+    def has(self, name: str) -> bool:
+        """Whether a file is here, whole."""
+        try:
+            return (self.folder / name).stat().st_size == self.manifest.files[name].bytes
+        except OSError:
+            return False
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Fetch files that will be read soon, a few at a time in the background; `read` repeats what fails."""
+        if self._coming[0] != os.getpid():
+            self._coming = (os.getpid(), set())  # threads do not survive a fork
+        coming = self._coming[1]
+        for name in names:
+            if len(coming) >= AHEAD:
+                return
+            if name not in coming and not self.has(name):
+                coming.add(name)
+                threading.Thread(target=self._fetch_ahead, args=(name, coming), daemon=True).start()
+
+    def _fetch_ahead(self, name: str, coming: set[str]) -> None:
+        try:
+            self.fetch(name)
+        except (DistillError, OSError) as error:
+            log(f"not fetched ahead: {error}")
+        finally:
+            coming.discard(name)
+
+    def _make_room(self, part: Path, num_bytes: int) -> None:
+        """Reserve a file's bytes by its temporary name, after evicting the shards used longest ago."""
+        while True:
+            with _locked(self.root / ".lock"):
+                files = [(file, _reserved(file)) for file in _files(self.root) if file != part]
+                excess = sum(size for _, size in files) + num_bytes - self.limit_bytes
+                for _, file, size in sorted((_used(file), file, size) for file, size in files if self._may_go(file)):
+                    if excess <= 0:
+                        break
+                    file.unlink(missing_ok=True)
+                    excess -= size
+                if excess <= 0:
+                    part.parent.mkdir(parents=True, exist_ok=True)
+                    part.touch()
+                    return
+            if not any(_PART.fullmatch(file.name) for file, _ in files):
+                self._require_room(self.limit_bytes + excess)
+            time.sleep(POLL_SECONDS)  # another process holds room for what it fetches
+
+    def _may_go(self, file: Path) -> bool:
+        """Whether a file can be fetched again and nobody fetches it now."""
+        if _PART.fullmatch(file.name):
+            return not is_locked(self._lock(file.with_name(file.name[1:].rpartition(".tmp-")[0])))
+        return _is_shard(file.name)
+
+    def _require_room(self, need: int) -> None:
+        require(
+            need <= self.limit_bytes,
+            "the local cache is too small for this cache",
+            where=self.root,
+            expected=f"--local-bytes {need:,} or more",
+            got=f"{self.limit_bytes:,}",
+            fix="a higher --local-bytes, another --local-cache, or remove what is there",
+        )
+
+    def _lock(self, file: Path) -> Path:
+        """The folder of the lock under which a file is fetched."""
+        return self.root / ".locks" / "-".join(file.relative_to(self.root).parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_coming": (0, set())}
+
+
+def local_cache() -> tuple[Path, int]:
+    """The folder of the local cache and its greatest size in bytes, from the environment or the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get(LOCAL_CACHE) or Path(base) / "codedistill" / "caches"
+    text = os.environ.get(LOCAL_BYTES) or str(DEFAULT_BYTES)
+    require(text.isdigit(), "not a number of bytes", where=LOCAL_BYTES, got=text)
+    return Path(folder).absolute(), int(text)
+
+
+def split_hub(url: str) -> tuple[str, str | None]:
+    """A data set's `OWNER/NAME` and revision, if the URL names one.
+
+    Raises:
+        ConfigError: it is no such URL.
+    """
+    found = _HUB.fullmatch(url.removeprefix("hf://"))
+    if found is None:
+        raise ConfigError("not a data set on the Hub", where=url, expected="hf://datasets/OWNER/NAME[@REV]")
+    return found[1], found[2]
+
+
+def open_file_system(url: str) -> tuple[Any, str]:
+    """An fsspec file system of this process, and the folder in it.
+
+    Raises:
+        ConfigError: its library is not installed.
+    """
+    import fsspec
+
+    try:
+        file_system, folder = fsspec.url_to_fs(url)
+    except ImportError as error:
+        scheme = url.partition(":")[0]
+        what, fix = f"{scheme}:// needs {EXTRAS.get(scheme)}", f"pip install 'codedistill[{scheme}]'"
+        raise ConfigError(what, where=url, got=error, fix=fix) from error
+    return file_system, str(folder).rstrip("/")
+
+
+def patiently(action: Callable[[], T], where: str) -> T:
+    """Run a request; repeat it with growing pauses while the connection, and not the request, is to blame.
+
+    Raises:
+        FileNotFoundError: as the request raised it.
+        ConfigError: the server refuses, or the last attempt failed too.
+    """
+    for pause in (*PAUSES_SECONDS, None):
+        try:
+            return action()
+        except (DistillError, FileNotFoundError):
+            raise
+        except Exception as error:  # each client has its own errors
+            got = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            if _is_refusal(error):
+                fix = "check the name and your rights: `hf auth login`, AWS or Google credentials; ask for access"
+                raise ConfigError("access to a remote cache is refused", where=where, got=got, fix=fix) from error
+            if pause is None:
+                what, fix = "a remote cache cannot be reached", "run the command again later: it continues"
+                raise ConfigError(what, where=where, got=got, fix=fix) from error
+            log(f"{where}: {got}; again in {pause:g} s")
+            time.sleep(pause)
+    raise AssertionError
+
+
+def _is_refusal(error: Exception) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return 400 <= error.code < 500 and error.code not in (408, 429)
+    return isinstance(error, PermissionError) or "Credentials" in type(error).__name__
+
+
+def _http(url: str, headers: dict[str, str], start: int, stop: int | None) -> bytes:
+    """A file's bytes from `start` on. A server that knows no ranges sends all, of which the rest is kept."""
+    import http.client
+    import urllib.request
+
+    request = urllib.request.Request(url)
+    for key, value in headers.items():
+        request.add_unredirected_header(key, value)  # storage that the Hub redirects to gets no token
+    if start or stop is not None:
+        request.add_header("Range", f"bytes={start}-{'' if stop is None else stop - 1}")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+            data: bytes = answer.read()
+            length = answer.headers.get("Content-Length")
+            if length and len(data) < int(length):
+                raise http.client.IncompleteRead(data)
+            return data if answer.status == 206 else data[start:]
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == 404:
+                raise FileNotFoundError(url) from error
+            raise
+
+
+def part_of(file: Path, entry: FileEntry) -> Path:
+    """The temporary name of a file that is being fetched; its number is the file's size."""
+    return file.with_name(f".{file.name}.tmp-{entry.bytes}")
+
+
+def _is_shard(name: str) -> bool:
+    found = SHARD_PATTERN.fullmatch(name)
+    return found is not None and found[2] == "h5"
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """What the local cache holds, without its locks."""
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".lock")]
+        yield from (Path(parent, name) for name in names)
+
+
+def _reserved(file: Path) -> int:
+    if found := _PART.fullmatch(file.name):
+        return int(found[1])
+    with contextlib.suppress(FileNotFoundError):
+        return file.stat().st_size
+    return 0
+
+
+def _used(file: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return file.stat().st_mtime
+    return 0.0
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, after whoever has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            lock = Lock(folder, "fetching")
+            break
+        except ResumeError:
+            time.sleep(POLL_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
