@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import click
 
+from shared.cache.cli import CACHE_HERE
 from shared.options import GroupedCommand, RecordingGroup
 from stage1_teacher.config import TeacherConfig
 
@@ -163,7 +164,7 @@ def _config(profile: Path | None, options: dict[str, Any]) -> TeacherConfig:
 
 
 @click.command()
-@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@CACHE_HERE
 @click.option("--teacher", metavar="ID|DIR", required=True, help="The teacher that built the cache, or should have.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 @click.option("--documents", "num_docs", metavar="N", type=click.IntRange(min=1), default=20, show_default=True,

@@ -8,6 +8,23 @@ import click
 from shared.options import local_cache
 
 
+def on_this_machine(_ctx: click.Context, _param: click.Parameter, place: Any) -> Any:
+    """The path of a cache, or the paths of several, for a command that reads none from elsewhere."""
+    if isinstance(place, tuple):
+        return tuple(on_this_machine(_ctx, _param, one) for one in place)
+    from shared.cache.remote import local_path
+    from shared.errors import ConfigError
+
+    path = local_path(place)
+    if path is None:
+        what, fix = "this command needs a cache on this machine", f"codedistill cache pull {place} DIR"
+        raise ConfigError(what, where=place, fix=fix)
+    return path
+
+
+CACHE_HERE = click.argument("path", metavar="CACHE", type=click.Path(), callback=on_this_machine)
+
+
 @click.group()
 def cache() -> None:
     """Inspect, verify and edit logit caches."""
@@ -55,7 +72,7 @@ def verify(path: str, strict: bool) -> None:
 
 
 @cache.command()
-@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@CACHE_HERE
 @click.argument("url")
 @click.option("--private", is_flag=True, help="Make the Hub data set private.")
 def push(path: Path, url: str, private: bool) -> None:
@@ -87,7 +104,7 @@ def pull(url: str, out: Path) -> None:
 
 
 @cache.command()
-@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@CACHE_HERE
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Write the intact shards here, as a cache, and leave CACHE alone."
 )
@@ -111,7 +128,7 @@ def repair(path: Path, out: Path | None) -> None:
 
 
 @cache.command()
-@click.argument("paths", metavar="CACHE CACHE…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="CACHE CACHE…", nargs=-1, required=True, type=click.Path(), callback=on_this_machine)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new cache.")
 def merge(paths: tuple[Path, ...], out: Path) -> None:
     """Join caches of one teacher.
@@ -129,7 +146,7 @@ def merge(paths: tuple[Path, ...], out: Path) -> None:
 
 
 @cache.command("slice")
-@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@CACHE_HERE
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the new cache.")
 @click.option("--top-k", metavar="K", type=int, help="Max entries per row; the others join its tail.")
 @click.option("--top-p", metavar="P", type=float, help="Keep the fewest entries that cover this probability at T = 1.")
@@ -151,7 +168,7 @@ def slice_command(path: Path, out: Path, **options: Any) -> None:
 
 
 @cache.command()
-@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+@CACHE_HERE
 @click.option(
     "--teacher-eval",
     "folder",

@@ -20,7 +20,7 @@ from shared.cache.format import (
     TEMPORARY_PATTERN,
     TOKENIZER,
 )
-from shared.cache.manifest import FileEntry, read_manifest
+from shared.cache.manifest import FileEntry, is_hidden, read_manifest
 from shared.errors import CacheCorruptError, CacheFormatError, DistillError, ResumeError
 from shared.files import is_system_file, sha256_file
 from shared.lock import LOCK, is_abandoned
@@ -55,7 +55,7 @@ def list_files(directory: Path) -> dict[str, FileEntry]:
     return {
         name: FileEntry(bytes=file.stat().st_size, sha256=sha256_file(file))
         for name, file in walk(directory)
-        if name not in (LOCK, MANIFEST) and not is_side_file(name)
+        if name not in (LOCK, MANIFEST) and not is_side_file(name) and not is_hidden(name)
     }
 
 

@@ -26,6 +26,7 @@ from shared.cache.format import (
 )
 from shared.errors import CacheCorruptError, CacheFormatError
 from shared.files import sha256_file, sha256_json, to_json, write_bytes
+from shared.lock import LOCK
 from shared.records import from_dict, to_dict
 
 HEAD_KEYS = ("codec", "filter", "temperatures", "top_k", "tokenizer_size", "head_width")  # what shards are encoded with
@@ -295,6 +296,11 @@ def _entries(files: Any, file: Path | str) -> dict[str, FileEntry]:
     return entries
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a part of a relative name begins with a dot, as `..` and `.git` do: no file of a cache is named so."""
+    return "/." in f"/{name}"
+
+
 def _check_values(file: Path | str, manifest: Manifest) -> None:
     """Refuse values that no writer makes, so that nobody who reads them further on stumbles."""
 
@@ -318,8 +324,9 @@ def _check_values(file: Path | str, manifest: Manifest) -> None:
             if match[2] == "h5":
                 shards.add(name)
             continue
-        path = PurePosixPath(name)  # it stays inside the folder, in its one plain spelling
-        if "\0" in name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == ".":
+        path = PurePosixPath(name)  # it stays inside the folder, in its one plain spelling, and is not what Git reads
+        is_plain = not path.is_absolute() and path.as_posix() == name and "\0" not in name
+        if not is_plain or is_hidden(name) or name in (MANIFEST, LOCK):
             refuse("the manifest lists a file wrongly", got=ascii(name))
     if shards != {f"{shard_name(shard)}.h5" for shard in range(manifest.num_shards)}:
         refuse("the manifest lists other shards", f"{manifest.num_shards} from {shard_name(0)} on", len(shards))

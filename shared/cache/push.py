@@ -1,16 +1,18 @@
 """Sharing a cache: all its files to a URL, or from one; the manifest goes last."""
 
+import contextlib
 import hashlib
 import io
+import itertools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shared.cache.directory import is_ours, plain_errors, walk
-from shared.cache.format import MANIFEST
+from shared.cache.directory import BATCH_FILES, is_ours, plain_errors, remove_leftovers, walk
+from shared.cache.format import BUILD, MANIFEST
 from shared.cache.info import cache_info
-from shared.cache.manifest import FileEntry, Manifest, read_manifest
+from shared.cache.manifest import FileEntry, Manifest, parse_manifest, read_manifest
 from shared.cache.remote import THREADS, Remote, open_file_system, patiently, split_hub, url_of
 from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, require
 from shared.files import sha256_file, write_bytes
@@ -89,14 +91,14 @@ def pull_cache(source: str, out: Path) -> None:
     manifest, data = remote.manifest()
     strange = [path.name for path in out.iterdir() if not is_ours(path)] if out.is_dir() else []
     require(not strange, "the folder holds something that is no cache", where=out, got=", ".join(strange[:3]))
-    if (out / MANIFEST).exists() and (out / MANIFEST).read_bytes() != data:
-        is_same = read_manifest(out).digest == manifest.digest
-        require(is_same, "the folder holds another cache", where=out, fix="name another folder")
-        (out / MANIFEST).unlink()
+    is_same = not out.is_dir() or _holds_part_of(out, manifest)
+    require(is_same, "the folder holds another cache", where=out, fix="name another folder")
     with plain_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = Lock(out, "pulling a cache to this folder")
         try:
+            if (out / MANIFEST).exists() and (out / MANIFEST).read_bytes() != data:
+                (out / MANIFEST).unlink()
 
             def get(name: str, entry: FileEntry) -> None:
                 file = out / name
@@ -107,6 +109,7 @@ def pull_cache(source: str, out: Path) -> None:
             for name, file in walk(out):
                 if name not in manifest.files and name not in (LOCK, MANIFEST) and name.endswith((".h5", ".json")):
                     file.unlink()  # of the earlier manifest
+            remove_leftovers(out)
             write_bytes(out / MANIFEST, data)
         finally:
             lock.release()
@@ -127,7 +130,8 @@ def _push_to_hub(directory: Path, manifest: Manifest, url: str, *, private: bool
 
     def look(name: str, entry: FileEntry) -> None:
         _require_whole(directory / name, entry)
-        if name not in there or there[name] not in (entry.sha256, _git_digest(directory / name)):
+        digest = there.get(name)
+        if digest != entry.sha256 and digest != _git_digest(directory / name):
             missing[name] = directory / name
 
     _for_each(manifest.files, look, "check")
@@ -140,14 +144,27 @@ def _push_to_hub(directory: Path, manifest: Manifest, url: str, *, private: bool
     return f"hf://datasets/{repo_id}@{commit}"
 
 
+def _holds_part_of(directory: Path, manifest: Manifest) -> bool:
+    """Whether what a folder has of a cache is this one's, as its manifest says, or else its build's options."""
+    with contextlib.suppress(CacheFormatError, CacheCorruptError):
+        return read_manifest(directory).digest == manifest.digest
+    build, entry = directory / BUILD, manifest.files.get(BUILD)
+    return not build.is_file() or (entry is not None and sha256_file(build) == entry.sha256)
+
+
 def _refuse_another(remote: Remote, manifest: Manifest) -> bytes | None:
-    """The manifest at a target, which must be of the same cache; None where there is none."""
+    """The manifest at a target; None where there is none. What is there, finished or not, must be of the same cache."""
+    what, fix = "another cache is there", "name another URL, or delete what is there"
     try:
-        theirs, data = remote.manifest()
-    except CacheFormatError:
+        data = remote.read(MANIFEST)
+    except FileNotFoundError:
+        with contextlib.suppress(FileNotFoundError):
+            build, entry = remote.read(BUILD), manifest.files.get(BUILD)
+            is_same = entry is not None and hashlib.sha256(build).hexdigest() == entry.sha256
+            require(is_same, what, where=f"{remote.url}/{BUILD}", fix=fix)
         return None
-    fix = "name another URL, or delete what is there"
-    require(theirs.digest == manifest.digest, "another cache is there", where=remote.url, fix=fix)
+    theirs = parse_manifest(data, f"{remote.url}/{MANIFEST}")
+    require(theirs.digest == manifest.digest, what, where=remote.url, fix=fix)
     return data
 
 
@@ -165,11 +182,13 @@ def _for_each(files: Mapping[str, FileEntry], action: Callable[[str, FileEntry],
         progress(what, sum(entry.bytes for entry in files.values()), "bytes") as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
-        started = [(entry, pool.submit(action, name, entry)) for name, entry in files.items()]
+        names = iter(files)
         try:
-            for entry, done in started:
-                done.result()
-                bar.advance(entry.bytes)
+            while batch := list(itertools.islice(names, BATCH_FILES)):
+                started = [(files[name], pool.submit(action, name, files[name])) for name in batch]
+                for entry, done in started:
+                    done.result()
+                    bar.advance(entry.bytes)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -6,6 +6,7 @@ cache share their files.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shared.cache.directory import plain_errors
 from shared.cache.format import MANIFEST, SHARD_PATTERN
 from shared.cache.manifest import FileEntry, Manifest, parse_manifest
 from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, DistillError, ResumeError, require
@@ -33,6 +35,7 @@ DEFAULT_BYTES = 50 << 30
 PAUSES_SECONDS = (0.5, 1, 2, 4, 8, 16, 32)
 TIMEOUT_SECONDS = 30.0  # without a byte
 PIECE_BYTES = 32 << 20  # of one request
+MAX_MANIFEST_BYTES = 1 << 30
 THREADS = 8
 AHEAD = 4  # files that one process fetches ahead at a time
 POLL_SECONDS = 0.02
@@ -40,12 +43,24 @@ EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
 _URL = re.compile(r"(hf|s3|gs|https?|file):/+(.+)")
 _HUB = re.compile(r"datasets/([^/@]+/[^/@]+)(?:@(.+))?")
 _PART = re.compile(r"\..+\.tmp-(\d+)")
+_OWN_FOLDER = re.compile(r"[0-9a-f]{32}")
 
 
 def url_of(place: Path | str) -> str | None:
-    """A cache's URL; None for a path. `Path` folds the slashes behind a scheme into one, which is undone."""
+    """A cache's URL; None for a path. `Path` folds the slashes behind a scheme into one, which is undone.
+
+    Raises:
+        ConfigError: the URL holds a password or a signature, which logs and records of runs would then hold too.
+    """
     found = _URL.fullmatch(str(place).rstrip("/"))
-    return found and f"{found[1]}://{'/' if found[1] == 'file' else ''}{found[2]}"
+    if found is None:
+        return None
+    scheme, rest = found[1], found[2]
+    host, query = rest.partition("/")[0], rest.partition("?")[1] if scheme.startswith("http") else ""
+    if scheme != "file" and ("@" in host or query):
+        where, fix = f"{scheme}://{host.rpartition('@')[2]}/…", "pass keys by the environment or the client's files"
+        raise ConfigError("a cache's URL holds no credentials and no query", where=where, fix=fix)
+    return f"{scheme}://{'/' if scheme == 'file' else ''}{rest}"
 
 
 def local_path(place: Path | str) -> Path | None:
@@ -53,7 +68,7 @@ def local_path(place: Path | str) -> Path | None:
     url = url_of(place)
     if url is None:
         return Path(place)
-    return Path(urllib.parse.unquote(url.removeprefix("file://"))) if url.startswith("file:") else None
+    return Path(url.removeprefix("file://")) if url.startswith("file:") else None
 
 
 class Remote:
@@ -78,7 +93,7 @@ class Remote:
             self.url = f"hf://datasets/{self.repo_id}@{self.revision}"
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes of a file from `start` on: up to `stop`, or more; a dropped connection is retried.
+        """Bytes of a file from `start` on; of one that ends at `stop`, a piece. A dropped connection is retried.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -96,7 +111,8 @@ class Remote:
         if self.scheme in ("http", "https"):
             return _http(f"{self.url}/{urllib.parse.quote(name)}", {}, start, stop)
         file_system, folder = open_file_system(self.url)
-        data: bytes = file_system.cat_file(f"{folder}/{name}", start=start, end=stop)
+        end = stop and min(start + PIECE_BYTES, stop)
+        data: bytes = file_system.cat_file(f"{folder}/{name}", start=start, end=end)
         return data
 
     def digest(self, name: str, num_bytes: int) -> str | None:
@@ -104,7 +120,7 @@ class Remote:
         digest, at = hashlib.sha256(), 0
         try:
             while at < num_bytes:
-                data = self.read(name, at, min(at + PIECE_BYTES, num_bytes))
+                data = self.read(name, at, num_bytes)
                 digest.update(data)
                 at += len(data)
                 if not data:
@@ -113,9 +129,7 @@ class Remote:
         except FileNotFoundError:
             return None
 
-    def download(
-        self, name: str, entry: FileEntry, file: Path, *, advance: Callable[[int], None] | None = None
-    ) -> None:
+    def download(self, name: str, entry: FileEntry, file: Path) -> None:
         """Fetch a file under a temporary name, go on where an earlier attempt ended, check it, rename it.
 
         Raises:
@@ -132,7 +146,7 @@ class Remote:
             resumed = at = out.tell()
             while at < entry.bytes:
                 try:
-                    data = self.read(name, at, min(at + PIECE_BYTES, entry.bytes))
+                    data = self.read(name, at, entry.bytes)
                 except FileNotFoundError as error:
                     raise CacheCorruptError("a file of the cache is missing", where=where) from error
                 if not data or at + len(data) > entry.bytes:
@@ -143,8 +157,6 @@ class Remote:
                 out.write(data)
                 digest.update(data)
                 at += len(data)
-                if advance:
-                    advance(len(data))
             out.flush()
             os.fsync(out.fileno())
         if digest.hexdigest() != entry.sha256:
@@ -174,6 +186,9 @@ class Remote:
         except FileNotFoundError as error:
             what, fix = "there is no finished cache here", "check the URL; a push that was cut off is run again"
             raise CacheFormatError(what, where=self.url, expected=MANIFEST, fix=fix) from error
+        if not data.startswith(b"{"):
+            got = f"a file that begins with {data[:40]!r}"
+            raise CacheFormatError("there is no cache here", where=where, got=got, fix="check the URL")
         return parse_manifest(data, where), data
 
 
@@ -200,9 +215,10 @@ class Store:
         self.shard_bytes = [size for name, size in sizes.items() if _is_shard(name)]
         need = sum(sizes.values()) - sum(self.shard_bytes) + max(self.shard_bytes) + len(data)
         self._require_room(need)
-        if not (self.folder / MANIFEST).exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(self.folder / MANIFEST, data)
+        with plain_errors(self.root), _locked(self.root / ".lock"):
+            if not (self.folder / MANIFEST).exists():
+                self.folder.mkdir(exist_ok=True)
+                write_bytes(self.folder / MANIFEST, data)
         self._coming: tuple[int, set[str]] = (os.getpid(), set())
 
     def read(self, name: str) -> bytes:
@@ -221,7 +237,7 @@ class Store:
         """A file's path on this machine, after it was fetched and checked; a shard may be evicted again."""
         file, entry = self.folder / name, self.manifest.files[name]
         while not self.has(name):
-            with _locked(self._lock(file)):
+            with plain_errors(file), _locked(self._lock(file)):
                 if not self.has(name):
                     self._make_room(part_of(file, entry), entry.bytes)
                     self.remote.download(name, entry, file)
@@ -274,15 +290,20 @@ class Store:
                     part.parent.mkdir(parents=True, exist_ok=True)
                     part.touch()
                     return
-            if not any(_PART.fullmatch(file.name) for file, _ in files):
+            if not any(_PART.fullmatch(file.name) and self._is_ours(file) for file, _ in files):
                 self._require_room(self.limit_bytes + excess)
             time.sleep(POLL_SECONDS)  # another process holds room for what it fetches
 
     def _may_go(self, file: Path) -> bool:
-        """Whether a file can be fetched again and nobody fetches it now."""
+        """Whether a file was fetched here, can be fetched again, and nobody fetches it now."""
+        if not self._is_ours(file):
+            return False
         if _PART.fullmatch(file.name):
             return not is_locked(self._lock(file.with_name(file.name[1:].rpartition(".tmp-")[0])))
         return _is_shard(file.name)
+
+    def _is_ours(self, file: Path) -> bool:
+        return _OWN_FOLDER.fullmatch(file.relative_to(self.root).parts[0]) is not None
 
     def _require_room(self, need: int) -> None:
         require(
@@ -368,30 +389,39 @@ def patiently(action: Callable[[], T], where: str) -> T:
 def _is_refusal(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return 400 <= error.code < 500 and error.code not in (408, 429)
-    return isinstance(error, PermissionError) or "Credentials" in type(error).__name__
+    is_place = isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError))
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return is_place or is_full or isinstance(error, ValueError) or "Credentials" in type(error).__name__
 
 
 def _http(url: str, headers: dict[str, str], start: int, stop: int | None) -> bytes:
-    """A file's bytes from `start` on. A server that knows no ranges sends all, of which the rest is kept."""
+    """A piece of a file that ends at `stop`, from `start` on; all of the rest where a server knows no ranges."""
     import http.client
     import urllib.request
 
     request = urllib.request.Request(url)
     for key, value in headers.items():
         request.add_unredirected_header(key, value)  # storage that the Hub redirects to gets no token
-    if start or stop is not None:
-        request.add_header("Range", f"bytes={start}-{'' if stop is None else stop - 1}")
+    if stop is not None:
+        request.add_header("Range", f"bytes={start}-{min(start + PIECE_BYTES, stop) - 1}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-            data: bytes = answer.read()
+            is_part = answer.status == 206
+            if is_part and not answer.headers.get("Content-Range", f"bytes {start}-").startswith(f"bytes {start}-"):
+                raise http.client.HTTPException("the server sent another range")
+            # One byte too many tells of a longer file; its end, which may never come, is not waited for.
+            limit = (stop or MAX_MANIFEST_BYTES) + 1 - (start if is_part else 0)
+            data: bytes = answer.read(limit)
             length = answer.headers.get("Content-Length")
-            if length and len(data) < int(length):
+            if length and len(data) < min(int(length), limit):
                 raise http.client.IncompleteRead(data)
-            return data if answer.status == 206 else data[start:]
+            return data if is_part else data[start:]
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 404:
                 raise FileNotFoundError(url) from error
+            if error.code == 416:  # the file ends before `start`
+                return b""
             raise
 
 

@@ -13,13 +13,14 @@ class FileServer:
     """The server; `requests` lists the files that were asked for.
 
     Faults: `drop_every` n-th answer ends in the middle; `stall_first` answer sends nothing for so many seconds; `down`
-    closes every connection; `flipped` names a file of which a byte is another; `ranges` off sends whole files.
-    `bytes_per_second` and `delay_seconds` throttle all connections together, and each request.
+    closes every connection; `shift` moves every range; `flipped` names a file of which a byte is another; `ranges` off
+    sends whole files. `bytes_per_second` and `delay_seconds` throttle all connections together, and each request.
     """
 
     def __init__(self, folder, *, delay_seconds=0.0, bytes_per_second=None):
         self.folder, self.requests = Path(folder), []
         self.drop_every, self.stall_first, self.down, self.flipped, self.ranges = 0, 0.0, False, None, True
+        self.shift = 0
         self.delay_seconds, self.bytes_per_second = delay_seconds, bytes_per_second
         self.lock, self.free_at = threading.Lock(), 0.0
         handler = type("Handler", (_Handler,), {"server_state": self})
@@ -63,14 +64,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        data, status = bytearray(file.read_bytes()), 200
+        data, status, first = bytearray(file.read_bytes()), 200, 0
         if state.flipped == name:
             data[len(data) // 2] ^= 1
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if found and state.ranges:
-            data, status = data[int(found[1]) : int(found[2]) + 1 if found[2] else None], 206
+            first, status = int(found[1]) + state.shift, 206
+            data = data[first : int(found[2]) + 1 if found[2] else None]
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{file.stat().st_size}")
         self.end_headers()
         drops = state.drop_every and number % state.drop_every == 0
         with contextlib.suppress(ConnectionError):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -451,11 +452,12 @@ def test_manifests_that_are_refused(cache):
     rewrite_manifest(cache, lambda m: m.update(version=1) or m.pop("head_width"))
     with pytest.raises(CacheFormatError, match=r"a field is missing.*head_width"):
         Cache(cache)
-    rewrite_manifest(
-        cache, lambda m: m.update(head_width=64) or m["files"].update({"../x": {"bytes": 0, "sha256": ""}})
-    )
-    with pytest.raises(CacheFormatError, match=r"lists a file wrongly.*\.\./x"):
-        Cache(cache)
+    rewrite_manifest(cache, lambda m: m.update(head_width=64))
+    for name in ("../x", "/x", "a/../x", ".git/config", ".x.tmp-1", "lock.json", "manifest.json"):
+        rewrite_manifest(cache, lambda m, name=name: m["files"].update({name: {"bytes": 0, "sha256": ""}}))
+        with pytest.raises(CacheFormatError, match=rf"lists a file wrongly.*{re.escape(name)}"):
+            Cache(cache)
+        rewrite_manifest(cache, lambda m, name=name: m["files"].pop(name))
     rewrite_manifest(cache, lambda m: m.update(format="other"))
     with pytest.raises(CacheFormatError, match="not a logit cache"):
         Cache(cache)

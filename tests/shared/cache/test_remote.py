@@ -17,7 +17,7 @@ from shared.cache.info import cache_info
 from shared.cache.push import PLOT, pull_cache, push_cache
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
-from shared.errors import CacheCorruptError, CacheFormatError, ConfigError
+from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, ResumeError
 from tests.support.cache_faults import CLI
 from tests.support.file_server import FileServer
 from tests.support.loopback_hub import OWNER, TOKEN, Repository
@@ -177,6 +177,57 @@ def test_shards_used_longest_ago_are_evicted_and_nothing_else(cache, server, loc
     assert total <= need + max(shards) + mine.stat().st_size
 
 
+def test_a_local_cache_that_holds_other_caches_keeps_them(cache, server, local, monkeypatch):
+    mine = make_cache(local / "mine", shards=SHARDS)
+    (local / ".unfinished.tmp-1").write_text("not fetched here")
+    held = sum(file.stat().st_size for file in local.rglob("*") if file.is_file())
+    monkeypatch.setenv(remote.LOCAL_BYTES, str(held + 90_000))
+    opened = Cache(server.url)
+    opened.memory.limit_bytes = 0
+    assert_same(opened, cache)
+    assert verify_cache(mine.path, strict=True) == [] and (local / ".unfinished.tmp-1").exists()
+
+
+def test_a_local_cache_that_cannot_be_written_is_one_error(server, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(remote.LOCAL_CACHE, str(tmp_path / "file" / "local"))
+    with pytest.raises(ResumeError, match=r"cannot be written; where: .*file"):
+        Cache(server.url)
+
+
+@pytest.mark.parametrize("fault", ["longer", "shorter", "page"])
+def test_a_server_whose_files_are_others_is_refused(cache, tmp_path, fault, monkeypatch):
+    shutil.copytree(cache.path, tmp_path / "site")
+    shard = tmp_path / "site" / "shard-00001.h5"
+    data = shard.read_bytes()
+    shard.write_bytes({"longer": data + b"x", "shorter": data[:-100], "page": b"<html>sign in</html>"}[fault])
+    monkeypatch.setattr(remote, "PIECE_BYTES", len(data) - 100)  # the second piece begins where the shorter file ends
+    with FileServer(tmp_path / "site") as server:
+        server.ranges = fault != "longer"
+        with pytest.raises(CacheCorruptError, match=r"shard-00001\.h5; expected: .*; got: "):
+            Cache(server.url).load_shard(1)
+        (tmp_path / "site" / MANIFEST).write_bytes(b"<!doctype html>")
+        with pytest.raises(CacheFormatError, match=r"no cache here.*doctype.*check the URL"):
+            Cache(server.url)
+
+
+def test_another_range_than_the_one_asked_for_is_no_answer(cache, server):
+    server.shift = 3
+    with pytest.raises(ConfigError, match=r"cannot be reached.*another range"):
+        Cache(server.url).load_shard(0)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://user:secret@host/c", "s3://key:secret@bucket/c", "hf://u:secret@datasets/a/b", "https://h/c?k=secret"],
+)
+def test_a_url_with_credentials_is_refused_and_not_repeated(url, cache, tmp_path):
+    for action in (Cache, cache_info, lambda url: pull_cache(url, tmp_path), lambda url: push_cache(cache.path, url)):
+        with pytest.raises(ConfigError, match="no credentials") as caught:
+            action(url)
+        assert "secret" not in str(caught.value)
+
+
 def test_several_processes_fetch_a_shard_once(cache, server, local):
     server.delay_seconds = 0.2
     code = (
@@ -231,6 +282,43 @@ def test_what_cannot_be_pushed_or_pulled_is_refused(cache, tmp_path):
     with pytest.raises(CacheCorruptError, match="bytes have changed"):
         push_cache(damaged, f"file://{tmp_path}/new")
     assert not (tmp_path / "new" / MANIFEST).exists()
+
+
+def test_what_lies_at_a_target_is_never_overwritten(cache, tmp_path):
+    other = make_cache(tmp_path / "other", k=4)
+    (other.path / MANIFEST).unlink()  # unfinished
+    shard = (other.path / "shard-00000.h5").read_bytes()
+    with pytest.raises(ConfigError, match="another cache is there"):
+        push_cache(cache.path, f"file://{other.path}")
+    with pytest.raises(ConfigError, match="holds another cache"):
+        pull_cache(f"file://{cache.path}", other.path)
+    (other.path / MANIFEST).write_text('{"format": "of something else"}')
+    with pytest.raises(CacheFormatError, match="not a logit cache"):
+        push_cache(cache.path, f"file://{other.path}")
+    assert (other.path / "shard-00000.h5").read_bytes() == shard
+
+
+def test_a_damaged_copy_is_pulled_over(cache, tmp_path):
+    shutil.copytree(cache.path, tmp_path / "out")
+    for name in (MANIFEST, "shard-00001.h5", ".shard-00002.h5.tmp-7"):
+        (tmp_path / "out" / name).write_bytes(b"damaged")
+    pull_cache(f"file://{cache.path}", tmp_path / "out")
+    assert verify_cache(tmp_path / "out", strict=True) == []
+
+
+def test_a_file_url_is_a_path_as_it_stands(cache, tmp_path):
+    push_cache(cache.path, f"file://{tmp_path}/a%20b c")
+    assert_same(Cache(f"file://{tmp_path}/a%20b c"), Cache(tmp_path / "a%20b c"))
+
+
+@pytest.mark.parametrize(
+    "command", ["repair", "attach --teacher-eval .", "slice --out o", "merge --out o", "audit --teacher t"]
+)
+def test_commands_that_need_a_cache_here_say_so(server, command):
+    name, *options = command.split()
+    done = subprocess.run([*CLI, "cache", name, server.url, *options], capture_output=True, text=True)
+    assert done.returncode == 1 and f"codedistill cache pull {server.url} DIR" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and server.requests == []
 
 
 def test_a_cache_is_shared_on_the_hub(cache, hub_client, tmp_path):
