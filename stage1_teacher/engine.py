@@ -76,7 +76,7 @@ class HiddenStates:
         files = {}
         for path in sorted(self.folder.rglob("*.safetensors")):
             with _opened(path, "np") as file:
-                tokens = _tensor(file, path, "token_ids")[:]
+                tokens = _tensor(file, path, "token_ids")
             if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
                 expected, got = "integers [n]", f"{tokens.dtype} {list(tokens.shape)}"
                 raise ConfigError("token ids of another form", where=f"{path}, token_ids", expected=expected, got=got)
@@ -123,7 +123,7 @@ class HiddenStates:
         if (expected := self.record.files.get(name)) and (digest := sha256_file(path)) != expected:
             raise ConfigError("a file's bytes have changed", where=path, expected=expected, got=digest)
         with _opened(path, "pt") as file:
-            given, states = _tensor(file, path, "token_ids")[:], _tensor(file, path, "hidden_states")[:]
+            given, states = _tensor(file, path, "token_ids"), _tensor(file, path, "hidden_states")
         dtype = str(states.dtype).removeprefix("torch.")
         if states.ndim not in (2, 3) or len(states) != len(given) or dtype != self.record.dtype:
             raise ConfigError(
@@ -157,7 +157,10 @@ def _opened(path: Path, framework: str) -> Any:
 
 
 def _tensor(file: Any, path: Path, name: str) -> Any:
-    """A tensor of an open file, not read yet."""
+    """A tensor of an open file, which must hold something."""
     require(name in file.keys(), "a file of hidden states lacks a tensor", where=path, expected=name,  # noqa: SIM118
             got=", ".join(file.keys()))  # fmt: skip
-    return file.get_slice(name)
+    tensor = file.get_slice(name)
+    shape = tensor.get_shape()
+    require(shape and 0 not in shape, "a tensor without values", where=f"{path}, {name}", got=shape)
+    return tensor[:]

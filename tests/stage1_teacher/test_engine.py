@@ -202,6 +202,15 @@ def rewrite(folder, change):
         (lambda t: {"token_ids": t["token_ids"]}, "lacks a tensor.*expected: hidden_states; got: token_ids"),
         (lambda t: {"hidden_states": t["hidden_states"]}, "lacks a tensor.*expected: token_ids"),
         (lambda t: t | {"token_ids": t["token_ids"].float()}, "token ids of another form"),
+        (lambda t: t | {"token_ids": torch.tensor(3)}, r"without values; where: .*token_ids; got: \[\]"),
+        (
+            lambda t: t | {"token_ids": torch.zeros(0, dtype=torch.long)},
+            r"without values.*token_ids; got: \[0\]",
+        ),
+        (
+            lambda t: t | {"hidden_states": torch.zeros(20, 0, 32)},
+            r"without values.*got: \[20, 0, 32\]",
+        ),
         (lambda t: t | {"hidden_states": t["hidden_states"] * torch.nan}, "the teacher's logits cannot be used"),
     ],
 )
