@@ -49,7 +49,7 @@ def push_cache(directory: Path, target: str, *, private: bool = False) -> str:
     file_system, folder = open_file_system(url)
     remote = Remote(url)
     data = (directory / MANIFEST).read_bytes()
-    there = _refuse_another(remote, manifest)
+    there = _refuse_another(remote, manifest, directory)
 
     def find() -> dict[str, int]:
         return {name: entry["size"] for name, entry in file_system.find(folder, detail=True).items()}
@@ -124,7 +124,7 @@ def _push_to_hub(directory: Path, manifest: Manifest, url: str, *, private: bool
     open_dataset(repo_id, branch, private=private)
     there = listed_digests(repo_id, branch)
     if MANIFEST in there:
-        _refuse_another(Remote(url), manifest)
+        _refuse_another(Remote(url), manifest, directory)
 
     missing: dict[str, bytes | Path] = {}
 
@@ -152,15 +152,15 @@ def _holds_part_of(directory: Path, manifest: Manifest) -> bool:
     return not build.is_file() or (entry is not None and sha256_file(build) == entry.sha256)
 
 
-def _refuse_another(remote: Remote, manifest: Manifest) -> bytes | None:
+def _refuse_another(remote: Remote, manifest: Manifest, directory: Path) -> bytes | None:
     """The manifest at a target; None where there is none. What is there, finished or not, must be of the same cache."""
     what, fix = "another cache is there", "name another URL, or delete what is there"
     try:
         data = remote.read(MANIFEST)
     except FileNotFoundError:
         with contextlib.suppress(FileNotFoundError):
-            build, entry = remote.read(BUILD), manifest.files.get(BUILD)
-            is_same = entry is not None and hashlib.sha256(build).hexdigest() == entry.sha256
+            build, ours = remote.read(BUILD), directory / BUILD
+            is_same = ours.is_file() and ours.read_bytes().startswith(build)  # a killed push may leave half of it
             require(is_same, what, where=f"{remote.url}/{BUILD}", fix=fix)
         return None
     theirs = parse_manifest(data, f"{remote.url}/{MANIFEST}")
@@ -205,6 +205,7 @@ def _on_target(action: Callable[[], T], where: str) -> T:
 def _publish(file_system: Any, path: str, data: bytes) -> None:
     """Write the manifest in one step: object stores do, a local folder by a rename."""
     if "file" in file_system.protocol:
+        remove_leftovers(Path(path).parent)
         write_bytes(Path(path), data)
     else:
         file_system.pipe_file(path, data)

@@ -252,11 +252,14 @@ def test_a_cache_is_pushed_pulled_and_both_continue(cache, tmp_path, monkeypatch
     assert verify_cache(target, strict=True) == [] == verify_cache(url)
     (target / MANIFEST).unlink()  # as a killed push leaves it
     (target / "shard-00001.h5").write_bytes(b"half")
+    (target / "build.json").write_bytes(b"{")
+    (target / f".{MANIFEST}.tmp-7").write_bytes(b"half")
     with pytest.raises(CacheFormatError):
         Cache(url)
     before = (target / "shard-00000.h5").stat().st_mtime_ns
     push_cache(cache.path, url)
     assert (target / "shard-00000.h5").stat().st_mtime_ns == before
+    assert verify_cache(target, strict=True) == []
     pull_cache(url, out)
     (out / MANIFEST).unlink()
     (out / "shard-00002.h5").unlink()
