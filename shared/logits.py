@@ -230,11 +230,21 @@ def largest(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if z_NV.device.type != "cpu":
         return largest_by_sorting(z_NV, k)
     values, ids = _topk_by_groups(z_NV, min(k + 1, z_NV.shape[1]))
-    tied_N = (values[:, 1:] == values[:, :-1]).any(1)  # `topk` leaves their order open, at the border too
+    ties = values[:, 1:] == values[:, :-1]  # `topk` leaves their order open, at the border too
     ids = ids[:, :k]
-    if tied_N.any():
-        ids[tied_N] = largest_by_sorting(z_NV[tied_N], k)[1]
+    border_N = ties[:, k - 1 :].any(1)
+    inside_N = ties.any(1) & ~border_N
+    if inside_N.any():
+        ids[inside_N] = _ties_by_id(values[inside_N, :k], ids[inside_N])
+    if border_N.any():
+        ids[border_N] = largest_by_sorting(z_NV[border_N], k)[1]
     return values, ids
+
+
+def _ties_by_id(values_NK: Tensor, ids_NK: Tensor) -> Tensor:
+    """Ids in order of falling values, equal ones by ascending id."""
+    ascending, order = ids_NK.sort(1)
+    return ascending.gather(1, values_NK.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
 
 
 def largest_by_sorting(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
