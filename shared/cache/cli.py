@@ -1,4 +1,4 @@
-"""`codedistill cache info|verify|push|pull|repair|merge|slice|attach`; the root command adds `audit` and `import`."""
+"""`codedistill cache`: all but `show`, `audit` and `import`, which the root command adds from layers above."""
 
 from pathlib import Path
 from typing import Any

@@ -406,11 +406,11 @@ def trace(context: click.Context, path: Path, look_in: tuple[Path, ...], as_json
 
 @click.command()
 @click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
-@local_cache
 @click.option("--document", "documents", metavar="ID|N", multiple=True,
               help="A document's id or number, from 0; may be repeated.  [the first 12]")  # fmt: skip
 @click.option("--student", metavar="RUN", type=DIRECTORY, help="Show this run's or export's rows beside the teacher's.")
 @click.option("--html", metavar="OUT.html", type=FILE, help="Write a page instead of lines.")
+@local_cache
 def show(path: Path, documents: tuple[str, ...], student: Path | None, html: Path | None) -> None:
     """See what the teacher expected.
 
