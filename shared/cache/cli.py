@@ -77,7 +77,7 @@ def pull(url: str, out: Path) -> None:
     """Download a cache from a URL.
 
     Every byte is checked, and the manifest is written last. After an interruption the same command continues. Training,
-    evaluation, `info` and `verify` also take the URL itself.
+    evaluation, `info`, `verify` and `show` also take the URL itself.
     """
     from shared.cache.info import summary
     from shared.cache.push import pull_cache

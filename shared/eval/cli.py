@@ -50,8 +50,8 @@ def evaluate() -> None:
 @click.option("--teacher", metavar="DIR|ID", help="Also run the teacher, for the KL over the whole vocabulary.")
 @_OUT
 @DTYPE
-@click.option("--batch-tokens", type=click.IntRange(1), show_default="1024; 8192 on a GPU",
-              help="Max tokens at once, padding included.")  # fmt: skip
+@click.option("--batch-tokens", type=click.IntRange(1),
+              help="Max tokens at once, padding included.  [1024; on a GPU 8192]")  # fmt: skip
 def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype: str, batch_tokens: int | None) -> None:
     """Score a model on a cache's targets.
 
