@@ -12,6 +12,7 @@ Only functions are parsed that could match: those whose tokens, with all names a
 """
 
 import ast
+import contextlib
 import functools
 import keyword
 import re
@@ -39,13 +40,14 @@ BENCHMARKS = ("humaneval", "mbpp:test", "exercises")
 RULE = f"a run of {RUN} tokens, or an equal solution of {BODY_TOKENS} tokens or more; version 1"
 
 _LEXEME = re.compile(r"\#[^\n]* | [^\W\d]\w* | \d[\w.]* | [^\s\w]", re.VERBOSE)
-_FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCED = re.compile(r"^[^`\n]*```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE)
 _UNCOUNTED = frozenset({"ctx", "type_comment", "returns", "annotation", "kind"})
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
 _INVERSE = pow(_BASE, -1, 1 << 64)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Binding = Function | ast.ClassDef | ast.ExceptHandler | ast.MatchAs | ast.MatchStar  # bind `name`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,8 +140,9 @@ class Index:
                 return Match(problem=found, rule="run")
         if _is_in(_hashes(_blind(lexemes), BODY_TOKENS), self._body_hashes).any():
             for function in _functions(text):
-                if solution := self._solutions.get(_canonical(function)):
-                    return Match(problem=solution[0], rule="solution")
+                with contextlib.suppress(RecursionError):  # deeper than any solution
+                    if solution := self._solutions.get(_canonical(function)):
+                        return Match(problem=solution[0], rule="solution")
         return None
 
 
@@ -255,11 +258,10 @@ def _body(function: Function) -> list[ast.stmt]:
 def _canonical(function: Function) -> str:
     """A function's arguments and statements, alike for all functions that differ only in docstrings, annotations and
     the names that they bind."""
-    bound = {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)} | {function.name}
-    bound |= {
-        node.id for node in ast.walk(function) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
-    }
-    bound |= {node.name for node in _walk(function)}
+    nodes = list(ast.walk(function))
+    bound = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    bound |= {node.name for node in nodes if isinstance(node, Binding) and node.name}
     numbers = {function.name: "v0"}
 
     def renamed(name: str) -> str:
@@ -278,6 +280,9 @@ def _canonical(function: Function) -> str:
             return [type(node).__name__, renamed(node.name), dump(node.args), dump(_body(node))]
         if not isinstance(node, ast.AST):
             return repr(node)
-        return [type(node).__name__, *(dump(value) for name, value in ast.iter_fields(node) if name not in _UNCOUNTED)]
+        fields = {name: value for name, value in ast.iter_fields(node) if name not in _UNCOUNTED}
+        if isinstance(node, Binding) and node.name:
+            fields["name"] = renamed(node.name)
+        return [type(node).__name__, *map(dump, fields.values())]
 
     return repr([dump(function.args), dump(_body(function))])

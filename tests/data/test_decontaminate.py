@@ -1,11 +1,12 @@
 import json
+import re
 
 import pytest
 
-from data.decontaminate import Index, load_index
+from data.decontaminate import Index, Match, load_index
 from data.humaneval import load_humaneval
 from data.load import load_documents
-from data.records import Document
+from data.records import Document, Problem
 from shared.errors import ConfigError
 
 PROBLEM = load_humaneval()[0]  # has_close_elements
@@ -72,6 +73,43 @@ def test_the_standard_library_shares_no_text_with_humaneval(index):
     documents = load_documents("stdlib", "validation").documents
     assert len(documents) > 100
     assert [document.id for document in documents if index.match(document)] == []
+
+
+def test_whatever_a_function_binds_may_be_renamed():
+    code = """def read(name, default):
+    try:
+        with open(name) as file:
+            values = [float(line) for line in file]
+    except OSError as error:
+        print(error, name)
+        return default
+    return values
+"""
+    problem = Problem(task_id="P/0", prompt="", test="", entry_point="read", canonical_solution=code)
+    index = Index({"mine": [problem]})
+    copy = re.sub(r"\b(read|name|default|file|values|line|error)\b", r"\1_", code)
+    assert index.match(text(copy)) == Match(problem="P/0", rule="solution")
+    assert index.match(text(copy.replace("OSError", "ValueError"))) is None
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "def g(x):\n    return " + "x + " * 900 + "x\n",  # deeper than Python recurses
+        "def g(x):\n    if x == 0: pass\n" + "    elif x == 1: pass\n" * 900,
+        "(" * 999 + "\n",
+        "\0\n",
+        "def f(\n" * 999,
+    ],
+)
+def test_a_copy_behind_hostile_text_is_found(index, hostile):
+    assert index.match(text(hostile + DEFAULT_FREE)) == Match(problem="HumanEval/0", rule="solution")
+
+
+@pytest.mark.parametrize("content", ["`" * 1_000_000, "```x" * 250_000, "```\n" * 250_000])
+def test_fences_take_linear_time(index, content):
+    chat = Document(id="c", source="s", messages=({"role": "assistant", "content": content},))
+    assert index.match(chat) is None
 
 
 def _bare(problem):
