@@ -18,7 +18,7 @@ import keyword
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +69,9 @@ class Index:
     def __init__(self, problems: Mapping[str, Sequence[Problem]], absent: Mapping[str, str] | None = None) -> None:
         self.problems, self.absent = problems, absent or {}
 
-    def without(self, others: "Index") -> "Index":
+    def without(self, names: Collection[str]) -> "Index":
         """The index without these benchmarks."""
-        return Index({name: self.problems[name] for name in self.problems if name not in others.problems}, self.absent)
+        return Index({name: self.problems[name] for name in self.problems if name not in names}, self.absent)
 
     def __bool__(self) -> bool:
         return bool(self.problems)
@@ -146,6 +146,18 @@ class Index:
         return None
 
 
+def parse_names(names: str, where: str) -> list[str]:
+    """Some of `BENCHMARKS`, with commas between; `where` is the option that names them.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    chosen = [name.strip() for name in names.split(",")]
+    unknown = ", ".join(repr(name) for name in chosen if name not in BENCHMARKS)
+    require(not unknown, "unknown benchmark", where=where, expected=", ".join(BENCHMARKS), got=unknown)
+    return chosen
+
+
 def load_index(names: str, dataset: str = "") -> Index:
     """The index of benchmarks.
 
@@ -156,10 +168,8 @@ def load_index(names: str, dataset: str = "") -> Index:
     Raises:
         ConfigError: an unknown name, or a benchmark that is asked for is not to be had.
     """
-    chosen = {"auto": list(BENCHMARKS), "none": []}.get(names, [name.strip() for name in names.split(",")])
-    unknown = [name for name in chosen if name not in BENCHMARKS]
-    expected = f"auto, none, or of {', '.join(BENCHMARKS)}"
-    require(not unknown, "unknown benchmark", where="decontaminate", expected=expected, got=", ".join(unknown))
+    special = {"auto": list(BENCHMARKS), "none": list[str]()}
+    chosen = special[names] if names in special else parse_names(names, "decontaminate")
     found, absent = dict[str, Sequence[Problem]](), dict[str, str]()
     for name in chosen:
         try:

@@ -129,7 +129,7 @@ def test_every_solution_of_twenty_tokens_finds_its_own_problem():
 def test_names_and_what_is_not_at_hand(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     assert not load_index("none")
-    with pytest.raises(ConfigError, match=r"unknown benchmark.*of humaneval, mbpp:test, exercises; got: x"):
+    with pytest.raises(ConfigError, match=r"unknown benchmark.*humaneval, mbpp:test, exercises; got: 'x'"):
         load_index("humaneval,x")
     index = load_index("auto")
     assert list(index.problems) == ["humaneval", "exercises"] and "not at hand" in index.absent["mbpp:test"]
