@@ -1,10 +1,11 @@
 """Which documents share text with a benchmark's test problems: training on those would score what was learnt by heart.
 
-A document matches a problem in either of two ways:
+A document matches a problem in any of three ways:
 
 1. A run of `RUN` tokens in a row that the problem's prompt, reference solution or tests have, too. Tokens are words,
    numbers and signs; white space and comments are none.
-2. A function that does the same as the reference solution, statement by statement: equal syntax trees once docstrings
+2. The problem's whole prompt, where it is too short to have such a run.
+3. A function that does the same as the reference solution, statement by statement: equal syntax trees once docstrings
    and annotations are taken away and arguments and variables are numbered as they appear. Bodies of fewer than
    `BODY_TOKENS` tokens are not compared: half of all programmers would write them alike.
 
@@ -36,8 +37,9 @@ from shared.files import sha256_json
 
 RUN, RUN_WORDS = 30, 10
 BODY_TOKENS = 20
+PROMPT_TOKENS = 12  # shorter prompts say nothing of their own
 BENCHMARKS = ("humaneval", "mbpp:test", "exercises")
-RULE = f"a run of {RUN} tokens, or an equal solution of {BODY_TOKENS} tokens or more; version 1"
+RULE = f"a run of {RUN} tokens, a whole prompt, or an equal solution of {BODY_TOKENS} tokens or more; version 1"
 
 _LEXEME = re.compile(r"\#[^\n]* | [^\W\d]\w* | \d[\w.]* | [^\s\w]", re.VERBOSE)
 _FENCED = re.compile(r"^[^`\n]*```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE)
@@ -52,7 +54,10 @@ Binding = Function | ast.ClassDef | ast.ExceptHandler | ast.MatchAs | ast.MatchS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Match:
-    """What a document shares: with which problem, such as `HumanEval/3`, and by which rule (`run` or `solution`)."""
+    """What a document shares: with which problem, such as `HumanEval/3`, and by which rule.
+
+    The rule is `run`, `prompt` or `solution`.
+    """
 
     problem: str
     rule: str
@@ -86,10 +91,18 @@ class Index:
         found: dict[tuple[str, ...], str] = {}
         for problem in self._all():
             for lexemes in map(_lexemes, (_program(problem), problem.test)):
-                for start in range(len(lexemes) - RUN + 1):
-                    run = tuple(lexemes[start : start + RUN])
+                for run in _windows(lexemes):
                     if len({word for word in run if word.isidentifier()}) >= RUN_WORDS:
                         found.setdefault(run, problem.task_id)
+        return found
+
+    @functools.cached_property
+    def _short_prompts(self) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
+        """The prompts without such a run, by how they begin."""
+        found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for prompt in self._prompts:
+            if len(prompt) >= PROMPT_TOKENS and not any(run in self._runs for run in _windows(prompt)):
+                found.setdefault(prompt[:PROMPT_TOKENS], []).append(prompt)
         return found
 
     @functools.cached_property
@@ -106,6 +119,10 @@ class Index:
     @functools.cached_property
     def _run_hashes(self) -> Array:
         return _sorted(_hashes(run, RUN) for run in self._runs)
+
+    @functools.cached_property
+    def _prompt_hashes(self) -> Array:
+        return _sorted(_hashes(beginning, PROMPT_TOKENS) for beginning in self._short_prompts)
 
     @functools.cached_property
     def _body_hashes(self) -> Array:
@@ -138,6 +155,10 @@ class Index:
         for start in np.flatnonzero(_is_in(_hashes(lexemes, RUN), self._run_hashes)).tolist():
             if found := self._runs.get(tuple(lexemes[start : start + RUN])):
                 return Match(problem=found, rule="run")
+        for start in np.flatnonzero(_is_in(_hashes(lexemes, PROMPT_TOKENS), self._prompt_hashes)).tolist():
+            for prompt in self._short_prompts.get(tuple(lexemes[start : start + PROMPT_TOKENS]), ()):
+                if tuple(lexemes[start : start + len(prompt)]) == prompt:
+                    return Match(problem=self._prompts[prompt], rule="prompt")
         if _is_in(_hashes(_blind(lexemes), BODY_TOKENS), self._body_hashes).any():
             for function in _functions(text):
                 with contextlib.suppress(RecursionError):  # deeper than any solution
@@ -199,6 +220,10 @@ def _program(problem: Problem) -> str:
 
 def _lexemes(text: str) -> list[str]:
     return [lexeme for lexeme in _LEXEME.findall(normalise(text)) if lexeme[0] != "#"]
+
+
+def _windows(lexemes: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    return (tuple(lexemes[start : start + RUN]) for start in range(len(lexemes) - RUN + 1))
 
 
 def _blind(lexemes: Iterable[str]) -> list[str]:

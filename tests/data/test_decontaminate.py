@@ -4,7 +4,7 @@ import re
 import pytest
 
 from data.decontaminate import Index, Match, load_index
-from data.humaneval import load_humaneval
+from data.humaneval import load_exercises, load_humaneval
 from data.load import load_documents
 from data.records import Document, Problem
 from shared.errors import ConfigError
@@ -115,6 +115,15 @@ def test_fences_take_linear_time(index, content):
 def _bare(problem):
     """A problem's solution without the docstring."""
     return problem.prompt.split('"""')[0].rstrip() + "\n" + (problem.canonical_solution or "")
+
+
+def test_every_problem_as_published_is_found():
+    problems = {"humaneval": load_humaneval(), "exercises": load_exercises()}
+    index = Index(problems)
+    for name, of_name in problems.items():
+        found = [index.match(text(p.prompt + "    return other(1)\n")) for p in of_name]
+        assert [match and match.problem for match in found] == [p.task_id for p in of_name], name
+    assert index.match(text(load_exercises()[0].prompt.replace("first", "head"))) is None
 
 
 def test_every_solution_of_twenty_tokens_finds_its_own_problem():
