@@ -115,7 +115,9 @@ def test_documents_that_share_text_with_a_benchmark_are_left_out(teacher, rows, 
     assert source["benchmarks"]["names"] == ["humaneval"] and verify_cache(cache.path) == []
     _, result = build(teacher, path, cache.path, "--decontaminate", "humaneval", "--max-lossy", "1")
     assert "up to date" in result.stderr
-    with pytest.raises(ResumeError, match="benchmarks"):
+    with pytest.raises(
+        ResumeError, match=r"other benchmarks.*expected: humaneval; got: none; .*--decontaminate humaneval"
+    ):
         build(teacher, path, cache.path, "--decontaminate", "none", "--max-lossy", "1")
     whole, result = build(teacher, path, tmp_path / "whole", "--decontaminate", "none", "--max-lossy", "1")
     assert whole.num_documents > cache.num_documents and "share text" not in result.stderr
@@ -133,3 +135,8 @@ def test_documents_keep_who_wrote_them(teacher, tmp_path):  # noqa: F811
     (source,) = cache.manifest.sources
     assert source["written"] == {"teacher": {"documents": 2, "passed": 1}, "student": {"documents": 1, "passed": 0}}
     assert "2 documents were written by a teacher; 1 passed their tests" in result.stderr
+    for license in ("\ud800", "x\x1b[31m", "L" * 201, ["MIT"]):
+        by = {"origin": "teacher", "license": license}
+        path.write_text(json.dumps({"prompt": "# 1", "completion": "\nx = 1\n", "written": by}) + "\n")
+        with pytest.raises(ConfigError, match=r"field 'written.license'; expected: an SPDX expression"):
+            build(teacher, path, tmp_path / "no")
