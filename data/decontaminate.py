@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from data.humaneval import load_exercises, load_humaneval
+from data.mbpp import HUB_ID, is_mbpp, load_problems
 from data.mbpp import NAME as MBPP
-from data.mbpp import is_mbpp, load_problems
 from data.records import Document, Problem
 from data.tabular import SUFFIXES, open_table
 from data.templates import normalise
@@ -179,12 +179,12 @@ def parse_names(names: str, where: str) -> list[str]:
     return chosen
 
 
-def load_index(names: str, dataset: str = "") -> Index:
+def load_index(names: str, dataset: str = "", revision: str | None = None) -> Index:
     """The index of benchmarks.
 
     Args:
         names: of `BENCHMARKS`, with commas between; `none`; or `auto` for all that are at hand without a network.
-        dataset: what is to be compared: where it is MBPP itself, its test split comes from there.
+        dataset: what is to be compared: where it is MBPP itself, its test split comes from there; revision: of it.
 
     Raises:
         ConfigError: an unknown name, or a benchmark that is asked for is not to be had.
@@ -194,7 +194,7 @@ def load_index(names: str, dataset: str = "") -> Index:
     found, absent = dict[str, Sequence[Problem]](), dict[str, str]()
     for name in chosen:
         try:
-            found[name] = _load(name, dataset, offline=names == "auto")
+            found[name] = _load(name, dataset, revision, offline=names == "auto")
         except ConfigError as error:
             if names != "auto":
                 raise
@@ -202,7 +202,7 @@ def load_index(names: str, dataset: str = "") -> Index:
     return Index(found, absent)
 
 
-def _load(name: str, dataset: str, *, offline: bool) -> Sequence[Problem]:
+def _load(name: str, dataset: str, revision: str | None, *, offline: bool) -> Sequence[Problem]:
     if name == "humaneval":
         return load_humaneval(offline=offline)
     if name == "exercises":
@@ -210,7 +210,9 @@ def _load(name: str, dataset: str, *, offline: bool) -> Sequence[Problem]:
     is_file = dataset.endswith(SUFFIXES) and Path(dataset).is_file()
     if is_file and is_mbpp(open_table([Path(dataset)], dataset).columns):
         return load_problems(dataset, "test")[0]
-    return load_problems(MBPP, "test", offline=offline and dataset != MBPP)[0]
+    if dataset.partition(":")[0] in (MBPP, HUB_ID):
+        return load_problems(MBPP, "test", revision=revision)[0]
+    return load_problems(MBPP, "test", offline=offline)[0]
 
 
 def _program(problem: Problem) -> str:

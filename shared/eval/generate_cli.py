@@ -46,7 +46,7 @@ from shared.options import GroupedCommand
 @click.option("--prefer", type=click.Choice(["shortest", "random"]), default="shortest", show_default=True,
               help="Which to keep where there are more.")  # fmt: skip
 @click.option("--decontaminate", metavar="NAMES", default="auto", show_default=True,
-              help="Leave out text shared with humaneval,mbpp:test; auto: those at hand.")  # fmt: skip
+              help="Leave out text of humaneval,mbpp:test,exercises; auto: of those at hand.")  # fmt: skip
 @click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
               help="Max wall seconds per program.")  # fmt: skip
 @DTYPE
