@@ -354,24 +354,6 @@ def _refuse_moved(task: Task) -> None:
             )
 
 
-def _refuse_other_benchmarks(task: Task) -> None:
-    """Refuse to resume with other benchmarks than the cache was begun with, as `auto` has once one more is at hand."""
-    try:
-        before = json.loads((task.out / BUILD).read_bytes())["options"]["benchmarks"].get("names", [])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return  # nothing begun, or not by us: the writer says which
-    now, names = list(task.benchmarks.problems), ",".join(before) or "none"
-    require(
-        before == now,
-        "documents were compared with other benchmarks when the cache was begun",
-        error=ResumeError,
-        where=task.out,
-        expected=names,
-        got=",".join(now) or "none",
-        fix=f"pass --decontaminate {names}, or name another --out",
-    )
-
-
 def _build(task: Task, delete_hidden_states: bool) -> None:
     """Tokenise the documents, unless that is done; label them and write the cache."""
     from shared.distributed import wait
@@ -436,7 +418,6 @@ def _tokenise(task: Task) -> bool:
     """
     out, folder = task.out, store_folder(task.out)
     _refuse_moved(task)
-    _refuse_other_benchmarks(task)
     check_folder(out, json.loads(json.dumps(task.options())), partly=True)
     request = task.store_request()
     store = found = find_store(folder, request)

@@ -115,9 +115,7 @@ def test_documents_that_share_text_with_a_benchmark_are_left_out(teacher, rows, 
     assert source["benchmarks"]["names"] == ["humaneval"] and verify_cache(cache.path) == []
     _, result = build(teacher, path, cache.path, "--decontaminate", "humaneval", "--max-lossy", "1")
     assert "up to date" in result.stderr
-    with pytest.raises(
-        ResumeError, match=r"other benchmarks.*expected: humaneval; got: none; .*--decontaminate humaneval"
-    ):
+    with pytest.raises(ResumeError, match="benchmarks"):
         build(teacher, path, cache.path, "--decontaminate", "none", "--max-lossy", "1")
     whole, result = build(teacher, path, tmp_path / "whole", "--decontaminate", "none", "--max-lossy", "1")
     assert whole.num_documents > cache.num_documents and "share text" not in result.stderr

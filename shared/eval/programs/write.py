@@ -180,8 +180,7 @@ def write_documents(
         prompts, inputs: on rank 0; see `evaluate_benchmark` for these and for what is not named here.
         choice: which completions become documents.
         benchmarks: documents that share text with one of these are left out.
-        origin: `teacher` or `student`.
-        style: see `complete_problems`.
+        origin, style: `teacher` or `student`; see `complete_problems`.
 
     Returns:
         What result.json holds; None on ranks other than 0, or where it is up to date.
@@ -230,9 +229,7 @@ def write_documents(
     replace_files(out, contents | {"result.json": to_json(result.to_dict()).encode()})
     remove_parts(out)
     shown = ", ".join(f"{count:,} {name}" for name, count in result.counts.items() if count is not None)
-    log(f"{out / DOCUMENTS}: {shown}")
-    if not rows:
-        log("warning: nothing was kept; --keep parsed or --keep all keeps more")
+    log(f"{out / DOCUMENTS}: {shown}{'' if rows else '; nothing was kept, see --keep'}")
     return result
 
 
