@@ -1,10 +1,11 @@
 """Which documents share text with a benchmark's test problems: training on those would score what was learnt by heart.
 
-A document matches a problem in either of two ways:
+A document matches a problem in any of three ways:
 
 1. A run of `RUN` tokens in a row that the problem's prompt, reference solution or tests have, too. Tokens are words,
    numbers and signs; white space and comments are none.
-2. A function that does the same as the reference solution, statement by statement: equal syntax trees once docstrings
+2. The problem's whole prompt, where it is too short to have such a run.
+3. A function that does the same as the reference solution, statement by statement: equal syntax trees once docstrings
    and annotations are taken away and arguments and variables are numbered as they appear. Bodies of fewer than
    `BODY_TOKENS` tokens are not compared: half of all programmers would write them alike.
 
@@ -12,20 +13,21 @@ Only functions are parsed that could match: those whose tokens, with all names a
 """
 
 import ast
+import contextlib
 import functools
 import keyword
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.humaneval import load_exercises, load_humaneval
+from data.mbpp import HUB_ID, is_mbpp, load_problems
 from data.mbpp import NAME as MBPP
-from data.mbpp import is_mbpp, load_problems
 from data.records import Document, Problem
 from data.tabular import SUFFIXES, open_table
 from data.templates import normalise
@@ -35,22 +37,27 @@ from shared.files import sha256_json
 
 RUN, RUN_WORDS = 30, 10
 BODY_TOKENS = 20
+PROMPT_TOKENS = 12  # shorter prompts say nothing of their own
 BENCHMARKS = ("humaneval", "mbpp:test", "exercises")
-RULE = f"a run of {RUN} tokens, or an equal solution of {BODY_TOKENS} tokens or more; version 1"
+RULE = f"a run of {RUN} tokens, a whole prompt, or an equal solution of {BODY_TOKENS} tokens or more; version 1"
 
 _LEXEME = re.compile(r"\#[^\n]* | [^\W\d]\w* | \d[\w.]* | [^\s\w]", re.VERBOSE)
-_FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCED = re.compile(r"^[^`\n]*```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE)
 _UNCOUNTED = frozenset({"ctx", "type_comment", "returns", "annotation", "kind"})
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
 _INVERSE = pow(_BASE, -1, 1 << 64)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Binding = Function | ast.ClassDef | ast.ExceptHandler | ast.MatchAs | ast.MatchStar  # bind `name`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Match:
-    """What a document shares: with which problem, such as `HumanEval/3`, and by which rule (`run` or `solution`)."""
+    """What a document shares: with which problem, such as `HumanEval/3`, and by which rule.
+
+    The rule is `run`, `prompt` or `solution`.
+    """
 
     problem: str
     rule: str
@@ -67,9 +74,9 @@ class Index:
     def __init__(self, problems: Mapping[str, Sequence[Problem]], absent: Mapping[str, str] | None = None) -> None:
         self.problems, self.absent = problems, absent or {}
 
-    def without(self, others: "Index") -> "Index":
+    def without(self, names: Collection[str]) -> "Index":
         """The index without these benchmarks."""
-        return Index({name: self.problems[name] for name in self.problems if name not in others.problems}, self.absent)
+        return Index({name: self.problems[name] for name in self.problems if name not in names}, self.absent)
 
     def __bool__(self) -> bool:
         return bool(self.problems)
@@ -84,10 +91,18 @@ class Index:
         found: dict[tuple[str, ...], str] = {}
         for problem in self._all():
             for lexemes in map(_lexemes, (_program(problem), problem.test)):
-                for start in range(len(lexemes) - RUN + 1):
-                    run = tuple(lexemes[start : start + RUN])
+                for run in _windows(lexemes):
                     if len({word for word in run if word.isidentifier()}) >= RUN_WORDS:
                         found.setdefault(run, problem.task_id)
+        return found
+
+    @functools.cached_property
+    def _short_prompts(self) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
+        """The prompts without such a run, by how they begin."""
+        found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for prompt in self._prompts:
+            if len(prompt) >= PROMPT_TOKENS and not any(run in self._runs for run in _windows(prompt)):
+                found.setdefault(prompt[:PROMPT_TOKENS], []).append(prompt)
         return found
 
     @functools.cached_property
@@ -104,6 +119,10 @@ class Index:
     @functools.cached_property
     def _run_hashes(self) -> Array:
         return _sorted(_hashes(run, RUN) for run in self._runs)
+
+    @functools.cached_property
+    def _prompt_hashes(self) -> Array:
+        return _sorted(_hashes(beginning, PROMPT_TOKENS) for beginning in self._short_prompts)
 
     @functools.cached_property
     def _body_hashes(self) -> Array:
@@ -136,31 +155,46 @@ class Index:
         for start in np.flatnonzero(_is_in(_hashes(lexemes, RUN), self._run_hashes)).tolist():
             if found := self._runs.get(tuple(lexemes[start : start + RUN])):
                 return Match(problem=found, rule="run")
+        for start in np.flatnonzero(_is_in(_hashes(lexemes, PROMPT_TOKENS), self._prompt_hashes)).tolist():
+            for prompt in self._short_prompts.get(tuple(lexemes[start : start + PROMPT_TOKENS]), ()):
+                if tuple(lexemes[start : start + len(prompt)]) == prompt:
+                    return Match(problem=self._prompts[prompt], rule="prompt")
         if _is_in(_hashes(_blind(lexemes), BODY_TOKENS), self._body_hashes).any():
             for function in _functions(text):
-                if solution := self._solutions.get(_canonical(function)):
-                    return Match(problem=solution[0], rule="solution")
+                with contextlib.suppress(RecursionError):  # deeper than any solution
+                    if solution := self._solutions.get(_canonical(function)):
+                        return Match(problem=solution[0], rule="solution")
         return None
 
 
-def load_index(names: str, dataset: str = "") -> Index:
+def parse_names(names: str, where: str) -> list[str]:
+    """Some of `BENCHMARKS`, with commas between; `where` is the option that names them.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    chosen = [name.strip() for name in names.split(",")]
+    unknown = ", ".join(repr(name) for name in chosen if name not in BENCHMARKS)
+    require(not unknown, "unknown benchmark", where=where, expected=", ".join(BENCHMARKS), got=unknown)
+    return chosen
+
+
+def load_index(names: str, dataset: str = "", revision: str | None = None) -> Index:
     """The index of benchmarks.
 
     Args:
         names: of `BENCHMARKS`, with commas between; `none`; or `auto` for all that are at hand without a network.
-        dataset: what is to be compared: where it is MBPP itself, its test split comes from there.
+        dataset: what is to be compared: where it is MBPP itself, its test split comes from there; revision: of it.
 
     Raises:
         ConfigError: an unknown name, or a benchmark that is asked for is not to be had.
     """
-    chosen = {"auto": list(BENCHMARKS), "none": []}.get(names, [name.strip() for name in names.split(",")])
-    unknown = [name for name in chosen if name not in BENCHMARKS]
-    expected = f"auto, none, or of {', '.join(BENCHMARKS)}"
-    require(not unknown, "unknown benchmark", where="decontaminate", expected=expected, got=", ".join(unknown))
+    special = {"auto": list(BENCHMARKS), "none": list[str]()}
+    chosen = special[names] if names in special else parse_names(names, "decontaminate")
     found, absent = dict[str, Sequence[Problem]](), dict[str, str]()
     for name in chosen:
         try:
-            found[name] = _load(name, dataset, offline=names == "auto")
+            found[name] = _load(name, dataset, revision, offline=names == "auto")
         except ConfigError as error:
             if names != "auto":
                 raise
@@ -168,7 +202,7 @@ def load_index(names: str, dataset: str = "") -> Index:
     return Index(found, absent)
 
 
-def _load(name: str, dataset: str, *, offline: bool) -> Sequence[Problem]:
+def _load(name: str, dataset: str, revision: str | None, *, offline: bool) -> Sequence[Problem]:
     if name == "humaneval":
         return load_humaneval(offline=offline)
     if name == "exercises":
@@ -176,7 +210,9 @@ def _load(name: str, dataset: str, *, offline: bool) -> Sequence[Problem]:
     is_file = dataset.endswith(SUFFIXES) and Path(dataset).is_file()
     if is_file and is_mbpp(open_table([Path(dataset)], dataset).columns):
         return load_problems(dataset, "test")[0]
-    return load_problems(MBPP, "test", offline=offline and dataset != MBPP)[0]
+    if dataset.partition(":")[0] in (MBPP, HUB_ID):
+        return load_problems(MBPP, "test", revision=revision)[0]
+    return load_problems(MBPP, "test", offline=offline)[0]
 
 
 def _program(problem: Problem) -> str:
@@ -186,6 +222,10 @@ def _program(problem: Problem) -> str:
 
 def _lexemes(text: str) -> list[str]:
     return [lexeme for lexeme in _LEXEME.findall(normalise(text)) if lexeme[0] != "#"]
+
+
+def _windows(lexemes: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    return (tuple(lexemes[start : start + RUN]) for start in range(len(lexemes) - RUN + 1))
 
 
 def _blind(lexemes: Iterable[str]) -> list[str]:
@@ -255,11 +295,10 @@ def _body(function: Function) -> list[ast.stmt]:
 def _canonical(function: Function) -> str:
     """A function's arguments and statements, alike for all functions that differ only in docstrings, annotations and
     the names that they bind."""
-    bound = {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)} | {function.name}
-    bound |= {
-        node.id for node in ast.walk(function) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
-    }
-    bound |= {node.name for node in _walk(function)}
+    nodes = list(ast.walk(function))
+    bound = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    bound |= {node.name for node in nodes if isinstance(node, Binding) and node.name}
     numbers = {function.name: "v0"}
 
     def renamed(name: str) -> str:
@@ -278,6 +317,9 @@ def _canonical(function: Function) -> str:
             return [type(node).__name__, renamed(node.name), dump(node.args), dump(_body(node))]
         if not isinstance(node, ast.AST):
             return repr(node)
-        return [type(node).__name__, *(dump(value) for name, value in ast.iter_fields(node) if name not in _UNCOUNTED)]
+        fields = {name: value for name, value in ast.iter_fields(node) if name not in _UNCOUNTED}
+        if isinstance(node, Binding) and node.name:
+            fields["name"] = renamed(node.name)
+        return [type(node).__name__, *map(dump, fields.values())]
 
     return repr([dump(function.args), dump(_body(function))])

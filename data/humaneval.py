@@ -140,7 +140,7 @@ def _problems(rows: Iterable[Row]) -> tuple[Problem, ...]:
     seen: dict[str, str] = {}
     problems = []
     for row in rows:
-        problem = _problem(row)
+        problem = parse_problem(row)
         if problem.task_id in seen:
             raise row.error("task_id", expected="each id once", got=f"{problem.task_id!r}, as {seen[problem.task_id]}")
         seen[problem.task_id] = row.where
@@ -148,7 +148,12 @@ def _problems(rows: Iterable[Row]) -> tuple[Problem, ...]:
     return tuple(problems)
 
 
-def _problem(row: Row) -> Problem:
+def parse_problem(row: Row) -> Problem:
+    """A row of HumanEval's form as a problem.
+
+    Raises:
+        ConfigError: a field is missing, of another type, or not what its name says.
+    """
     fields = {key: row.text(key) for key in KEYS}
     if not fields["entry_point"].isidentifier():
         raise row.error("entry_point", expected="a function's name", got=repr(fields["entry_point"]))

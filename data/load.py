@@ -277,6 +277,9 @@ def _written(row: Row) -> dict[str, str]:
     record = row.fields.get(WRITTEN)
     if not isinstance(record, dict) or record.get("origin") not in ORIGINS:
         return {}
+    license = record.get("license")
+    if license is not None and not (isinstance(license, str) and re.fullmatch(r"[\w .+()-]{1,200}", license, re.ASCII)):
+        raise row.error(f"{WRITTEN}.license", expected="an SPDX expression, or null", got=f"{license!r:.60}")
     return {key: record[key] for key in ("origin", "verdict", "license") if isinstance(record.get(key), str)}
 
 

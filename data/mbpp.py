@@ -38,19 +38,22 @@ def is_mbpp(columns: Iterable[str]) -> bool:
     return {"task_id", "code", "test_list"} <= set(columns)
 
 
-def load_problems(dataset: str, split: str, *, offline: bool = False) -> tuple[tuple[Problem, ...], str | None]:
+def load_problems(
+    dataset: str, split: str, *, revision: str | None = None, offline: bool = False
+) -> tuple[tuple[Problem, ...], str | None]:
     """The problems of one split, and the Hub's commit that they are of (None for a file).
 
     Args:
         dataset: `mbpp` for the Hub's, or a file of one of `SUFFIXES` with MBPP's columns, full or sanitized.
         split: a key of `SPLITS`.
+        revision: of the Hub's, a branch, tag or commit.
         offline: of the Hub's, only what was fetched before.
 
     Raises:
         ConfigError: the Hub or the file cannot be read, a row is malformed, or the split has no rows.
     """
     if dataset == NAME:
-        found = open_hub(HUB_ID, split, config=CONFIG, offline=offline)
+        found = open_hub(HUB_ID, split, revision, CONFIG, offline=offline)
         return tuple(read_split(found.table.read(COLUMNS), split, mbpp_problem)), found.commit
     known = dataset.endswith(SUFFIXES)
     require(known, "unknown data set", where="dataset", expected=f"mbpp, {FILES}", got=repr(dataset))

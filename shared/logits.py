@@ -230,11 +230,37 @@ def largest(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if z_NV.device.type != "cpu":
         return largest_by_sorting(z_NV, k)
     values, ids = _topk_by_groups(z_NV, min(k + 1, z_NV.shape[1]))
-    tied_N = (values[:, 1:] == values[:, :-1]).any(1)  # `topk` leaves their order open, at the border too
-    ids = ids[:, :k]
-    if tied_N.any():
-        ids[tied_N] = largest_by_sorting(z_NV[tied_N], k)[1]
+    # `topk` leaves open in which order equal values come, and which of them at the border.
+    ties, ids = values[:, 1:] == values[:, :-1], ids[:, :k]
+    tied_N = ties.any(1).nonzero()[:, 0]
+    border_N = ties[:, k - 1 :].any(1).nonzero()[:, 0]
+    if len(border_N):
+        ids[border_N] = _first_at_border(z_NV[border_N], values[border_N, :k], ids[border_N])
+    if len(tied_N):
+        ascending, order = ids[tied_N].sort(1)
+        falling = values[tied_N, :k].gather(1, order).sort(dim=1, descending=True, stable=True).indices
+        ids[tied_N] = ascending.gather(1, falling)
     return values, ids
+
+
+def _first_at_border(z_NV: Tensor, values_NK: Tensor, ids_NK: Tensor) -> Tensor:
+    """Ids of which those at each row's last value are the smallest that have it."""
+    N, V = z_NV.shape
+    groups, last_N1 = V // _GROUP, values_NK[:, -1:]
+    # Only groups (see `_topk_by_groups`) whose maximum reaches the value are looked into.
+    reach = z_NV[:, : groups * _GROUP].view(N, _GROUP, groups).amax(1) >= last_N1
+    rows, firsts = reach.nonzero(as_tuple=True)
+    columns = firsts[:, None] + torch.arange(_GROUP) * groups
+    found = z_NV[rows[:, None], columns] == last_N1[rows]
+    keys = (rows[:, None] * V + columns)[found]
+    rest, places = (z_NV[:, groups * _GROUP :] == last_N1).nonzero(as_tuple=True)
+    keys = torch.cat([keys, rest * V + places + groups * _GROUP]).sort().values
+    rows, columns = keys // V, keys % V
+    above_N = (values_NK > values_NK[:, -1:]).sum(1)
+    places = torch.arange(len(rows)) - torch.searchsorted(rows, torch.arange(len(z_NV)))[rows] + above_N[rows]
+    kept = places < values_NK.shape[1]
+    ids_NK[rows[kept], places[kept]] = columns[kept]
+    return ids_NK
 
 
 def largest_by_sorting(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:

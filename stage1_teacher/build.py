@@ -94,7 +94,9 @@ class Task:
     @functools.cached_property
     def benchmarks(self) -> Index:
         """What documents are compared with."""
-        return load_index(self.config.decontaminate, self.config.dataset)
+        config, begun = self.config, self._begun_with()
+        names = config.decontaminate if begun is None else ",".join(begun.get("names", [])) or "none"
+        return load_index(names, config.dataset, config.dataset_revision)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -142,8 +144,18 @@ class Task:
 
     def _compared(self) -> dict[str, Any]:
         """The benchmarks whose text is left out, the rule and the digest of both; empty where there are none."""
+        if is_finished(self.out) and (begun := self._begun_with()) is not None:
+            return begun
         names = list(self.benchmarks.problems)
         return {"names": names, "rule": RULE, "digest": self.benchmarks.digest} if names else {}
+
+    def _begun_with(self) -> dict[str, Any] | None:
+        """What `auto` meant when the cache was begun, which it means until the cache is finished and after."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            options = json.loads((self.out / BUILD).read_bytes())["options"]
+            if options["decontaminate"] == self.config.decontaminate == "auto":
+                return dict(options["benchmarks"])
+        return None
 
     def _skipped(self) -> list[str]:
         return [cache.manifest.digest for cache in self.skip_in]

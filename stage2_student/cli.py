@@ -30,7 +30,7 @@ def batch_tokens(text: str) -> int | str:
 CACHES = click.option("--cache", "caches", required=True, multiple=True, type=weighted, metavar="CACHE[:WEIGHT]",
                       help="A logit cache to train on, or its URL; may be repeated.")  # fmt: skip
 VALIDATION = click.option("--validation", type=click.Path(path_type=Path),
-                          help="A cache of held-out documents, same teacher; students are scored on it.")  # fmt: skip
+                          help="A cache of held-out documents, same teacher, or its URL; scores students.")  # fmt: skip
 JOBS = click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True,
                     help="Students trained at once: one GPU each, or a share of the processor's threads.")  # fmt: skip
 

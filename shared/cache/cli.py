@@ -1,4 +1,4 @@
-"""`codedistill cache info|verify|push|pull|repair|merge|slice|attach`; the root command adds `audit` and `import`."""
+"""`codedistill cache`: all but `show`, `audit` and `import`, which the root command adds from layers above."""
 
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def pull(url: str, out: Path) -> None:
     """Download a cache from a URL.
 
     Every byte is checked, and the manifest is written last. After an interruption the same command continues. Training,
-    evaluation, `info` and `verify` also take the URL itself.
+    evaluation, `info`, `verify` and `show` also take the URL itself.
     """
     from shared.cache.info import summary
     from shared.cache.push import pull_cache

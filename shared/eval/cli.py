@@ -50,8 +50,8 @@ def evaluate() -> None:
 @click.option("--teacher", metavar="DIR|ID", help="Also run the teacher, for the KL over the whole vocabulary.")
 @_OUT
 @DTYPE
-@click.option("--batch-tokens", type=click.IntRange(1), show_default="1024; 8192 on a GPU",
-              help="Max tokens at once, padding included.")  # fmt: skip
+@click.option("--batch-tokens", type=click.IntRange(1),
+              help="Max tokens at once, padding included.  [1024; on a GPU 8192]")  # fmt: skip
 def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype: str, batch_tokens: int | None) -> None:
     """Score a model on a cache's targets.
 
@@ -406,11 +406,11 @@ def trace(context: click.Context, path: Path, look_in: tuple[Path, ...], as_json
 
 @click.command()
 @click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
-@local_cache
 @click.option("--document", "documents", metavar="ID|N", multiple=True,
               help="A document's id or number, from 0; may be repeated.  [the first 12]")  # fmt: skip
 @click.option("--student", metavar="RUN", type=DIRECTORY, help="Show this run's or export's rows beside the teacher's.")
 @click.option("--html", metavar="OUT.html", type=FILE, help="Write a page instead of lines.")
+@local_cache
 def show(path: Path, documents: tuple[str, ...], student: Path | None, html: Path | None) -> None:
     """See what the teacher expected.
 

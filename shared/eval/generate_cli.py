@@ -1,5 +1,6 @@
 """`codedistill generate`: text that a model writes, verified, as a data set for `teacher build`."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from shared.options import GroupedCommand
 @click.option("--prefer", type=click.Choice(["shortest", "random"]), default="shortest", show_default=True,
               help="Which to keep where there are more.")  # fmt: skip
 @click.option("--decontaminate", metavar="NAMES", default="auto", show_default=True,
-              help="Leave out text shared with humaneval,mbpp:test; auto: those at hand.")  # fmt: skip
+              help="Leave out text of humaneval,mbpp:test,exercises; auto: of those at hand.")  # fmt: skip
 @click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
               help="Max wall seconds per program.")  # fmt: skip
 @DTYPE
@@ -63,11 +64,19 @@ def generate(model: str, prompts: str, split: str, limit: int | None, out: Path,
       codedistill generate --model teachers/demo --prompts mbpp --out written/mbpp
       codedistill teacher build --teacher teachers/demo --dataset written/mbpp/documents.jsonl --out caches/written
     """
-    from data.decontaminate import load_index
+    from data.decontaminate import load_index, parse_names
     from data.humaneval import problems_digest
     from shared.checkpoints import locate_model, model_digest
     from shared.eval.inputs import is_up_to_date
-    from shared.eval.programs.write import Choice, Written, read_prompts, refuse_benchmark_prompts, write_documents
+    from shared.eval.programs.write import (
+        Choice,
+        read_prompts,
+        refuse_benchmark_prompts,
+        require_own_folder,
+        write_documents,
+    )
+    from shared.eval.results import Written
+    from shared.lock import Lock
     from shared.process import is_main_process, log, world_size
     from shared.tokenizer import recorded_ends
 
@@ -77,14 +86,14 @@ def generate(model: str, prompts: str, split: str, limit: int | None, out: Path,
     if options["origin"] == "auto":
         is_student = any((model_dir / name).is_file() for name in ("run.json", "lineage.json"))
         options["origin"] = "student" if is_student else "teacher"
-    allowed = options.pop("benchmark_prompts")
-    benchmarks = load_index(options["decontaminate"], prompts)
-    if allowed:
-        benchmarks = benchmarks.without(load_index(allowed, prompts))
+    names = options.pop("benchmark_prompts")
+    allowed = parse_names(names, "benchmark_prompts") if names else []
+    benchmarks = load_index(options["decontaminate"], prompts).without(allowed)
     chosen = inputs = None
     if is_main_process():
         chosen = read_prompts(prompts, split, limit)
-        refuse_benchmark_prompts(chosen, benchmarks)
+        refuse_benchmark_prompts(chosen, load_index("auto", prompts).without(allowed))
+        require_own_folder(out)
         for name, reason in benchmarks.absent.items():
             log(f"documents are not compared with {name}: {reason}")
         inputs = options | {
@@ -93,7 +102,7 @@ def generate(model: str, prompts: str, split: str, limit: int | None, out: Path,
             "ends": ends,
             "benchmarks": benchmarks.digest,
         }
-        if is_up_to_date(out / "result.json", Written, inputs) and (out / "documents.jsonl").is_file():
+        if is_up_to_date(out / "result.json", Written, inputs):
             inputs = None
             if world_size() == 1:
                 return
@@ -101,11 +110,16 @@ def generate(model: str, prompts: str, split: str, limit: int | None, out: Path,
     from shared.eval.programs.sample import Decoding
 
     del options["decontaminate"]
-    names = ("temperature", "top_p", "seed", "max_new_tokens", "batch_size")
-    decoding = Decoding(num_samples=options.pop("samples"), **{name: options.pop(name) for name in names})
+    drawn = ("temperature", "top_p", "seed", "max_new_tokens", "batch_size")
+    decoding = Decoding(num_samples=options.pop("samples"), **{name: options.pop(name) for name in drawn})
     choice = Choice(**{name: options.pop(name) for name in ("keep", "per_prompt", "prefer")}, seed=decoding.seed)
-    result = write_documents(chosen, model_dir, out, inputs=inputs, decoding=decoding, choice=choice, ends=ends,
-                             benchmarks=benchmarks, unsafe=options.pop("unsafe_no_sandbox"), **options)  # fmt: skip
+    unsafe = options.pop("unsafe_no_sandbox")
+    with contextlib.ExitStack() as held:
+        if inputs is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            held.callback(Lock(out, "writing documents to this folder").release)
+        result = write_documents(chosen, model_dir, out, inputs=inputs, decoding=decoding, choice=choice, ends=ends,
+                                 benchmarks=benchmarks, unsafe=unsafe, **options)  # fmt: skip
     if result:
         from shared import tracking
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from shared.cache.reader import Cache
 from shared.errors import ConfigError, ResumeError, require
-from shared.eval.results import BenchmarkResult, Result
+from shared.eval.results import BenchmarkResult, Result, Written
 from shared.files import sha256_file
 from shared.machine import machine
 from shared.process import log
@@ -33,17 +33,18 @@ def timing_place() -> dict[str, Any]:
 def current_result(path: Path, cls: type[R], inputs: dict[str, Any]) -> R | None:
     """The result in a file, if it is of this kind and from the same inputs.
 
-    A benchmark's result must also have a score, and the files beside it must be those that it was written with.
+    A benchmark's result must also have a score. The files beside it, or beside documents that a model wrote, must be
+    those that it was written with.
     """
     try:
         result = cls.read(path) if path.is_file() else None
         if result is None or result.inputs != inputs:
             return None
-        if isinstance(result, BenchmarkResult):
-            if result.pass_at_1 is None or not result.files:
-                return None
-            if any(sha256_file(path.with_name(name)) != digest for name, digest in result.files.items()):
-                return None
+        if isinstance(result, BenchmarkResult) and (result.pass_at_1 is None or not result.files):
+            return None
+        files = result.files if isinstance(result, BenchmarkResult | Written) else {}
+        if any(sha256_file(path.with_name(name)) != digest for name, digest in files.items()):
+            return None
     except (ConfigError, OSError):  # damaged, or of another form: it is made again
         return None
     return result
@@ -58,11 +59,13 @@ def is_up_to_date(path: Path, cls: type[Result], inputs: dict[str, Any]) -> bool
 
 
 def refuse_to_shrink(out: Path, num_samples: int) -> None:
-    """Refuse to replace a benchmark's result by one of fewer completions.
+    """Refuse to replace a benchmark's result by one of fewer completions, or what `generate` wrote.
 
     Raises:
-        ResumeError: the folder's result is of more.
+        ResumeError: the folder's result is of more, or of `generate`.
     """
+    is_data = (out / "documents.jsonl").exists()
+    require(not is_data, "the folder is of generate", error=ResumeError, where=out, fix="name another --out")
     try:
         before = BenchmarkResult.read(out / "result.json").num_samples
     except ConfigError:  # none, or damaged

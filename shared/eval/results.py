@@ -256,6 +256,34 @@ class BenchmarkResult(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Written(Result):
+    """`generate`: what was written, and how much of it was kept.
+
+    Args:
+        counts: `written`, `refused` (prompts too long), `parsed`, `passed`, `unique`, `contaminated`, `kept`.
+        verdicts: of the completions whose prompts have tests.
+        contaminated: the benchmark's problem and the rule, by id of the document left out.
+        files: those beside the result, by SHA-256.
+        reasons: why figures are missing.
+    """
+
+    model: str
+    commit: str | None
+    prompts: str
+    license: str | None
+    origin: str
+    settings: dict[str, Any]
+    counts: dict[str, int | None]
+    verdicts: dict[str, int]
+    contaminated: dict[str, str]
+    files: dict[str, str]
+    num_new_tokens: int
+    generation_seconds: float
+    scoring_seconds: float
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Spread:
     """A figure over seeds: `seeds` has the figure of each, in the order of all variants."""
 

@@ -42,7 +42,7 @@ def sandbox_check() -> None:
 @click.option("--out", type=_FILE, required=True, help="JSONL: a verdict for each completion's line, in order.")
 @click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
               help="Max wall seconds per program, not counting message time.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), help="Programs at once. Default: one per processor.")
+@click.option("--workers", type=click.IntRange(1), help="Programs at once.  [one per processor]")
 @click.option("--unsafe-no-sandbox", "unsafe", is_flag=True, help="Run programs without isolation if there is none.")
 def score(**options: Any) -> None:
     """Judge completions of any tool.

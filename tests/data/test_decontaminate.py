@@ -1,11 +1,12 @@
 import json
+import re
 
 import pytest
 
-from data.decontaminate import Index, load_index
-from data.humaneval import load_humaneval
+from data.decontaminate import Index, Match, load_index
+from data.humaneval import load_exercises, load_humaneval
 from data.load import load_documents
-from data.records import Document
+from data.records import Document, Problem
 from shared.errors import ConfigError
 
 PROBLEM = load_humaneval()[0]  # has_close_elements
@@ -74,9 +75,55 @@ def test_the_standard_library_shares_no_text_with_humaneval(index):
     assert [document.id for document in documents if index.match(document)] == []
 
 
+def test_whatever_a_function_binds_may_be_renamed():
+    code = """def read(name, default):
+    try:
+        with open(name) as file:
+            values = [float(line) for line in file]
+    except OSError as error:
+        print(error, name)
+        return default
+    return values
+"""
+    problem = Problem(task_id="P/0", prompt="", test="", entry_point="read", canonical_solution=code)
+    index = Index({"mine": [problem]})
+    copy = re.sub(r"\b(read|name|default|file|values|line|error)\b", r"\1_", code)
+    assert index.match(text(copy)) == Match(problem="P/0", rule="solution")
+    assert index.match(text(copy.replace("OSError", "ValueError"))) is None
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "def g(x):\n    return " + "x + " * 900 + "x\n",  # deeper than Python recurses
+        "def g(x):\n    if x == 0: pass\n" + "    elif x == 1: pass\n" * 900,
+        "(" * 999 + "\n",
+        "\0\n",
+        "def f(\n" * 999,
+    ],
+)
+def test_a_copy_behind_hostile_text_is_found(index, hostile):
+    assert index.match(text(hostile + DEFAULT_FREE)) == Match(problem="HumanEval/0", rule="solution")
+
+
+@pytest.mark.parametrize("content", ["`" * 1_000_000, "```x" * 250_000, "```\n" * 250_000])
+def test_fences_take_linear_time(index, content):
+    chat = Document(id="c", source="s", messages=({"role": "assistant", "content": content},))
+    assert index.match(chat) is None
+
+
 def _bare(problem):
     """A problem's solution without the docstring."""
     return problem.prompt.split('"""')[0].rstrip() + "\n" + (problem.canonical_solution or "")
+
+
+def test_every_problem_as_published_is_found():
+    problems = {"humaneval": load_humaneval(), "exercises": load_exercises()}
+    index = Index(problems)
+    for name, of_name in problems.items():
+        found = [index.match(text(p.prompt + "    return other(1)\n")) for p in of_name]
+        assert [match and match.problem for match in found] == [p.task_id for p in of_name], name
+    assert index.match(text(load_exercises()[0].prompt.replace("first", "head"))) is None
 
 
 def test_every_solution_of_twenty_tokens_finds_its_own_problem():
@@ -91,7 +138,7 @@ def test_every_solution_of_twenty_tokens_finds_its_own_problem():
 def test_names_and_what_is_not_at_hand(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     assert not load_index("none")
-    with pytest.raises(ConfigError, match=r"unknown benchmark.*of humaneval, mbpp:test, exercises; got: x"):
+    with pytest.raises(ConfigError, match=r"unknown benchmark.*humaneval, mbpp:test, exercises; got: 'x'"):
         load_index("humaneval,x")
     index = load_index("auto")
     assert list(index.problems) == ["humaneval", "exercises"] and "not at hand" in index.absent["mbpp:test"]

@@ -51,8 +51,12 @@ def make(folder, *arguments):
 def test_all_runs_every_step_in_order(folder):
     verbs = [" ".join(command.split()[:2]) for command in make(folder, "all")]
     trial, builds = ["WANDB_MODE=disabled eval"] * 2, ["teacher build"] * 2
-    teacher = [*trial, *builds, "eval fidelity", "eval humaneval", "eval latency", "cache attach"]
-    students = ["student train"] * 2 + ["eval fidelity", "eval humaneval"] * 2 + ["eval latency", "eval report"]
+    teacher = [*trial, *builds, "eval fidelity", "eval humaneval", "eval exercises", "eval latency", "cache attach"]
+    students = (
+        ["student train"] * 2
+        + ["eval fidelity", "eval humaneval", "eval exercises"] * 2
+        + ["eval latency", "eval report"]
+    )
     assert verbs == teacher + students
     demo = make(folder, "all", "PROFILE=demo")
     assert demo[0] == f"teacher fetch-demo --out {DEMO_TEACHER}"
@@ -71,6 +75,7 @@ def test_the_caches_take_the_teacher_and_data_that_are_named(folder):
         f"teacher build {profile} --dataset b.jsonl --split validation --out out/cache-validation",
         "eval fidelity --model x/y --cache out/cache-validation --out out/eval/teacher/fidelity.json",
         "eval humaneval --model x/y --cache out/cache-train --out out/eval/teacher/humaneval --limit 9",
+        "eval exercises --model x/y --cache out/cache-train --out out/eval/teacher/exercises",
         "eval latency --model teacher=x/y --cache out/cache-train --out out/eval/teacher/latency.json",
         "cache attach out/cache-train --teacher-eval out/eval/teacher",
     ]
@@ -105,6 +110,7 @@ def test_all_finished_runs_are_measured_and_reported(trained):
         expected += [
             f"eval fidelity --model {run} --cache {PROFILE}/cache-validation {out}/fidelity.json",
             f"eval humaneval --model {run} {out}/humaneval {problems} --limit 20",
+            f"eval exercises --model {run} {out}/exercises",
         ]
     expected += [
         f"eval latency --model teacher=bigcode/starcoder2-3b --cache {PROFILE}/cache-train "
@@ -119,10 +125,10 @@ def test_all_finished_runs_are_measured_and_reported(trained):
 
 def test_on_a_machine_with_copied_caches_nothing_names_the_teacher(trained):
     commands = make(trained, "student", "eval", "report", "CACHE=caches")
-    assert len(commands) == 2 + 3 * 2 + 2
+    assert len(commands) == 2 + 3 * 3 + 2
     assert not [command for command in commands if "starcoder2-3b" in command]
-    assert all("--cache caches/cache-" in command for command in commands if "humaneval" not in command and
-               "latency" not in command)  # fmt: skip
+    without_cache = ("eval humaneval", "eval exercises", "eval latency")
+    assert all("--cache caches/cache-" in command for command in commands if not command.startswith(without_cache))
 
 
 def test_one_cache_alone_is_enough_to_train(folder):

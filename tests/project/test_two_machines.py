@@ -53,6 +53,7 @@ def caches(hub, tmp_path_factory):
         ("teacher", "build", *profile, "--split", "validation", "--out", validation),
         ("eval", "fidelity", "--model", TEACHER, "--cache", validation, "--out", results / "fidelity.json"),
         ("eval", "humaneval", "--model", TEACHER, "--out", results / "humaneval", "--limit", 3, "--max-new-tokens", 4),
+        ("eval", "exercises", "--model", TEACHER, "--out", results / "exercises", "--limit", 3, "--max-new-tokens", 4),
         ("eval", "latency", "--model", f"teacher={TEACHER}", "--out", results / "latency.json",
          "--prompt-tokens", 8, "--new-tokens", 2),
         ("cache", "attach", train, "--teacher-eval", results),
@@ -66,6 +67,8 @@ def test_the_teacher_s_results_are_part_of_the_cache(caches):
     assert verify_cache(train) == []
     listed = [name for name in Cache(train).manifest.files if name.startswith("teacher_eval/")]
     assert sorted(listed) == [
+        *(f"teacher_eval/exercises/{name}" for name in ("completions.jsonl", "problems.jsonl", "result.json")),
+        "teacher_eval/exercises/verdicts.jsonl",
         "teacher_eval/fidelity.json",
         "teacher_eval/humaneval/completions.jsonl",
         "teacher_eval/humaneval/problems.jsonl",
@@ -103,6 +106,8 @@ def test_a_student_needs_the_cache_alone(caches, tmp_path):
         ("eval", "fidelity", "--model", model, "--cache", validation, "--out", results / "kd" / "fidelity.json"),
         ("eval", "humaneval", "--model", model, "--out", results / "kd" / "humaneval", "--problems", problems,
          "--max-new-tokens", 4),
+        ("eval", "exercises", "--model", model, "--out", results / "kd" / "exercises", "--limit", 3,
+         "--max-new-tokens", 4),
         ("eval", "latency", "--model", f"kd={model}", "--prompt-tokens", 8, "--new-tokens", 2,
          "--out", results / "latency.json"),
         ("eval", "report", "--eval", results, "--student", f"kd={model}", "--cache", train, "--cache", validation,
@@ -115,6 +120,7 @@ def test_a_student_needs_the_cache_alone(caches, tmp_path):
     assert list(models) == ["teacher", "kd"]
     assert models["teacher"]["heldout_nll_nats"] == read_json(train / "teacher_eval" / "fidelity.json")["nll_nats"]
     assert models["teacher"]["humaneval"]["num_problems"] == models["kd"]["humaneval"]["num_problems"] == 3
+    assert models["teacher"]["exercises"]["num_problems"] == models["kd"]["exercises"]["num_problems"] == 3
     timed = read_json(train / "teacher_eval" / "latency.json")["models"]["teacher"]
     assert models["teacher"]["prefill_ms"] == timed["batches"]["1"]["prefill_ms"]
     assert all(unknown_figures(figures) == NO_DRAFT for figures in models.values())  # no teacher to draft for

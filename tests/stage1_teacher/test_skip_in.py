@@ -133,3 +133,8 @@ def test_documents_keep_who_wrote_them(teacher, tmp_path):  # noqa: F811
     (source,) = cache.manifest.sources
     assert source["written"] == {"teacher": {"documents": 2, "passed": 1}, "student": {"documents": 1, "passed": 0}}
     assert "2 documents were written by a teacher; 1 passed their tests" in result.stderr
+    for license in ("\ud800", "x\x1b[31m", "L" * 201, ["MIT"]):
+        by = {"origin": "teacher", "license": license}
+        path.write_text(json.dumps({"prompt": "# 1", "completion": "\nx = 1\n", "written": by}) + "\n")
+        with pytest.raises(ConfigError, match=r"field 'written.license'; expected: an SPDX expression"):
+            build(teacher, path, tmp_path / "no")

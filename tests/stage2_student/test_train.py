@@ -684,7 +684,7 @@ def test_an_unfinished_run_is_not_exported(finished, tmp_path):
     record = json.loads((finished / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"state": "running"}))
     for folder in (tmp_path / "run", tmp_path / "nothing"):
-        assert "not a finished training run" in refused([*COMMAND, "export", str(folder), "--out", str(tmp_path / "x")])
+        assert "finished training run" in refused([*COMMAND, "export", str(folder), "--out", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()
 
 

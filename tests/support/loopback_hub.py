@@ -43,11 +43,11 @@ class Repository:
 class Hub:
     """The server; `models` and `datasets` hold the repositories by `owner/name`, `requests` what was asked for."""
 
-    def __init__(self):
+    def __init__(self, host="127.0.0.1"):
         self.models, self.datasets, self.requests, self.lfs_objects = {}, {}, [], {}
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = ThreadingHTTPServer((host, 0), handler)
+        self.endpoint = f"http://{host}:{self._server.server_port}"
 
     def __enter__(self):
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -65,7 +65,7 @@ class Hub:
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,10.77.0.1",
             **more,
         }
 

@@ -66,7 +66,8 @@ class Decoding:
             raise ConfigError("a top-p that cannot be", expected="above 0, at most 1", got=self.top_p)
         if self.temperature == 0 and (self.num_samples > 1 or self.top_p < 1):
             got = f"{self.num_samples} samples, top-p {self.top_p:g}, temperature 0"
-            raise ConfigError("greedy decoding draws nothing", got=got, fix="--temperature 0.8, say")
+            fix = "--temperature 0.8, say, or --samples 1 --top-p 1"
+            raise ConfigError("greedy decoding draws nothing", got=got, fix=fix)
 
     @property
     def sampling(self) -> Sampling | None:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from data.templates import normalise
 from shared.chat import chat_prompt
 from shared.eval.programs.completion import Ending, ending_after, parse, program_end
 from shared.tokenizer import Tokenizer, encode_prompt
@@ -14,7 +15,7 @@ QUESTION = (
     "Complete this Python program. Answer with the whole program in one Python code block and nothing else.\n\n"
     "```python\n{prompt}\n```"
 )
-_BLOCK = re.compile(r"```[^\n]*\n(?P<code>.*?)(?P<end>^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^[^`\n]*```[^\n]*\n(?P<code>.*?)(?P<end>^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -62,37 +63,59 @@ def continuation(prompt: str, answer: str) -> str:
     without a code block is taken as code.
     """
     block = _BLOCK.search(answer)
-    code = block["code"] if block else answer
-    head = _open_function(prompt)
-    if head is None:
+    code = normalise(block["code"] if block else answer)
+    name, indent = _open_function(prompt)
+    if name is None:
         program = "\n" + code.strip().removeprefix(prompt.strip()).lstrip("\n")
         return program[: program_end(program)].rstrip() + "\n"
     tree = parse(code)
     functions = [node for node in ast.walk(tree) if isinstance(node, Function)] if tree else []
-    function = next((each for each in functions if each.name == head.name), None)
+    function = next((each for each in functions if each.name == name), None)
     if tree is None or function is None:
-        return "\n" + textwrap.indent(textwrap.dedent(code.strip("\n")), "    ") + "\n"
+        return "\n" + _indented(code.strip("\n"), indent) + "\n"
     first = function.body[0]
     is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     body = function.body[1:] if is_docstring else function.body
     if not body:
         return "\n"
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    lines = code.splitlines()
+    lines = code.split("\n")
     before = [
-        line for node in imports if not _stands_in(node, prompt) for line in lines[node.lineno - 1 : node.end_lineno]
+        indent + line
+        for node in imports
+        if not _stands_in(node, prompt)
+        for line in lines[node.lineno - 1 : node.end_lineno]
     ]
-    text = "\n".join(lines[body[0].lineno - 1 : function.end_lineno])
-    return "\n" + textwrap.indent("\n".join([*before, textwrap.dedent(text)]), "    ") + "\n"
+    return "\n" + "\n".join([*before, _indented(_source(body[0], lines, function.end_lineno), indent)]) + "\n"
 
 
-def _open_function(prompt: str) -> Function | None:
-    """The function whose body a prompt waits for; None where a whole program answers it."""
-    for text in (prompt, prompt + "\n    pass", prompt + "\npass"):
+def _source(first: ast.stmt, lines: list[str], end: int | None) -> str:
+    """The source from a statement on, with its decorators and without what stands before it on its line."""
+    line = lines[first.lineno - 1]
+    before, after = (part.decode() for part in (line.encode()[: first.col_offset], line.encode()[first.col_offset :]))
+    start = min([first.lineno, *(node.lineno for node in getattr(first, "decorator_list", []))])
+    above = lines[start - 1 : first.lineno - 1]
+    return "\n".join([*above, _indentation(before) + after, *lines[first.lineno : end]])
+
+
+def _indentation(line: str) -> str:
+    return line[: len(line) - len(line.lstrip())]
+
+
+def _indented(text: str, indent: str) -> str:
+    """Code at an indentation; code that has it already stays, for strings of several lines cannot be moved."""
+    return text if _indentation(text) == indent else textwrap.indent(textwrap.dedent(text), indent)
+
+
+def _open_function(prompt: str) -> tuple[str | None, str]:
+    """The function whose body a prompt waits for, None where a whole program answers it; and the body's indentation."""
+    for text in (prompt, prompt + "\n    pass"):
         if (tree := parse(text)) is not None:
             last = tree.body[-1] if tree.body else None
-            return last if isinstance(last, Function) else None
-    return None
+            if isinstance(last, Function):
+                return last.name, _indentation(text.split("\n")[last.body[0].lineno - 1]) or "    "
+            break
+    return None, ""
 
 
 def _stands_in(node: ast.stmt, prompt: str) -> bool:

@@ -1,6 +1,8 @@
 """Documents that a model writes: completions of prompts, verified by the prompts' own tests, as a data set."""
 
 import ast
+import hashlib
+import itertools
 import random
 import time
 from collections import Counter
@@ -10,27 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from data.decontaminate import Index
+from data.humaneval import COLUMNS, parse_problem
 from data.mbpp import NAME as MBPP
 from data.mbpp import is_mbpp, load_problems
 from data.records import Document, Problem
 from data.tabular import Row, find_data_files, open_table
-from data.templates import normalise
 from shared.checkpoints import hub_commit
 from shared.distributed import agree, joined
-from shared.errors import ConfigError, SandboxError, require
+from shared.errors import ConfigError, require
 from shared.eval.programs.benchmark import (
     PATIENCE,
     complete_problems,
-    find_sandbox,
     is_python,
     on_all_ranks,
     score_completions,
 )
 from shared.eval.programs.completion import parse
 from shared.eval.programs.sample import COMPLETIONS, REFUSED, Decoding, remove_parts, to_jsonl
-from shared.eval.results import Result
-from shared.eval.sandbox.runner import Sandbox
-from shared.files import replace_files, to_json
+from shared.eval.results import Written
+from shared.eval.sandbox.runner import Sandbox, open_sandbox
+from shared.files import is_system_file, replace_files, to_json
+from shared.lock import LOCK
 from shared.options import command_line
 from shared.process import log
 
@@ -71,32 +73,6 @@ class Choice:
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Written(Result):
-    """`generate`: what was written, and how much of it was kept.
-
-    Args:
-        counts: `written`, `refused` (prompts too long), `parsed`, `passed`, `unique`, `contaminated`, `kept`.
-        verdicts: of the completions whose prompts have tests.
-        contaminated: the benchmark's problem and the rule, by id of the document left out.
-        reasons: why figures are missing.
-    """
-
-    model: str
-    commit: str | None
-    prompts: str
-    license: str | None
-    origin: str
-    settings: dict[str, Any]
-    counts: dict[str, int | None]
-    verdicts: dict[str, int]
-    contaminated: dict[str, str]
-    num_new_tokens: int
-    generation_seconds: float
-    scoring_seconds: float
-    reasons: dict[str, str]
-
-
 def read_prompts(dataset: str, split: str, limit: int | None) -> Prompts:
     """The prompts of a data set.
 
@@ -127,12 +103,10 @@ def read_prompts(dataset: str, split: str, limit: int | None) -> Prompts:
     table = open_table(files or [], dataset)
     seen: set[str] = set()
     problems = []
-    for number, row in enumerate(table.read(("task_id", "id", "prompt", "test", "entry_point")), 1):
-        if limit is not None and number > limit:
-            break
+    for number, row in enumerate(itertools.islice(table.read(("id", *COLUMNS)), limit), 1):
         problem = _problem(row, number)
         if problem.task_id in seen:
-            raise row.error("task_id", expected="each id once", got=problem.task_id)
+            raise row.error("id", expected="each id once", got=problem.task_id)
         seen.add(problem.task_id)
         problems.append(problem)
     require(problems, "no prompts", where=dataset)
@@ -142,10 +116,10 @@ def read_prompts(dataset: str, split: str, limit: int | None) -> Prompts:
 def _problem(row: Row, number: int) -> Problem:
     key = next((key for key in ("task_id", "id") if row.fields.get(key) is not None), None)
     task_id = row.id(key) if key else str(number)
-    test = row.text("test") if row.fields.get("test") else ""
-    entry_point = row.text("entry_point") if test else "f"
-    prompt = normalise(row.text("prompt", blank=False))
-    return Problem(task_id=task_id, prompt=prompt, test=test, entry_point=entry_point)
+    prompt = row.text("prompt", blank=False)
+    if row.fields.get("test") is None or not row.text("test").strip():
+        return Problem(task_id=task_id, prompt=prompt, test="", entry_point="f")
+    return parse_problem(Row(row.where, row.fields | {"task_id": task_id}))
 
 
 def refuse_benchmark_prompts(prompts: Prompts, benchmarks: Index) -> None:
@@ -162,6 +136,23 @@ def refuse_benchmark_prompts(prompts: Prompts, benchmarks: Index) -> None:
                 got=found,
                 fix="take other prompts; --benchmark-prompts NAME takes them all the same",
             )
+
+
+def require_own_folder(out: Path) -> None:
+    """Refuse a folder that holds anything that `generate` did not write.
+
+    Raises:
+        ConfigError: names it.
+    """
+    for entry in sorted(out.iterdir()) if out.is_dir() else ():
+        is_ours = entry.name in (COMPLETIONS, "result.json", LOCK) or entry.match("completions.rank-*.jsonl")
+        if entry.name == DOCUMENTS:
+            with entry.open("rb") as file:
+                line = file.readline()
+            is_ours = not line or b'"written"' in line
+        if not is_ours and not entry.name.startswith(".") and not is_system_file(entry.name):
+            raise ConfigError("the folder holds something else", where=out, expected="a new folder, or one of generate",
+                              got=entry.name, fix="name another --out")  # fmt: skip
 
 
 def write_documents(
@@ -189,21 +180,17 @@ def write_documents(
         prompts, inputs: on rank 0; see `evaluate_benchmark` for these and for what is not named here.
         choice: which completions become documents.
         benchmarks: documents that share text with one of these are left out.
-        origin: `teacher` or `student`.
-        style: see `complete_problems`.
+        origin, style: `teacher` or `student`; see `complete_problems`.
 
     Returns:
         What result.json holds; None on ranks other than 0, or where it is up to date.
     """
-    sandbox: Sandbox | SandboxError | None = None
+    sandbox: Sandbox | None = None
     with joined(PATIENCE):
         if agree([inputs is None]) == [1]:
             return None
-        has_tests = prompts is not None and any(problem.test for problem in prompts.problems)
-        if has_tests and choice.keep == "passed":
-            sandbox = find_sandbox("generate", unsafe=unsafe)
-            if isinstance(sandbox, SandboxError):
-                raise sandbox
+        if prompts is not None and choice.keep == "passed" and any(problem.test for problem in prompts.problems):
+            sandbox = open_sandbox(unsafe=unsafe)
         problems = on_all_ranks(() if prompts is None else prompts.problems)
         completions, settings, generation_seconds = complete_problems(
             problems, model_dir, out, decoding=decoding, dtype=dtype, ends=ends, style=style
@@ -211,9 +198,7 @@ def write_documents(
     if prompts is None or inputs is None:
         return None
     start = time.monotonic()
-    verdicts: dict[int, str] = {}
-    if isinstance(sandbox, Sandbox):
-        verdicts = _judge(problems, completions, sandbox, timeout_seconds)
+    verdicts = _judge(problems, completions, sandbox, timeout_seconds) if sandbox else {}
     by = {
         "origin": origin,
         "model": model_dir.name,
@@ -224,29 +209,27 @@ def write_documents(
         "settings": decoding.to_dict() | {"style": settings.get("style", "prompt")},
     }
     rows, counts, contaminated = _choose(completions, verdicts, choice, benchmarks, by)
+    contents = {DOCUMENTS: to_jsonl(rows), COMPLETIONS: to_jsonl(completions)}
     judged = Counter(verdicts.values())
     result = Written(
         command=command_line(),
         inputs=inputs,
         model=str(model_dir),
-        commit=hub_commit(model_dir),
-        prompts=prompts.name,
-        license=prompts.license,
-        origin=origin,
+        **{key: by[key] for key in ("commit", "prompts", "license", "origin")},
         settings=decoding.to_dict() | settings | {"timeout_seconds": timeout_seconds},
         counts=counts | {"passed": judged["passed"] if verdicts else None},
         verdicts=dict(sorted(judged.items())),
         contaminated=contaminated,
+        files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
         num_new_tokens=sum(line["num_new_tokens"] for line in completions),
         generation_seconds=round(generation_seconds, 3),
         scoring_seconds=round(time.monotonic() - start, 3),
         reasons={} if verdicts else {"passed": "no program was run: no prompt has tests, or --keep does not need them"},
     )
-    contents = {DOCUMENTS: to_jsonl(rows), COMPLETIONS: to_jsonl(completions)}
     replace_files(out, contents | {"result.json": to_json(result.to_dict()).encode()})
     remove_parts(out)
     shown = ", ".join(f"{count:,} {name}" for name, count in result.counts.items() if count is not None)
-    log(f"{out / DOCUMENTS}: {shown}")
+    log(f"{out / DOCUMENTS}: {shown}{'' if rows else '; nothing was kept, see --keep'}")
     return result
 
 
@@ -318,11 +301,17 @@ def _is_string(node: ast.stmt) -> bool:
 
 
 def _tree(text: str) -> str | None:
-    """A program's syntax tree without its docstrings, which differ where the code does not; None if it is no Python."""
+    """A program's syntax tree without its docstrings, which differ where the code does not.
+
+    None where it is no Python, or nested deeper than Python recurses.
+    """
     tree = parse(text)
     if tree is None:
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             node.body = [part for part in node.body if not _is_string(part)]
-    return ast.dump(tree)
+    try:
+        return ast.dump(tree)
+    except RecursionError:
+        return None

@@ -17,6 +17,7 @@ from shared.eval.report.provenance import REPORT_FORMAT, Files
 from shared.eval.report.summary import differences, facts, roles
 from shared.eval.report.tables import FIGURES, LABELS, SHARES, Model
 from shared.eval.results import BENCHMARKS, BenchmarkResult, Draft, Fidelity, Latency, Proof
+from shared.eval.templates import environment
 from shared.files import read_json, replace_files, sha256_file, to_json
 from shared.machine import machine, versions
 from shared.process import log
@@ -314,21 +315,13 @@ def _score_json(result: BenchmarkResult) -> dict[str, Any]:
 
 def _renderer() -> Callable[..., str]:
     """Renders a template by name."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("shared.eval.report"),
-        autoescape=jinja2.select_autoescape(("html.j2",)),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    templates = environment("shared.eval.report")
     texts = (tables.count, tables.signed, tables.ratio_words, tables.difference_cells, tables.variant_cells)
-    environment.globals |= {"zip": zip} | {text.__name__: text for text in texts}
-    environment.filters |= {
+    templates.globals |= {"zip": zip} | {text.__name__: text for text in texts}
+    templates.filters |= {
         "pretty": lambda value: to_json(value).rstrip(),
         "slim": lambda results: {kind: {key: value for key, value in result.items() if key not in BULKY}
                                  for kind, result in results.items()},
         "cell": lambda text: " ".join(str(text).split()).replace("|", "\\|"),
     }  # fmt: skip
-    return lambda name, **given: environment.get_template(name).render(**given)
+    return lambda name, **given: templates.get_template(name).render(**given)

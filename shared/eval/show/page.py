@@ -21,6 +21,7 @@ from shared.eval.show.documents import (
     within_bounds,
 )
 from shared.eval.show.text import label, runs, visible
+from shared.eval.templates import environment
 from shared.tokenizer import Tokenizer, load_tokenizer
 
 STRIKING = 5  # tokens that a document names first
@@ -94,19 +95,11 @@ def look_into(
 
 def render_page(look: Look) -> bytes:
     """The page: text, colours and figures as HTML, and each token's row as JSON that its script lays out."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("shared.eval.show"),
-        autoescape=jinja2.select_autoescape(("html.j2",)),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    environment.filters |= {"runs": runs, "visible": visible}
-    script = environment.loader.get_source(environment, "show.js")[0]  # type: ignore[union-attr]
-    page = environment.get_template("show.html.j2").render(
+    templates = environment("shared.eval.show")
+    templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    templates.filters |= {"runs": runs, "visible": visible}
+    script = templates.loader.get_source(templates, "show.js")[0]  # type: ignore[union-attr]
+    page = templates.get_template("show.html.j2").render(
         look=look,
         data=_data(look),
         script=script,

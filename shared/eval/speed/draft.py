@@ -191,31 +191,15 @@ def evaluate_draft(
     prompts = read_prompts(prompts_file, limit)
     names, requests = _requests(prompts, tokenizer, (teacher, student), new_tokens)
     eos = eos_ids(teacher, tokenizer)
-    of_models = f"{type(teacher).__name__} and {type(student).__name__}"
-    eager, num_ids = Decoder(teacher), teacher.config.vocab_size
-    both = _BothWays(plain=eager, verifier=eager, drafter=Decoder(student, num_ids), eos=eos, draft_tokens=draft_tokens)
-    with trial("these models cannot draft for each other", of_models):
+    eager, drafter = Decoder(teacher), Decoder(student, teacher.config.vocab_size)
+    both = _BothWays(plain=eager, verifier=eager, drafter=drafter, eos=eos, draft_tokens=draft_tokens)
+    with trial("these models cannot draft for each other", _names_of(teacher, student)):
         both.run(requests[0], drafts_first=False)
     rounds = both.rounds(requests, repeats)
     equality = {dtype_name(teacher): compare_tokens(names, rounds[-1])}
-    served_rounds, reasons = [], {"served_speedup": NOT_ON_CPU}
-    if teacher.device.type == "cuda":
-        capacity = max(len(ids) + count for ids, count in requests) + draft_tokens + 1
-        try:
-            positions = min(getattr(m.config, "max_position_embeddings", None) or capacity for m in (teacher, student))
-            require(capacity <= positions, "no position is left for drafts", expected=f"<= {positions}", got=capacity)
-            with trial("these models do not decode as served", of_models):
-                served = _BothWays(
-                    plain=ServedDecoder(teacher, capacity=capacity),
-                    verifier=ServedDecoder(teacher, capacity=capacity, width=draft_tokens + 1),
-                    drafter=ServedDecoder(student, capacity=capacity, num_ids=num_ids),
-                    eos=eos,
-                    draft_tokens=draft_tokens,
-                )
-                served_rounds, reasons = served.rounds(requests, repeats), {}
-            equality[f"{dtype_name(teacher)}, served"] = compare_tokens(names, served_rounds[-1])
-        except ConfigError as error:
-            reasons = {"served_speedup": str(error)}
+    served_rounds, reasons = _served_rounds(teacher, student, requests, eos, draft_tokens, repeats)
+    if served_rounds:
+        equality[f"{dtype_name(teacher)}, served"] = compare_tokens(names, served_rounds[-1])
     described = [ModelFacts(**describe_model(*pair)) for pair in ((teacher, teacher_dir), (student, student_dir))]
     if "float32" not in equality:
         teacher.float()
@@ -225,7 +209,6 @@ def evaluate_draft(
         if found.num_equal < found.num_prompts:
             log(f"teacher in {name}: {found.num_equal} of {found.num_prompts} prompts decode to the same tokens")
     rows = _prompt_rows(names, rounds)
-    speedup_range = _speedup_range(rounds)
     figures, served_figures = _ratios(rows), {}
     if served_rounds:
         of_served = _ratios(_prompt_rows(names, served_rounds))
@@ -235,7 +218,7 @@ def evaluate_draft(
         **figures,
         **served_figures,
         reasons=reasons,
-        speedup_range=speedup_range,
+        speedup_range=_speedup_range(rounds),
         equal_to_greedy=all(found.num_equal == found.num_prompts for found in equality.values()),
         equality=equality,
         definitions=DEFINITIONS,
@@ -336,6 +319,38 @@ class _BothWays:
                     rounds[-1].append(self.run(request, drafts_first=number % 2 == 1))
                     bar.advance(1)
         return rounds
+
+
+def _served_rounds(
+    teacher: Any,
+    student: Any,
+    requests: Sequence[tuple[list[int], int]],
+    eos: Sequence[int],
+    draft_tokens: int,
+    repeats: int,
+) -> tuple[list[list[_Timed]], dict[str, str]]:
+    """The rounds of models that decode as served, or the reason why there are none."""
+    if teacher.device.type != "cuda":
+        return [], {"served_speedup": NOT_ON_CPU}
+    capacity = max(len(ids) + count for ids, count in requests) + draft_tokens + 1
+    positions = min(getattr(m.config, "max_position_embeddings", None) or capacity for m in (teacher, student))
+    try:
+        require(capacity <= positions, "no position is left for drafts", expected=f"<= {positions}", got=capacity)
+        with trial("these models do not decode as served", _names_of(teacher, student)):
+            served = _BothWays(
+                plain=ServedDecoder(teacher, capacity=capacity),
+                verifier=ServedDecoder(teacher, capacity=capacity, width=draft_tokens + 1),
+                drafter=ServedDecoder(student, capacity=capacity, num_ids=teacher.config.vocab_size),
+                eos=eos,
+                draft_tokens=draft_tokens,
+            )
+            return served.rounds(requests, repeats), {}
+    except ConfigError as error:
+        return [], {"served_speedup": str(error)}
+
+
+def _names_of(teacher: Any, student: Any) -> str:
+    return f"{type(teacher).__name__} and {type(student).__name__}"
 
 
 def compare_tokens(names: Sequence[str], timed: Sequence[_Timed]) -> Equality:

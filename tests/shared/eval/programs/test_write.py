@@ -13,6 +13,7 @@ from data.humaneval import load_humaneval
 from data.load import load_documents
 from shared.cli import codedistill
 from shared.eval.programs.style import answer_end, continuation
+from shared.lock import Lock
 from shared.process import own_command
 from tests.support.eval_models import save_model
 
@@ -163,10 +164,48 @@ def test_mistakes_are_named(model, tmp_path):
         (['{"text": "x"}'], "field 'prompt'"),
         (['{"id": 1, "prompt": "x"}', '{"id": 1, "prompt": "y"}'], "each id once"),
         (['{"prompt": "x", "test": "def check(c): pass"}'], "field 'entry_point'"),
+        (['{"prompt": "x", "test": "assert f(1)", "entry_point": "f"}'], "field 'test'"),
+        (['{"prompt": "x", "test": 1}'], "field 'test'"),
+        (['{"id": "2", "prompt": "x"}', '{"prompt": "y"}'], "each id once"),
     ):
         path.write_text("\n".join(rows) + "\n")
         assert message in str(generate(model, path, tmp_path / "out", code=1).exception)
     assert "unknown prompts" in str(generate(model, "nothing", tmp_path / "out", code=1).exception)
+    path.write_text(json.dumps({"prompt": load_humaneval()[0].prompt}) + "\n")
+    done = generate(model, path, tmp_path / "out", "--decontaminate", "none", code=1)
+    assert "benchmark's test problem" in str(done.exception)
+    done = generate(model, path, tmp_path / "out", "--benchmark-prompts", "auto", code=1)
+    assert "where: benchmark_prompts" in str(done.exception)
+
+
+def test_only_a_folder_of_its_own_is_written_to(model, prompts, tmp_path):
+    out = tmp_path / "out"
+    for name, content in (("documents.jsonl", '{"text": "mine"}\n'), ("verdicts.jsonl", ""), ("config.json", "{}")):
+        out.mkdir()
+        (out / name).write_text(content)
+        assert f"got: {name}" in str(generate(model, prompts, out, code=1).exception)
+        assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == content
+        (out / name).unlink()
+        out.rmdir()
+    out.mkdir()
+    lock = Lock(out)
+    assert "another process is writing" in str(generate(model, prompts, out, code=1).exception)
+    lock.release()
+    assert "nothing was kept" in generate(model, prompts, out).stderr
+    done = CliRunner().invoke(codedistill, ["eval", "exercises", "--model", str(model), "--out", str(out)])
+    assert "the folder is of generate" in str(done.exception)
+    (out / "documents.jsonl").write_text('{"written": "altered"}\n')
+    generate(model, prompts, out)
+    assert (out / "documents.jsonl").read_bytes() == b""
+
+
+def test_trees_deeper_than_python_recurses_are_told_apart_by_their_text(model, prompts, tmp_path):
+    out, deep = tmp_path / "out", "\n    return " + "x + " * 900 + "x\n"
+    generate(model, prompts, out, "--keep", "parsed")
+    rewrite(out, [deep, deep, deep.replace("+", "-"), *WRITTEN[:7]])
+    generate(model, prompts, out, "--keep", "parsed")
+    kept = [row["completion"] for row in read(out / "documents.jsonl") if len(row["completion"]) > 900]
+    assert kept == [deep, deep.replace("+", "-")]
 
 
 def test_a_kill_loses_no_finished_batch(model, prompts, tmp_path):
@@ -205,6 +244,22 @@ ANSWER = f"Sure:\n```python{PROGRAM}\nprint(double(1))\n```\nIt doubles.\n"
         ),
         ('"""\nDouble.\n"""', '```python\n"""\nDouble.\n"""\ndef f(): return 1\n```', "\ndef f(): return 1\n"),
         (PROMPT, "```python\ndef double(x):\n    'only this'\n```", "\n"),
+        (PROMPT, "```\ndef double(x): return x + x\n```", "\n    return x + x\n"),
+        (PROMPT, "```\ndef double(x):\n    'é'; return x\n```", "\n    return x\n"),
+        (PROMPT, "```\r\ndef double(x):\r\n  return x\r\n```", "\n    return x\n"),
+        (PROMPT, "```\nA = '\x0c\u2028'\ndef double(x):\n    return x\n```", "\n    return x\n"),
+        (
+            PROMPT,
+            "```\ndef double(x):\n    @cache\n    def f():\n        return x\n    return f()\n```",
+            "\n    @cache\n    def f():\n        return x\n    return f()\n",
+        ),
+        (
+            PROMPT,
+            "```\ndef double(x):\n    y = '''\nno indentation\n'''\n    return y\n```",
+            "\n    y = '''\nno indentation\n'''\n    return y\n",
+        ),
+        ('def double(x):\n  """Two spaces."""', ANSWER, "\n  import math\n  z = y\n  return z * 2\n"),
+        ('def double(x):\n\t"""A tab."""', "```\nreturn x\n```", "\n\treturn x\n"),
     ],
 )
 def test_a_chats_answer_continues_the_prompt(prompt, answer, expected):
@@ -214,3 +269,4 @@ def test_a_chats_answer_continues_the_prompt(prompt, answer, expected):
 def test_an_answer_ends_with_its_first_block():
     assert answer_end(ANSWER) == ANSWER.index("```\nIt") + 3
     assert answer_end("```python\nx = 1\n") is None and answer_end("no code") is None
+    assert answer_end("`" * 1_000_000) is None  # minutes where time were not linear
