@@ -8,7 +8,7 @@ from shared.cache import remote
 from shared.cache.push import push_cache
 from shared.files import read_json, sha256_file
 from shared.process import own_command
-from tests.stage2_student.test_train import ENVIRONMENT, arguments, run, stop_when
+from tests.stage2_student.test_train import ENVIRONMENT, arguments, run, run_afresh, stop_when
 from tests.support.file_server import FileServer
 from tests.support.loopback_hub import OWNER, TOKEN, Hub
 from tests.support.student_cache import make_cache
@@ -63,8 +63,8 @@ def test_the_hub_gives_the_same_weights(cache, from_disk, tmp_path, monkeypatch)
             monkeypatch.setitem(ENVIRONMENT, name, value)
         monkeypatch.delitem(ENVIRONMENT, "HF_HUB_OFFLINE")
         url = f"hf://datasets/{OWNER}/logits"
-        pushed = run(own_command("cache", "push", str(cache.path), url)).stdout.strip()
-        run(arguments(url, tmp_path / "run"))
+        pushed = run_afresh(own_command("cache", "push", str(cache.path), url)).stdout.strip()
+        run_afresh(arguments(url, tmp_path / "run"))
         assert sha256_file(tmp_path / "run" / WEIGHTS) == from_disk
         assert read_json(tmp_path / "run" / "run.json")["cache_paths"] == [pushed]
 
