@@ -62,7 +62,6 @@ def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype:
     from shared.eval.results import Fidelity
     from shared.machine import has_accelerator
 
-    batch_tokens = batch_tokens or (8_192 if has_accelerator() else 1_024)
     model_dir = locate_model(model, cache_dir)
     teacher_dir = locate_model(teacher, cache_dir) if teacher else None
     settings = {"dtype": dtype, "batch_tokens": batch_tokens}
@@ -76,6 +75,7 @@ def fidelity(model: str, cache_dir: Path, teacher: str | None, out: Path, dtype:
     quieten()
     from shared.eval.fidelity.measure import evaluate_fidelity
 
+    batch_tokens = batch_tokens or (8_192 if has_accelerator() else 1_024)
     result = evaluate_fidelity(model_dir, cache_dir, dtype=dtype, batch_tokens=batch_tokens, teacher_dir=teacher_dir)
     _write("fidelity", out, result, inputs)
     for key in ("nll_nats", "kl_to_teacher_nats", "top1_agreement", "ece"):
