@@ -234,7 +234,7 @@ def _read_plain(table: Table, names: Mapping[str, str], limit: int | None) -> Re
         raise ConfigError("unknown columns", where=table.name, expected=expected, got=got, fix=fix)
     columns = [names.get(column, column) for column in form]
     id_column = names.get("id", "id" if "id" in table.columns else None)
-    wanted = [*columns, *([id_column] if id_column else [])]
+    wanted = [*columns, id_column] if id_column else columns
     missing = ", ".join(column for column in wanted if column not in table.columns)
     require(not missing, "a column is missing", where=table.name, expected=missing, got=", ".join(table.columns))
 

@@ -158,8 +158,8 @@ def _opened(path: Path, framework: str) -> Any:
 
 def _tensor(file: Any, path: Path, name: str) -> Any:
     """A tensor of an open file, which must hold something."""
-    require(name in file.keys(), "a file of hidden states lacks a tensor", where=path, expected=name,  # noqa: SIM118
-            got=", ".join(file.keys()))  # fmt: skip
+    names = list(file.keys())
+    require(name in names, "a file of hidden states lacks a tensor", where=path, expected=name, got=", ".join(names))
     tensor = file.get_slice(name)
     shape = tensor.get_shape()
     require(shape and 0 not in shape, "a tensor without values", where=f"{path}, {name}", got=shape)

@@ -93,7 +93,9 @@ def test_vllms_rows(tokenizer, tmp_path):
 
 
 def sglang_row(tokens, logp, **more):
-    entry = lambda row, id: [float(row[id]), int(id), None]  # noqa: E731
+    def entry(row, id):
+        return [float(row[id]), int(id), None]
+
     tops = [[entry(row, id) for id in np.argsort(-row, kind="stable")[:K]] for row in logp]
     given = [entry(row, id) for row, id in zip(logp, tokens[1:], strict=True)]
     meta = {"prompt_tokens": len(tokens), "input_top_logprobs": [None, *tops]}

@@ -78,6 +78,8 @@ def test_a_batch_moves_as_one_buffer():
         assert (found.shape, found.dtype, found.device.type) == (field.shape, field.dtype, "meta")
         assert found.storage_offset() == field.storage_offset()
     assert [field.storage_offset() for field in moved.values()][1:] != [0] * (len(moved) - 1)
+    here = batch.to("cpu", non_blocking=True)
+    assert isinstance(here, Batch) and all(torch.equal(here[name], batch[name]) for name in batch)
     parts = Batch(dict(batch)).to(torch.device("meta"))
     assert {(field.device.type, field.storage_offset()) for field in parts.values()} == {("meta", 0)}
 

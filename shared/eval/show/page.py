@@ -98,7 +98,7 @@ def render_page(look: Look) -> bytes:
     templates = environment("shared.eval.show")
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     templates.filters |= {"runs": runs, "visible": visible}
-    script = templates.loader.get_source(templates, "show.js")[0]  # type: ignore[union-attr]
+    script = Path(__file__).with_name("templates").joinpath("show.js").read_text(encoding="utf-8")
     page = templates.get_template("show.html.j2").render(
         look=look,
         data=_data(look),

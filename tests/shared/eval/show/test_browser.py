@@ -73,7 +73,10 @@ def test_the_keyboard_reaches_every_token_and_the_screen_reader_is_told(browser,
     document = looks["teacher"].documents[0]
     browser.open(folder / "teacher.html")
     browser.evaluate("document.querySelector('.text b').focus()")
-    position = lambda: browser.evaluate("document.activeElement.position")  # noqa: E731
+
+    def position():
+        return browser.evaluate("document.activeElement.position")
+
     assert browser.evaluate("document.getElementById('said').textContent").endswith("nothing predicts it.")
     assert browser.evaluate("document.activeElement.getAttribute('role')") == "option"
     for key, expected in [("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", len(document.tokens) - 1)]:

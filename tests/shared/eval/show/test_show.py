@@ -130,7 +130,10 @@ def test_the_page_asks_nothing_of_any_server(made):
 
 def test_documents_are_named_by_number_or_id(made):
     cache, _, _ = made
-    names = lambda *names: [d.number for d in look_into(cache.path, names).documents]  # noqa: E731
+
+    def names(*names):
+        return [d.number for d in look_into(cache.path, names).documents]
+
     assert names("1", "code", "1") == [1, 0]
     assert names("</script>") == [2]
     for name in ("3", "none"):
@@ -213,9 +216,10 @@ def test_a_student_of_another_tokenizer_is_refused(made, tmp_path):
 
 def test_the_command_prints_lines_or_writes_a_page(made, tmp_path):
     cache, _, _ = made
-    run = lambda *more: CliRunner().invoke(  # noqa: E731
-        codedistill, ["cache", "show", str(cache.path), *more], catch_exceptions=False
-    )
+
+    def run(*more):
+        return CliRunner().invoke(codedistill, ["cache", "show", str(cache.path), *more], catch_exceptions=False)
+
     done = run("--document", "code")
     assert done.exit_code == 0
     first, figures, *rows = done.output.splitlines()
