@@ -299,6 +299,7 @@ def _data(task: Task, config: StudentConfig) -> tuple[PackedBlocks, PackedBlocks
         num_blocks=config.max_steps * _blocks_per_step(config) if config.max_steps > 0 else None,
         multiple=_blocks_per_step(config),
         temperature=config.temperature if config.alpha > 0 else None,
+        closing_id=special_ids(load_tokenizer(task.caches[0].tokenizer_path))["eos"],
         **alike,
     )
     if task.validation is None and held_out is None:
