@@ -300,9 +300,14 @@ def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
 
 @contextlib.contextmanager
 def trial(what: str, where: str, expected: str | None = None) -> Iterator[None]:
-    """Try a model before long work: whatever it raises inside becomes a `ConfigError` of this message."""
+    """Try a model before long work: what it raises inside becomes a `ConfigError` of this message, but for a device
+    without memory, which says nothing about the model."""
+    import torch
+
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # models raise many unrelated types
         raise ConfigError(what, where=where, expected=expected, got=f"{type(error).__name__}: {error}") from error
 

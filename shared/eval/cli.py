@@ -160,12 +160,11 @@ def draft(teacher: str, student: str, out: Path, cache_dir: Path | None, **optio
 
     result = evaluate_draft(folders["teacher"], folders["student"], **options)
     _write("draft", out, result, inputs)
-    same = result.equality["float32"]
     acceptance = "unknown" if result.acceptance_rate is None else f"{result.acceptance_rate:.1%}"
+    equal = ", ".join(f"{same.num_equal} of {same.num_prompts} in {dtype}" for dtype, same in result.equality.items())
     click.echo(
         f"acceptance {acceptance}, {result.mean_accepted_length:.2f} drafted tokens kept per pass, "
-        f"speed-up {result.speedup:.2f}; in float32 {same.num_equal} of {same.num_prompts} prompts gave the "
-        "tokens of plain greedy decoding"
+        f"speed-up {result.speedup:.2f}; prompts with the tokens of plain greedy decoding: {equal}"
     )
 
 

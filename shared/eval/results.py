@@ -133,13 +133,15 @@ class BatchTiming:
 class Timing(ModelFacts):
     """A model's size and speed by batch size: `batches` of eager decoding, `served` of decoding as people serve it.
 
-    `not_served` is the reason where `served` is empty.
+    `not_served` is the reason where `served` is empty; `not_timed` are those of single figures that are missing, by
+    `batch N` and `served N`.
     """
 
     memory_bytes: int
     batches: dict[str, BatchTiming]
     served: dict[str, BatchTiming] = field(default_factory=dict)
     not_served: str | None = None
+    not_timed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,6 +166,7 @@ class Runner:
         self._score()
 
     def _train(self, waiting: list[Run]) -> None:
+        torch.cuda.empty_cache()  # the teacher and the scored students were on the runs' first GPU
         total, start = len(waiting), time.monotonic()
         log(f"{self.out}: {len(self.runs) - total} of {len(self.runs)} runs are finished")
         running: dict[int, _Job] = {}  # by slot

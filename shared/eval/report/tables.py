@@ -140,6 +140,8 @@ class Model:
         if part is None and figure is FIGURES["heldout_nll_nats"] and self.cached_nll is not None:
             return Cell(self.cached_nll, text=figure.text(self.cached_nll))
         if part is None:
+            if self.timing and figure.part in self.timing.not_timed:
+                return Cell(reason=self.timing.not_timed[figure.part])
             if self.timing and self.timing.not_served and figure.part.startswith("served "):
                 return Cell(reason=self.timing.not_served)
             missing = PARTS.get(figure.part, (f"result of {figure.part}", ""))[0]
