@@ -66,11 +66,12 @@ def encode_margins(margins: Array, k: Array, codec: str) -> tuple[dict[str, Arra
     np.subtract(codes[1:], codes[:-1], out=differences[1:])
     differences[_row_starts(k)] = 0
     escaped = np.flatnonzero(differences >= ESCAPE)
+    escapes = differences[escaped].astype(np.uint32)
     arrays = {
         "codebook": codebook,
-        "topk_codes": np.minimum(differences, ESCAPE, dtype=np.int16).astype(np.uint8),
+        "topk_codes": np.minimum(differences, ESCAPE, out=differences).astype(np.uint8),
         "esc_pos": escaped,
-        "esc_value": differences[escaped].astype(np.uint32),
+        "esc_value": escapes,
     }
     return arrays, codes, codebook
 
@@ -135,8 +136,11 @@ def encode_tail(
     return codes.astype(np.int16)
 
 
-def decode_tail(codes: Array, last_margins: Array, temperature: float, scale: int) -> Array:
-    """Decode one temperature's tails i16 `[S]`: f64 `[S]`, log weight relative to the first entry, −inf where none."""
+def decode_tail(codes: Array, last_margins: Array, temperature: float | Array, scale: int) -> Array:
+    """Decode one temperature's tails i16 `[S]`: f64 `[S]`, log weight relative to the first entry, −inf where none.
+
+    With margins `[S, 1]` and a grid `[T]`, those of the whole grid, `[S, T]`.
+    """
     log_weights = codes / scale - last_margins.astype(np.float64) / temperature
     return np.where(codes == NO_TAIL, -np.inf, log_weights)
 

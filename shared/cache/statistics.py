@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from shared.cache.codec import decode_tail
-from shared.cache.format import Array, ShardArrays, pad_rows, row_blocks, temperature_key
+from shared.cache.format import BLOCK_ROWS, Array, ShardArrays, pad_rows, row_blocks, temperature_key
 
 MASS_BINS = 200
 WHOLE_ROWS, EVERY = 4_096, 8
@@ -56,7 +56,7 @@ def measure(
         head_mass = heads[rows] / (heads[rows] + np.exp(tail_log))
     row_kl = np.empty(tail_log.shape)
     every = EVERY if len(k) > WHOLE_ROWS else 1
-    for block, entries in row_blocks(k):
+    for block, entries in row_blocks(k, every * BLOCK_ROWS):
         width, some = int(k[block].max()), slice(block.start, block.stop, every)
         exact = pad_rows(a.topk_margins[entries], k[block], width, FAR)[::every]
         decoded = codebook.take(pad_rows(codes[entries], k[block], width, 0)[::every])
@@ -125,20 +125,17 @@ def _row_kl(
         exact, decoded: f32 margins `[n, K]`, `FAR` as padding; k: entries of each row, above 0.
         tail_log: f64 `[n, T]`, the exact tails; tail_codes: i16 `[n, T]`, the stored ones; scale: their steps per nat.
     """
-    kl = np.empty(tail_log.shape)
-    last = decoded[np.arange(len(k)), k - 1]
+    sums, errors = np.empty(tail_log.shape), np.empty(tail_log.shape)
     differences = exact.astype(np.float64) - decoded
-    totals_decoded = head_sums(decoded, temperatures)
     for column, weights in _weights(exact, temperatures):
-        T = temperatures[column]
-        tail, tail_decoded = tail_log[:, column], decode_tail(tail_codes[:, column], last, T, scale)
-        log_total = np.logaddexp(np.log(np.einsum("ij->i", weights)), tail)
-        log_total_decoded = np.logaddexp(np.log(totals_decoded[:, column]), tail_decoded)
-        tail_weights = np.exp(tail)
-        tail_error = np.subtract(tail_decoded, tail, out=np.zeros(len(tail)), where=tail_weights > 0)
-        errors = np.einsum("ij,ij->i", weights, differences) / T + tail_weights * tail_error
-        kl[:, column] = np.maximum(log_total_decoded - log_total - errors * np.exp(-log_total), 0.0)
-    return kl
+        sums[:, column] = np.einsum("ij->i", weights)
+        errors[:, column] = np.einsum("ij,ij->i", weights, differences)
+    grid, last = np.asarray(temperatures), decoded[np.arange(len(k)), k - 1]
+    tail_decoded, tail_weights = decode_tail(tail_codes, last[:, None], grid, scale), np.exp(tail_log)
+    totals, totals_decoded = sums + tail_weights, head_sums(decoded, temperatures) + np.exp(tail_decoded)
+    tail_errors = np.subtract(tail_decoded, tail_log, out=np.zeros(tail_log.shape), where=tail_weights > 0)
+    kl: Array = np.log(totals_decoded / totals) - (errors / grid + tail_weights * tail_errors) / totals
+    return np.maximum(kl, 0.0)
 
 
 def combine(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
