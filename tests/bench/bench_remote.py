@@ -48,7 +48,8 @@ def main():
         os.environ["CODEDISTILL_LOCAL_CACHE"] = str(folder / "local")
         from huggingface_hub import HfApi, snapshot_download
 
-        from shared.cache.push import pull_cache, push_cache
+        from shared.cache.pull import pull_cache
+        from shared.cache.push import push_cache
         from shared.cache.reader import Cache
 
         cache = make(folder)

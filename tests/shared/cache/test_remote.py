@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
+from shared.cache import local as local_cache
 from shared.cache import remote
+from shared.cache.card import PLOT
 from shared.cache.format import MANIFEST
 from shared.cache.info import cache_info
-from shared.cache.push import PLOT, pull_cache, push_cache
+from shared.cache.pull import pull_cache
+from shared.cache.push import push_cache
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, ResumeError
@@ -34,7 +37,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def local(tmp_path, monkeypatch):
     """The local cache; a server that is away is given up after a second."""
-    monkeypatch.setenv(remote.LOCAL_CACHE, str(tmp_path / "local"))
+    monkeypatch.setenv(local_cache.LOCAL_CACHE, str(tmp_path / "local"))
     monkeypatch.setattr(remote, "PAUSES_SECONDS", (0.05, 0.1, 0.2, 0.4))
     return tmp_path / "local"
 
@@ -163,10 +166,10 @@ def test_shards_used_longest_ago_are_evicted_and_nothing_else(cache, server, loc
     local.mkdir()
     mine.write_text("not fetched here")
     need = small + max(shards)
-    monkeypatch.setenv(remote.LOCAL_BYTES, str(need - 1))
+    monkeypatch.setenv(local_cache.LOCAL_BYTES, str(need - 1))
     with pytest.raises(ConfigError, match=f"too small.*--local-bytes {need:,}"):
         Cache(server.url)
-    monkeypatch.setenv(remote.LOCAL_BYTES, str(need + max(shards) + mine.stat().st_size))
+    monkeypatch.setenv(local_cache.LOCAL_BYTES, str(need + max(shards) + mine.stat().st_size))
     opened = Cache(server.url)
     opened.memory.limit_bytes = 0
     assert opened.tokenizer_path.is_dir()
@@ -181,7 +184,7 @@ def test_a_local_cache_that_holds_other_caches_keeps_them(cache, server, local, 
     mine = make_cache(local / "mine", shards=SHARDS)
     (local / ".unfinished.tmp-1").write_text("not fetched here")
     held = sum(file.stat().st_size for file in local.rglob("*") if file.is_file())
-    monkeypatch.setenv(remote.LOCAL_BYTES, str(held + 90_000))
+    monkeypatch.setenv(local_cache.LOCAL_BYTES, str(held + 90_000))
     opened = Cache(server.url)
     opened.memory.limit_bytes = 0
     assert_same(opened, cache)
@@ -190,7 +193,7 @@ def test_a_local_cache_that_holds_other_caches_keeps_them(cache, server, local, 
 
 def test_a_local_cache_that_cannot_be_written_is_one_error(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv(remote.LOCAL_CACHE, str(tmp_path / "file" / "local"))
+    monkeypatch.setenv(local_cache.LOCAL_CACHE, str(tmp_path / "file" / "local"))
     with pytest.raises(ResumeError, match=r"cannot be written; where: .*file"):
         Cache(server.url)
 
