@@ -3,14 +3,14 @@
 import contextlib
 from pathlib import Path
 
-from shared.cache.directory import is_ours, plain_errors, remove_leftovers, walk
+from shared.cache.directory import file_names, is_ours, plain_errors, remove_leftovers, stale_names
 from shared.cache.format import BUILD, MANIFEST
 from shared.cache.manifest import FileEntry, Manifest, read_manifest
 from shared.cache.push import URLS, for_each
 from shared.cache.remote import Remote, url_of
 from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, require
 from shared.files import sha256_file, write_bytes
-from shared.lock import LOCK, Lock
+from shared.lock import Lock
 
 
 def pull_cache(source: str, out: Path) -> None:
@@ -43,9 +43,8 @@ def pull_cache(source: str, out: Path) -> None:
                     remote.download(name, entry, file)
 
             for_each(manifest.files, get, "pull")
-            for name, file in walk(out):
-                if name not in manifest.files and name not in (LOCK, MANIFEST) and name.endswith((".h5", ".json")):
-                    file.unlink()  # of the earlier manifest
+            for name in stale_names(file_names(out), manifest.files):
+                (out / name).unlink()
             remove_leftovers(out)
             write_bytes(out / MANIFEST, data)
         finally:

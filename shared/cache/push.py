@@ -3,19 +3,20 @@
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.cache.card import PLOT, card, plot
-from shared.cache.directory import BATCH_FILES, remove_leftovers
+from shared.cache.directory import BATCH_FILES, plain_errors, remove_leftovers, stale_names
 from shared.cache.format import BUILD, MANIFEST
 from shared.cache.info import cache_info
 from shared.cache.manifest import FileEntry, Manifest, parse_manifest, read_manifest
-from shared.cache.remote import THREADS, Remote, open_file_system, patiently, split_hub, url_of
+from shared.cache.remote import THREADS, Remote, local_path, open_file_system, patiently, split_hub, url_of
 from shared.errors import CacheCorruptError, ConfigError, require
 from shared.files import sha256_file, write_bytes
+from shared.lock import Lock
 from shared.progress import progress
 
 T = TypeVar("T")
@@ -44,6 +45,29 @@ def push_cache(directory: Path, target: str, *, private: bool = False) -> str:
     if url.startswith("hf:"):
         return _push_to_hub(directory, manifest, url, private=private)
     require(not private, "--private is for the Hub", where=target)
+    with _locked(url):
+        _push_to_file_system(directory, manifest, url)
+    return url
+
+
+@contextlib.contextmanager
+def _locked(url: str) -> Iterator[None]:
+    """Hold the lock of a target on a file system of this machine; object stores know none."""
+    folder = local_path(url)
+    if folder is None:
+        yield
+        return
+    with plain_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder, "pushing a cache to this folder")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _push_to_file_system(directory: Path, manifest: Manifest, url: str) -> None:
+    """Upload file by file; `build.json` goes first, and refuses another cache's push until the manifest is there."""
     file_system, folder = open_file_system(url)
     remote = Remote(url)
     data = (directory / MANIFEST).read_bytes()
@@ -52,14 +76,14 @@ def push_cache(directory: Path, target: str, *, private: bool = False) -> str:
     def find() -> dict[str, int]:
         return {name: entry["size"] for name, entry in file_system.find(folder, detail=True).items()}
 
-    sizes = _on_target(find, url)
+    sizes = {path.removeprefix(f"{folder}/"): size for path, size in _on_target(find, url).items()}
     if there is not None and there != data:
         _on_target(lambda: file_system.rm_file(f"{folder}/{MANIFEST}"), url)  # files change under it
 
     def put(name: str, entry: FileEntry) -> None:
         path = f"{folder}/{name}"
         _require_whole(directory / name, entry)
-        if sizes.get(path) == entry.bytes and remote.digest(name, entry.bytes) == entry.sha256:
+        if sizes.get(name) == entry.bytes and remote.digest(name, entry.bytes) == entry.sha256:
             return
 
         def upload() -> None:
@@ -68,10 +92,18 @@ def push_cache(directory: Path, target: str, *, private: bool = False) -> str:
 
         _on_target(upload, f"{url}/{name}")
 
-    for_each(manifest.files, put, "push")
-    if there != data:
-        _on_target(lambda: _publish(file_system, f"{folder}/{MANIFEST}", data), f"{url}/{MANIFEST}")
-    return url
+    if BUILD in manifest.files:
+        put(BUILD, manifest.files[BUILD])
+    for_each({name: entry for name, entry in manifest.files.items() if name != BUILD}, put, "push")
+    if there == data:
+        return
+    if _refuse_another(remote, manifest, directory) not in (None, data):
+        what, fix = "another push has changed the target meanwhile", "run the command again: it continues"
+        raise ConfigError(what, where=url, fix=fix)
+    if {BUILD, MANIFEST} & sizes.keys():
+        for name in stale_names(sizes, manifest.files):
+            _on_target(lambda name=name: file_system.rm_file(f"{folder}/{name}"), f"{url}/{name}")  # type: ignore[misc]
+    _on_target(lambda: _publish(file_system, f"{folder}/{MANIFEST}", data), f"{url}/{MANIFEST}")
 
 
 def _push_to_hub(directory: Path, manifest: Manifest, url: str, *, private: bool) -> str:
@@ -80,18 +112,19 @@ def _push_to_hub(directory: Path, manifest: Manifest, url: str, *, private: bool
 
     repo_id, branch = split_hub(url)
     require_repository(repo_id)
-    open_dataset(repo_id, branch, private=private)
-    there = listed_digests(repo_id, branch)
-    if MANIFEST in there:
-        _refuse_another(Remote(url), manifest, directory)
+    head = open_dataset(repo_id, branch, private=private)
+    there = listed_digests(repo_id, head)
+    is_cache = not there.keys().isdisjoint((BUILD, MANIFEST))
+    if is_cache:
+        _refuse_another(Remote(f"hf://datasets/{repo_id}@{head}"), manifest, directory)
 
-    missing: dict[str, bytes | Path] = {}
+    missing: dict[str, tuple[Path, str]] = {}
 
     def look(name: str, entry: FileEntry) -> None:
         _require_whole(directory / name, entry)
         digest = there.get(name)
-        if digest != entry.sha256 and digest != _git_digest(directory / name):
-            missing[name] = directory / name
+        if digest is None or (digest != entry.sha256 and digest != _git_digest(directory / name)):
+            missing[name] = directory / name, entry.sha256
 
     for_each(manifest.files, look, "check")
     last: dict[str, bytes | Path] = {
@@ -99,7 +132,9 @@ def _push_to_hub(directory: Path, manifest: Manifest, url: str, *, private: bool
         "README.md": card(cache_info(directory), repo_id).encode(),
         MANIFEST: directory / MANIFEST,
     }
-    commit = push_files(repo_id, branch, {name: missing[name] for name in sorted(missing)}, last)
+    files = {name: missing[name] for name in sorted(missing)}
+    stale = stale_names(there, manifest.files) if is_cache else []
+    commit = push_files(repo_id, branch, head, files, last=last, stale=stale)
     return f"hf://datasets/{repo_id}@{commit}"
 
 

@@ -165,9 +165,14 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._json({}, 409)
             repository.branches[branch] = repository.branches["main"]
             return self._json({})
-        files = dict(repository.commits[repository.branches[branch]])
+        head = repository.branches[branch]
+        files = dict(repository.commits[head])
         for line in map(json.loads, body.splitlines()):
-            if line["key"] == "file":
+            if line["key"] == "header" and line["value"].get("parentCommit", head) != head:
+                return self._fail(412, "PreconditionFailed")
+            if line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
+            elif line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             elif line["key"] == "lfsFile":
                 files[line["value"]["path"]] = self.hub.lfs_objects[line["value"]["oid"]]
