@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from multiprocessing import forkserver
+from types import SimpleNamespace
 from unittest import mock
 
 from shared.process import own_command
@@ -45,12 +46,12 @@ OURS = Forks(os.environ)
 class Command:
     """A `codedistill` command that runs, or another program; the methods are those of `subprocess.Popen`.
 
-    All it prints is kept as text; or it is appended to `log`, a file's name.
+    All it prints is kept as text, or appended to a file, `log`.
     """
 
     def __init__(self, *arguments, env, program=MAIN, forks=OURS, log=None):
         self._printed = [] if log else [tempfile.NamedTemporaryFile("r") for _ in range(2)]  # noqa: SIM115
-        names = [file.name for file in self._printed] or [log, log]
+        names = [file.name for file in self._printed] or 2 * [str(log)]
         self._process = CONTEXT.Process(target=_command, args=(program, list(map(str, arguments)), dict(env), names))
         forks.start(self._process)
         self.pid = self._process.pid
@@ -93,20 +94,30 @@ def run(*arguments, timeout=None, **options):
     return subprocess.CompletedProcess(arguments, command.returncode, *printed)
 
 
-def popen(command, *, env, stdout, **_):
-    """A command of ours that one of ours starts, in place of `subprocess.Popen`."""
-    return Command(*command[len(own_command()) :], env=env, log=stdout.name)
-
-
-def ranks(num_processes, *arguments, env):
-    """Start a command in processes that meet, without a launcher."""
+def run_ranks(num_processes, *arguments, env, timeout=None):
+    """Run a command to its end in processes that meet without a launcher: their exit codes, and all they said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
-    return [
-        Command(*arguments, env=env | {k: str(v) for k, v in (meeting | {"RANK": rank, "LOCAL_RANK": rank}).items()})
-        for rank in range(num_processes)
-    ]
+        port = free.getsockname()[1]
+    meeting = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = map(str, range(num_processes))
+    commands = [Command(*arguments, env={**env, **meeting, "RANK": rank, "LOCAL_RANK": rank}) for rank in ranks]
+    try:
+        said = [command.communicate(timeout)[1] for command in commands]
+    finally:
+        for command in commands:
+            command.kill()
+    return [command.returncode for command in commands], "".join(said)
+
+
+def fork_students(patch):
+    """Have the experiments of this process fork their students."""
+
+    def popen(command, *, env, stdout, **_):
+        return Command(*command[len(own_command()) :], env=env, log=stdout.name)
+
+    double = SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    patch.setattr("stage2_student.experiments.runner.subprocess", double)
 
 
 def _command(program, arguments, environment, printed):
