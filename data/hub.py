@@ -15,18 +15,11 @@ from shared.hub import explain, find_commit, read_card, stated_license
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubSplit:
-    """One split of a data set on the Hub.
+    """One split of a data set on the Hub."""
 
-    Args:
-        commit: 40 digits.
-        config: the name of its configuration.
-        license: as its card states; None where it states none.
-        table: its rows.
-    """
-
-    commit: str
+    commit: str  # 40 digits
     config: str
-    license: str | None
+    license: str | None  # as its card states; None where it states none
     table: Table
 
 

@@ -9,11 +9,11 @@ import hashlib
 import importlib.util
 import os
 import sysconfig
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from data.records import Document
+from data.syntax import Function, parse
 from data.templates import prompt_document
 from shared.errors import require
 from shared.files import sha256_file, sha256_json
@@ -22,8 +22,6 @@ LICENSE = "PSF-2.0"
 ATTRIBUTION = "the Python standard library, © Python Software Foundation, https://docs.python.org/3/license.html"
 SPLITS = ("train", "validation", "test")
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
-
-Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def read_split(split: str, root: Path | None = None) -> list[Document]:
@@ -81,8 +79,7 @@ def _hash(text: str) -> int:
 def _read_module(path: Path, module: str) -> Iterator[Document]:
     try:
         text = importlib.util.decode_source(path.read_bytes())
-        with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(text)
+        tree = parse(text)
     except (SyntaxError, ValueError):  # files that are broken on purpose, or not UTF-8
         return
     lines = text.split("\n")

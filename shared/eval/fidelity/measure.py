@@ -64,7 +64,7 @@ def evaluate_fidelity(
     Args:
         model_dir: a transformers directory.
         cache_dir: a finished cache, usually of held-out documents.
-        dtype: one of `checkpoints.DTYPES`; the head always runs in float32.
+        dtype: see `checkpoints.load_frozen`; the head always runs in float32.
         batch_tokens: max tokens, padding included, that go through the model at once (one document at least).
         teacher_dir: a teacher to run beside the model. The KL is then over the whole vocabulary (`dense`); without it,
             over the cache's K+1 partition, whose KL is never above the dense one.

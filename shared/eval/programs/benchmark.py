@@ -63,7 +63,7 @@ def evaluate_benchmark(
         decoding: how completions are made.
         limit: only the first problems; None for all.
         timeout_seconds: wall seconds of one program with its test, without message time (see `run_candidates`).
-        dtype: one of `checkpoints.DTYPES`.
+        dtype: see `checkpoints.load_frozen`.
         unsafe: run programs without isolation.
         ends: what prompts open with, where the model's tokenizer has no record of it (`tokenizer.recorded_ends`).
 

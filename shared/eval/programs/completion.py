@@ -3,8 +3,9 @@
 import ast
 import functools
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+
+from data import syntax
 
 ENDS = (
     "a body: first code in column 0; a program: assert, print, if __name__, a string, a backtick or < in column 0; "
@@ -88,10 +89,8 @@ def _first_end(end: Ending, stops: Sequence[str], text: str) -> int | None:
 def parse(program: str) -> ast.Module | None:
     """The syntax tree of a program; None where it is no Python."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes such as "\d"
-            return ast.parse(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return syntax.parse(program)
+    except syntax.NOT_PYTHON:
         return None
 
 

@@ -31,20 +31,13 @@ NAME_CHARACTERS = 120
 
 @dataclass(frozen=True)
 class Look:
-    """What is shown of a cache.
-
-    Args:
-        cache: an open cache; tokenizer: its own.
-        documents: those of the greatest KL first where there is a student, else as they were asked for.
-        student: the student's folder, if there is one.
-        left_out: numbers of documents for which there was no room.
-    """
+    """What is shown of a cache."""
 
     cache: Cache
     tokenizer: Tokenizer
-    documents: Sequence[Document]
+    documents: Sequence[Document]  # of the greatest KL first where there is a student, else as they were asked for
     student: Path | None
-    left_out: Sequence[int]
+    left_out: Sequence[int]  # numbers of documents for which there was no room
 
     @cached_property
     def left_out_text(self) -> str:
@@ -64,13 +57,7 @@ class Look:
 def look_into(
     path: Path, names: Sequence[str] = (), student: Path | None = None, *, limit: int = DEFAULT_DOCUMENTS
 ) -> Look:
-    """Read documents of a cache, and run a student over them.
-
-    Args:
-        path: a finished cache.
-        names: ids or numbers.
-        student: a run or an export.
-        limit: how many documents are shown where none is named: the first ones.
+    """Read documents of a cache by id or number, or its first `limit`, and run a student (a run or export) over them.
 
     Raises:
         ConfigError: no such document.

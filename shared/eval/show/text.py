@@ -16,20 +16,13 @@ _KINDS = {" ": "space", "\t": "tab", "\n": "newline"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """What one token spells.
+    """What one token spells."""
 
-    Args:
-        text: of a split character's first token the whole character, of its others nothing; at most 200 characters.
-        num_cut: characters that `text` lacks.
-        place, parts: which of how many tokens it is that together spell `text`; 1 of 1 for most.
-        raw: the token's own bytes in hexadecimal where it does not spell whole characters, else empty.
-    """
-
-    text: str
-    num_cut: int = 0
-    place: int = 1
+    text: str  # of a split character's first token the whole character, of its others nothing; at most 200 characters
+    num_cut: int = 0  # characters that `text` lacks
+    place: int = 1  # which of `parts` tokens it is that together spell `text`
     parts: int = 1
-    raw: str = ""
+    raw: str = ""  # the token's own bytes in hexadecimal where it does not spell whole characters
 
 
 def spell(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
