@@ -31,7 +31,7 @@ from data.records import Document, Problem
 from data.syntax import NOT_PYTHON, Function, body_of, functions_in, parse
 from data.tabular import SUFFIXES, open_table
 from data.templates import normalise
-from shared.cache.format import Array
+from shared.cache.format import Array, is_in
 from shared.errors import ConfigError, require
 from shared.files import sha256_json
 
@@ -63,12 +63,7 @@ class Match:
 
 
 class Index:
-    """The problems that documents are compared with.
-
-    Args:
-        problems: by the benchmark's name.
-        absent: why further benchmarks are not among them.
-    """
+    """The problems that documents are compared with, by benchmark; `absent` says why others are not among them."""
 
     def __init__(self, problems: Mapping[str, Sequence[Problem]], absent: Mapping[str, str] | None = None) -> None:
         self.problems, self.absent = problems, absent or {}
@@ -151,14 +146,14 @@ class Index:
 
     def _match(self, text: str) -> Match | None:
         lexemes = _lexemes(text)
-        for start in np.flatnonzero(_is_in(_hashes(lexemes, RUN), self._run_hashes)).tolist():
+        for start in np.flatnonzero(is_in(_hashes(lexemes, RUN), self._run_hashes)).tolist():
             if found := self._runs.get(tuple(lexemes[start : start + RUN])):
                 return Match(problem=found, rule="run")
-        for start in np.flatnonzero(_is_in(_hashes(lexemes, PROMPT_TOKENS), self._prompt_hashes)).tolist():
+        for start in np.flatnonzero(is_in(_hashes(lexemes, PROMPT_TOKENS), self._prompt_hashes)).tolist():
             for prompt in self._short_prompts.get(tuple(lexemes[start : start + PROMPT_TOKENS]), ()):
                 if tuple(lexemes[start : start + len(prompt)]) == prompt:
                     return Match(problem=self._prompts[prompt], rule="prompt")
-        if _is_in(_hashes(_blind(lexemes), BODY_TOKENS), self._body_hashes).any():
+        if is_in(_hashes(_blind(lexemes), BODY_TOKENS), self._body_hashes).any():
             for function in _functions(text):
                 with contextlib.suppress(RecursionError):  # deeper than any solution
                     if solution := self._solutions.get(_canonical(function)):
@@ -167,11 +162,7 @@ class Index:
 
 
 def parse_names(names: str, where: str) -> list[str]:
-    """Some of `BENCHMARKS`, with commas between; `where` is the option that names them.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """Some of `BENCHMARKS`, with commas between; `where` is the option that an unknown name is blamed on."""
     chosen = [name.strip() for name in names.split(",")]
     unknown = ", ".join(repr(name) for name in chosen if name not in BENCHMARKS)
     require(not unknown, "unknown benchmark", where=where, expected=", ".join(BENCHMARKS), got=unknown)
@@ -250,14 +241,6 @@ def _hashes(lexemes: Sequence[str], length: int) -> Array:
 
 def _sorted(hashes: Iterable[Array]) -> Array:
     return np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
-
-
-def _is_in(hashes: Array, known: Array) -> Array:
-    """Which of the hashes are among sorted ones."""
-    if not len(known):
-        return np.zeros(len(hashes), bool)
-    found: Array = known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes
-    return found
 
 
 def _functions(text: str) -> list[Function]:

@@ -135,11 +135,7 @@ def _problems(rows: Iterable[Row]) -> tuple[Problem, ...]:
 
 
 def parse_problem(row: Row) -> Problem:
-    """A row of HumanEval's form as a problem.
-
-    Raises:
-        ConfigError: a field is missing, of another type, or not what its name says.
-    """
+    """A row of HumanEval's form as a problem; a `ConfigError` names a field that is missing or malformed."""
     fields = {key: row.text(key) for key in KEYS}
     if not fields["entry_point"].isidentifier():
         raise row.error("entry_point", expected="a function's name", got=repr(fields["entry_point"]))

@@ -249,10 +249,8 @@ def _add(writer: CacheWriter, document: Recorded, rows: Rows, name: str) -> None
 def _vllm(row: Row, tokens: list[int], size: int) -> tuple[Rows, list[float], list[int | None]]:
     """vLLM's `prompt_logprobs`: null first, then for each token {id: {"logprob", "rank", …}} of what could stand there.
 
-    The token that does stand there is always among them, with its rank, also where that is beyond the top-k.
-
-    Returns:
-        The rows, and of the next tokens the log-probabilities and the ranks.
+    The token that does stand there is always among them, with its rank, also where that is beyond the top-k. Returns
+    the rows, and of the next tokens the log-probabilities and the ranks.
     """
     field = "prompt_logprobs"
     expected = f"a list of {len(tokens)} positions, one for each token"
@@ -286,10 +284,8 @@ def _vllm(row: Row, tokens: list[int], size: int) -> tuple[Rows, list[float], li
 def _sglang(row: Row, size: int) -> tuple[list[int], Rows, list[float]]:
     """SGLang's answer of `/generate`: for each prompt token [logprob, id, text], and a list of such of the most likely.
 
-    Rows have exactly the k entries asked for. The first token has no logprob and no row.
-
-    Returns:
-        The tokens, the rows, and the log-probabilities of the next tokens.
+    Rows have exactly the k entries asked for. The first token has no logprob and no row. Returns the tokens, the rows,
+    and the log-probabilities of the next tokens.
     """
     answer = row.fields.get("meta_info", row.fields)
     given, tops = (answer.get(field) if isinstance(answer, dict) else None for field in (SGLANG_TOKENS, SGLANG_ROWS))

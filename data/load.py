@@ -152,11 +152,7 @@ def fingerprint(source: Source) -> str | None:
 
 
 def _resolve(source: Source) -> tuple[str, str, list[Path], str | None]:
-    """What a data set's name stands for: `stdlib`, `files` or `hub`; its name or Hub id; its files; its configuration.
-
-    Raises:
-        ConfigError: nothing that we know, or an option that such a data set does not have.
-    """
+    """What a data set's name stands for: `stdlib`, `files` or `hub`; name or Hub id; files; configuration."""
     dataset, config = source.dataset, source.config
     kind, place, files = "", dataset, list[Path]()
     if dataset == "stdlib":

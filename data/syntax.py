@@ -8,11 +8,7 @@ NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 def parse(text: str) -> ast.Module:
-    """The syntax tree of a program, without Python's warnings about escapes such as `\\d`.
-
-    Raises:
-        SyntaxError, ValueError, RecursionError, MemoryError: it is no Python.
-    """
+    """The syntax tree of a program, without Python's warnings about escapes; raises one of `NOT_PYTHON`."""
     with warnings.catch_warnings(action="ignore"):
         return ast.parse(text)
 

@@ -199,11 +199,7 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Ro
 
 @contextlib.contextmanager
 def _open_text(path: Path) -> Iterator[Iterable[bytes]]:
-    """The lines of a text file, decompressed where its name ends in `.gz` or `.zst`.
-
-    Raises:
-        ConfigError: it cannot be read, or its compression is damaged or cut off; also while its lines are read.
-    """
+    """The lines of a text file, decompressed where its name ends in `.gz` or `.zst`."""
     try:
         with path.open("rb") as raw:
             if path.suffix == ".gz":

@@ -48,12 +48,9 @@ def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None
 
 
 def locate_model(name: str, cache_dir: Path | None = None) -> Path:
-    """The directory of a model, given by directory or Hub id, that is to be evaluated.
+    """The directory of a model, given by directory or Hub id, that is to be evaluated. Raises as `find_model`.
 
     If the Hub id is that of the cache's teacher, the commit that made the cache is taken, wherever the main branch is.
-
-    Raises:
-        ConfigError: there is no such directory or model.
     """
     commit = None
     if cache_dir and not Path(name).is_dir():
@@ -68,6 +65,12 @@ def hub_commit(directory: Path) -> str | None:
     """The commit of a model that came from the Hub (…/snapshots/<commit>); None for any other directory."""
     is_commit = re.fullmatch(r"[0-9a-f]{40}", directory.name)
     return directory.name if is_commit and directory.parent.name == "snapshots" else None
+
+
+def student_record(directory: Path) -> Path | None:
+    """What a run or an export says of how it was trained; None for any other model."""
+    records = (directory / name for name in ("run.json", "lineage.json"))
+    return next((record for record in records if record.is_file()), None)
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------
@@ -275,8 +278,7 @@ def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
     """Load model and tokenizer for evaluation, on a GPU where there is one; ranks take turns over several.
 
     Raises:
-        ConfigError: the directory is missing or holds no model that transformers can load.
-        DistillError: its tokenizer cannot be loaded.
+        DistillError: as `load_frozen` and `load_tokenizer`.
     """
     import torch
 

@@ -102,7 +102,6 @@ def encode_documents(
     A token that straddles the border belongs to the completion. What spells a special token is plain text.
 
     Args:
-        tokenizer: decides what documents open and close with.
         parts: prompt and completion of each.
         encodings: what `TextEncoder` made of each text, prompt and completion together, if it did.
     """
@@ -218,10 +217,9 @@ def record_ends(tokenizer: Tokenizer, open_with: str = "auto", close_with: str =
     """
     by_rule = document_ends(tokenizer)
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for key, option, asked, rule in (
-        (_OPENING, "--open-with", open_with, by_rule.opening),
-        (_CLOSING, "--close-with", close_with, by_rule.closing),
-    ):
+    opening = (_OPENING, "--open-with", open_with, by_rule.opening)
+    closing = (_CLOSING, "--close-with", close_with, by_rule.closing)
+    for key, option, asked, rule in (opening, closing):
         token = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}.get(asked, asked)
         known = asked in ("auto", "none") or token in special
         expected = f"auto, none, bos, eos or one of {', '.join(special[:12])}{', …' if len(special) > 12 else ''}"

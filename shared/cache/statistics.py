@@ -32,7 +32,6 @@ def measure(
     a larger one.
 
     Args:
-        a: the exact arrays.
         codes, codebook: `[E]` and f32, from which a reader decodes margins.
         tail: i16 `[S, T]`, the stored tails; scale: their steps.
 

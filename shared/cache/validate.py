@@ -157,9 +157,8 @@ def _check_gold(a: ShardArrays, last: Array, unit: int) -> None:
     _refuse(a, ~last & ~(a.gold_logprob <= GOLD_TOLERANCE_NATS), "gold_logprob is not a log-probability", "at most 0")
     difference = a.gold_logprob + margin + np.logaddexp(np.log(head), a.tail_log[:, unit])
     wrong = found & ~(np.abs(difference) <= GOLD_TOLERANCE_NATS * (1 + margin / 100))
-    _refuse(
-        a, wrong, "gold_logprob disagrees with the row", "the log-probability of the next token under head and tail"
-    )
+    expected = "the log-probability of the next token under head and tail"
+    _refuse(a, wrong, "gold_logprob disagrees with the row", expected)
 
 
 def _check_samples(a: ShardArrays, s: Samples, last: Array, temperatures: Sequence[float], num_ids: int) -> None:

@@ -411,10 +411,8 @@ def sandbox_check() -> None:
 
     best = None
     for isolation, outcomes, reason in probe_all():
-        if outcomes:
-            click.echo(f"{isolation.value}: {'does not hold' if reason else 'holds'}")
-        else:
-            click.echo(f"{isolation.value}: not here: {reason}")
+        state = f"not here: {reason}" if not outcomes else "does not hold" if reason else "holds"
+        click.echo(f"{isolation.value}: {state}")
         for about, outcome in outcomes.items():
             click.echo(f"  {about}: {outcome}")
         if not reason:

@@ -38,11 +38,7 @@ _AFTERMATH = re.compile(r"""(?:assert|print)(?=\W) | if\s+__name__ | ["'`<]""", 
 def ending_after(prompt: str, special: Collection[str] = ()) -> Ending:
     """What finds the end of a prompt's completion: `body_end` where the prompt ends inside a function, a class or
     something else unfinished, such as a head without docstring; otherwise `program_end`. Either way a special token
-    that is spelled out ends it too (see `spelled_end`).
-
-    Args:
-        prompt: what is continued.
-        special: the texts of the tokenizer's special tokens.
+    (`special` has their texts) that is spelled out ends it too (see `spelled_end`).
     """
     tree = parse(prompt)
     unfinished = tree is None or bool(

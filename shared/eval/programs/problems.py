@@ -24,21 +24,13 @@ class Benchmark:
 
 
 def humaneval(problems_file: Path | None) -> Benchmark:
-    """HumanEval, from its package or the Hub, or as an earlier run of this wrote it.
-
-    Raises:
-        ConfigError: it is not to be had.
-    """
+    """HumanEval, from its package or the Hub, or as an earlier run of this wrote it."""
     problems = read_problems(problems_file) if problems_file else load_humaneval()
     return Benchmark(name="HumanEval", problems=problems, about={})
 
 
 def from_file(path: Path) -> Benchmark:
-    """Any file of HumanEval's form, under its own name.
-
-    Raises:
-        ConfigError: a malformed file.
-    """
+    """Any file of HumanEval's form, under its own name."""
     return Benchmark(name=path.stem, problems=read_problems(path), about={"file": path.name})
 
 
@@ -48,11 +40,7 @@ def exercises() -> Benchmark:
 
 
 def mbpp(dataset: str) -> Benchmark:
-    """MBPP's test split; see `data.mbpp`.
-
-    Raises:
-        ConfigError: it is not to be had.
-    """
+    """MBPP's test split; see `data.mbpp`."""
     problems, commit = load_problems(dataset, "test")
     asserts = "test_list (all three), the same that the prompt shows; challenge_test_list takes no part"
     about = {"dataset": Path(dataset).name, "dataset_commit": commit, "split": "test"}

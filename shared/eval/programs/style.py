@@ -21,11 +21,7 @@ _BLOCK = re.compile(r"^[^`\n]*```[^\n]*\n(?P<code>.*?)(?P<end>^[ \t]*```|\Z)", r
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """One way to ask.
-
-    Args:
-        name: `prompt`, or `chat` (`QUESTION`, rendered by the tokenizer's chat template).
-    """
+    """One way to ask: `prompt`, or `chat` (`QUESTION`, rendered by the tokenizer's chat template)."""
 
     name: str = "prompt"
 

@@ -146,7 +146,6 @@ def write_documents(
 
     Args:
         prompts, inputs: on rank 0; see `evaluate_benchmark` for these and for what is not named here.
-        choice: which completions become documents.
         benchmarks: documents that share text with one of these are left out.
         origin, style: `teacher` or `student`; see `complete_problems`.
 

@@ -164,11 +164,7 @@ def within_bounds(cache: Cache, numbers: Sequence[int]) -> dict[int, int]:
 def show_document(
     cache: Cache, tokenizer: Tokenizer, number: int, num_tokens: int, student: Sequence[StudentRow] | None = None
 ) -> Document:
-    """Read a document's first tokens; `student` are its rows, one for each token but the first.
-
-    Raises:
-        CacheCorruptError: the shard's bytes are not those of the manifest.
-    """
+    """Read a document's first tokens; `student` are its rows, one for each token but the first."""
     ids = cache.tokens(number)[:num_tokens]
     targets = cache.targets(number, 1.0, 0, len(ids) - 1)
     is_target = cache.loss_mask(number)[: len(ids) - 1].tolist()

@@ -1,5 +1,6 @@
 """Tokens as text that is safe to show: split characters joined, white space and invisible characters made visible."""
 
+import functools
 import itertools
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -86,18 +87,16 @@ def raw_bytes(tokenizer: Tokenizer, id: int) -> str:
     token = tokenizer.convert_ids_to_tokens(id) or ""
     if token.startswith("<0x") and token.endswith(">"):
         return str(token[3:-1])
-    known = [_BYTES.get(character) for character in token]
+    known = [_byte_alphabet().get(character) for character in token]
     return "" if None in known else " ".join(f"{byte:02X}" for byte in known[:16])
 
 
+@functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for, printable ones for themselves (GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+    """The byte that each character of a byte-level vocabulary stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-
-_BYTES = _byte_alphabet()
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
