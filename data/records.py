@@ -14,16 +14,23 @@ ORIGINS = ("teacher", "student")  # of documents that a model has written
 class Document:
     """Text with a prompt part and a completion part (or a chat); line ends are LF.
 
-    A chat (`role`, `content`) stands in place of prompt and completion; its targets are the assistant's turns.
+    Args:
+        id: unique within its set.
+        source: where it comes from, such as `mbpp`.
+        prompt: what a model is given; never ends in white space.
+        completion: the text to learn; it follows the prompt directly and ends in one newline.
+        messages: a chat (`role`, `content`) in place of prompt and completion; the targets are the assistant's turns.
+        origin: who wrote the completion: `corpus`, or the `teacher` or a `student` (see `codedistill generate`).
+        verdict: what the prompt's own tests said of a completion that a model wrote; None where it was not run.
     """
 
-    id: str  # unique within its set
-    source: str  # such as `mbpp`
-    prompt: str = ""  # what a model is given; never ends in white space
-    completion: str = ""  # the text to learn; it follows the prompt directly and ends in one newline
+    id: str
+    source: str
+    prompt: str = ""
+    completion: str = ""
     messages: tuple[Mapping[str, str], ...] | None = None
-    origin: str = "corpus"  # who wrote the completion: else the `teacher` or a `student` (see `codedistill generate`)
-    verdict: str | None = None  # of the prompt's own tests on what a model wrote; None where it was not run
+    origin: str = "corpus"
+    verdict: str | None = None
 
     @property
     def digest(self) -> str:
