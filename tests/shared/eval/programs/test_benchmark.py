@@ -26,6 +26,7 @@ from tests.support.cache_faults import file_size_limit
 from tests.support.eval_models import save_model, save_recurrent
 from tests.support.hub_contents import mbpp_row
 from tests.support.report_fixture import verdict, write_benchmark
+from tests.support.small_device import limit_memory
 from tests.support.wandb_runs import wandb_runs, wandb_summary
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -196,6 +197,16 @@ def test_several_processes_make_the_same(model, whole, tmp_path):
     assert result_of(tmp_path)["pass_at_k"] == result_of(whole)["pass_at_k"]
     assert errors.count("problems solved") == 1
     assert "Generating (rank 0 of 2): 8 completions" in errors
+
+
+def test_a_batch_beyond_the_memory_is_made_in_halves(model, whole, tmp_path, monkeypatch):
+    limit_memory(monkeypatch, benchmark, lambda model, ids_BT: len(ids_BT) > 3)
+    said = evaluate("humaneval", model, tmp_path, *DECODING).stderr
+    assert said.count("out of memory; 4 completions are made again as 2 and 2\n") == 4
+    assert (tmp_path / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    limit_memory(monkeypatch, benchmark, lambda model, ids_BT: ids_BT.shape[1] > 1 and len(ids_BT) > 0)
+    done = evaluate("humaneval", model, tmp_path / "one", *DECODING, code=1)  # `run_cli` says what to lower
+    assert isinstance(done.exception, torch.OutOfMemoryError)
 
 
 def test_killed_it_continues(model, whole, tmp_path):

@@ -128,6 +128,10 @@ def test_speed_is_as_served_where_all_models_were_timed_so(tmp_path):
     write(file, result)
     report = build_report(tmp_path / "eval", {}, [], tmp_path / "report")
     assert report["models"]["student_ce"]["reasons"]["served_decode_tokens_per_second"] == "no graph"
+    result["models"]["student_ce"]["not_timed"] = {"served 1": "no memory"}
+    write(file, result)
+    report = build_report(tmp_path / "eval", {}, [], tmp_path / "report")
+    assert report["models"]["student_ce"]["reasons"]["served_decode_tokens_per_second"] == "no memory"
     assert "decodes 12× faster" in report["headline"][0]
 
 
