@@ -55,23 +55,16 @@ FREE = (*NAMED, "limit_docs", "max_lossy", "device_map", "gpus_per_teacher")  # 
 class Task:
     """What is to be built.
 
-    Attributes:
-        config: options; out: the cache's directory.
-        files: the teacher's.
-        skip_in: finished caches whose documents are skipped.
-        part: i and N where only the i-th of N parts is built.
-        hidden: an engine's hidden states, where an engine has run the teacher.
-
     Raises:
         ConfigError: what cannot be used of teacher and data set, as each is first asked for.
     """
 
     config: TeacherConfig
-    out: Path
-    files: ModelFiles
-    skip_in: tuple[Cache, ...] = ()
-    part: tuple[int, int] | None = None
-    hidden: HiddenStates | None = None
+    out: Path  # the cache's directory
+    files: ModelFiles  # the teacher's
+    skip_in: tuple[Cache, ...] = ()  # finished caches whose documents are skipped
+    part: tuple[int, int] | None = None  # i and N where only the i-th of N parts is built
+    hidden: HiddenStates | None = None  # where an engine has run the teacher
 
     @functools.cached_property
     def origin(self) -> Source:

@@ -130,6 +130,14 @@ def indptr(lengths: Array) -> Array:
     return offsets
 
 
+def is_in(values: Array, known: Array) -> Array:
+    """Which values are among known ones, which ascend: bool `[n]`."""
+    if not len(known):
+        return np.zeros(len(values), bool)
+    found: Array = known[np.searchsorted(known, values).clip(max=len(known) - 1)] == values
+    return found
+
+
 def row_blocks(k: Array, num_rows: int = BLOCK_ROWS) -> Iterator[tuple[slice, slice]]:
     """Rows in blocks that stay in a processor's cache, and the entries of each block; `k` has the entries of a row."""
     borders = indptr(k)

@@ -40,8 +40,7 @@ def measure(
     a larger one.
 
     Args:
-        a: the exact arrays.
-        heads: f64 `[S, T]`, `head_sums` of their rows.
+        heads: f64 `[S, T]`, `head_sums` of the rows.
         codes, codebook: `[E]` and f32, from which a reader decodes margins.
         tail: i16 `[S, T]`, the stored tails; scale: their steps.
 
