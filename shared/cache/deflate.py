@@ -41,8 +41,8 @@ WORDS = 1 << 14
 def pack_chunk(values: Array) -> bytes:
     """Shuffle, deflate and checksum one chunk's values, as `write_direct_chunk` takes them."""
     planes = np.ascontiguousarray(values.reshape(-1).view(np.uint8).reshape(-1, values.itemsize).T)
-    stream = b"".join(_deflate(plane.data) for plane in planes) + _END
-    data: bytes = b"\x78\x01" + stream + deflater.adler32(planes.data.cast("B")).to_bytes(4, "big")
+    adler32 = deflater.adler32(planes.data.cast("B")).to_bytes(4, "big")
+    data = b"".join([b"\x78\x01", *(_deflate(plane.data) for plane in planes), _END, adler32])
     return data + fletcher32(data).to_bytes(4, "little")
 
 

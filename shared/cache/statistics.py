@@ -97,11 +97,11 @@ def _weights(margins: Array, temperatures: Sequence[float]) -> Iterator[tuple[in
 
     At T/2 it is the square of that at T, which takes a tenth of the time.
     """
-    weights = np.empty(margins.shape)
+    margins, weights = margins.astype(np.float64), np.empty(margins.shape)
     for T in temperatures:
         if 2 * T in temperatures:
             continue
-        np.multiply(margins, -1 / T, out=weights, dtype=np.float64)
+        np.multiply(margins, -1 / T, out=weights)
         np.exp(weights, out=weights)
         yield temperatures.index(T), weights
         while (T := T / 2) in temperatures:

@@ -53,9 +53,9 @@ def test_without_cuda_all_run_on_the_cpu(launched):
 
 LABELS_NEW_SHAPES = """
 import random, sys, torch
-from stage1_teacher.build import find_teacher
 from stage1_teacher.capture import load_teacher
 from stage1_teacher.config import TeacherConfig
+from stage1_teacher.request import find_teacher
 
 def anonymous_bytes():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
