@@ -41,8 +41,13 @@ def log(message: str) -> None:
 
 LESS_MEMORY = (
     "in training --batch-tokens auto, a smaller per_device_train_batch_size or gradient_checkpointing=true; "
-    "in evaluation a smaller --batch-size or --batch-tokens; nothing finished is lost"
+    "in evaluation a smaller --batch-size or --batch-tokens, fewer tokens or --dtype bfloat16; nothing finished is lost"
 )
+
+
+def first_sentence(error: Exception) -> str:
+    """Of torch's message, which goes on for a paragraph where memory runs out."""
+    return str(error).partition(". ")[0].partition("\n")[0]
 
 
 class Terminated(BaseException):
@@ -96,7 +101,7 @@ def run_cli(command: Any) -> NoReturn:
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which nothing here imports
             raise
-        got = str(error).partition(". ")[0]  # from whichever rank it comes
-        sys.stderr.write(f"error: the device has too little memory; got: {got}; fix: {LESS_MEMORY}\n")
+        # From whichever rank it comes.
+        sys.stderr.write(f"error: the device has too little memory; got: {first_sentence(error)}; fix: {LESS_MEMORY}\n")
         code = 1
     sys.exit(code)

@@ -427,6 +427,10 @@ def training_arguments(config: StudentConfig, out: Path, *, has_validation: bool
         wanted = os.environ.get(name, "")
         require(wanted.lower() in ("", "0", "n", "no", "f", "false", "off"), "students train under DDP and FSDP only",
                 where=name, got=wanted, fix=f"unset {name}, or start `accelerate launch` without it")  # fmt: skip
+    wanted = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "")  # accelerate would compile, and the run not say so
+    require(compiles(config) or wanted.lower() in ("", "no"), "the environment and the config differ in compiling",
+            where="ACCELERATE_DYNAMO_BACKEND", expected="no", got=wanted,
+            fix="unset it, or set torch_compile=true in the config")  # fmt: skip
     require_usable_card()
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     options = {key: value for key, value in to_dict(config).items() if key in theirs} | {

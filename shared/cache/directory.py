@@ -24,6 +24,7 @@ from shared.cache.manifest import FileEntry, is_hidden, read_manifest
 from shared.errors import CacheCorruptError, CacheFormatError, DistillError, ResumeError
 from shared.files import is_system_file, sha256_file
 from shared.lock import LOCK, is_abandoned
+from shared.machine import num_processors
 from shared.progress import progress
 
 FOLDERS = (TOKENIZER, TEACHER_EVAL)
@@ -159,7 +160,7 @@ def check_files(directory: Path, files: Mapping[str, FileEntry]) -> dict[str, st
     Files are hashed by as many threads as there are processors (hashing releases Python's lock).
     """
     problems: dict[str, str] = {}
-    threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, MAX_THREADS)
+    threads = min(num_processors(), MAX_THREADS)
     total = sum(entry.bytes for entry in files.values())
     with ThreadPoolExecutor(threads) as pool, progress("verify", total, "bytes") as bar:
         names = iter(files)

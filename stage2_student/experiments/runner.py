@@ -166,6 +166,7 @@ class Runner:
         self._score()
 
     def _train(self, waiting: list[Run]) -> None:
+        torch.cuda.empty_cache()  # the teacher and the scored students were on the runs' first GPU
         total, start = len(waiting), time.monotonic()
         log(f"{self.out}: {len(self.runs) - total} of {len(self.runs)} runs are finished")
         running: dict[int, _Job] = {}  # by slot
@@ -287,11 +288,8 @@ def locked(out: Path) -> Iterator[None]:
         ResumeError: another process works in it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lock = Lock(out, "running the experiment in this folder")
-    try:
+    with Lock(out, "running the experiment in this folder"):
         yield
-    finally:
-        lock.release()
 
 
 def job_environment(slot: int, jobs: int, *, group: str) -> dict[str, str]:

@@ -36,14 +36,16 @@ def run(arguments, cwd, code=0, **environment):
     return done
 
 
-def test_the_working_directory_may_be_the_cache(build, tmp_path):
+def test_the_working_directory_may_be_the_cache(build, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     folder.mkdir()
-    tracked = {"WANDB_MODE": "offline"}
-    assert f"recording offline in {tmp_path / 'wandb'}" in run([*build, "--out", "."], folder, **tracked).stderr
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    built = CliRunner().invoke(codedistill, [*build, "--out", "."])
+    assert f"recording offline in {tmp_path / 'wandb'}" in built.stderr
     assert verify_cache(folder) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "wandb"]
-    assert "is up to date" in run([*build, "--out", "."], folder, **tracked).stderr
+    assert "is up to date" in run([*build, "--out", "."], folder).stderr
 
 
 def test_the_working_directory_may_be_a_run_and_an_export(tmp_path, monkeypatch):
@@ -68,6 +70,7 @@ def test_the_working_directory_may_be_a_run_and_an_export(tmp_path, monkeypatch)
         ("ACCELERATE_USE_DEEPSPEED", "true", "students train under DDP and FSDP only; where: ACCELERATE_USE_DEEPSPEED"),
         ("ACCELERATE_USE_MEGATRON_LM", "1", "under DDP and FSDP only; where: ACCELERATE_USE_MEGATRON_LM; got: 1"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "where: ACCELERATE_MIXED_PRECISION; expected: no; got: bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "where: ACCELERATE_DYNAMO_BACKEND; expected: no; got: INDUCTOR"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "where: ACCELERATE_MIXED_PRECISION; expected: no; got: fp8"),
     ],
 )
@@ -82,8 +85,9 @@ def test_what_the_environment_asks_accelerate_for_is_refused(tmp_path, monkeypat
 
 def test_what_accelerate_launch_sets_by_default_is_no_obstacle(tmp_path, monkeypatch):
     cache = make_cache(tmp_path / "cache")
-    for name, value in (("ACCELERATE_MIXED_PRECISION", "no"), ("ACCELERATE_USE_DEEPSPEED", "false")):
-        monkeypatch.setenv(name, value)
+    defaults = {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "USE_DEEPSPEED": "false"}
+    for name, value in defaults.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
     command = ["student", "train", "--cache", str(cache.path), "--out", str(tmp_path / "run"), *TRAIN]
     assert CliRunner().invoke(codedistill, command).exit_code == 0
 

@@ -396,6 +396,24 @@ def test_a_gradient_that_is_not_finite_is_refused_too(caches, tmp_path, monkeypa
     assert "where: step 1, documents " in line
 
 
+def test_a_step_without_memory_leaves_the_checkpoints_before_it(finished, caches, tmp_path, monkeypatch):
+    """The command line says in one line what to lower (`run_cli`), and the same command goes on."""
+    from stage2_student.trainer import DistillTrainer
+
+    def exhaust(self, *args, _step=DistillTrainer.training_step, **kwargs):
+        if self.state.global_step == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has no more")
+        return _step(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "training_step", exhaust)
+    command = arguments(caches / "train", tmp_path / "run", caches / "validation")
+    assert isinstance(run_here(command), torch.OutOfMemoryError)
+    monkeypatch.undo()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert "continuing from" in run(command).stderr
+    same_student(finished, tmp_path / "run")
+
+
 def test_a_folder_that_another_process_trains_in_is_refused(caches, tmp_path):
     out = tmp_path / "run"
     out.mkdir()

@@ -1,5 +1,7 @@
 """What makes the host wait for a GPU in a training step, counted on a processor; and what older cards run."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,11 @@ from shared.model import gpt
 from shared.model.gpt import GPT, PRESETS, Documents, document_bounds
 from stage2_student.config import StudentConfig
 from stage2_student.dataset import Batch, collate
+from stage2_student.experiments.dense import DenseBlocks, DenseLoss
 from stage2_student.fused import HeadLoss
 from stage2_student.train import compiles, half_precision, training_arguments
 from tests.support.host_waits import HostWaits
+from tests.support.student_cache import VOCABULARY, make_cache
 
 T, K, V = 48, 5, PRESETS["tiny"].vocab_size
 
@@ -67,6 +71,26 @@ def test_a_step_waits_for_nothing_before_its_losses_are_read(monkeypatch, alpha)
     assert {wait.partition(" ")[0] for wait in waits.found} == {"nonzero"}
     assert torch.equal(again["loss"], output["loss"])
     assert torch.equal(model.model.embed_tokens.weight.grad, gradient)
+
+
+def test_the_dense_arm_waits_once_a_micro_batch_for_the_numbers_of_its_rows(monkeypatch, tmp_path):
+    """Its rows lie in a file on the host, which reads them by chunk."""
+    cache, file = make_cache(tmp_path / "cache"), tmp_path / "rows.npy"
+    targets = sum(int(cache.loss_mask(doc).sum()) for doc in range(cache.num_documents))
+    teacher = torch.randn(targets, VOCABULARY, generator=torch.Generator().manual_seed(0)).log_softmax(1)
+    np.save(file, teacher.numpy().astype(np.float16))
+    blocks = DenseBlocks([cache], block_size=T, seed=0, num_blocks=2)
+    batch = collate([blocks[0], blocks[1]])
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(PRESETS["tiny"], vocab_size=VOCABULARY))
+    model.head_loss = DenseLoss(StudentConfig(loss="dense"), file, [cache])
+    monkeypatch.setattr("stage2_student.fused.chunk_rows", lambda device: 16)
+    num_chosen = len(batch["targets"])
+    assert num_chosen > 3 * 16
+    with HostWaits() as waits:
+        output = model(**batch, num_items_in_batch=torch.tensor(num_chosen))
+        output["loss"].backward()
+    assert waits.found == [f"cpu {(num_chosen, 1)}"]
 
 
 def test_a_batch_moves_as_one_buffer():
@@ -127,6 +151,7 @@ def test_students_are_compiled_where_there_is_a_card(monkeypatch, settings, has_
 @pytest.mark.parametrize(("settings", "expected"), [({}, False), ({"training": {"tf32": True}}, True)])
 def test_compiling_does_not_turn_tf32_on(monkeypatch, tmp_path, settings, expected):
     """A processor has no such flag; `tests/gpu` reads it on a card."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # transformers sets it for the whole process
     switched = []
     monkeypatch.setattr(transformers.training_args, "is_torch_tf32_available", lambda: True)
     monkeypatch.setattr(transformers.training_args, "enable_tf32", switched.append)

@@ -151,9 +151,10 @@ def generate_batch(
 ) -> list[Generation]:
     """Continue prompts with the most likely token at every step, or with drawn ones; one generation each, in order.
 
-    Prompts are padded on the left, where attention masks and positions leave the padding out: in float32 the result
-    does not depend on the batch. Every few tokens, rows that are done leave the batch and the KV cache. Nothing of the
-    model directory's own generation config has any effect.
+    Prompts are padded on the left, where attention masks and positions leave the padding out: on a processor, in
+    float32, the result does not depend on the batch. A GPU's products may round otherwise for another shape, and a
+    token whose logit is all but tied may then be another. Every few tokens, rows that are done leave the batch and the
+    KV cache. Nothing of the model directory's own generation config has any effect.
 
     Args:
         model: a transformers model.

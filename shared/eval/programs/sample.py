@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.records import Problem
 from data.templates import humaneval_prompt
 from shared.distributed import agree
@@ -99,7 +101,8 @@ def complete(
     """Complete every problem: one line per sample, by problem, with its settings.
 
     Batches follow from problems and decoding alone, and each is made by one rank, so neither an interruption nor the
-    number of processes changes a completion. A model with a recurrent state completes one prompt at a time.
+    number of processes changes a completion. A batch that the device has too little memory for is made in halves. A
+    model with a recurrent state completes one prompt at a time.
 
     Every rank saves a batch's lines as soon as it is made, in a part of its own, `completions.rank-N.jsonl`; the caller
     writes all lines as `completions.jsonl` and then removes the parts. Lines of either that have the same settings are
@@ -120,6 +123,7 @@ def complete(
 
     Raises:
         ConfigError: the model can continue none of the prompts, or transformers cannot generate with it.
+        torch.OutOfMemoryError: the device has too little memory for one prompt.
         PeerEndedError: another rank has ended (through `shared.distributed.joined`).
     """
     settings = {**decoding.to_dict(), **settings}
@@ -192,13 +196,28 @@ class _Saver:
         shown = progress(f"Generating{of_ranks}", sum(map(len, batches)), "completions")
         with naming(path), path.open("ab") as file, shown as bar:
             for batch in batches:
-                made = generate_batch(model, tokenizer, [request for _, request in batch], sampling)
+                made = _generate(model, tokenizer, [request for _, request in batch], sampling)
                 lines = [self.line(key, generation) for (key, _), generation in zip(batch, made, strict=True)]
                 file.write(to_jsonl(lines))
                 file.flush()
                 os.fsync(file.fileno())
                 num_tokens += sum(generation.num_new_tokens for generation in made)
                 bar.advance(len(batch), f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s")
+
+
+def _generate(
+    model: Any, tokenizer: Tokenizer, requests: Sequence[Request], sampling: Sampling | None
+) -> list[Generation]:
+    """As `generate_batch`; halves of the batch where the device runs out of memory."""
+    try:
+        return generate_batch(model, tokenizer, requests, sampling)
+    except torch.OutOfMemoryError:
+        if len(requests) == 1:
+            raise
+    half = len(requests) // 2
+    log(f"out of memory; {len(requests)} completions are made again as {half} and {len(requests) - half}")
+    parts = (requests[:half], requests[half:])
+    return [made for part in parts for made in _generate(model, tokenizer, part, sampling)]
 
 
 def _prepare(

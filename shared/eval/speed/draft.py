@@ -26,7 +26,7 @@ from shared.eval.programs.generate import caches_by_token, eos_ids, prepare
 from shared.eval.programs.problems import read_prompts
 from shared.eval.results import Draft, Equality, ModelFacts
 from shared.eval.speed.served import HOW, NOT_ON_CPU, Served
-from shared.process import log
+from shared.process import first_sentence, log
 from shared.progress import progress
 from shared.tokenizer import Tokenizer, tokenizer_digest
 
@@ -38,7 +38,7 @@ DEFINITIONS = {
     "over repeats; speedup_range: least and greatest over repeats",
     "served_speedup": f"the speed-up where teacher and student decode as people serve them: {HOW}",
     "equal_to_greedy": "whether all prompts gave the tokens of plain greedy decoding, the teacher in its own dtype and "
-    "in float32",
+    "in float32 (unless memory did not hold it, see reasons)",
     "ci95": METHOD + ", over prompts",
 }
 
@@ -179,13 +179,15 @@ def evaluate_draft(
         new_tokens: at most as many per prompt, fewer where an end token comes or positions run out.
         draft_tokens: drafted before each pass of the teacher.
         repeats: timed rounds; in each, every prompt goes through both ways in turn.
-        dtype: one of `checkpoints.DTYPES`. If the teacher is not in float32, a last round compares the tokens there.
+        dtype: see `checkpoints.load_frozen`. If the teacher is not in float32, a last round compares the tokens there.
 
     Returns:
-        The figures of `DEFINITIONS`, None where nothing was drafted; `equality` by the teacher's dtype.
+        The figures of `DEFINITIONS`, None where nothing was drafted; `equality` by the teacher's dtype, without float32
+        where the device has too little memory for it.
 
     Raises:
         ConfigError: other tokenizers, a model that cannot take tokens back, no prompts, or none with room to go on.
+        torch.OutOfMemoryError: memory ran out before all rounds were timed.
     """
     teacher, student, tokenizer = _load_pair(teacher_dir, student_dir, dtype)
     prompts = read_prompts(prompts_file, limit)
@@ -201,9 +203,7 @@ def evaluate_draft(
     if served_rounds:
         equality[f"{dtype_name(teacher)}, served"] = compare_tokens(names, served_rounds[-1])
     described = [ModelFacts(**describe_model(*pair)) for pair in ((teacher, teacher_dir), (student, student_dir))]
-    if "float32" not in equality:
-        teacher.float()
-        in_float32 = [both.run(request, drafts_first=False) for request in requests]
+    if "float32" not in equality and (in_float32 := _rounds_in_float32(teacher, both, requests, reasons)):
         equality["float32"] = compare_tokens(names, in_float32)
     for name, found in equality.items():
         if found.num_equal < found.num_prompts:
@@ -347,6 +347,21 @@ def _served_rounds(
             return served.rounds(requests, repeats), {}
     except ConfigError as error:
         return [], {"served_speedup": str(error)}
+    except torch.OutOfMemoryError as error:
+        return [], {"served_speedup": first_sentence(error)}
+
+
+def _rounds_in_float32(
+    teacher: Any, both: _BothWays, requests: Sequence[tuple[list[int], int]], reasons: dict[str, str]
+) -> list[_Timed]:
+    """A round of the teacher in float32; none where that takes too much memory, which `reasons` then says."""
+    try:
+        teacher.float()
+        return [both.run(request, drafts_first=False) for request in requests]
+    except torch.OutOfMemoryError as error:
+        reasons["equality.float32"] = first_sentence(error)
+        log(f"not compared in float32: {reasons['equality.float32']}")
+        return []
 
 
 def _names_of(teacher: Any, student: Any) -> str:

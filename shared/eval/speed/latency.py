@@ -20,6 +20,7 @@ from shared.errors import ConfigError, require
 from shared.eval.programs.generate import cache_name
 from shared.eval.results import BatchTiming, Latency, Timing, TimingSettings
 from shared.eval.speed.served import HOW, NOT_ON_CPU, Served
+from shared.process import first_sentence, log
 from shared.progress import progress
 
 BATCH_SIZES = (1, 8)
@@ -92,17 +93,19 @@ def measure_latency(
     Args:
         model_dirs: transformers directories by name.
         repeats: timed rounds.
-        dtype: one of `checkpoints.DTYPES`.
+        dtype: see `checkpoints.load_frozen`.
 
     Returns:
         Per model, way and batch size `prefill_ms` and `decode_tokens_per_second` (medians over repeats, with
         `…_range`: least and greatest, and 95 % intervals under `ci95`, see `median_interval`),
         `prefill_tokens_per_second`, `decode_ms_p50` and `…_p95` (over all steps), `peak_bytes` (weights and what torch
         allocated beyond them), `tokens_per_second_per_watt` (tokens per joule of decoding). What is unknown is None,
-        with a reason. `batches` are of eager decoding, `served` of `Served`, empty for the reason `not_served`.
+        with a reason. `batches` are of eager decoding, `served` of `Served`, empty for the reason `not_served`. A batch
+        that the device has too little memory for is left out, with the reason in `not_timed`.
 
     Raises:
         ConfigError: the tokens asked for exceed a model's positions, or a model does not decode from a cache.
+        torch.OutOfMemoryError: a model cannot decode even one prompt.
     """
     start, load_before = time.monotonic(), os.getloadavg()[0]
     models = {name: load_model(directory, dtype)[0] for name, directory in model_dirs.items()}
@@ -113,12 +116,12 @@ def measure_latency(
     for name, model in models.items():
         _require_decoding(name, model, prompt_tokens + new_tokens)
     ways, not_served = _ways(models, prompt_tokens + new_tokens)
-    times = _rounds(ways, models, prompt_tokens, new_tokens, repeats)
+    times, not_timed = _rounds(ways, models, prompt_tokens, new_tokens, repeats)
     meter = energy_meter(device)
     results = {}
     for name, model in models.items():
         weights = weights_in_memory(model)
-        found: dict[str, dict[str, BatchTiming]] = {"eager": {}, "served": {}}
+        found: dict[str, dict[str, BatchTiming]] = {"batch": {}, "served": {}}
         for (_, way, batch_size), decoder in ((key, decoder) for key, decoder in ways.items() if key[0] == name):
             warm_up, *timed = times[name, way, batch_size]
             peak = None if warm_up.allocated_bytes is None else weights + warm_up.allocated_bytes
@@ -130,9 +133,10 @@ def measure_latency(
         results[name] = Timing(
             **describe_model(model, directories[name]),
             memory_bytes=weights,
-            batches=found["eager"],
+            batches=found["batch"],
             served=found["served"],
             not_served=not_served.get(name),
+            not_timed={f"{way} {size}": reason for (of, way, size), reason in not_timed.items() if of == name},
         )
     return Latency(
         models=results,
@@ -172,12 +176,13 @@ def _require_decoding(name: str, model: Any, tokens: int) -> None:
         time_once(Eager(model), _prompt(model, 1, 1), 1)
 
 
-Ways = dict[tuple[str, str, int], Eager | Served]  # by model, way and batch size
+Key = tuple[str, str, int]  # of a model; `batch` (decoded eagerly) or `served`; the batch size
+Ways = dict[Key, Eager | Served]
 
 
 def _ways(models: Mapping[str, Any], capacity: int) -> tuple[Ways, dict[str, str]]:
     """How each model decodes at each batch size; why models do not decode as served."""
-    ways: Ways = {(name, "eager", size): Eager(model) for name, model in models.items() for size in BATCH_SIZES}
+    ways: Ways = {(name, "batch", size): Eager(model) for name, model in models.items() for size in BATCH_SIZES}
     not_served = {}
     for name, model in models.items():
         if model.device.type == "cpu":
@@ -187,23 +192,33 @@ def _ways(models: Mapping[str, Any], capacity: int) -> tuple[Ways, dict[str, str
             with trial("the model does not decode as served", type(model).__name__):
                 for size in BATCH_SIZES:
                     ways[name, "served", size] = Served(model, batch_size=size, capacity=capacity)
-        except ConfigError as error:
-            not_served[name] = str(error)
+        except (ConfigError, torch.OutOfMemoryError) as error:
+            not_served[name] = first_sentence(error)
             ways = {key: decoder for key, decoder in ways.items() if key[:2] != (name, "served")}
     return ways, not_served
 
 
 def _rounds(
     ways: Ways, models: Mapping[str, Any], prompt_tokens: int, new_tokens: int, repeats: int
-) -> dict[tuple[str, str, int], list[Timed]]:
-    """All rounds by model, way and batch size, the warm-up first."""
-    times: dict[tuple[str, str, int], list[Timed]] = defaultdict(list)
+) -> tuple[dict[Key, list[Timed]], dict[Key, str]]:
+    """All rounds, the warm-up first; what runs out of memory leaves `ways`, and why it does."""
+    times: dict[Key, list[Timed]] = defaultdict(list)
+    not_timed: dict[Key, str] = {}
     with progress("Timing", (repeats + 1) * len(ways), "runs") as bar:
         for _ in range(repeats + 1):
-            for key, decoder in ways.items():
-                times[key].append(time_once(decoder, _prompt(models[key[0]], key[2], prompt_tokens), new_tokens))
+            for key in list(ways):
+                name, way, batch_size = key
+                prompt_BT = _prompt(models[name], batch_size, prompt_tokens)
                 bar.advance(1)
-    return times
+                try:
+                    times[key].append(time_once(ways[key], prompt_BT, new_tokens))
+                except torch.OutOfMemoryError as error:
+                    if (way, batch_size) == ("batch", 1):
+                        raise
+                    not_timed[key] = first_sentence(error)
+                    log(f"{name}, {way} {batch_size} is left out: {not_timed[key]}")
+                    del ways[key]
+    return times, not_timed
 
 
 def summarise_times(
@@ -276,14 +291,17 @@ def time_once(decoder: Eager | Served, prompt_BT: Tensor, new_tokens: int) -> Ti
 @torch.inference_mode()
 def tokens_per_joule(decoder: Eager | Served, prompt_BT: Tensor, new_tokens: int, meter: Meter) -> float | str:
     """The energy of decoding alone, the same steps again for `ENERGY_SECONDS`; or why there is no figure."""
-    token_B1 = decoder.prefill(prompt_BT).clone()
-    decoder.keep()
-    start, joules, num_tokens = now(prompt_BT), meter(), 0
-    while now(prompt_BT) - start < ENERGY_SECONDS:
-        decoder.rewind()
-        for _ in range(new_tokens):
-            token_B1 = decoder.step(token_B1)
-        num_tokens += token_B1.numel() * new_tokens
+    try:
+        token_B1 = decoder.prefill(prompt_BT).clone()
+        decoder.keep()
+        start, joules, num_tokens = now(prompt_BT), meter(), 0
+        while now(prompt_BT) - start < ENERGY_SECONDS:
+            decoder.rewind()
+            for _ in range(new_tokens):
+                token_B1 = decoder.step(token_B1)
+            num_tokens += token_B1.numel() * new_tokens
+    except torch.OutOfMemoryError as error:  # `keep` copies the cache
+        return first_sentence(error)
     joules = meter() - joules
     return num_tokens / joules if joules else "the counter did not move"
 

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -23,12 +21,12 @@ from shared.eval.programs.completion import body_end
 from shared.eval.results import BenchmarkResult
 from shared.eval.sandbox.runner import Verdict, open_sandbox
 from shared.files import read_json
-from shared.process import own_command
 from tests.support import warm
 from tests.support.cache_faults import file_size_limit
 from tests.support.eval_models import save_model, save_recurrent
 from tests.support.hub_contents import mbpp_row
 from tests.support.report_fixture import verdict, write_benchmark
+from tests.support.small_device import limit_memory
 from tests.support.wandb_runs import wandb_runs, wandb_summary
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -191,16 +189,24 @@ def test_more_samples_and_fewer_problems_leave_a_sample_as_it_is(model, whole, t
 
 
 def test_several_processes_make_the_same(model, whole, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    evaluation = own_command("eval", "humaneval", "--model", str(model), "--out", str(tmp_path), *DECODING)
-    command = [*launcher, "--no-python", *evaluation]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    command = ["eval", "humaneval", "--model", model, "--out", tmp_path, *DECODING]
+    codes, errors = warm.run_ranks(2, *command, env=ENVIRONMENT, timeout=200)
+    assert codes == [0, 0], errors
     assert (tmp_path / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in whole.iterdir())
     assert result_of(tmp_path)["pass_at_k"] == result_of(whole)["pass_at_k"]
-    assert done.stderr.count("problems solved") == 1
-    assert "Generating (rank 0 of 2): 8 completions" in done.stderr
+    assert errors.count("problems solved") == 1
+    assert "Generating (rank 0 of 2): 8 completions" in errors
+
+
+def test_a_batch_beyond_the_memory_is_made_in_halves(model, whole, tmp_path, monkeypatch):
+    limit_memory(monkeypatch, benchmark, lambda model, ids_BT: len(ids_BT) > 3)
+    said = evaluate("humaneval", model, tmp_path, *DECODING).stderr
+    assert said.count("out of memory; 4 completions are made again as 2 and 2\n") == 4
+    assert (tmp_path / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    limit_memory(monkeypatch, benchmark, lambda model, ids_BT: ids_BT.shape[1] > 1 and len(ids_BT) > 0)
+    done = evaluate("humaneval", model, tmp_path / "one", *DECODING, code=1)  # `run_cli` says what to lower
+    assert isinstance(done.exception, torch.OutOfMemoryError)
 
 
 def test_killed_it_continues(model, whole, tmp_path):

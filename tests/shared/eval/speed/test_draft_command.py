@@ -11,9 +11,11 @@ from shared.checkpoints import load_model
 from shared.cli import codedistill
 from shared.errors import ConfigError
 from shared.eval.results import Equality
+from shared.eval.speed import draft
 from shared.eval.speed.draft import Decoder, decode_plain, decode_with_draft, evaluate_draft
 from shared.tokenizer import encode_prompt
 from tests.support.eval_models import save_model, save_recurrent
+from tests.support.small_device import limit_memory
 
 PROMPTS = ["def add(a, b):", "for", "x = 1\nwhile x < 100:\n    x = x + add(x, x)", "print(name)", "a", "return b + a"]
 OPTIONS = {"prompts_file": None, "limit": None, "new_tokens": 12, "draft_tokens": 3, "repeats": 1, "dtype": "float32"}
@@ -169,9 +171,22 @@ def test_a_teacher_in_half_precision_is_compared_in_float32_too(teacher, student
     assert half.num_equal + len(half.first_differences) == half.num_prompts == len(PROMPTS)
 
 
+def test_timings_outlast_a_teacher_that_does_not_fit_in_float32(teacher, student, prompts, monkeypatch, tmp_path):
+    limit_memory(monkeypatch, draft, lambda model, ids_BT: model.dtype == torch.float32)
+    out = tmp_path / "draft.json"
+    command = ["eval", "draft", "--teacher", str(teacher), "--student", str(student), "--prompts", str(prompts)]
+    command += ["--new-tokens", "12", "--repeats", "1", "--dtype", "bfloat16", "--out", str(out)]
+    done = CliRunner().invoke(codedistill, command)
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    assert result["speedup"] > 0 and set(result["equality"]) == {"bfloat16"}
+    assert result["reasons"]["equality.float32"] == "CUDA out of memory"
+    assert "not compared in float32: CUDA out of memory\n" in done.stderr
+    assert f"greedy decoding: {result['equality']['bfloat16']['num_equal']} of 6 in bfloat16\n" in done.stdout
+
+
 def test_prompts_that_part_are_counted_and_named(teacher, student, prompts, monkeypatch, capsys):
     """A wrong verifier must show."""
-    from shared.eval.speed import draft
 
     def wrong(*arguments, **options):
         good = decode_with_draft(*arguments, **options)
@@ -189,8 +204,6 @@ def test_prompts_that_part_are_counted_and_named(teacher, student, prompts, monk
 
 
 def test_output_is_equal_only_if_it_is_so_in_the_timed_precision_too(teacher, student, prompts, monkeypatch):
-    from shared.eval.speed import draft
-
     compare, found = draft.compare_tokens, []
 
     def first_parts(*arguments):

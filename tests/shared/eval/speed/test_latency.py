@@ -14,6 +14,7 @@ from shared.eval.speed.latency import (
     median_interval,
     nvml_meter,
     summarise_times,
+    tokens_per_joule,
     weights_in_memory,
 )
 
@@ -69,6 +70,14 @@ def test_energy_is_counted_by_nvml_in_joules(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", stand_in)
     joules = nvml_meter("GPU-7")
     assert joules() - joules() == -2.5
+
+
+def test_energy_without_memory_for_its_loop_is_a_reason():
+    class Full(types.SimpleNamespace):
+        def prefill(self, prompt_BT):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has no more")
+
+    assert tokens_per_joule(Full(), torch.zeros(1, 1), 4, lambda: 0.0) == "CUDA out of memory"
 
 
 def test_a_missing_counter_is_a_reason(monkeypatch):

@@ -10,8 +10,10 @@ from transformers import Starcoder2Config, Starcoder2ForCausalLM
 from shared.checkpoints import describe_model, load_model
 from shared.cli import codedistill
 from shared.errors import ConfigError
-from shared.eval.speed.latency import Eager, time_once
+from shared.eval.speed import latency
+from shared.eval.speed.latency import Eager, measure_latency, time_once
 from tests.support.eval_models import RECURRENT, save_model, save_recurrent
+from tests.support.small_device import limit_memory
 from tests.support.wandb_runs import wandb_runs, wandb_summary
 
 
@@ -84,6 +86,26 @@ def test_latency_command(directory, tmp_path, monkeypatch):
         assert f"wrote {out}" in CliRunner().invoke(codedistill, [*command, *change]).stderr
     doubled = ["--model", f"a={directory}", "--model", f"a={directory}"]
     assert CliRunner().invoke(codedistill, ["eval", "latency", *doubled, *options]).exit_code == 2
+
+
+def test_a_batch_beyond_the_memory_leaves_the_other_timings(directory, monkeypatch, capsys):
+    sizes = {"prompt_tokens": 8, "new_tokens": 3, "repeats": 2, "dtype": "float32"}
+    passes = []
+
+    def no_room_in_round_two(model, ids_BT):
+        passes.append(len(ids_BT))
+        return len(ids_BT) == 8 and passes.count(8) > 4
+
+    limit_memory(monkeypatch, latency, no_room_in_round_two)
+    model = measure_latency({"a": directory}, **sizes).models["a"]
+    assert model.not_timed == {"batch 8": "CUDA out of memory"}
+    assert list(model.batches) == ["1"] and model.batches["1"].decode_tokens_per_second > 0
+    assert passes.count(1) == 2 + 3 * 4  # tried once, then a prefill and three steps in each round
+    assert "a, batch 8 is left out: CUDA out of memory\n" in capsys.readouterr().err
+    monkeypatch.undo()
+    limit_memory(monkeypatch, latency, lambda model, ids_BT: True)
+    with pytest.raises(torch.OutOfMemoryError):  # one line and what to lower, see `run_cli`
+        measure_latency({"a": directory}, **sizes)
 
 
 @pytest.mark.parametrize("architecture", sorted({*RECURRENT} - {"RecurrentGemma", "MiniMax"}))
