@@ -240,22 +240,25 @@ def _plain_documents(
             yield document
         else:
             prompt = row.text(columns[0]) if len(form) == 2 else ""
-            written = {key: value for key, value in _written(row).items() if key != "license"}
+            written = _written(row)
+            written.pop("license", None)
             yield prompt_document(id, name, prompt, row.text(columns[-1], blank=False), **written)
     require(number, "an empty data set", where=name, expected="at least one row")
     if id_column:
         _refuse_repeated_ids(hashes, rows, id_column)
 
 
-def _written(row: Row) -> dict[str, str]:
-    """Who wrote a completion, its verdict and its prompt's license, where `codedistill generate` made the row."""
+def _written(row: Row) -> dict[str, Any]:
+    """Who wrote a completion, its verdict, whether it was cut off, and its prompt's license, where `codedistill
+    generate` made the row."""
     record = row.fields.get(WRITTEN)
     if not isinstance(record, dict) or record.get("origin") not in ORIGINS:
         return {}
     license = record.get("license")
     if license is not None and not (isinstance(license, str) and re.fullmatch(r"[\w .+()-]{1,200}", license, re.ASCII)):
         raise row.error(f"{WRITTEN}.license", expected="an SPDX expression, or null", got=f"{license!r:.60}")
-    return {key: record[key] for key in ("origin", "verdict", "license") if isinstance(record.get(key), str)}
+    written = {key: record[key] for key in ("origin", "verdict", "license") if isinstance(record.get(key), str)}
+    return written | {"is_cut": record.get("finish_reason") == "length"}
 
 
 def _hash(id: str) -> int:

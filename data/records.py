@@ -22,6 +22,7 @@ class Document:
         messages: a chat (`role`, `content`) in place of prompt and completion; the targets are the assistant's turns.
         origin: who wrote the completion: `corpus`, or the `teacher` or a `student` (see `codedistill generate`).
         verdict: what the prompt's own tests said of a completion that a model wrote; None where it was not run.
+        is_cut: the model was stopped by its limit of tokens, so the text neither ends in a newline nor is closed.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Document:
     messages: tuple[Mapping[str, str], ...] | None = None
     origin: str = "corpus"
     verdict: str | None = None
+    is_cut: bool = False
 
     @property
     def digest(self) -> str:
