@@ -18,7 +18,6 @@ from shared.cache.writer import CacheWriter
 from tests.support.cache_rows import IDENTITY, build_options, random_shard
 from tests.support.file_server import FileServer
 from tests.support.loopback_hub import OWNER, TOKEN, Hub
-from tests.support.student_cache import SOURCE, save_tokenizer
 
 MEGABYTES = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 ROUNDS = 3
@@ -26,6 +25,8 @@ ROUNDS = 3
 
 def make(folder):
     """A cache of shards of about 4.3 MB, with random rows, which do not compress; they differ by their documents."""
+    from tests.support.student_cache import SOURCE, save_tokenizer  # the Hub's client reads its address when imported
+
     path, num_shards, vocabulary, k, lengths = folder / "cache", round(MEGABYTES / 4.28), 257, 50, [400] * 100
     rows = random_shard(np.random.default_rng(0), lengths=lengths, k=k, vocabulary=vocabulary)
     options = build_options(top_k=k, head_width=vocabulary, tokenizer_size=vocabulary, num_shards=num_shards)
