@@ -37,7 +37,7 @@ from shared.options import GroupedCommand
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Max tokens written.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Completions at once.")
 @click.option("--style", type=click.Choice(["auto", "prompt", "chat"]), default="auto", show_default=True,
-              help="How the model is asked; auto: by its chat template if it has one.")  # fmt: skip
+              help="How the model is asked; auto: by its chat template if it has one and is no student.")  # fmt: skip
 @click.option("--origin", type=click.Choice(["auto", "teacher", "student"]), default="auto", show_default=True,
               help="Who the documents say wrote them; auto: student for a run or export.")  # fmt: skip
 @click.option("--keep", type=click.Choice(["passed", "parsed", "all"]), default="passed", show_default=True,
@@ -79,6 +79,8 @@ def generate(model: str, prompts: str, split: str, limit: int | None, out: Path,
     ends = recorded_ends(cache_dir / "tokenizer") if cache_dir else None
     if options["origin"] == "auto":
         options["origin"] = "student" if student_record(model_dir) else "teacher"
+    if options["style"] == "auto" and options["origin"] == "student":
+        options["style"] = "prompt"  # its chat template came with the teacher's tokenizer
     names = options.pop("benchmark_prompts")
     allowed = parse_names(names, "benchmark_prompts") if names else []
     benchmarks = load_index(options["decontaminate"], prompts).without(allowed)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -105,6 +106,14 @@ def test_what_is_kept_is_verified_unique_and_says_who_wrote_it(model, prompts, t
     (out / "documents.jsonl").write_text("".join(json.dumps(
         row | {"written": row["written"] | {"license": "CC-BY-4.0"}}) + "\n" for row in rows))  # fmt: skip
     assert load_documents(str(out / "documents.jsonl"), "train").license == "CC-BY-4.0"
+
+
+@pytest.mark.parametrize(("origin", "style"), [("teacher", "chat"), ("student", "prompt")])
+def test_a_student_is_not_asked_by_its_teachers_chat_template(model, prompts, tmp_path, origin, style):
+    chat = shutil.copytree(model, tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    generate(chat, prompts, tmp_path / "out", "--origin", origin, "--keep", "all")
+    assert read(tmp_path / "out" / "documents.jsonl")[0]["written"]["settings"]["style"] == style
 
 
 @pytest.mark.parametrize(
