@@ -18,7 +18,6 @@ import functools
 import keyword
 import re
 import textwrap
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,10 @@ from data.humaneval import load_exercises, load_humaneval
 from data.mbpp import HUB_ID, is_mbpp, load_problems
 from data.mbpp import NAME as MBPP
 from data.records import Document, Problem
+from data.syntax import NOT_PYTHON, Function, body_of, functions_in, parse
 from data.tabular import SUFFIXES, open_table
 from data.templates import normalise
-from shared.cache.format import Array
+from shared.cache.format import Array, is_in
 from shared.errors import ConfigError, require
 from shared.files import sha256_json
 
@@ -48,7 +48,6 @@ _UNCOUNTED = frozenset({"ctx", "type_comment", "returns", "annotation", "kind"})
 _BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
 _INVERSE = pow(_BASE, -1, 1 << 64)
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
 Binding = Function | ast.ClassDef | ast.ExceptHandler | ast.MatchAs | ast.MatchStar  # bind `name`
 
 
@@ -64,12 +63,7 @@ class Match:
 
 
 class Index:
-    """The problems that documents are compared with.
-
-    Args:
-        problems: by the benchmark's name.
-        absent: why further benchmarks are not among them.
-    """
+    """The problems that documents are compared with, by benchmark; `absent` says why others are not among them."""
 
     def __init__(self, problems: Mapping[str, Sequence[Problem]], absent: Mapping[str, str] | None = None) -> None:
         self.problems, self.absent = problems, absent or {}
@@ -111,7 +105,7 @@ class Index:
         found: dict[str, tuple[str, list[str]]] = {}
         for problem in self._all():
             for function in _functions(_program(problem)):
-                body = _blind(_lexemes("\n".join(map(ast.unparse, _body(function)))))
+                body = _blind(_lexemes("\n".join(map(ast.unparse, body_of(function)))))
                 if function.name == problem.entry_point and len(body) >= BODY_TOKENS:
                     found.setdefault(_canonical(function), (problem.task_id, body))
         return found
@@ -152,14 +146,14 @@ class Index:
 
     def _match(self, text: str) -> Match | None:
         lexemes = _lexemes(text)
-        for start in np.flatnonzero(_is_in(_hashes(lexemes, RUN), self._run_hashes)).tolist():
+        for start in np.flatnonzero(is_in(_hashes(lexemes, RUN), self._run_hashes)).tolist():
             if found := self._runs.get(tuple(lexemes[start : start + RUN])):
                 return Match(problem=found, rule="run")
-        for start in np.flatnonzero(_is_in(_hashes(lexemes, PROMPT_TOKENS), self._prompt_hashes)).tolist():
+        for start in np.flatnonzero(is_in(_hashes(lexemes, PROMPT_TOKENS), self._prompt_hashes)).tolist():
             for prompt in self._short_prompts.get(tuple(lexemes[start : start + PROMPT_TOKENS]), ()):
                 if tuple(lexemes[start : start + len(prompt)]) == prompt:
                     return Match(problem=self._prompts[prompt], rule="prompt")
-        if _is_in(_hashes(_blind(lexemes), BODY_TOKENS), self._body_hashes).any():
+        if is_in(_hashes(_blind(lexemes), BODY_TOKENS), self._body_hashes).any():
             for function in _functions(text):
                 with contextlib.suppress(RecursionError):  # deeper than any solution
                     if solution := self._solutions.get(_canonical(function)):
@@ -168,11 +162,7 @@ class Index:
 
 
 def parse_names(names: str, where: str) -> list[str]:
-    """Some of `BENCHMARKS`, with commas between; `where` is the option that names them.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """Some of `BENCHMARKS`, with commas between; `where` is the option that an unknown name is blamed on."""
     chosen = [name.strip() for name in names.split(",")]
     unknown = ", ".join(repr(name) for name in chosen if name not in BENCHMARKS)
     require(not unknown, "unknown benchmark", where=where, expected=", ".join(BENCHMARKS), got=unknown)
@@ -253,43 +243,18 @@ def _sorted(hashes: Iterable[Array]) -> Array:
     return np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
 
 
-def _is_in(hashes: Array, known: Array) -> Array:
-    """Which of the hashes are among sorted ones."""
-    if not len(known):
-        return np.zeros(len(hashes), bool)
-    found: Array = known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes
-    return found
-
-
 def _functions(text: str) -> list[Function]:
     """The functions of a text, at any depth; of one that is no Python those that can be parsed by themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return _walk(ast.parse(text))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            pass
-        found = []
-        for block in re.split(r"^(?=[ \t]*(?:async[ \t]+)?def\b)", normalise(text), flags=re.MULTILINE)[1:]:
-            lines = textwrap.dedent(block).splitlines(keepends=True)
-            # Without the lines after the function, which lie further left or at its own column.
-            stop = next((n for n, line in enumerate(lines[1:], 1) if line.strip() and line[0] not in " \t)]}#"), None)
-            try:
-                found += _walk(ast.parse("".join(lines[:stop])))
-            except (SyntaxError, ValueError, RecursionError, MemoryError):
-                continue
-        return found
-
-
-def _walk(tree: ast.AST) -> list[Function]:
-    return [node for node in ast.walk(tree) if isinstance(node, Function)]
-
-
-def _body(function: Function) -> list[ast.stmt]:
-    """A function's statements without its docstring."""
-    first = function.body[0]
-    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    return function.body[1:] if is_docstring else function.body
+    with contextlib.suppress(*NOT_PYTHON):
+        return functions_in(parse(text))
+    found = []
+    for block in re.split(r"^(?=[ \t]*(?:async[ \t]+)?def\b)", normalise(text), flags=re.MULTILINE)[1:]:
+        lines = textwrap.dedent(block).splitlines(keepends=True)
+        # Without the lines after the function, which lie further left or at its own column.
+        stop = next((n for n, line in enumerate(lines[1:], 1) if line.strip() and line[0] not in " \t)]}#"), None)
+        with contextlib.suppress(*NOT_PYTHON):
+            found += functions_in(parse("".join(lines[:stop])))
+    return found
 
 
 def _canonical(function: Function) -> str:
@@ -314,7 +279,7 @@ def _canonical(function: Function) -> str:
         if isinstance(node, ast.AnnAssign) and node.value is not None:
             return ["Assign", [dump(node.target)], dump(node.value)]
         if isinstance(node, Function):
-            return [type(node).__name__, renamed(node.name), dump(node.args), dump(_body(node))]
+            return [type(node).__name__, renamed(node.name), dump(node.args), dump(body_of(node))]
         if not isinstance(node, ast.AST):
             return repr(node)
         fields = {name: value for name, value in ast.iter_fields(node) if name not in _UNCOUNTED}
@@ -322,4 +287,4 @@ def _canonical(function: Function) -> str:
             fields["name"] = renamed(node.name)
         return [type(node).__name__, *map(dump, fields.values())]
 
-    return repr([dump(function.args), dump(_body(function))])
+    return repr([dump(function.args), dump(body_of(function))])

@@ -15,18 +15,11 @@ from shared.hub import explain, find_commit, read_card, stated_license
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubSplit:
-    """One split of a data set on the Hub.
+    """One split of a data set on the Hub."""
 
-    Args:
-        commit: 40 digits.
-        config: the name of its configuration.
-        license: as its card states; None where it states none.
-        table: its rows.
-    """
-
-    commit: str
+    commit: str  # 40 digits
     config: str
-    license: str | None
+    license: str | None  # as its card states; None where it states none
     table: Table
 
 
@@ -44,8 +37,6 @@ def open_hub(
     Offline (`HF_HUB_OFFLINE=1`) these are the rows prepared last, and the commit is theirs; nothing is streamed.
 
     Args:
-        hub_id: `owner/name`.
-        split: as the data set names it.
         revision: branch, tag or commit; the main branch by default.
         config: one of its configurations; by default the only one, or the one that its card says is the default.
         limit: no more rows than that will be read; nothing of them is kept on the disk.
@@ -76,14 +67,9 @@ def open_hub(
         raise (commit and _explain_config(hub_id, commit, config)) or explain(error, where) from error
     if not streaming:
         asked, commit = commit or revision, _prepared_commit(rows)
-        require(
-            asked in (None, commit),
-            "the local Hub cache holds another commit",
-            where=hub_id,
-            expected=asked,
-            got=commit,
-            fix="fetch it once without HF_HUB_OFFLINE=1",
-        )
+        fix = "fetch it once without HF_HUB_OFFLINE=1"
+        require(asked in (None, commit), "the local Hub cache holds another commit", where=hub_id, expected=asked,
+                got=commit, fix=fix)  # fmt: skip
     assert commit is not None
     is_empty = not names if streaming else len(rows) == 0
     require(not is_empty, "an empty data set", where=f"{hub_id}, split {split!r}", expected="at least one row")
@@ -125,12 +111,9 @@ def _explain_config(hub_id: str, commit: str, config: str | None) -> ConfigError
 def _prepared_commit(rows: Any) -> str:
     """The commit that rows were prepared from: `datasets` names their folder after it."""
     folders = [Path(file["filename"]).parent.name for file in rows.cache_files]
-    require(
-        folders and re.fullmatch(r"[0-9a-f]{40}", folders[0]),
-        "cannot tell the commit of a data set",
-        expected="a folder named after it",
-        got=folders[:1],
-    )
+    is_commit = folders and re.fullmatch(r"[0-9a-f]{40}", folders[0])
+    expected = "a folder named after it"
+    require(is_commit, "cannot tell the commit of a data set", expected=expected, got=folders[:1])
     return folders[0]
 
 

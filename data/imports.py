@@ -1,7 +1,7 @@
 """Caches from top-k logprobs recorded elsewhere: by vLLM (`prompt_logprobs`), SGLang (`meta_info`) or DistillKit."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,33 +18,22 @@ from shared.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokeni
 MAX_DIGITS = 10  # of a token id
 TOKEN_FIELDS = ("prompt_token_ids", "input_ids", "tokens")
 SGLANG_TOKENS, SGLANG_ROWS = "input_token_logprobs", "input_top_logprobs"
+Rows = list[list[tuple[int, float]]]  # ids and logprobs, the most likely first
 PACKED = ("compressed_logprobs", "bytepacked_indices", "packed_indices", "exact_values", "coeffs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recorded:
-    """A document as it was recorded; row t holds the entries for token t + 1.
+    """A document of n tokens as it was recorded; row t holds the entries for token t + 1."""
 
-    Args:
-        where: file and line.
-        id: the document's.
-        tokens: n token ids.
-        loss_mask: n values, 1 where the next token is a target.
-        rows: n − 1 lists of (id, logprob), the most likely first.
-        adds_next: whether a row may hold the next token on top of the k most likely, as vLLM's do (see
-            `without_extra`).
-        gold_logprobs: n − 1, of the next tokens; NaN where the row does not tell.
-        gold_ranks: n − 1, ids that are as likely as the next token or more, itself included; None where unknown.
-    """
-
-    where: str
+    where: str  # file and line
     id: str
     tokens: list[int]
-    loss_mask: list[int]
-    rows: list[list[tuple[int, float]]]
-    adds_next: bool
-    gold_logprobs: list[float]
-    gold_ranks: list[int | None]
+    loss_mask: list[int]  # n values, 1 where the next token is a target
+    rows: Rows  # n − 1
+    adds_next: bool  # whether a row may hold the next token on top of the k most likely (see `without_extra`)
+    gold_logprobs: list[float]  # n − 1, of the next tokens; NaN where the row does not tell
+    gold_ranks: list[int | None]  # n − 1, ids as likely as the next token or more, itself included; None where unknown
 
     def may_end_in_extra(self, row: int) -> bool:
         """Whether a row holds the next token and nothing less likely, so that it may be there on top of the k."""
@@ -60,7 +49,7 @@ class Recorded:
         candidates = lengths | {length - 1 for length in lengths}
         return frozenset(k for k in candidates if lengths <= {k, k + 1} and plain <= {k})
 
-    def without_extra(self, k: int | None) -> list[list[tuple[int, float]]]:
+    def without_extra(self, k: int | None) -> Rows:
         """The rows without the next token's entry where it comes on top of the k most likely.
 
         The number of entries tells. A rank does not: it counts every id that is as likely, so a tie at the k-th place
@@ -93,9 +82,7 @@ def import_cache(
 
     Args:
         file: `.jsonl` or `.parquet`; the columns are described in shared/cache/FORMAT.md, "Importing".
-        out: the cache's directory.
         tokenizer: directory (or Hub id) of the tokenizer that the ids are of.
-        teacher_name: the teacher's name.
         top_k: most entries of a row; by default the longest row's, without vLLM's extra entry for the next token.
         codec, compression, shard_tokens: as for `teacher build`.
 
@@ -156,19 +143,13 @@ def _declared_teacher(name: str) -> dict[str, str | None]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Survey:
-    """What a file holds.
-
-    Args:
-        num_documents: of the file.
-        certain: every k that some document's rows prove (see `Recorded.possible_k`).
-        longest: entries of the longest row, without the extra one.
-    """
+    """What a file holds."""
 
     num_documents: int
-    certain: frozenset[int]
-    longest: int
+    certain: frozenset[int]  # every k that some document's rows prove (see `Recorded.possible_k`)
+    longest: int  # entries of the longest row, without the extra one
 
-    def without_extra(self, document: Recorded) -> list[list[tuple[int, float]]]:
+    def without_extra(self, document: Recorded) -> Rows:
         """A document's rows; its own entries tell k, and where they leave two, the file's other documents.
 
         Raises:
@@ -176,12 +157,10 @@ class _Survey:
         """
         rows = document.without_extra(_only(document.possible_k(), self.certain))
         if [] in rows:
-            raise ConfigError(
-                "a row holds the next token's own entry only",
-                where=f"{document.where}, field 'prompt_logprobs[{rows.index([]) + 1}]'",
-                expected="the most likely ids beside it",
-                fix="record with prompt_logprobs=K, K of at least 1",
-            )
+            where = f"{document.where}, field 'prompt_logprobs[{rows.index([]) + 1}]'"
+            raise ConfigError("a row holds the next token's own entry only", where=where,
+                              expected="the most likely ids beside it",
+                              fix="record with prompt_logprobs=K, K of at least 1")  # fmt: skip
         return rows
 
 
@@ -240,12 +219,11 @@ def read_recorded(file: Path, tokenizer_size: int) -> Iterator[Recorded]:
             if mass > 1 + MASS_TOLERANCE:
                 expected = "probabilities that add up to 1 at most"
                 raise row.error(f"{source}[{at}]", expected=expected, got=f"{mass:.4f}")
-        mask = _loss_mask(row, len(tokens))
         yield Recorded(
             where=row.where,
             id=str(number if id is None else id),
             tokens=tokens,
-            loss_mask=mask,
+            loss_mask=_loss_mask(row, len(tokens)),
             rows=rows,
             adds_next=adds_next,
             gold_logprobs=gold,
@@ -253,7 +231,7 @@ def read_recorded(file: Path, tokenizer_size: int) -> Iterator[Recorded]:
         )
 
 
-def _add(writer: CacheWriter, document: Recorded, rows: list[list[tuple[int, float]]], name: str) -> None:
+def _add(writer: CacheWriter, document: Recorded, rows: Rows, name: str) -> None:
     try:
         writer.add_document(
             document.tokens,
@@ -268,26 +246,18 @@ def _add(writer: CacheWriter, document: Recorded, rows: list[list[tuple[int, flo
         raise ConfigError(error.what, where=where, expected=error.expected, got=error.got) from error
 
 
-def _vllm(
-    row: Row, tokens: list[int], size: int
-) -> tuple[list[list[tuple[int, float]]], list[float], list[int | None]]:
+def _vllm(row: Row, tokens: list[int], size: int) -> tuple[Rows, list[float], list[int | None]]:
     """vLLM's `prompt_logprobs`: null first, then for each token {id: {"logprob", "rank", …}} of what could stand there.
 
-    The token that does stand there is always among them, with its rank, also where that is beyond the top-k.
-
-    Returns:
-        The rows, and of the next tokens the log-probabilities and the ranks.
+    The token that does stand there is always among them, with its rank, also where that is beyond the top-k. Returns
+    the rows, and of the next tokens the log-probabilities and the ranks.
     """
-    positions = row.fields["prompt_logprobs"]
     field = "prompt_logprobs"
-    if not isinstance(positions, list) or len(positions) != len(tokens):
-        got = len(positions) if isinstance(positions, list) else type(positions).__name__
-        raise row.error(field, expected=f"a list of {len(tokens)} positions, one for each token", got=got)
+    expected = f"a list of {len(tokens)} positions, one for each token"
+    positions = _listed(row, field, row.fields[field], expected, len(tokens))
     if positions[0] is not None:
         raise row.error(f"{field}[0]", expected="null: nothing predicts the first token", got="entries")
-    rows: list[list[tuple[int, float]]] = []
-    gold: list[float] = []
-    ranks: list[int | None] = []
+    rows, gold, ranks = Rows(), list[float](), list[int | None]()
     for at, entries in enumerate(positions[1:], start=1):
         place = f"{field}[{at}]"
         if not isinstance(entries, dict) or not entries:
@@ -307,25 +277,20 @@ def _vllm(
         rank, logprob = next(((r, lp) for r, id, lp in known if id == tokens[at]), (None, math.nan))
         gold.append(logprob)
         ranks.append(rank)
-        rows.append(sorted(((id, lp) for _, id, lp in known), key=lambda entry: (-entry[1], entry[0])))
+        rows.append(_descending((id, lp) for _, id, lp in known))
     return rows, gold, ranks
 
 
-def _sglang(row: Row, size: int) -> tuple[list[int], list[list[tuple[int, float]]], list[float]]:
+def _sglang(row: Row, size: int) -> tuple[list[int], Rows, list[float]]:
     """SGLang's answer of `/generate`: for each prompt token [logprob, id, text], and a list of such of the most likely.
 
-    Rows have exactly the k entries asked for. The first token has no logprob and no row.
-
-    Returns:
-        The tokens, the rows, and the log-probabilities of the next tokens.
+    Rows have exactly the k entries asked for. The first token has no logprob and no row. Returns the tokens, the rows,
+    and the log-probabilities of the next tokens.
     """
     answer = row.fields.get("meta_info", row.fields)
     given, tops = (answer.get(field) if isinstance(answer, dict) else None for field in (SGLANG_TOKENS, SGLANG_ROWS))
-    if not isinstance(given, list) or not given:
-        raise row.error(SGLANG_TOKENS, expected="a list of at least one [logprob, id, text]", got=repr(given)[:60])
-    if not isinstance(tops, list) or len(tops) != len(given):
-        got = len(tops) if isinstance(tops, list) else repr(tops)[:60]
-        raise row.error(SGLANG_ROWS, expected=f"a list of {len(given)} rows, one for each token", got=got)
+    given = _listed(row, SGLANG_TOKENS, given, "a list of at least one [logprob, id, text]")
+    tops = _listed(row, SGLANG_ROWS, tops, f"a list of {len(given)} rows, one for each token", len(given))
     if (count := answer.get("prompt_tokens", len(given))) != len(given):
         expected = f"all {count} tokens of the prompt: a request with logprob_start_len=0"
         raise row.error(SGLANG_TOKENS, expected=expected, got=len(given))
@@ -336,42 +301,36 @@ def _sglang(row: Row, size: int) -> tuple[list[int], list[list[tuple[int, float]
     rows = []
     for at, entries in enumerate(tops[1:], start=1):
         field = f"{SGLANG_ROWS}[{at}]"
-        if not isinstance(entries, list) or not entries:
-            raise row.error(field, expected="a list of [logprob, id, text]", got=repr(entries)[:60])
+        entries = _listed(row, field, entries, "a list of [logprob, id, text]")
         pairs = [_pair(row, f"{field}[{place}]", entry, size) for place, entry in enumerate(entries)]
-        known = [(id, _logprob(row, f"{field}[{place}][0]", value)) for place, (id, value) in enumerate(pairs)]
-        rows.append(sorted(known, key=lambda pair: (-pair[1], pair[0])))
+        logprobs = [_logprob(row, f"{field}[{place}][0]", value) for place, (_, value) in enumerate(pairs)]
+        rows.append(_descending(zip([id for id, _ in pairs], logprobs, strict=True)))
     return tokens, rows, gold
 
 
 def _pair(row: Row, field: str, entry: Any, size: int) -> tuple[int, Any]:
     """Id and logprob of SGLang's [logprob, id, text]."""
-    if not isinstance(entry, list) or len(entry) not in (2, 3):
-        raise row.error(field, expected="[logprob, id, text]", got=repr(entry)[:60])
+    _listed(row, field, entry, "[logprob, id, text]", 2, 3)
     if type(entry[1]) is not int or not 0 <= entry[1] < size:
         raise row.error(f"{field}[1]", expected=f"a token id from 0 to {size - 1}", got=repr(entry[1])[:60])
     return entry[1], entry[0]
 
 
-def _lists(row: Row, tokens: list[int], size: int) -> list[list[tuple[int, float]]]:
+def _lists(row: Row, tokens: list[int], size: int) -> Rows:
     """DistillKit's uncompressed rows: `token_ids` and `top_values`, [n or n − 1][k]; row t is for token t + 1."""
-    columns = {}
-    for field in ("token_ids", "top_values"):
-        value = row.fields.get(field)
-        if not isinstance(value, list) or len(value) not in (len(tokens) - 1, len(tokens)):
-            got = len(value) if isinstance(value, list) else f"fields {', '.join(sorted(row.fields))}"
-            raise row.error(field, expected=f"a list of {len(tokens) - 1} rows for {len(tokens)} tokens", got=got)
-        columns[field] = value[: len(tokens) - 1]
+    n = len(tokens)
+    ids_TK, values_TK = (
+        _listed(row, field, row.fields.get(field), f"a list of {n - 1} rows for {n} tokens", n - 1, n)[: n - 1]
+        for field in ("token_ids", "top_values")
+    )
     rows = []
-    for at, (ids, values) in enumerate(zip(columns["token_ids"], columns["top_values"], strict=True)):
+    for at, (ids, values) in enumerate(zip(ids_TK, values_TK, strict=True)):
         known = _integers(row, f"token_ids[{at}]", ids, size)
         if not known:
             raise row.error(f"token_ids[{at}]", expected="at least one id", got="none")
-        if not isinstance(values, list) or len(values) != len(known):
-            got = len(values) if isinstance(values, list) else repr(values)[:60]
-            raise row.error(f"top_values[{at}]", expected=f"as many values as ids, {len(known)}", got=got)
-        pairs = [(id, _logprob(row, f"top_values[{at}]", value)) for id, value in zip(known, values, strict=True)]
-        rows.append(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
+        values = _listed(row, f"top_values[{at}]", values, f"as many values as ids, {len(known)}", len(known))
+        logprobs = [_logprob(row, f"top_values[{at}]", value) for value in values]
+        rows.append(_descending(zip(known, logprobs, strict=True)))
     return rows
 
 
@@ -389,6 +348,19 @@ def _loss_mask(row: Row, n: int) -> list[int]:
     else:
         learnt = [1] * n
     return [*map(int, learnt[1:]), 0]
+
+
+def _listed(row: Row, field: str, value: Any, expected: str, *lengths: int) -> list[Any]:
+    """The value if it is a list of one of these lengths; without any named, one that holds something."""
+    if not isinstance(value, list) or not (len(value) in lengths if lengths else value):
+        got = len(value) if isinstance(value, list) and lengths else repr(value)[:60]
+        raise row.error(field, expected=expected, got=got)
+    return value
+
+
+def _descending(entries: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The most likely first, equals by id."""
+    return sorted(entries, key=lambda entry: (-entry[1], entry[0]))
 
 
 def _integers(row: Row, field: str, value: Any, size: int) -> list[int]:

@@ -43,23 +43,16 @@ class Documents:
 class Source:
     """What names the documents of one split of a data set.
 
-    Attributes:
-        dataset: `mbpp`, `stdlib`, data files (see `find_data_files`) or a Hub id `owner/name`. Files and Hub data sets
-            have MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; an `id` column is used
-            where there is one.
-        split: a split of that data set; a local file that is not MBPP is whatever split its user calls it.
-        limit_docs: only the first so many documents; no row behind them is read.
-        columns: what these columns are called in this data set, such as `prompt=instruction,completion=output`.
-        revision: branch, tag or commit of a Hub id.
-        config: one of a Hub data set's configurations; `owner/name:config` names it too.
+    Files and Hub data sets have MBPP's columns, or `prompt` and `completion`, or `messages` (a chat), or `text`; and
+    `id` where wanted.
     """
 
-    dataset: str
-    split: str
-    limit_docs: int | None = None
-    columns: str | None = None
-    revision: str | None = None
-    config: str | None = None
+    dataset: str  # `mbpp`, `stdlib`, data files (see `find_data_files`) or a Hub id `owner/name`
+    split: str  # of that data set; a local file that is not MBPP is whatever split its user calls it
+    limit_docs: int | None = None  # only the first so many documents; no row behind them is read
+    columns: str | None = None  # what these columns are called here, such as `prompt=instruction,completion=output`
+    revision: str | None = None  # branch, tag or commit of a Hub id
+    config: str | None = None  # one of a Hub data set's configurations; `owner/name:config` names it too
 
     def __post_init__(self) -> None:
         if self.limit_docs is not None:
@@ -90,9 +83,8 @@ def open_documents(source: Source) -> DocumentSet:
     num_documents: int | None = None
     if kind == "hub":
         # All of MBPP is read, whatever the limit: its rows are checked, and they are few.
-        found = open_hub(
-            place, source.split, source.revision, config, None if place == mbpp.HUB_ID else source.limit_docs
-        )
+        limit = None if place == mbpp.HUB_ID else source.limit_docs
+        found = open_hub(place, source.split, source.revision, config, limit)
         commit, config, license = found.commit, found.config, found.license
         attribution = f"{place}, https://huggingface.co/datasets/{place}"
     mark = fingerprint(dataclasses.replace(source, revision=commit))
@@ -160,11 +152,7 @@ def fingerprint(source: Source) -> str | None:
 
 
 def _resolve(source: Source) -> tuple[str, str, list[Path], str | None]:
-    """What a data set's name stands for: `stdlib`, `files` or `hub`; its name or Hub id; its files; its configuration.
-
-    Raises:
-        ConfigError: nothing that we know, or an option that such a data set does not have.
-    """
+    """What a data set's name stands for: `stdlib`, `files` or `hub`; name or Hub id; files; configuration."""
     dataset, config = source.dataset, source.config
     kind, place, files = "", dataset, list[Path]()
     if dataset == "stdlib":
@@ -176,13 +164,8 @@ def _resolve(source: Source) -> tuple[str, str, list[Path], str | None]:
         place = ",".join(names) if len(found) > 1 else found[0].name
     elif not Path(dataset).exists() and (named := re.fullmatch(r"(mbpp|[\w.-]+/[\w.-]+)(?::(.+))?", dataset)):
         kind, place = "hub", mbpp.HUB_ID if named[1] == mbpp.NAME else named[1]
-        require(
-            None in (config, named[2]) or config == named[2],
-            "two configurations are named",
-            where=dataset,
-            got=config,
-            fix="name one",
-        )
+        is_one = None in (config, named[2]) or config == named[2]
+        require(is_one, "two configurations are named", where=dataset, got=config, fix="name one")
         config = config or named[2] or DEFAULT_CONFIGS.get(place)
     expected = f"mbpp, stdlib, a Hub id owner/name[:config], {FILES}, {MANY}"
     require(kind, "unknown data set", where="dataset", expected=expected, got=repr(dataset))
@@ -204,18 +187,10 @@ def parse_columns(columns: str | None) -> dict[str, str]:
     """
     pairs = [part.partition("=") for part in columns.split(",")] if columns else []
     names = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-    require(
-        columns is None
-        or (
-            len(names) == len(pairs)
-            and all(names.values())
-            and any(set(form) == names.keys() - {"id"} for form in FORMS)
-        ),
-        "cannot read the columns",
-        where="columns",
-        expected="prompt=NAME,completion=NAME or messages=NAME or text=NAME, and id=NAME where wanted",
-        got=repr(columns),
-    )
+    is_form = any(set(form) == names.keys() - {"id"} for form in FORMS)
+    if columns is not None and not (is_form and len(names) == len(pairs) and all(names.values())):
+        expected = "prompt=NAME,completion=NAME or messages=NAME or text=NAME, and id=NAME where wanted"
+        raise ConfigError("cannot read the columns", where="columns", expected=expected, got=repr(columns))
     return names
 
 
@@ -265,22 +240,25 @@ def _plain_documents(
             yield document
         else:
             prompt = row.text(columns[0]) if len(form) == 2 else ""
-            written = {key: value for key, value in _written(row).items() if key != "license"}
+            written = _written(row)
+            written.pop("license", None)
             yield prompt_document(id, name, prompt, row.text(columns[-1], blank=False), **written)
     require(number, "an empty data set", where=name, expected="at least one row")
     if id_column:
         _refuse_repeated_ids(hashes, rows, id_column)
 
 
-def _written(row: Row) -> dict[str, str]:
-    """Who wrote a completion, its verdict and its prompt's license, where `codedistill generate` made the row."""
+def _written(row: Row) -> dict[str, Any]:
+    """Who wrote a completion, its verdict, whether it was cut off, and its prompt's license, where `codedistill
+    generate` made the row."""
     record = row.fields.get(WRITTEN)
     if not isinstance(record, dict) or record.get("origin") not in ORIGINS:
         return {}
     license = record.get("license")
     if license is not None and not (isinstance(license, str) and re.fullmatch(r"[\w .+()-]{1,200}", license, re.ASCII)):
         raise row.error(f"{WRITTEN}.license", expected="an SPDX expression, or null", got=f"{license!r:.60}")
-    return {key: record[key] for key in ("origin", "verdict", "license") if isinstance(record.get(key), str)}
+    written = {key: record[key] for key in ("origin", "verdict", "license") if isinstance(record.get(key), str)}
+    return written | {"is_cut": record.get("finish_reason") == "length"}
 
 
 def _hash(id: str) -> int:
@@ -297,6 +275,4 @@ def _refuse_repeated_ids(hashes: "array.array[int]", rows: Callable[[], Iterator
     for row in itertools.islice(rows(), len(hashes)):
         id = row.id(id_column)
         if _hash(id) in repeated:
-            if id in seen:
-                raise row.error(id_column, expected="each id once", got=f"{id!r}, as {seen[id]}")
-            seen[id] = row.where
+            row.require_once(id_column, id, seen)

@@ -3,13 +3,13 @@
 import ast
 import builtins
 import textwrap
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from data.hub import open_hub
 from data.records import Document, Problem
+from data.syntax import NOT_PYTHON, parse
 from data.tabular import FILES, SUFFIXES, Row, read_rows
 from data.templates import mbpp_document, normalise
 from shared.errors import ConfigError, require
@@ -46,8 +46,7 @@ def load_problems(
     Args:
         dataset: `mbpp` for the Hub's, or a file of one of `SUFFIXES` with MBPP's columns, full or sanitized.
         split: a key of `SPLITS`.
-        revision: of the Hub's, a branch, tag or commit.
-        offline: of the Hub's, only what was fetched before.
+        revision, offline: of the Hub's a branch, tag or commit; only what was fetched before.
 
     Raises:
         ConfigError: the Hub or the file cannot be read, a row is malformed, or the split has no rows.
@@ -70,9 +69,7 @@ def read_split(rows: Iterable[Row], split: str, of_row: Callable[[Row], T]) -> l
     by_split: dict[str, list[T]] = {}
     for row in rows:
         item, task_id = of_row(row), row.integer("task_id")
-        if task_id in seen:
-            raise row.error("task_id", expected="each id once", got=f"{task_id}, as {seen[task_id]}")
-        seen[task_id] = row.where
+        row.require_once("task_id", task_id, seen)
         home = next((name for name, ids in SPLITS.items() if task_id in ids), None)
         if home is None:
             raise row.error("task_id", expected="1 to 974", got=task_id)
@@ -122,10 +119,8 @@ def mbpp_problem(row: Row) -> Problem:
 
 def _parsed(row: Row, field: str, text: str) -> ast.Module:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes such as "\d" in a reference solution
-            return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return parse(text)
+    except NOT_PYTHON as error:
         raise row.error(field, expected="Python", got=error) from error
 
 

@@ -22,6 +22,7 @@ class Document:
         messages: a chat (`role`, `content`) in place of prompt and completion; the targets are the assistant's turns.
         origin: who wrote the completion: `corpus`, or the `teacher` or a `student` (see `codedistill generate`).
         verdict: what the prompt's own tests said of a completion that a model wrote; None where it was not run.
+        is_cut: the model was stopped by its limit of tokens, so the text neither ends in a newline nor is closed.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Document:
     messages: tuple[Mapping[str, str], ...] | None = None
     origin: str = "corpus"
     verdict: str | None = None
+    is_cut: bool = False
 
     @property
     def digest(self) -> str:
@@ -43,50 +45,31 @@ class Document:
 class Problem:
     """One executable benchmark problem.
 
-    Args:
-        task_id: unique within its benchmark.
-        prompt: what a completion continues: the head of a function, or a description that a whole program answers.
-        test: defines `check(candidate)`, which is called with what the program calls `entry_point`.
-        entry_point: an identifier.
-        canonical_solution: the published completion; None where there is none.
-        same_process: whether the test uses other names of the program than the entry point. It then runs in the
-            program's own process, where a verdict can be forged.
+    With `same_process` the test uses other names of the program than the entry point. It then runs in the program's own
+    process, where a verdict can be forged.
     """
 
-    task_id: str
-    prompt: str
-    test: str
-    entry_point: str
-    canonical_solution: str | None = None
+    task_id: str  # unique within its benchmark
+    prompt: str  # what a completion continues: a function's head, or a description that a whole program answers
+    test: str  # defines `check(candidate)`, which is called with what the program calls `entry_point`
+    entry_point: str  # an identifier
+    canonical_solution: str | None = None  # the published completion; None where there is none
     same_process: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentSet:
-    """The documents of one split, in order, and their origin.
+    """The documents of one split, in order, and their origin; None where that is unknown."""
 
-    Args:
-        name: the data set's name; a local file's name without its folder.
-        split: the split they were taken from.
-        revision: the Hub commit, or the Python version for `stdlib`; None for local files.
-        config: the configuration of a Hub data set; None for others.
-        license: SPDX identifier; None where unknown.
-        attribution: whom to credit, and where it is published; None where unknown.
-        fingerprint: of what they were read from (`data.load.fingerprint`).
-        documents: those of `open_documents` are read from their source at each iteration; those of `load_documents`
-            are in memory.
-        num_documents: at most so many; None where only reading tells.
-    """
-
-    name: str
+    name: str  # the data set's; a local file's without its folder
     split: str
-    revision: str | None
-    config: str | None
-    license: str | None
-    attribution: str | None
-    fingerprint: str
-    documents: Iterable[Document]
-    num_documents: int | None = None
+    revision: str | None  # the Hub commit, or the Python version for `stdlib`; None for local files
+    config: str | None  # of a Hub data set
+    license: str | None  # SPDX identifier
+    attribution: str | None  # whom to credit, and where it is published
+    fingerprint: str  # of what they were read from (`data.load.fingerprint`)
+    documents: Iterable[Document]  # of `open_documents` read at each iteration, of `load_documents` in memory
+    num_documents: int | None = None  # at most so many; None where only reading tells
 
     @property
     def digest(self) -> str:

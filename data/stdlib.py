@@ -9,11 +9,11 @@ import hashlib
 import importlib.util
 import os
 import sysconfig
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from data.records import Document
+from data.syntax import Function, parse
 from data.templates import prompt_document
 from shared.errors import require
 from shared.files import sha256_file, sha256_json
@@ -23,17 +23,12 @@ ATTRIBUTION = "the Python standard library, © Python Software Foundation, https
 SPLITS = ("train", "validation", "test")
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
 
 def read_split(split: str, root: Path | None = None) -> list[Document]:
-    """The documents of one split, ordered by a hash of their ids so that the first n are a varied sample.
+    """The documents of one split (of about 90, 5 and 5 % of the modules), ordered by a hash of their ids so that the
+    first n are a varied sample.
 
     Functions that are equal but for white space are kept once, in whichever split has the first by id.
-
-    Args:
-        split: train (about 90 % of the modules), validation or test (5 % each).
-        root: the library's folder; the running interpreter's own by default.
     """
     require_split(split)
     root = root or Path(sysconfig.get_path("stdlib"))
@@ -81,8 +76,7 @@ def _hash(text: str) -> int:
 def _read_module(path: Path, module: str) -> Iterator[Document]:
     try:
         text = importlib.util.decode_source(path.read_bytes())
-        with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(text)
+        tree = parse(text)
     except (SyntaxError, ValueError):  # files that are broken on purpose, or not UTF-8
         return
     lines = text.split("\n")

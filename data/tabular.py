@@ -77,9 +77,14 @@ class Row:
         for key in value.keys() - {"role", "content"}:
             if value[key] is not None:  # parquet gives every message every key
                 raise self.error(field, expected="only role and content", got=repr(key))
-        return {
-            key: _checked_text(value.get(key), f"{self.where}, field '{field}.{key}'") for key in ("role", "content")
-        }
+        where = f"{self.where}, field"
+        return {key: _checked_text(value.get(key), f"{where} '{field}.{key}'") for key in ("role", "content")}
+
+    def require_once(self, field: str, id: str | int, seen: dict[Any, str]) -> None:
+        """Refuse an id that an earlier row has; `seen` has their rows by id, and gets this one."""
+        if id in seen:
+            raise self.error(field, expected="each id once", got=f"{id!r}, as {seen[id]}")
+        seen[id] = self.where
 
     def error(self, field: str, *, expected: object, got: object) -> ConfigError:
         """The error that names this row and one of its fields."""
@@ -87,27 +92,19 @@ class Row:
 
     def _get(self, field: str) -> Any:
         if field not in self.fields:
-            raise self.error(
-                field, expected="the field in every row", got=f"fields {', '.join(map(repr, self.fields))}"
-            )
+            got = f"fields {', '.join(map(repr, self.fields))}"
+            raise self.error(field, expected="the field in every row", got=got)
         return self.fields[field]
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A data set that is read when its rows are asked for.
+    """A data set that is read when its rows are asked for."""
 
-    Args:
-        name: for errors.
-        columns: the names of its columns; of JSONL the fields of its first row.
-        read: gives its rows; of a Parquet file only with these columns, where it has them.
-        count: the number of its rows, or of the first so many; None where only reading all of them tells.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-    read: Callable[[Collection[str]], Iterator[Row]]
-    count: Callable[[int | None], int | None]
+    name: str  # for errors
+    columns: tuple[str, ...]  # of JSONL the fields of its first row
+    read: Callable[[Collection[str]], Iterator[Row]]  # of a Parquet file only with these columns, where it has them
+    count: Callable[[int | None], int | None]  # rows, or of the first so many; None where only reading all tells
 
 
 def find_data_files(name: str) -> list[Path] | None:
@@ -187,10 +184,8 @@ def _num_rows(path: Path, limit: int | None = None) -> int:
 def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Row]:
     """Read a file of one of `SUFFIXES` row by row; one of another name is read as JSONL.
 
-    Args:
-        path: the file.
-        columns: those that are wanted, where the file has them; all by default. What others hold is not judged, and
-            of a Parquet file not even read. Rows of JSONL have all their fields.
+    `columns` are those that are wanted, all by default. What others hold is not judged, and of a Parquet file not even
+    read. Rows of JSONL have all their fields.
 
     Raises:
         ConfigError: the file cannot be read, is damaged, or a row is malformed.
@@ -204,16 +199,11 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Ro
 
 @contextlib.contextmanager
 def _open_text(path: Path) -> Iterator[Iterable[bytes]]:
-    """The lines of a text file, decompressed where its name ends in `.gz` or `.zst`.
-
-    Raises:
-        ConfigError: it cannot be read, or its compression is damaged or cut off; also while its lines are read.
-    """
+    """The lines of a text file, decompressed where its name ends in `.gz` or `.zst`."""
     try:
         with path.open("rb") as raw:
             if path.suffix == ".gz":
-                with gzip.GzipFile(fileobj=raw) as plain:
-                    yield _lines(plain)
+                yield _lines(gzip.GzipFile(fileobj=raw))
             elif path.suffix == ".zst":
                 from pyarrow import CompressedInputStream
 
@@ -270,10 +260,8 @@ def parse_jsonl(lines: Iterable[bytes], name: str, columns: Collection[str] | No
     for number, line in _filled(lines):
         where = f"{name}, line {number}"
         if len(line) > MAX_LINE_BYTES:
-            expected = f"at most {MAX_LINE_BYTES >> 20} MiB a row"
-            raise ConfigError(
-                "a row is too large", where=where, expected=expected, got="more", fix="cut it into several"
-            )
+            expected, fix = f"at most {MAX_LINE_BYTES >> 20} MiB a row", "cut it into several"
+            raise ConfigError("a row is too large", where=where, expected=expected, got="more", fix=fix)
         try:
             value = json.loads(line.decode("utf-8"), object_pairs_hook=functools.partial(_object, where=where))
         except ConfigError:

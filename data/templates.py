@@ -25,8 +25,9 @@ def prompt_document(id: str, source: str, prompt: str, completion: str, **writte
     """A document from two texts; white space at the prompt's end moves to the completion. `written`: see `Document`."""
     prompt, completion = normalise(prompt), normalise(completion)
     border = len(prompt.rstrip())
-    text = end_line(prompt[border:] + completion)
-    return Document(id=id, source=source, prompt=prompt[:border], completion=text, **written)
+    text = prompt[border:] + completion
+    ended = text if written.get("is_cut") else end_line(text)
+    return Document(id=id, source=source, prompt=prompt[:border], completion=ended, **written)
 
 
 def chat_document(id: str, source: str, messages: Iterable[Mapping[str, str]]) -> Document:

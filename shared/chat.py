@@ -33,15 +33,11 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
             once later ones follow.
     """
     stand_ins = _stand_ins(tokenizer, messages)
-    if stand_ins:
-        hidden = [{key: swap(text, stand_ins) for key, text in message.items()} for message in messages]
-        rendered, turns = _render_chat(tokenizer, hidden)
-        # Swapped again, the messages read as written and the template's own special tokens are the stand-ins.
-        swapped = swap(rendered, stand_ins)
-        turns = [(len(swap(rendered[:a], stand_ins)), len(swap(rendered[:b], stand_ins))) for a, b in turns]
-        text = swapped
-    else:
-        text, turns = _render_chat(tokenizer, messages)
+    hidden = [{key: swap(text, stand_ins) for key, text in message.items()} for message in messages]
+    rendered, turns = _render_chat(tokenizer, hidden)
+    # Swapped again, the messages read as written and the template's own special tokens are the stand-ins.
+    text = swap(rendered, stand_ins)
+    turns = [(len(swap(rendered[:a], stand_ins)), len(swap(rendered[:b], stand_ins))) for a, b in turns]
     ids, offsets = _encode(tokenizer, text, stand_ins)
     is_target = [any(start < b and a < end for a, b in turns) for start, end in offsets]
     return Encoded(

@@ -20,7 +20,6 @@ from shared.tokenizer import Tokenizer, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 LICENSE_LINKS = {  # of licenses that cards give only a short name of
     "bigcode-openrail-m": "https://huggingface.co/spaces/bigcode/bigcode-model-license-agreement"
 }
@@ -49,12 +48,9 @@ def find_model(name: str, revision: str | None = None) -> tuple[Path, str | None
 
 
 def locate_model(name: str, cache_dir: Path | None = None) -> Path:
-    """The directory of a model, given by directory or Hub id, that is to be evaluated.
+    """The directory of a model, given by directory or Hub id, that is to be evaluated. Raises as `find_model`.
 
     If the Hub id is that of the cache's teacher, the commit that made the cache is taken, wherever the main branch is.
-
-    Raises:
-        ConfigError: there is no such directory or model.
     """
     commit = None
     if cache_dir and not Path(name).is_dir():
@@ -71,32 +67,27 @@ def hub_commit(directory: Path) -> str | None:
     return directory.name if is_commit and directory.parent.name == "snapshots" else None
 
 
+def student_record(directory: Path) -> Path | None:
+    """What a run or an export says of how it was trained; None for any other model."""
+    records = (directory / name for name in ("run.json", "lineage.json"))
+    return next((record for record in records if record.is_file()), None)
+
+
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFiles:
-    """A model on disk and what identifies it.
+    """A model on disk and what identifies it; None where unknown."""
 
-    Attributes:
-        path: directory that transformers loads.
-        name: Hub id, or the directory's name.
-        commit: 40-digit Hub commit; None for a directory.
-        license: as the model card says; None where unknown.
-        attribution: where it is published, and its license's text where the card does not hold it; None where unknown.
-        weights_digest: see `weights_digest`.
-        config_digest: SHA-256 of `config.json`.
-        tokenizer_files_digest: SHA-256 over the tokenizer files' SHA-256; shows an edit without loading anything.
-    """
-
-    path: Path
-    name: str
-    commit: str | None
-    license: str | None
-    attribution: str | None
-    weights_digest: str
-    config_digest: str
-    tokenizer_files_digest: str
+    path: Path  # that transformers loads
+    name: str  # Hub id, or the directory's name
+    commit: str | None  # 40-digit Hub commit; None for a directory
+    license: str | None  # as the model card says
+    attribution: str | None  # where it is published, and its license's text where the card does not hold it
+    weights_digest: str  # see `weights_digest`
+    config_digest: str  # SHA-256 of `config.json`
+    tokenizer_files_digest: str  # SHA-256 over the tokenizer files' SHA-256; shows an edit without loading anything
 
 
 def identify_model(name: str, revision: str | None = None) -> ModelFiles:
@@ -238,7 +229,7 @@ def load_frozen(directory: Path, dtype: str = "auto", *, load_in: str | None = N
 
     Args:
         directory: `config.json` and safetensors weights.
-        dtype: one of `DTYPES`; `auto` is the configuration's.
+        dtype: `float32`, `bfloat16` or `float16`; `auto` is the configuration's.
         load_in: `8bit` or `4bit` quantises the weights (bitsandbytes).
         placement: `device_map`, as transformers reads it (`auto` means the CPU where there is no accelerator), and
             `max_memory`.
@@ -287,8 +278,7 @@ def load_model(directory: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
     """Load model and tokenizer for evaluation, on a GPU where there is one; ranks take turns over several.
 
     Raises:
-        ConfigError: the directory is missing or holds no model that transformers can load.
-        DistillError: its tokenizer cannot be loaded.
+        DistillError: as `load_frozen` and `load_tokenizer`.
     """
     import torch
 

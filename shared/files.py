@@ -62,7 +62,13 @@ def replace_files(folder: Path, files: Mapping[str, bytes | None]) -> None:
 
     All new files are durable under temporary names before any old one is touched. Of several, the last says that the
     others are whole: it is removed first and comes back last, so it never stands beside others' content.
+
+    Raises:
+        ConfigError: one is a device, a pipe or a socket, which a rename would take away.
     """
+    for path in (folder / name for name in files):
+        is_replaceable = path.is_file() or path.is_dir() or not path.exists()
+        require(is_replaceable, "not a regular file, and not replaced by one", where=path, fix="name a file")
     temporary = {name: folder / f".{name}.tmp-{os.getpid()}" for name, data in files.items() if data is not None}
     try:
         for name, path in temporary.items():

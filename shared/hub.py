@@ -3,7 +3,7 @@
 import contextlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,11 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
     return str(url)
 
 
-def open_dataset(repo_id: str, branch: str | None, *, private: bool) -> None:
+def open_dataset(repo_id: str, branch: str | None, *, private: bool) -> str:
     """Create a data set, and a branch of it, where there is none.
+
+    Returns:
+        The commit at the head of the branch.
 
     Raises:
         ConfigError: the Hub cannot be reached or refuses, or the data set is public though `private` was asked for.
@@ -142,19 +145,21 @@ def open_dataset(repo_id: str, branch: str | None, *, private: bool) -> None:
         url = hub.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
         if branch:
             hub.create_branch(repo_id, branch=branch, repo_type="dataset", exist_ok=True)
-        is_public = private and not hub.repo_info(repo_id, repo_type="dataset").private
+        info = hub.repo_info(repo_id, repo_type="dataset", revision=branch)
     except Exception as error:  # transport errors have another base class in each version
         raise _explain_push(error, repo_id, "run the command again: it continues") from error
+    is_public = private and not info.private
     require(not is_public, "the data set is there already and is public", where=url, fix="name another")
+    return str(info.sha)
 
 
-def listed_digests(repo_id: str, branch: str | None) -> dict[str, str]:
+def listed_digests(repo_id: str, commit: str) -> dict[str, str]:
     """What the Hub lists of a data set's files: SHA-256 of a large one, git's id of a small one, by name."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
     try:
-        listed = list(HfApi().list_repo_tree(repo_id, repo_type="dataset", revision=branch, recursive=True))
+        listed = list(HfApi().list_repo_tree(repo_id, repo_type="dataset", revision=commit, recursive=True))
     except Exception as error:  # transport errors have another base class in each version
         raise explain(error, repo_id) from error
     files = [entry for entry in listed if isinstance(entry, RepoFile)]
@@ -162,17 +167,31 @@ def listed_digests(repo_id: str, branch: str | None) -> dict[str, str]:
 
 
 def push_files(
-    repo_id: str, branch: str | None, files: Mapping[str, bytes | Path], last: Mapping[str, bytes | Path]
+    repo_id: str,
+    branch: str | None,
+    head: str,
+    files: Mapping[str, tuple[Path, str]],
+    *,
+    last: Mapping[str, bytes | Path],
+    stale: Iterable[str],
 ) -> str:
-    """Commit files to a data set, `last` in the last commit; the Hub takes no file twice, so a kill loses little.
+    """Commit files to a data set; the Hub takes no file twice, so a kill loses little.
+
+    Args:
+        repo_id: `owner/name`.
+        branch: which branch; the main one by default.
+        head: the commit that the branch is at; each commit is refused where another process has moved it.
+        files: path and SHA-256 by name; the client hashes none of them again.
+        last: what the last commit adds.
+        stale: names of files that the last commit removes.
 
     Returns:
         The last commit.
 
     Raises:
-        ConfigError: the Hub cannot be reached or refuses.
+        ConfigError: the Hub cannot be reached or refuses, or another process has changed the branch.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
 
     _quiet_unless_terminal()
     hub, names = HfApi(), list(files)
@@ -181,15 +200,29 @@ def push_files(
     try:
         with progress("push", len(names), "files") as bar:
             for step in steps:
-                contents = {name: files[name] for name in step} | (dict(last) if step is steps[-1] else {})
-                operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+                operations: list[CommitOperation] = []
+                for name in step:
+                    file, digest = files[name]
+                    addition = CommitOperationAdd(name, file)
+                    addition.upload_info.sha256 = bytes.fromhex(digest)
+                    operations.append(addition)
+                if step is steps[-1]:
+                    operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
+                    operations += [CommitOperationAdd(name, content) for name, content in last.items()]
                 commit = hub.create_commit(
-                    repo_id, operations, commit_message=message, repo_type="dataset", revision=branch, num_threads=8
+                    repo_id,
+                    operations,
+                    commit_message=message,
+                    repo_type="dataset",
+                    revision=branch,
+                    num_threads=8,
+                    parent_commit=head,
                 )
+                head = str(commit.oid)
                 bar.advance(len(step))
     except Exception as error:  # transport errors have another base class in each version
         raise _explain_push(error, repo_id, "run the command again: it continues") from error
-    return str(commit.oid)
+    return head
 
 
 def explain(error: Exception, where: str) -> ConfigError:
@@ -228,6 +261,8 @@ def _explain_push(error: Exception, repo_id: str, again: str) -> ConfigError:
     if any(status in (401, 403) for status in statuses):
         fix = f"`hf auth login` with a token that may write to {repo_id.partition('/')[0]}, {again}"
         return ConfigError("the Hub refuses this token", where=repo_id, got=got, fix=fix)
+    if 412 in statuses:
+        return ConfigError("another process has changed the repository meanwhile", where=repo_id, got=got, fix=again)
     if _is_unreachable(chain):
         return ConfigError("the Hub cannot be reached", where=constants.ENDPOINT, got=got, fix=f"try later, {again}")
     return ConfigError("the Hub does not accept the upload", where=repo_id, got=got, fix=f"resolve that, {again}")

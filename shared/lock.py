@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from shared.errors import ResumeError
 from shared.process import log
@@ -62,6 +62,12 @@ class Lock:
         self._released.set()
         if _look(self.path)[0] == self._text:
             self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def _create(self) -> bool:
         try:

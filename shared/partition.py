@@ -16,21 +16,15 @@ from torch import Tensor
 class Partition(NamedTuple):
     """Rows of logits over their cells.
 
-    Attributes:
-        ids, real: the row's ids [C, K], and which of them are entries. Others repeat an entry of the row; a row without
-            entries has the single id 0.
-        logq: log-probabilities of the cells [C, M]; −inf where a cell is no entry, or the bucket is empty (K = V).
-        top: the row's largest logit [C].
-        normaliser: ℓ − top [C].
-        bucket_sum: Σ exp(z_j − max z_j) over the ids of the bucket [C]: the row sums of what the logits have become.
+    Ids that are no entries repeat an entry of the row; a row without entries has the single id 0.
     """
 
-    ids: Tensor
-    real: Tensor
-    logq: Tensor
-    top: Tensor
-    normaliser: Tensor
-    bucket_sum: Tensor
+    ids: Tensor  # the row's ids [C, K]
+    real: Tensor  # which of them are entries [C, K]
+    logq: Tensor  # log-probabilities of the cells [C, M]; −inf where no entry, or the bucket is empty (K = V)
+    top: Tensor  # the row's largest logit [C]
+    normaliser: Tensor  # ℓ − top [C]
+    bucket_sum: Tensor  # Σ exp(z_j − max z_j) over the bucket's ids [C]: the row sums of what the logits have become
 
 
 def partition_(logits_CV: Tensor, ids_CK: Tensor, real_CK: Tensor) -> Partition:

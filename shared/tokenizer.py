@@ -21,19 +21,12 @@ _OPENING, _CLOSING = "document_opening", "document_closing"  # keys of tokenizer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
-    """A tokenised document.
+    """A tokenised document."""
 
-    Args:
-        ids: opening, text, closing (see `document_ends`); of a chat, what its template gives.
-        is_target: for each id whether it is a target; the opening, the prompt and a chat's other turns are not.
-        target_bytes: UTF-8 bytes of the text that the targets spell; special tokens have none.
-        lossless: whether decoding the ids gives the text again.
-    """
-
-    ids: list[int]
-    is_target: list[bool]
-    target_bytes: int
-    lossless: bool
+    ids: list[int]  # opening, text, closing (see `document_ends`); of a chat, what its template gives
+    is_target: list[bool]  # of each id; the opening, the prompt and a chat's other turns are none
+    target_bytes: int  # UTF-8 bytes of the text that the targets spell; special tokens have none
+    lossless: bool  # whether decoding the ids gives the text again
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -101,21 +94,14 @@ def _for_any_reader(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
-def encode_document(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:
-    """Tokenise a document as a whole; a token that straddles the border belongs to the completion.
-
-    The text holds no special tokens: what spells one is plain text.
-    """
-    return encode_documents(tokenizer, [(prompt, completion)])[0]
-
-
 def encode_documents(
     tokenizer: Tokenizer, parts: Sequence[tuple[str, str]], encodings: Sequence[Any] | None = None
 ) -> list[Encoded]:
-    """Tokenise documents on all processors; see `encode_document`.
+    """Tokenise documents, each as a whole, on all processors.
+
+    A token that straddles the border belongs to the completion. What spells a special token is plain text.
 
     Args:
-        tokenizer: decides what documents open and close with.
         parts: prompt and completion of each.
         encodings: what `TextEncoder` made of each text, prompt and completion together, if it did.
     """
@@ -231,10 +217,9 @@ def record_ends(tokenizer: Tokenizer, open_with: str = "auto", close_with: str =
     """
     by_rule = document_ends(tokenizer)
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for key, option, asked, rule in (
-        (_OPENING, "--open-with", open_with, by_rule.opening),
-        (_CLOSING, "--close-with", close_with, by_rule.closing),
-    ):
+    opening = (_OPENING, "--open-with", open_with, by_rule.opening)
+    closing = (_CLOSING, "--close-with", close_with, by_rule.closing)
+    for key, option, asked, rule in (opening, closing):
         token = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}.get(asked, asked)
         known = asked in ("auto", "none") or token in special
         expected = f"auto, none, bos, eos or one of {', '.join(special[:12])}{', …' if len(special) > 12 else ''}"
@@ -282,7 +267,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """SHA-256 of everything that decides which ids a text gets and back.
 
     That is: vocabulary, merges, normaliser, pre-tokenizer, decoder, added tokens, BOS and EOS as named. Truncation and
-    padding take no part in `encode_document`; what a document opens and closes with is recorded beside the digest
+    padding take no part in `encode_documents`; what a document opens and closes with is recorded beside the digest
     (`document_ends`). Options that are off are left out, so that a library version that adds one leaves the digest as
     it was.
     """

@@ -55,19 +55,16 @@ UNIT_ROUNDOFF = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
 class BatchRows:
     """Cached rows as padded tensors: N rows with entries, K and R the most entries and samples of one, G temperatures.
 
-    Args:
-        k: i64 `[N]`; ids: i64 `[N, K]`, padded with the row's first id; margins: f32 `[N, K]`, z_1 − z_i.
-        tail_log: f64 `[N, G]`, log Σ_{j∉K} exp((z_j − z_1)/T).
-        sample_k: i64 `[N]`; sample_ids: i64 `[N, R]`; sample_margins: f32 `[N, R]`; R = 0 without samples.
+    R is 0 without samples.
     """
 
-    k: Tensor
-    ids: Tensor
-    margins: Tensor
-    tail_log: Tensor
-    sample_k: Tensor
-    sample_ids: Tensor
-    sample_margins: Tensor
+    k: Tensor  # i64 `[N]`
+    ids: Tensor  # i64 `[N, K]`, padded with the row's first id
+    margins: Tensor  # f32 `[N, K]`, z_1 − z_i
+    tail_log: Tensor  # f64 `[N, G]`, log Σ_{j∉K} exp((z_j − z_1)/T)
+    sample_k: Tensor  # i64 `[N]`
+    sample_ids: Tensor  # i64 `[N, R]`
+    sample_margins: Tensor  # f32 `[N, R]`
 
     def chunk(self, rows: slice, device: torch.device) -> "BatchRows":
         """Some of the rows, on a device."""

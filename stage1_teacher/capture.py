@@ -6,6 +6,7 @@ waits for the event behind that copy and puts nothing on the teacher's stream: l
 Shapes: N rows of a chunk, S rows of a shard, K entries, G grid temperatures, M samples per row.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -34,6 +35,9 @@ from stage1_teacher.store import TokenStore
 from stage1_teacher.topk import CapturedRows, HostRows, capture_rows
 
 MAX_EXCESS_MASS = 1e-4
+# On a CPU, oneDNN and torch's layer over it (ideep) each keep 1,024 compiled kernels by default, one for every shape of
+# a bfloat16 product; batches of documents bring ever new shapes. The layers of one batch share a few.
+KERNEL_CACHES, CACHED_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 32
 
 # Captured rows of a shard, each batch's beside the numbers that its rows have in the shard: i64 [N].
 Captured = list[tuple[Array, HostRows]]
@@ -45,9 +49,13 @@ Captured = list[tuple[Array, HostRows]]
 def load_teacher(config: TeacherConfig, files: ModelFiles) -> LogitSource:
     """Load the teacher on this process's devices; its logits come in chunks of the configured rows.
 
+    The first product on a CPU reads how many compiled kernels to keep: few, unless the environment says otherwise.
+
     Raises:
         DistillError: its head has another width than its configuration says.
     """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(CACHED_KERNELS))
     model = load_frozen(files.path, config.dtype, load_in=config.load_in, **device_placement(config))
     source = LogitSource(model, config.head_rows)
     processes = "" if world_size() == 1 else f" in each of {world_size()} processes"

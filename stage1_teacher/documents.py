@@ -1,7 +1,7 @@
 """Documents → token segments within the length limit → shards."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,15 @@ from data.records import Document
 from shared.cache.format import Array
 from shared.chat import encode_chat
 from shared.errors import ConfigError, require
-from shared.tokenizer import Encoded, Tokenizer, count_target_bytes, decode, encode_documents, encode_text
+from shared.tokenizer import (
+    Encoded,
+    Tokenizer,
+    count_target_bytes,
+    decode,
+    document_ends,
+    encode_documents,
+    encode_text,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +101,10 @@ def cut_documents(
 
 
 def _cut(document: Document, digest: str, encoded: Encoded, tokenizer: Tokenizer, limits: Limits) -> CutDocument:
-    """Bring one tokenised document within the limit."""
+    """Bring one tokenised document within the limit; one that was cut off is not closed."""
+    closing = len(document_ends(tokenizer).closing) if document.is_cut else 0
+    if closing:
+        encoded = replace(encoded, ids=encoded.ids[:-closing], is_target=encoded.is_target[:-closing])
     length, max_length = len(encoded.ids), limits.max_length
     require(
         encoded.ids and max(encoded.ids) < limits.head_width,

@@ -30,19 +30,15 @@ EXAMPLE = {"engine": "vllm", "version": "0.23.0", "dtype": "bfloat16", "final_no
 class EngineRecord:
     """`engine.json`, which stands beside the hidden states.
 
-    Args:
-        engine, version: who ran the teacher.
-        dtype: of the hidden states.
-        final_norm: whether they are taken behind the model's final norm, as transformers' `last_hidden_state`; else
-            before it, as vLLM's connector gives the last layer's.
-        files: SHA-256 by file name; those that are named are checked.
+    With `final_norm` they are taken behind the model's final norm, as transformers' `last_hidden_state`; else before
+    it, as vLLM's connector gives the last layer's.
     """
 
-    engine: str
+    engine: str  # who ran the teacher
     version: str
-    dtype: Literal["bfloat16", "float16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32"]  # of the hidden states
     final_norm: bool
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name; those that are named are checked
 
     @property
     def label(self) -> str:

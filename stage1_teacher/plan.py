@@ -27,10 +27,10 @@ from shared.files import output_path, to_json
 from shared.machine import machine
 from shared.process import world_size
 from shared.progress import progress
-from stage1_teacher.build import Task, find_teacher
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.disk import free_bytes
 from stage1_teacher.documents import Segment, plan_shards
+from stage1_teacher.request import Task, find_teacher
 from stage1_teacher.store import TokenStore, find_store, make_store, store_folder
 
 if TYPE_CHECKING:  # torch loads with the pilot

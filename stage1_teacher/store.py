@@ -59,30 +59,22 @@ class Noted:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Facts:
-    """What one pass over a data set has found.
+    """What one pass over a data set has found; `long`, `lossy` and `without_targets`: see `CutDocument`."""
 
-    Attributes:
-        digest: of the data set; num_documents: in it.
-        num_skipped: of these, documents that another cache holds.
-        contaminated: documents left out since they share text with a benchmark; `matches`, of the first 1,000, the
-            benchmark's problem and the rule that says so (`data.decontaminate`).
-        written: documents that models wrote, and how many of them passed their tests, by who wrote them.
-        num_tokens, num_targets: of the segments.
-        long, lossy, without_targets: see `CutDocument`.
-        sample: up to 16 documents that are no chats, the first among them, evenly spaced.
-    """
-
-    digest: str = ""
-    num_documents: int = 0
-    num_skipped: int = 0
-    contaminated: int = 0
+    digest: str = ""  # of the data set
+    num_documents: int = 0  # in it
+    num_skipped: int = 0  # of these, documents that another cache holds
+    contaminated: int = 0  # documents left out since they share text with a benchmark
+    # Of the first 1,000 of these the benchmark's problem and the rule that says so (`data.decontaminate`).
     matches: dict[str, str] = dataclasses.field(default_factory=dict)
+    # Documents that models wrote, and how many of them passed their tests, by who wrote them.
     written: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
-    num_tokens: int = 0
+    num_tokens: int = 0  # of the segments
     num_targets: int = 0
     long: Noted = dataclasses.field(default_factory=Noted)
     lossy: Noted = dataclasses.field(default_factory=Noted)
     without_targets: Noted = dataclasses.field(default_factory=Noted)
+    # Up to 16 documents that are no chats, the first among them, evenly spaced.
     sample: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property

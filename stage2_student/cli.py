@@ -58,7 +58,7 @@ def student() -> None:
 
 @student.command(cls=GroupedCommand, groups={
     "Data": "caches validation teacher_logprobs local_cache local_bytes",
-    "Student": "preset init_from profile assignments",
+    "Student": "preset init_from init_embedding profile assignments",
     "Hardware": "batch_tokens",
 })  # fmt: skip
 @CACHES
@@ -69,6 +69,8 @@ def student() -> None:
 @click.option("--preset", metavar="NAME", help="The student's size: gpt-125m or tiny.  [default: gpt-125m]")
 @click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path),
               help="Start from the weights of a run, an export or a compatible checkpoint.")  # fmt: skip
+@click.option("--init-embedding", metavar="DIR|ID",
+              help="Start from this model's embedding, cut to the student's width; the teacher's, say.")  # fmt: skip
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="TOML file of settings.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Such as alpha=0.5; may be repeated.")
 @click.option("--batch-tokens", type=batch_tokens, metavar="N|auto",
@@ -79,6 +81,7 @@ def train(
     validation: Path | None,
     out: Path,
     init_from: Path | None,
+    init_embedding: str | None,
     preset: str | None,
     profile: Path | None,
     batch_tokens: int | str | None,
@@ -102,6 +105,7 @@ def train(
     cache's documents repeat only after all of them have been used.
 
     --init-from needs equal sizes, an equal tokenizer and Starcoder2's architecture. The optimizer starts fresh.
+    --init-embedding needs an equal tokenizer only.
 
     \b
     Example:
@@ -115,8 +119,10 @@ def train(
     from stage2_student.request import is_up_to_date, request_digest
 
     settings = read_toml(profile) if profile else {}
-    settings |= ({"preset": preset} if preset else {}) | parse_assignments(assignments)
-    others = {"init_from": init_from, "batch_tokens": batch_tokens, "teacher_logprobs": teacher_logprobs}
+    given = {"preset": preset, "init_embedding": init_embedding}
+    settings |= {key: value for key, value in given.items() if value} | parse_assignments(assignments)
+    others = {"init_from": init_from, "batch_tokens": batch_tokens, "teacher_logprobs": teacher_logprobs,
+              "init_embedding": settings.get("init_embedding")}  # fmt: skip
     request = request_digest(settings, paths, weights, validation, others)
     if is_up_to_date(out, request):
         return

@@ -68,6 +68,8 @@ class StudentConfig:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
             max_position_embeddings, rope_theta, norm_epsilon, initializer_range: sizes (`shared.model.gpt.GPTConfig`);
             None is the preset's. The vocabulary is the cache's.
+        init_embedding: a model with the cache's tokenizer, by directory or Hub id, from whose embedding the student's
+            starts, in its leading directions (`project_embedding`); empty draws it from the seed.
         training: further `TrainingArguments`, passed on as they are.
     """
 
@@ -115,6 +117,7 @@ class StudentConfig:
     rope_theta: float | None = None
     norm_epsilon: float | None = None
     initializer_range: float | None = None
+    init_embedding: str = ""
     training: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -45,6 +45,9 @@ class PackedBlocks(Dataset[Block]):
         temperature: T of the soft labels; None leaves them out.
         with_samples: add the sampled targets to the soft labels.
         all_targets: every token that has a next one is a target, whatever the loss mask says.
+        closing_id: the token that documents close with. Where a document ends, it gets all of the teacher's
+            probability: a teacher that saw its texts run together gives it next to none, and a student would learn
+            to go on. None leaves the teacher's rows as they are.
 
     Raises:
         ConfigError: no cache, or with weights one of them, has a document of two tokens.
@@ -64,8 +67,9 @@ class PackedBlocks(Dataset[Block]):
         temperature: float | None,
         with_samples: bool = False,
         all_targets: bool = False,
+        closing_id: int | None = None,
     ) -> None:
-        self.caches, self.block_size = caches, block_size
+        self.caches, self.block_size, self.closing_id = caches, block_size, closing_id
         self.temperature, self.with_samples, self.all_targets = temperature, with_samples, all_targets
         doc_rows = [cache.doc_lengths - np.uint32(1) for cache in caches]
         if held_out is not None:
@@ -129,7 +133,7 @@ class PackedBlocks(Dataset[Block]):
         if self.temperature is not None:
             rows = _Rows(cache, [shard for shard, _ in parts], T, self.temperature, with_samples=self.with_samples)
         at = 0
-        for (_, start, stop), (shard, first) in zip(segments, parts, strict=True):
+        for (doc, start, stop), (shard, first) in zip(segments, parts, strict=True):
             size, source = stop - start, slice(first + start, first + stop)
             next_ones = slice(first + start + 1, first + stop + 1)
             block["input_ids"][at : at + size] = shard.tokens[source]
@@ -140,6 +144,9 @@ class PackedBlocks(Dataset[Block]):
                 labels[shard.loss_mask[source] == 0] = IGNORE
             if rows is not None:
                 rows.copy(at, shard, source)
+                is_end = stop == cache.doc_lengths[doc] - 1
+                if self.closing_id is not None and is_end and shard.tokens[first + stop] == self.closing_id:
+                    rows.set_certain(at + size - 1, self.closing_id)
             at += size
         block["position_ids"][at:] = np.arange(T - at)
         return block | ({} if rows is None else rows.fields)
@@ -215,6 +222,18 @@ class _Rows:
             fields["soft_sample_log_tail"][here] = shard.log_tails(
                 rows, self._sample_column, self._sampling.temperature
             )
+
+    def set_certain(self, at: int, id: int) -> None:
+        """Give one token all probability in row `at`, as its first entry, whose margin is 0."""
+        fields = self.fields
+        fields["soft_ids"][at, 0], fields["soft_k"][at], fields["soft_log_tail"][at] = id, 1, -np.inf
+        if self._sampling is not None:
+            is_drawn = self._sampling.drawn_from == "full"
+            for name in ("soft_sample_ids", "soft_sample_counts", "soft_sample_margins"):
+                fields[name][at] = 0
+            fields["soft_sample_ids"][at, 0] = id
+            fields["soft_sample_counts"][at, 0] = self._sampling.num if is_drawn else 0
+            fields["soft_sample_log_tail"][at] = -np.inf
 
 
 def _join(shards: Sequence[Shard]) -> tuple[Array, dict[int, int]]:

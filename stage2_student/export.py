@@ -62,7 +62,7 @@ def _is_exported(run: Path, out: Path) -> bool:
 
 def _lineage(run: Path, record: dict[str, Any], exported: Path) -> dict[str, Any]:
     """Digests of the exported files and of the run's record, and the caches that it was made from."""
-    start = record["init_from"]
+    starts = {key: record.get(key) for key in ("init_from", "init_embedding")}
     return {
         "format": "codedistill-lineage",
         "version": 1,
@@ -70,8 +70,7 @@ def _lineage(run: Path, record: dict[str, Any], exported: Path) -> dict[str, Any
         "files": {file.name: sha256_file(file) for file in sorted(exported.iterdir())},
         "caches": record["caches"],
         "validation": record["validation"],
-        "init_from": start and {"weights_sha256": start["weights_sha256"]},
-    }
+    } | {key: start and {"weights_sha256": start["weights_sha256"]} for key, start in starts.items()}
 
 
 def _licenses(record: dict[str, Any]) -> list[tuple[str | None, str]]:
@@ -84,9 +83,12 @@ def _licenses(record: dict[str, Any]) -> list[tuple[str | None, str]]:
 
 def _card(name: str, record: dict[str, Any]) -> str:
     """A model card that says what the student was made from; licenses of teacher and data pass on."""
-    config, teacher, start = record["config"], record["caches"][0]["teacher"], record["init_from"]
+    config, teacher = record["config"], record["caches"][0]["teacher"]
     sizes = "".join(f", {name} = {config[name]}" for name in SIZES if config[name] is not None)
-    started = f"from weights `{start['weights_sha256']}`, whose license passes on too," if start else "from scratch"
+    started = "from scratch"
+    for key, what in (("init_from", "weights"), ("init_embedding", "the embedding in weights")):
+        if start := record.get(key):
+            started = f"from {what} `{start['weights_sha256']}`, whose license passes on too,"
     labels = "on cached soft labels" if config["alpha"] > 0 else "with cross-entropy only, as a baseline"
     return "\n".join([
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation, code]\n---",

@@ -1,10 +1,13 @@
-"""A student's first weights, where they are not drawn from the seed: a run, an export, or a compatible checkpoint."""
+"""A student's first weights, where they are not drawn from the seed: all of them from a run, an export or a compatible
+checkpoint, or the embedding from another model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,6 +20,9 @@ from shared.model.gpt import GPT, GPTConfig
 from shared.tokenizer import load_tokenizer, tokenizer_digest
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# What the embedding of a model with any architecture is called, after the prefixes of its modules.
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
+MAX_COUNTED_SHARDS = 64  # of a cache: two million tokens say how frequent a token is
 # What decides the function that the weights compute; the number of positions and the initial spread do not.
 DECISIVE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -100,3 +106,68 @@ def _require_tensors(directory: Path, tensors: dict[str, Tensor], sizes: GPTConf
         expected, got = ours.get(name, "no such tensor"), theirs.get(name, "no such tensor")
         require(expected == got, f"{name} of the weights to start from does not fit", where=directory,
                 expected=expected, got=got)  # fmt: skip
+
+
+def read_embedding(directory: Path, cache: Cache) -> Start:
+    """Read a model's token embedding, as `EMBEDDING`: f32 `[V, H]`, V the cache's vocabulary.
+
+    Args:
+        directory: a model of any architecture, in safetensors.
+        cache: where the student's tokenizer is.
+
+    Raises:
+        ConfigError: no such directory, no embedding in it, or one with fewer rows than the vocabulary.
+        CacheMismatchError: the directory's tokenizer is not the cache's.
+    """
+    files = weight_files(directory)
+    theirs, ours = (tokenizer_digest(load_tokenizer(path)) for path in (directory, cache.tokenizer_path))
+    require_same("the tokenizers", ours, theirs, ours_name=cache.path, theirs_name=directory,
+                 fix="take the embedding of the teacher, or of a model with its tokenizer")  # fmt: skip
+    try:
+        found = [(file, name) for file in files for name in _tensor_names(file) if name.endswith(EMBEDDINGS)]
+        require(len(found) == 1, "the model has no embedding to start from", where=directory,
+                expected=f"one tensor named {' or '.join(EMBEDDINGS)}", got=[name for _, name in found])  # fmt: skip
+        (file, name), *_ = found
+        with safe_open(file, framework="pt") as tensors:
+            embedding_VH = tensors.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError("cannot read the embedding to start from", where=directory, got=error) from error
+    fits = embedding_VH.is_floating_point() and embedding_VH.ndim == 2 and len(embedding_VH) >= cache.tokenizer_size
+    require(fits, f"{name} does not fit the vocabulary", where=directory,
+            expected=f"floating point, [{cache.tokenizer_size} or more, H]",
+            got=f"{embedding_VH.dtype}, {list(embedding_VH.shape)}")  # fmt: skip
+    embedding_VH = embedding_VH[: cache.tokenizer_size].float()
+    return Start({EMBEDDING: embedding_VH}, weights_sha256([sha256_file(file) for file in files]))
+
+
+def _tensor_names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def token_counts(caches: Sequence[Cache]) -> Tensor:
+    """How often each token id occurs in the caches' first shards: f64 `[V]`."""
+    size = caches[0].tokenizer_size
+    shards = [cache.load_shard(n) for cache in caches for n in range(min(cache.num_shards, MAX_COUNTED_SHARDS))]
+    return torch.from_numpy(np.sum([np.bincount(shard.tokens, minlength=size) for shard in shards], 0)).double()
+
+
+def project_embedding(embedding_VH: Tensor, counts_V: Tensor, drawn_VD: Tensor) -> Tensor:
+    """An embedding in a student's width: in its leading directions by frequency, with the spread of the one drawn.
+
+    The directions are the right singular vectors of the rows weighted by the square root of how often each token
+    occurs: no D others keep more of the squared length of the corpus' tokens. Coordinates beyond H stay as drawn.
+
+    Args:
+        embedding_VH: f32, a teacher's.
+        counts_V: f64, occurrences of each token.
+        drawn_VD: f32, the student's at random.
+    """
+    weighted_VH = embedding_VH.double() * (counts_V / counts_V.sum()).sqrt()[:, None]
+    _, directions_HH = torch.linalg.eigh(weighted_VH.T @ weighted_VH)  # by ascending eigenvalue
+    width = min(directions_HH.shape[1], drawn_VD.shape[1])
+    projected = embedding_VH.double() @ directions_HH.flip(1)[:, :width]
+    result = drawn_VD.clone()
+    spread, drawn_spread = (values.double().square().mean().sqrt() for values in (projected, drawn_VD))
+    result[:, :width] = (projected * (drawn_spread / spread)).to(drawn_VD.dtype)
+    return result

@@ -23,17 +23,11 @@ USABLE = 0.9  # of the free memory; the rest is for the device's own needs and f
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """Bytes at the peak of a training step.
+    """Bytes at the peak of a training step."""
 
-    Attributes:
-        state_bytes: float32 weights, gradients and Adam's two moments.
-        activation_bytes: what the layers keep for the backward pass of one micro-batch.
-        head_bytes: the fused head's scratch memory and the gradient of its matrix.
-    """
-
-    state_bytes: int
-    activation_bytes: int
-    head_bytes: int
+    state_bytes: int  # float32 weights, gradients and Adam's two moments
+    activation_bytes: int  # what the layers keep for the backward pass of one micro-batch
+    head_bytes: int  # the fused head's scratch memory and the gradient of its matrix
 
     @property
     def total_bytes(self) -> int:

@@ -11,17 +11,12 @@ SPARE = 100  # in large pools one block in so many is added, so that next to no 
 
 
 class Segments(NamedTuple):
-    """Rows of documents, in the order in which they lie in blocks; row t of a document predicts token t + 1.
+    """Rows of documents, in the order in which they lie in blocks; row t of a document predicts token t + 1."""
 
-    Attributes:
-        docs: i64 [n], the documents' places in the pool; starts, stops: i64 [n], their first row and the one beyond.
-        borders: i64 [N + 1], the first segment of each block.
-    """
-
-    docs: Array
-    starts: Array
-    stops: Array
-    borders: Array
+    docs: Array  # i64 [n], the documents' places in the pool
+    starts: Array  # i64 [n], their first row
+    stops: Array  # i64 [n], the one beyond the last
+    borders: Array  # i64 [N + 1], the first segment of each block
 
     def block(self, number: int) -> tuple[Array, Array, Array]:
         """Documents, first rows and ends of one block's segments."""

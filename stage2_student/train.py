@@ -23,7 +23,7 @@ from shared import tracking
 from shared.cache.directory import require_outside_caches
 from shared.cache.identity import require_same
 from shared.cache.reader import Cache
-from shared.checkpoints import WEIGHTS
+from shared.checkpoints import WEIGHTS, locate_model
 from shared.distributed import agree, joined, wait
 from shared.errors import CacheMismatchError, ConfigError, ResumeError, require
 from shared.files import is_system_file, output_path, read_json, sha256_json, write_bytes, write_json
@@ -47,7 +47,7 @@ from stage2_student.config import StudentConfig, require_labels
 from stage2_student.dataset import PackedBlocks, collate, hold_out
 from stage2_student.experiments.dense import DenseBlocks, DenseLoss
 from stage2_student.fused import HeadLoss
-from stage2_student.init_weights import Start, read_start
+from stage2_student.init_weights import EMBEDDING, Start, project_embedding, read_embedding, read_start, token_counts
 from stage2_student.memory import fit_micro_batch
 from stage2_student.request import is_finished
 from stage2_student.trainer import DistillTrainer, EpochEnds, RunRecorder, SaveByMinutes, StopEarly, StopOnSignal
@@ -128,6 +128,7 @@ class Task:
     validation: Cache | None
     sizes: GPTConfig
     start: Start | None
+    embedding: Start | None
     record: dict[str, Any]
     earlier: dict[str, Any] | None
 
@@ -161,12 +162,16 @@ def check(
     validation = Cache(validation_path) if validation_path else None
     record = _describe(config, caches, weights, validation)
     sizes = config.student_sizes(vocab_size=caches[0].tokenizer_size)
+    require(not (init_from and config.init_embedding), "weights to start from have their own embedding",
+            where="--init-from, init_embedding", fix="give one of them")  # fmt: skip
     start = read_start(init_from, sizes, caches[0]) if init_from else None
     record["init_from"] = start and {"path": str(init_from), "weights_sha256": start.weights_sha256}
+    embedding = read_embedding(locate_model(config.init_embedding), caches[0]) if config.init_embedding else None
+    record["init_embedding"] = embedding and {"path": config.init_embedding, "weights_sha256": embedding.weights_sha256}
     earlier = _earlier_run(out, record)
     training_arguments(config, out, has_validation=has_validation)  # so that transformers says now what it refuses
     return Task(config=config, caches=caches, weights=weights, validation=validation, sizes=sizes, start=start,
-                record=record, earlier=earlier)  # fmt: skip
+                embedding=embedding, record=record, earlier=earlier)  # fmt: skip
 
 
 def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logprobs: Path | None) -> None:
@@ -179,6 +184,10 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
     model = GPT(sizes)
     if task.start:
         model.load_state_dict(task.start.tensors)
+    if task.embedding:
+        weight = model.model.embed_tokens.weight
+        counts = token_counts(task.caches)
+        weight.data = project_embedding(task.embedding.tensors[EMBEDDING], counts, weight.data)
     if teacher_logprobs:
         head_loss: HeadLoss = DenseLoss(config, teacher_logprobs, task.caches)
     else:
@@ -299,6 +308,7 @@ def _data(task: Task, config: StudentConfig) -> tuple[PackedBlocks, PackedBlocks
         num_blocks=config.max_steps * _blocks_per_step(config) if config.max_steps > 0 else None,
         multiple=_blocks_per_step(config),
         temperature=config.temperature if config.alpha > 0 else None,
+        closing_id=special_ids(load_tokenizer(task.caches[0].tokenizer_path))["eos"],
         **alike,
     )
     if task.validation is None and held_out is None:
@@ -391,7 +401,7 @@ def _decisive(record: Mapping[str, Any]) -> dict[str, Any]:
         "cache.label_identity": caches[0]["label_identity"],
         "cache.shards": sha256_json([cache["shards"] for cache in caches]),
         "cache.weight": [cache["weight"] for cache in caches],
-        "init_from": (record.get("init_from") or {}).get("weights_sha256"),
+        **{key: (record.get(key) or {}).get("weights_sha256") for key in ("init_from", "init_embedding")},
         "validation cache": validation and sha256_json(validation["shards"]),
         BLOCKS: record["world_size"] * config["per_device_train_batch_size"] * config["gradient_accumulation_steps"],
     }

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from shared.cache.directory import FOLDERS, is_side_file, plain_errors, remove_leftovers
 from shared.cache.manifest import FileEntry, read_manifest, write_manifest
-from shared.errors import ConfigError, require
+from shared.errors import require
 from shared.files import fsync_directory, read_json, write_bytes
 from shared.lock import Lock
 
@@ -45,10 +45,6 @@ def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
     Killed at any point the cache stays readable: files that change leave the manifest first. Running the command again
     completes it.
 
-    Args:
-        path: a finished cache.
-        files: contents by name, relative, below `teacher_eval/` or `tokenizer/`.
-
     Raises:
         ConfigError: a name outside these folders.
         ResumeError: another process is changing the cache.
@@ -56,30 +52,21 @@ def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
     directory = Path(path)
     for name in files:
         parts = PurePosixPath(name).parts
-        if len(parts) < 2 or parts[0] not in FOLDERS or ".." in parts:
-            raise ConfigError(
-                "a file cannot be added to a cache", got=name, expected=" or ".join(f"{f}/…" for f in FOLDERS)
-            )
+        is_inside = len(parts) > 1 and parts[0] in FOLDERS and ".." not in parts
+        expected = " or ".join(f"{folder}/…" for folder in FOLDERS)
+        require(is_inside, "a file cannot be added to a cache", got=name, expected=expected)
     read_manifest(directory)
-    with plain_errors(directory):
-        lock = Lock(directory, "changing this cache")
-        try:
-            _replace_files(directory, files, lock)
-        finally:
-            lock.release()
-
-
-def _replace_files(directory: Path, files: Mapping[str, bytes], lock: Lock) -> None:
-    remove_leftovers(directory)
-    manifest = read_manifest(directory)
     new = {name: FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
-    kept = {name: entry for name, entry in manifest.files.items() if new.get(name, entry) == entry}
-    if kept != manifest.files:
-        write_manifest(directory, replace(manifest, files=kept))
-    for name, data in files.items():
-        target = directory / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, data)
-        fsync_directory(directory)
-    lock.check()
-    write_manifest(directory, replace(manifest, files=dict(sorted((kept | new).items()))))
+    with plain_errors(directory), Lock(directory, "changing this cache") as lock:
+        remove_leftovers(directory)
+        manifest = read_manifest(directory)
+        kept = {name: entry for name, entry in manifest.files.items() if new.get(name, entry) == entry}
+        if kept != manifest.files:
+            write_manifest(directory, replace(manifest, files=kept))
+        for name, data in files.items():
+            target = directory / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(target, data)
+            fsync_directory(directory)
+        lock.check()
+        write_manifest(directory, replace(manifest, files=dict(sorted((kept | new).items()))))

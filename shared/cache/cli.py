@@ -97,7 +97,7 @@ def pull(url: str, out: Path) -> None:
     evaluation, `info`, `verify` and `show` also take the URL itself.
     """
     from shared.cache.info import summary
-    from shared.cache.push import pull_cache
+    from shared.cache.pull import pull_cache
 
     pull_cache(url, out)
     click.echo(summary(out))

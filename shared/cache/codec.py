@@ -23,6 +23,7 @@ by log x ≤ x − 1 and by Taylor's remainder. It holds for both codecs. For `q
 - Margins stored as 1,500 and tails clipped at ±32,767 have weights below e^{−750}: no figure of float64 changes.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -32,7 +33,7 @@ from shared.cache.format import MAX_MARGIN, Array, indptr
 
 KNEE = 5 * math.log(4.8)
 ESCAPE = 255
-NEAR_BORDER = 4e-3  # float32 errs by less than that, up to the largest code of 7,556
+CELLS, CELLS_PER_NAT = 1 << 16, 1 << 10  # of the table of codes: margins below 64
 BLOCK_ROWS = 4_096
 BLOCK_ENTRIES = 1 << 15  # stay in a processor's cache
 NO_TAIL = -32_768
@@ -56,9 +57,8 @@ def encode_margins(margins: Array, k: Array, codec: str) -> tuple[dict[str, Arra
     Returns:
         The codec's data sets; the codes `[E]` and the codebook f32 that a reader will decode from them.
     """
-    margins = np.minimum(margins, np.float32(MAX_MARGIN))
     if codec == "f16":
-        half = margins.astype(np.float16)
+        half = np.minimum(margins, np.float32(MAX_MARGIN)).astype(np.float16)
         return {"topk_margins": half}, half.view(np.uint16), HALF_FLOATS
     codes = _codes(margins)
     codebook = _codebook(int(codes.max(initial=-1)) + 1)
@@ -66,11 +66,12 @@ def encode_margins(margins: Array, k: Array, codec: str) -> tuple[dict[str, Arra
     np.subtract(codes[1:], codes[:-1], out=differences[1:])
     differences[_row_starts(k)] = 0
     escaped = np.flatnonzero(differences >= ESCAPE)
+    escapes = differences[escaped].astype(np.uint32)
     arrays = {
         "codebook": codebook,
-        "topk_codes": np.minimum(differences, ESCAPE, dtype=np.int16).astype(np.uint8),
+        "topk_codes": np.minimum(differences, ESCAPE, out=differences).astype(np.uint8),
         "esc_pos": escaped,
-        "esc_value": differences[escaped].astype(np.uint32),
+        "esc_value": escapes,
     }
     return arrays, codes, codebook
 
@@ -135,37 +136,44 @@ def encode_tail(
     return codes.astype(np.int16)
 
 
-def decode_tail(codes: Array, last_margins: Array, temperature: float, scale: int) -> Array:
-    """Decode one temperature's tails i16 `[S]`: f64 `[S]`, log weight relative to the first entry, −inf where none."""
+def decode_tail(codes: Array, last_margins: Array, temperature: float | Array, scale: int) -> Array:
+    """Decode one temperature's tails i16 `[S]`: f64 `[S]`, log weight relative to the first entry, −inf where none.
+
+    With margins `[S, 1]` and a grid `[T]`, those of the whole grid, `[S, T]`.
+    """
     log_weights = codes / scale - last_margins.astype(np.float64) / temperature
     return np.where(codes == NO_TAIL, -np.inf, log_weights)
 
 
-def last_of_rows(values: Array, k: Array) -> Array:
-    """Each row's last value, 0 in empty rows: `[S]` from `[E]`."""
-    last = np.zeros(len(k), values.dtype)
+def last_margins(codes: Array, codebook: Array, k: Array) -> Array:
+    """Each row's last decoded margin, 0 in empty rows: f32 `[S]` from codes `[E]`."""
+    last = np.zeros(len(k), np.float32)
     rows = np.flatnonzero(k)
-    last[rows] = values[indptr(k)[rows + 1] - 1]
+    last[rows] = codebook[codes[indptr(k)[rows + 1] - 1]]
     return last
 
 
-def last_margins(codes: Array, codebook: Array, k: Array) -> Array:
-    """Each row's last decoded margin, 0 in empty rows: f32 `[S]` from codes `[E]`."""
-    return codebook.take(last_of_rows(codes, k)) if len(codes) else np.zeros(len(k), np.float32)
-
-
 def _codes(margins: Array) -> Array:
-    """The code of each margin, i16, as float64 gives it: in float32, and once more where that is near a border."""
-    codes = np.empty(len(margins), np.int16)
+    """The code of each margin, i16, as float64 gives it: from a table, but where a cell of that holds two."""
+    codes, table = np.empty(len(margins), np.int16), _code_table()
     for start in range(0, len(margins), BLOCK_ENTRIES):
-        block = margins[start : start + BLOCK_ENTRIES]
-        low = 120 - 120 * np.exp(np.minimum(block, np.float32(KNEE)) * np.float32(-0.2))
-        companded = low + 5 * np.maximum(block - np.float32(KNEE), 0)
-        rounded = np.rint(companded)
-        near = np.flatnonzero(np.abs(companded - rounded) > 0.5 - NEAR_BORDER)
-        exact = block[near].astype(np.float64)
-        rounded[near] = np.rint(np.where(exact < KNEE, -120 * np.expm1(-exact / 5), 95 + 5 * (exact - KNEE)))
-        codes[start : start + BLOCK_ENTRIES] = rounded
+        block, block_codes = (array[start : start + BLOCK_ENTRIES] for array in (margins, codes))
+        cells = (np.minimum(block, np.float32(CELLS / CELLS_PER_NAT)) * np.float32(CELLS_PER_NAT)).astype(np.intp)
+        table.take(cells, out=block_codes, mode="clip")
+        undecided = np.flatnonzero(block_codes < 0)
+        block_codes[undecided] = _exact_codes(np.minimum(block[undecided].astype(np.float64), MAX_MARGIN))
+    return codes
+
+
+@functools.cache
+def _code_table() -> Array:
+    """The code of all margins in the i-th cell of 1/1024 nat, −1 where it has two, and for all beyond the cells."""
+    codes = _exact_codes(np.arange(CELLS + 1) / CELLS_PER_NAT)
+    return np.append(np.where(codes[1:] == codes[:-1], codes[1:], -1), -1).astype(np.int16)
+
+
+def _exact_codes(margins: Array) -> Array:
+    codes: Array = np.rint(np.where(margins < KNEE, -120 * np.expm1(-margins / 5), 95 + 5 * (margins - KNEE)))
     return codes
 
 

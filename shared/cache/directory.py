@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from shared.cache.manifest import FileEntry, is_hidden, read_manifest
 from shared.errors import CacheCorruptError, CacheFormatError, DistillError, ResumeError
 from shared.files import is_system_file, sha256_file
 from shared.lock import LOCK, is_abandoned
+from shared.machine import num_processors
 from shared.progress import progress
 
 FOLDERS = (TOKENIZER, TEACHER_EVAL)
+_PREFIXES = tuple(f"{folder}/" for folder in FOLDERS)
 OWN_FILES = (BUILD, LOCK, MANIFEST, DOC_LENGTHS)
 MAX_THREADS = 16
 BATCH_FILES = 1_024  # that wait for a thread at a time
@@ -62,6 +64,13 @@ def list_files(directory: Path) -> dict[str, FileEntry]:
 def is_side_file(name: str) -> bool:
     """Whether a file, by its relative name, is one that a transport or a system put there."""
     return SIDE_FILES.fullmatch(name) is not None or is_system_file(name.rpartition("/")[2])
+
+
+def stale_names(names: Iterable[str], files: Mapping[str, FileEntry]) -> list[str]:
+    """Names that only a cache gives its files and that a manifest does not list: of an earlier manifest."""
+    fixed = (BUILD, DOC_LENGTHS)
+    ours = [name for name in names if name in fixed or name.startswith(_PREFIXES) or SHARD_PATTERN.fullmatch(name)]
+    return sorted(name for name in ours if name not in files)
 
 
 def walk(directory: Path, *, folders: bool = False) -> Iterator[tuple[str, Path]]:
@@ -151,7 +160,7 @@ def check_files(directory: Path, files: Mapping[str, FileEntry]) -> dict[str, st
     Files are hashed by as many threads as there are processors (hashing releases Python's lock).
     """
     problems: dict[str, str] = {}
-    threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, MAX_THREADS)
+    threads = min(num_processors(), MAX_THREADS)
     total = sum(entry.bytes for entry in files.values())
     with ThreadPoolExecutor(threads) as pool, progress("verify", total, "bytes") as bar:
         names = iter(files)

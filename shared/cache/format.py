@@ -130,9 +130,27 @@ def indptr(lengths: Array) -> Array:
     return offsets
 
 
-def row_blocks(k: Array) -> Iterator[tuple[slice, slice]]:
+def is_in(values: Array, known: Array) -> Array:
+    """Which values are among known ones, which ascend: bool `[n]`."""
+    if not len(known):
+        return np.zeros(len(values), bool)
+    found: Array = known[np.searchsorted(known, values).clip(max=len(known) - 1)] == values
+    return found
+
+
+def row_blocks(k: Array, num_rows: int = BLOCK_ROWS) -> Iterator[tuple[slice, slice]]:
     """Rows in blocks that stay in a processor's cache, and the entries of each block; `k` has the entries of a row."""
     borders = indptr(k)
-    for start in range(0, len(k), BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, len(k))
+    for start in range(0, len(k), num_rows):
+        stop = min(start + num_rows, len(k))
         yield slice(start, stop), slice(int(borders[start]), int(borders[stop]))
+
+
+def pad_rows(values: Array, k: Array, width: int, fill: Any) -> Array:
+    """Rows of lengths k, one after the other, as `[n, width]`; a view where all are full. `fill` may be `[width]`."""
+    if len(values) == len(k) * width:
+        return values.reshape(len(k), width)
+    rows = np.empty((len(k), width), values.dtype)
+    rows[:] = fill
+    rows[np.arange(width) < k[:, None]] = values
+    return rows

@@ -50,9 +50,9 @@ def _write_chunks(file: h5py.File, name: str, array: Array, filter: str) -> None
         dataset[...] = array
         return
     for start in range(0, len(array), rows):
-        part = array[start : start + rows]
-        chunk = np.zeros(dataset.chunks, array.dtype)
-        chunk[: len(part)] = part
+        chunk = array[start : start + rows]
+        if len(chunk) < rows:
+            chunk = np.concatenate([chunk, np.zeros((rows - len(chunk), *array.shape[1:]), array.dtype)])
         dataset.id.write_direct_chunk((start, *[0] * (array.ndim - 1)), pack_chunk(chunk))
 
 

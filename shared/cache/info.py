@@ -62,9 +62,10 @@ def _finished(manifest: Manifest, manifest_bytes: int) -> dict[str, Any]:
 
 
 def _unfinished(directory: Path, num_shards: int | None, options: dict[str, Any] | None) -> dict[str, Any]:
+    names = {entry.name for entry in directory.iterdir()}
     return {
         "finished": False,
-        "shards_done": _pairs({entry.name for entry in directory.iterdir()}),
+        "shards_done": sum(name.endswith(".h5") and f"{name[:-3]}.json" in names for name in names),
         "num_shards": num_shards,
         "in_progress": is_locked(directory),
         "build": options,
@@ -104,9 +105,8 @@ def summary(path: Path | str) -> str:
     if info["derived_from"]:
         lines.append(f"  made by    {info['derived_from'].get('command')}")
     if (info["labels"] or {}).get("derived_from"):
-        lines.append(
-            "             its encoding KL is measured against the rows it was cut from, which have one of their own"
-        )
+        text = "its encoding KL is measured against the rows it was cut from, which have one of their own"
+        lines.append(f"             {text}")
     lines += [f"  source     {_pairs_of(source)}" for source in info["sources"]]
     lines += [f"  written    {text}" for text in written_text(info["sources"])]
     return "\n".join(lines)
@@ -118,7 +118,3 @@ def _pairs_of(mapping: dict[str, Any]) -> str:
 
 def _figure(value: float | None, form: str = ".4f") -> str:
     return "none" if value is None else format(value, form)
-
-
-def _pairs(names: set[str]) -> int:
-    return sum(1 for name in names if name.endswith(".h5") and f"{name[:-3]}.json" in names)

@@ -93,22 +93,15 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRecord:
-    """What a shard's JSON says of it.
+    """What a shard's JSON says of it and of its `.h5` file."""
 
-    Args:
-        shard: its number; bytes, sha256: of its `.h5` file.
-        statistics: FORMAT.md, "Statistics".
-        documents: ids; doc_lengths: tokens. One of each per document.
-        capture: how the labels were made: token budget, versions, …; no times, so that bytes are reproducible.
-    """
-
-    shard: int
+    shard: int  # its number
     bytes: int
     sha256: str
-    statistics: dict[str, Any]
-    documents: list[Any]
-    doc_lengths: list[int]
-    capture: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, Any]  # FORMAT.md, "Statistics"
+    documents: list[Any]  # their ids
+    doc_lengths: list[int]  # their tokens
+    capture: dict[str, Any] = field(default_factory=dict)  # token budget, versions, …; no times: bytes are reproducible
 
 
 def written_text(sources: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -178,12 +171,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes, file: Path | str) -> Manifest:
-    """A manifest's content; `file` is where it lies.
-
-    Raises:
-        CacheFormatError: an unknown version, or a mandatory field is missing.
-        CacheCorruptError: a byte of it has changed.
-    """
+    """A manifest's content; `file` is where it lies. Raises as `read_manifest`."""
     try:
         value = unseal(data)
     except ValueError as error:
@@ -279,10 +267,8 @@ def _check_version(value: Any, file: Path | str) -> None:
     """Refuse JSON of another format or version."""
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise CacheFormatError("not a logit cache", where=file, expected=FORMAT)
-    if value.get("version") != VERSION:
-        raise CacheFormatError(
-            "unknown version of the cache format", where=file, expected=VERSION, got=value.get("version"), fix=NEWER
-        )
+    if (got := value.get("version")) != VERSION:
+        raise CacheFormatError("unknown version of the cache format", where=file, expected=VERSION, got=got, fix=NEWER)
 
 
 def _entries(files: Any, file: Path | str) -> dict[str, FileEntry]:

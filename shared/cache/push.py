@@ -1,27 +1,26 @@
-"""Sharing a cache: all its files to a URL, or from one; the manifest goes last."""
+"""Uploading a cache: all its files to a URL; the manifest goes last."""
 
 import contextlib
 import hashlib
-import io
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shared.cache.directory import BATCH_FILES, is_ours, plain_errors, remove_leftovers, walk
+from shared.cache.card import PLOT, card, plot
+from shared.cache.directory import BATCH_FILES, plain_errors, remove_leftovers, stale_names
 from shared.cache.format import BUILD, MANIFEST
 from shared.cache.info import cache_info
 from shared.cache.manifest import FileEntry, Manifest, parse_manifest, read_manifest
-from shared.cache.remote import THREADS, Remote, open_file_system, patiently, split_hub, url_of
-from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, require
+from shared.cache.remote import THREADS, Remote, local_path, open_file_system, patiently, split_hub, url_of
+from shared.errors import CacheCorruptError, ConfigError, require
 from shared.files import sha256_file, write_bytes
-from shared.lock import LOCK, Lock
+from shared.lock import Lock
 from shared.progress import progress
 
 T = TypeVar("T")
 
-PLOT = "captured_mass.png"
 URLS = "hf://datasets/OWNER/NAME[@BRANCH], s3://…, gs://… or file:///…"
 
 
@@ -46,6 +45,29 @@ def push_cache(directory: Path, target: str, *, private: bool = False) -> str:
     if url.startswith("hf:"):
         return _push_to_hub(directory, manifest, url, private=private)
     require(not private, "--private is for the Hub", where=target)
+    with _locked(url):
+        _push_to_file_system(directory, manifest, url)
+    return url
+
+
+@contextlib.contextmanager
+def _locked(url: str) -> Iterator[None]:
+    """Hold the lock of a target on a file system of this machine; object stores know none."""
+    folder = local_path(url)
+    if folder is None:
+        yield
+        return
+    with plain_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder, "pushing a cache to this folder")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _push_to_file_system(directory: Path, manifest: Manifest, url: str) -> None:
+    """Upload file by file; `build.json` goes first, and refuses another cache's push until the manifest is there."""
     file_system, folder = open_file_system(url)
     remote = Remote(url)
     data = (directory / MANIFEST).read_bytes()
@@ -54,14 +76,14 @@ def push_cache(directory: Path, target: str, *, private: bool = False) -> str:
     def find() -> dict[str, int]:
         return {name: entry["size"] for name, entry in file_system.find(folder, detail=True).items()}
 
-    sizes = _on_target(find, url)
+    sizes = {path.removeprefix(f"{folder}/"): size for path, size in _on_target(find, url).items()}
     if there is not None and there != data:
         _on_target(lambda: file_system.rm_file(f"{folder}/{MANIFEST}"), url)  # files change under it
 
     def put(name: str, entry: FileEntry) -> None:
         path = f"{folder}/{name}"
         _require_whole(directory / name, entry)
-        if sizes.get(path) == entry.bytes and remote.digest(name, entry.bytes) == entry.sha256:
+        if sizes.get(name) == entry.bytes and remote.digest(name, entry.bytes) == entry.sha256:
             return
 
         def upload() -> None:
@@ -70,49 +92,18 @@ def push_cache(directory: Path, target: str, *, private: bool = False) -> str:
 
         _on_target(upload, f"{url}/{name}")
 
-    _for_each(manifest.files, put, "push")
-    if there != data:
-        _on_target(lambda: _publish(file_system, f"{folder}/{MANIFEST}", data), f"{url}/{MANIFEST}")
-    return url
-
-
-def pull_cache(source: str, out: Path) -> None:
-    """Download a cache to a folder, or continue; a file that is there with the right SHA-256 is skipped.
-
-    Raises:
-        CacheFormatError: there is no finished cache at the URL.
-        CacheCorruptError: a file there is missing, or its bytes are not those of the manifest.
-        ConfigError: the URL cannot be read, or the folder holds something else.
-    """
-    url = url_of(source)
-    if url is None:
-        raise ConfigError("not the URL of a cache", where=source, expected=f"http(s)://…, {URLS}")
-    remote = Remote(url)
-    manifest, data = remote.manifest()
-    strange = [path.name for path in out.iterdir() if not is_ours(path)] if out.is_dir() else []
-    require(not strange, "the folder holds something that is no cache", where=out, got=", ".join(strange[:3]))
-    is_same = not out.is_dir() or _holds_part_of(out, manifest)
-    require(is_same, "the folder holds another cache", where=out, fix="name another folder")
-    with plain_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = Lock(out, "pulling a cache to this folder")
-        try:
-            if (out / MANIFEST).exists() and (out / MANIFEST).read_bytes() != data:
-                (out / MANIFEST).unlink()
-
-            def get(name: str, entry: FileEntry) -> None:
-                file = out / name
-                if not (file.is_file() and file.stat().st_size == entry.bytes and sha256_file(file) == entry.sha256):
-                    remote.download(name, entry, file)
-
-            _for_each(manifest.files, get, "pull")
-            for name, file in walk(out):
-                if name not in manifest.files and name not in (LOCK, MANIFEST) and name.endswith((".h5", ".json")):
-                    file.unlink()  # of the earlier manifest
-            remove_leftovers(out)
-            write_bytes(out / MANIFEST, data)
-        finally:
-            lock.release()
+    if BUILD in manifest.files:
+        put(BUILD, manifest.files[BUILD])
+    for_each({name: entry for name, entry in manifest.files.items() if name != BUILD}, put, "push")
+    if there == data:
+        return
+    if _refuse_another(remote, manifest, directory) not in (None, data):
+        what, fix = "another push has changed the target meanwhile", "run the command again: it continues"
+        raise ConfigError(what, where=url, fix=fix)
+    if {BUILD, MANIFEST} & sizes.keys():
+        for name in stale_names(sizes, manifest.files):
+            _on_target(lambda name=name: file_system.rm_file(f"{folder}/{name}"), f"{url}/{name}")  # type: ignore[misc]
+    _on_target(lambda: _publish(file_system, f"{folder}/{MANIFEST}", data), f"{url}/{MANIFEST}")
 
 
 def _push_to_hub(directory: Path, manifest: Manifest, url: str, *, private: bool) -> str:
@@ -121,35 +112,30 @@ def _push_to_hub(directory: Path, manifest: Manifest, url: str, *, private: bool
 
     repo_id, branch = split_hub(url)
     require_repository(repo_id)
-    open_dataset(repo_id, branch, private=private)
-    there = listed_digests(repo_id, branch)
-    if MANIFEST in there:
-        _refuse_another(Remote(url), manifest, directory)
+    head = open_dataset(repo_id, branch, private=private)
+    there = listed_digests(repo_id, head)
+    is_cache = not there.keys().isdisjoint((BUILD, MANIFEST))
+    if is_cache:
+        _refuse_another(Remote(f"hf://datasets/{repo_id}@{head}"), manifest, directory)
 
-    missing: dict[str, bytes | Path] = {}
+    missing: dict[str, tuple[Path, str]] = {}
 
     def look(name: str, entry: FileEntry) -> None:
         _require_whole(directory / name, entry)
         digest = there.get(name)
-        if digest != entry.sha256 and digest != _git_digest(directory / name):
-            missing[name] = directory / name
+        if digest is None or (digest != entry.sha256 and digest != _git_digest(directory / name)):
+            missing[name] = directory / name, entry.sha256
 
-    _for_each(manifest.files, look, "check")
+    for_each(manifest.files, look, "check")
     last: dict[str, bytes | Path] = {
-        PLOT: _plot(manifest.statistics["captured_mass"]),
+        PLOT: plot(manifest.statistics["captured_mass"]),
         "README.md": card(cache_info(directory), repo_id).encode(),
         MANIFEST: directory / MANIFEST,
     }
-    commit = push_files(repo_id, branch, {name: missing[name] for name in sorted(missing)}, last)
+    files = {name: missing[name] for name in sorted(missing)}
+    stale = stale_names(there, manifest.files) if is_cache else []
+    commit = push_files(repo_id, branch, head, files, last=last, stale=stale)
     return f"hf://datasets/{repo_id}@{commit}"
-
-
-def _holds_part_of(directory: Path, manifest: Manifest) -> bool:
-    """Whether what a folder has of a cache is this one's, as its manifest says, or else its build's options."""
-    with contextlib.suppress(CacheFormatError, CacheCorruptError):
-        return read_manifest(directory).digest == manifest.digest
-    build, entry = directory / BUILD, manifest.files.get(BUILD)
-    return not build.is_file() or (entry is not None and sha256_file(build) == entry.sha256)
 
 
 def _refuse_another(remote: Remote, manifest: Manifest, directory: Path) -> bytes | None:
@@ -176,24 +162,6 @@ def _require_whole(file: Path, entry: FileEntry) -> None:
         raise CacheCorruptError("a file's bytes have changed", where=file, expected=entry.sha256, got=digest, fix=fix)
 
 
-def _for_each(files: Mapping[str, FileEntry], action: Callable[[str, FileEntry], None], what: str) -> None:
-    """Do something with every file, several at a time; the first error ends it."""
-    with (
-        progress(what, sum(entry.bytes for entry in files.values()), "bytes") as bar,
-        ThreadPoolExecutor(THREADS) as pool,
-    ):
-        names = iter(files)
-        try:
-            while batch := list(itertools.islice(names, BATCH_FILES)):
-                started = [(files[name], pool.submit(action, name, files[name])) for name in batch]
-                for entry, done in started:
-                    done.result()
-                    bar.advance(entry.bytes)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
 def _on_target(action: Callable[[], T], where: str) -> T:
     """Ask a file system for something, patiently; a target that is not there is one error."""
     try:
@@ -217,56 +185,19 @@ def _git_digest(file: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def card(info: Mapping[str, Any], repo_id: str) -> str:
-    """The data set card of a cache: what it is, whose, its figures, how to train from it."""
-    licenses = sorted({str(source["license"]) for source in info["sources"] if source.get("license")})
-    front = ["---", "tags:", "- code", "- knowledge-distillation", "- codedistill"]
-    front += ["license: other", f"license_name: {' AND '.join(licenses)!r}"] if licenses else []
-    teacher, statistics = info["teacher"] or {}, info["statistics"]
-    rows = [
-        ("documents", f"{info['num_documents']:,} in {info['num_shards']:,} shards"),
-        ("tokens", f"{info['num_tokens']:,}, {statistics['targets']:,} of them targets"),
-        ("entries", f"{info['num_entries']:,} (top-k {info['top_k']})"),
-        ("size", f"{info['total_bytes']:,} bytes, {info['bytes_per_token']:.1f} per token for the labels"),
-        ("label identity", f"`{info['label_identity']}`"),
-        ("teacher", f"{teacher.get('name')}, commit {teacher.get('commit') or 'unknown'}"),
-    ]
-    masses = [
-        f"| {T} | {mass['mean']:.4f} | {mass['p10']:.4f} | {mass['p1']:.4f} | {info['encoding_kl_mean_nats'][T]:.1e} |"
-        for T, mass in statistics["captured_mass"].items()
-    ]
-    sources = [
-        f"- {source.get('name')} ({source.get('split')}), license {source.get('license') or 'not stated'}"
-        for source in info["sources"]
-    ]
-    return "\n".join([
-        *front, "---", "",
-        f"# Logits of {teacher.get('name')}", "",
-        "A codedistill cache: for every token of its documents the teacher's most probable next tokens with their",
-        "logits, and the exact probability mass of all others. A student trains from it without the teacher:", "",
-        "```bash",
-        f"codedistill student train --cache hf://datasets/{repo_id} --out runs/student",
-        "```", "",
-        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows), "",
-        "## Captured mass", "",
-        f"![Captured mass by temperature]({PLOT})", "",
-        "| T | mean | p10 | p1 | encoding KL, nats |", "|---|---|---|---|---|", *masses, "",
-        "## Sources and licenses", "",
-        *sources, "",
-    ])  # fmt: skip
-
-
-def _plot(captured_mass: Mapping[str, Mapping[str, float | None]]) -> bytes:
-    """Bars of the captured mass by temperature, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes, out = figure.subplots(), io.BytesIO()
-    for at, key in enumerate(("mean", "p10", "p1")):
-        places = [number + 0.27 * (at - 1) for number in range(len(captured_mass))]
-        axes.bar(places, [mass[key] or 0 for mass in captured_mass.values()], 0.25, label=key)
-    axes.set_xticks(range(len(captured_mass)), list(captured_mass))
-    axes.set(xlabel="temperature", ylabel="probability mass in the rows", ylim=(0, 1))
-    axes.legend(loc="lower left")
-    figure.savefig(out, format="png", dpi=120, metadata={"Software": None})
-    return out.getvalue()
+def for_each(files: Mapping[str, FileEntry], action: Callable[[str, FileEntry], None], what: str) -> None:
+    """Do something with every file, several at a time; the first error ends it."""
+    with (
+        progress(what, sum(entry.bytes for entry in files.values()), "bytes") as bar,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
+        names = iter(files)
+        try:
+            while batch := list(itertools.islice(names, BATCH_FILES)):
+                started = [(files[name], pool.submit(action, name, files[name])) for name in batch]
+                for entry, done in started:
+                    done.result()
+                    bar.advance(entry.bytes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

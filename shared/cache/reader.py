@@ -14,8 +14,9 @@ import numpy as np
 from shared.cache import hdf5
 from shared.cache.directory import file_names
 from shared.cache.format import DOC_LENGTHS, TOKENIZER, Array, Sampling, indptr, shard_name
+from shared.cache.local import Store
 from shared.cache.manifest import ShardRecord, parse_record, read_manifest
-from shared.cache.remote import Store, local_path, url_of
+from shared.cache.remote import local_path, url_of
 from shared.cache.shard import SampledTargets, Shard, Targets, decode_shard
 from shared.errors import CacheCorruptError, CacheMismatchError, require
 

@@ -54,13 +54,9 @@ def repair_cache(path: Path | str) -> list[str]:
     if manifest is not None and not has_leftovers(directory) and not check_files(directory, manifest.files):
         return [f"{shown(name)}: {what}; left alone" for name, what in foreign_files(directory, manifest)]
     cleared = ["what a killed process left: cleared"] if has_leftovers(directory) else []
-    with plain_errors(directory):
-        lock = Lock(directory, "changing this cache")
-        try:
-            remove_leftovers(directory)
-            return [*cleared, *_repair(directory, _manifest(directory))]
-        finally:
-            lock.release()
+    with plain_errors(directory), Lock(directory, "changing this cache"):
+        remove_leftovers(directory)
+        return [*cleared, *_repair(directory, _manifest(directory))]
 
 
 def copy_whole_shards(path: Path | str, out: Path | str) -> list[int]:
@@ -134,26 +130,20 @@ def _repair_unfinished(directory: Path) -> Iterator[str]:
     if (directory / MANIFEST).exists() or (directory / DOC_LENGTHS).exists():  # the build had come to its end
         yield f"{MANIFEST}: damaged or missing; {_command(directory)} writes it again"
     if build_options(directory) is None:
-        raise DistillError(
-            "neither the manifest nor build.json can be read: nothing says what this cache was made of",
-            where=directory,
-            fix="copy the cache again, or make it anew",
-        )
+        what = "neither the manifest nor build.json can be read: nothing says what this cache was made of"
+        raise DistillError(what, where=directory, fix="copy the cache again, or make it anew")
     shards = sorted({int(m[1]) for entry in directory.iterdir() if (m := SHARD_PATTERN.fullmatch(entry.name))})
     yield from _remove_shards(directory, [shard for shard in shards if read_pair(directory, shard) is None], None)
 
 
 def _remove_shards(directory: Path, shards: list[int], manifest: Manifest | None) -> Iterator[str]:
     """Remove pairs; name their documents, from whichever file of the pair still tells, else by position."""
-    lines = []
     for shard in shards:
         known = _documents(directory, shard)
         what = f"documents {json.dumps(known, ensure_ascii=False)}" if known else _positions(shard, manifest)
-        lines.append(f"{shard_name(shard)}: damaged; removed, with {what}: {_command(directory)} makes it again")
-    for shard in shards:
         for end in ("h5", "json"):
             (directory / f"{shard_name(shard)}.{end}").unlink(missing_ok=True)
-    yield from lines
+        yield f"{shard_name(shard)}: damaged; removed, with {what}: {_command(directory)} makes it again"
 
 
 def _documents(directory: Path, shard: int) -> list[Any] | None:

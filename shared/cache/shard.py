@@ -9,7 +9,7 @@ import numpy as np
 
 from shared.cache import hdf5
 from shared.cache.codec import decode_codes, decode_tail, last_margins
-from shared.cache.format import ATTRIBUTES, CODECS, DATASETS, FORMAT, SAMPLES, VERSION, Array, Samples, indptr
+from shared.cache.format import ATTRIBUTES, CODECS, DATASETS, FORMAT, SAMPLES, VERSION, Array, Samples, indptr, pad_rows
 from shared.errors import CacheCorruptError, CacheFormatError
 
 
@@ -87,8 +87,8 @@ class Shard:
         """Decode rows `start` to `stop` at the temperature of a tail column, padded to `width`."""
         k = self.k[start:stop]
         first, last = int(self.row_indptr[start]), int(self.row_indptr[stop])
-        ids = _pad(self.ids[first:last].astype(np.int64), k, width, 0)
-        logp = _pad(self.codebook[self.codes[first:last]] / np.float32(-temperature), k, width, -np.inf)
+        ids = pad_rows(self.ids[first:last].astype(np.int64), k, width, 0)
+        logp = pad_rows(self.codebook[self.codes[first:last]] / np.float32(-temperature), k, width, -np.inf)
         log_tail = self.log_tails(slice(start, stop), column, temperature)
         # Weights are relative to the row's first entry: the sum is at least 1 and at most V, but in an empty row.
         total = np.einsum("ij->i", np.exp(logp)) + np.exp(log_tail)
@@ -110,9 +110,9 @@ class Shard:
         entries = slice(first, first + int(k.sum()))
         return SampledTargets(
             k=k,
-            ids=_pad(samples.ids[entries], k, samples.num, 0),
-            counts=_pad(samples.counts[entries], k, samples.num, 0),
-            margins=_pad(samples.margins[entries], k, samples.num, 0),
+            ids=pad_rows(samples.ids[entries], k, samples.num, 0),
+            counts=pad_rows(samples.counts[entries], k, samples.num, 0),
+            margins=pad_rows(samples.margins[entries], k, samples.num, 0),
             temperature=samples.temperature,
             drawn_from=samples.drawn_from,
             num=samples.num,
@@ -200,10 +200,3 @@ def _samples(arrays: dict[str, Array], attributes: dict[str, Any], where: object
 def _narrow(ids: Array) -> Array:
     """Ids in the narrowest type, u16 or u32, that holds them."""
     return ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.uint32)
-
-
-def _pad(values: Array, k: Array, width: int, fill: float) -> Array:
-    """Rows of lengths k, one after the other, as `[n, width]`."""
-    rows = np.full((len(k), width), fill, values.dtype)
-    rows[np.arange(width) < k[:, None]] = values
-    return rows

@@ -10,7 +10,7 @@ import numpy as np
 
 from shared.cache.directory import plain_errors
 from shared.cache.encode import encode_shard, shard_options
-from shared.cache.format import TEACHER_EVAL, TOKENIZER, Array, ShardArrays, shard_name
+from shared.cache.format import TEACHER_EVAL, TOKENIZER, Array, ShardArrays, is_in, shard_name
 from shared.cache.identity import require_same_labels
 from shared.cache.manifest import ShardRecord
 from shared.cache.reader import Cache
@@ -58,13 +58,10 @@ def merge_caches(paths: Sequence[Path | str], out: Path | str) -> int:
             first.manifest.identity, other.manifest.identity, ours_name=first.path, theirs_name=other.path
         )
         for key, value in first.manifest.head_options.items():
-            if other.manifest.head_options[key] != value:
-                raise CacheMismatchError(
-                    f"the {key} of {first.path} and {other.path} differ",
-                    expected=value,
-                    got=other.manifest.head_options[key],
-                    fix=f"codedistill cache slice --{key} makes a copy of either" if key == "filter" else None,
-                )
+            if (got := other.manifest.head_options[key]) != value:
+                what = f"the {key} of {first.path} and {other.path} differ"
+                fix = "codedistill cache slice --filter makes a copy of either" if key == "filter" else None
+                raise CacheMismatchError(what, expected=value, got=got, fix=fix)
     parts, num_duplicates = _merged(inputs)
     sources: list[dict[str, Any]] = []
     for source in (source for cache in inputs for source in cache.manifest.sources):
@@ -75,14 +72,11 @@ def merge_caches(paths: Sequence[Path | str], out: Path | str) -> int:
         "inputs": [cache.manifest.as_input | {"sources": len(cache.manifest.sources)} for cache in inputs],
         "num_duplicates": num_duplicates,
     }
+    digests = [cache.manifest.digest for cache in inputs]
     write_derived(
         Path(out),
         parts,
-        build={
-            "command": "cache merge",
-            "inputs": [cache.manifest.digest for cache in inputs],
-            **first.manifest.head_options,
-        },
+        build={"command": "cache merge", "inputs": digests, **first.manifest.head_options},
         identity=first.manifest.identity,
         sources=sources,
         derived_from=derived_from,
@@ -126,7 +120,7 @@ def _merged(inputs: Sequence[Cache]) -> tuple[list[Part], int]:
             digests = [meta.get("digest") for meta in cache.document_meta(shard)]
             fingerprints = _fingerprints(digests)
             keep = np.array([digest is None for digest in digests])
-            keep |= ~np.any([_is_in(fingerprints, known) for known in earlier], axis=0) if earlier else True
+            keep |= ~np.any([is_in(fingerprints, known) for known in earlier], axis=0) if earlier else True
             ours.append(fingerprints[keep])
             num_duplicates += int((~keep).sum())
             if keep.any():
@@ -138,13 +132,6 @@ def _merged(inputs: Sequence[Cache]) -> tuple[list[Part], int]:
 def _fingerprints(digests: Sequence[Any]) -> Array:
     """16 bytes for each digest, so that those of all documents fit in memory."""
     return np.array([hashlib.sha256(repr(digest).encode()).digest()[:16] for digest in digests], "S16")
-
-
-def _is_in(values: Array, known: Array) -> Array:
-    """Which values are among the known ones, sorted."""
-    at = np.minimum(np.searchsorted(known, values), max(len(known) - 1, 0))
-    found: Array = known[at] == values if len(known) else np.zeros(len(values), bool)
-    return found
 
 
 def _has_results(cache: Cache) -> bool:
@@ -168,12 +155,10 @@ def slice_cache(
     label options record them and the identity they come from; fewer documents or another filter are not.
 
     Args:
-        path: a finished cache.
-        out: the new one's directory.
         top_k: most entries of a row.
         top_p: rows keep their shortest prefix of this probability at T = 1.
         documents: keep the first so many, parts of a split document counted one by one; after `source`.
-        source: keep the documents of this data set alone.
+        source: keep only the documents of this data set.
         codec: `q` or `f16`; filter: `gzip` or `zstd`.
 
     Raises:
@@ -261,8 +246,6 @@ def write_derived(
     that is not.
 
     Args:
-        out: the new cache's directory.
-        parts: its shards, in order.
         build: the options that decide its bytes; codec, filter and sizes among them.
         identity, sources, derived_from: for the manifest.
         cut: changes the rows; the encoding's error is then measured against the rows before it. Without it, values are

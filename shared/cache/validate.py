@@ -14,10 +14,11 @@ from shared.cache.format import (
     Array,
     Samples,
     ShardArrays,
-    indptr,
+    pad_rows,
     row_blocks,
 )
 from shared.cache.hdf5 import load_filter
+from shared.cache.statistics import head_sums
 from shared.errors import CacheFormatError
 
 TAIL_TOLERANCE_NATS = 1 / 32 + 1e-3
@@ -46,8 +47,11 @@ def check_options(
         raise CacheFormatError("an empty vocabulary", got=f"head width {head_width}, tokenizer size {tokenizer_size}")
 
 
-def check_arrays(a: ShardArrays, *, temperatures: Sequence[float], top_k: int, head_width: int, V: int) -> None:
+def check_arrays(a: ShardArrays, *, temperatures: Sequence[float], top_k: int, head_width: int, V: int) -> Array:
     """Refuse a shard whose arrays break the format's rules; V is the tokenizer's size.
+
+    Returns:
+        f64 `[S, T]`: `head_sums` of each row, 1 in empty rows.
 
     Raises:
         CacheFormatError: the rule, with the document's id and the position in it.
@@ -63,40 +67,48 @@ def check_arrays(a: ShardArrays, *, temperatures: Sequence[float], top_k: int, h
     _refuse(a, (a.k != 0) & last, "a document's last row has entries", "none: there is no next token", a.k)
     _refuse(a, a.k > min(top_k, num_ids), "a row has too many entries", f"at most {min(top_k, num_ids)}", a.k)
 
+    heads, gold_margins = np.ones((len(a.k), len(temperatures))), np.full(len(a.k), np.nan)
     for rows, entries in row_blocks(a.k):
-        _check_entries(a, rows, entries, num_ids, V)
+        some = rows.start + np.flatnonzero(a.k[rows])
+        width = int(a.k[rows].max())
+        margins = pad_rows(a.topk_margins[entries], a.k[some], width, np.inf)
+        hits = _check_ids(a, some, entries, width, num_ids, V)
+        _check_margins(a, some, entries, margins)
+        gold_margins[some[hits // width]] = margins.reshape(-1)[hits]
+        heads[some] = head_sums(margins, temperatures)
     _check_tail(a, last, temperatures, V)
-    _check_gold(a, last, list(temperatures).index(1.0))
+    _check_gold(a, last, gold_margins, heads[:, list(temperatures).index(1.0)], list(temperatures).index(1.0))
     if a.samples is not None:
         _check_samples(a, a.samples, last, temperatures, num_ids)
+    return heads
 
 
-def _check_entries(a: ShardArrays, rows: slice, entries: slice, num_ids: int, V: int) -> None:
-    """Ids and margins of some rows."""
-    k, ids, margins = a.k[rows], a.topk_ids[entries], a.topk_margins[entries]
-    starts = indptr(k)[:-1][k > 0]
-
-    def refuse(bad: Array, what: str, expected: str) -> None:
-        if bad.any():
-            _refuse(a, np.repeat(np.arange(rows.start, rows.stop), k)[bad], what, expected)
-
-    refuse((ids < 0) | (ids >= num_ids), "an entry's id is out of range", f"0 to {num_ids - 1}")
-    width, some = int(k.max()), np.flatnonzero(k)
-    if np.all(k[some] == width):
-        padded = ids.astype(np.int32).reshape(-1, width) if width else np.zeros((0, 0), np.int32)
-    else:
-        padded = np.broadcast_to(V + np.arange(width, dtype=np.int32), (len(some), width)).copy()
-        padded[np.arange(width) < k[some, None]] = ids
+def _check_ids(a: ShardArrays, some: Array, entries: slice, width: int, num_ids: int, V: int) -> Array:
+    """Ids of some rows `[n]` with entries; where, among their n · width places, the next tokens are."""
+    ids, k = a.topk_ids[entries], a.k[some]
+    wrong = ids.view(f"u{ids.itemsize}") >= num_ids  # negative ones, too
+    if wrong.any():
+        _refuse(a, np.repeat(some, k)[wrong], "an entry's id is out of range", f"0 to {num_ids - 1}")
+    narrow = np.min_scalar_type(V + width)
+    padded = pad_rows(ids.astype(narrow), k, width, V + np.arange(width))
+    hits = np.flatnonzero(padded == a.tokens[some + 1].astype(narrow)[:, None])
     padded.sort(axis=1)
     twice = padded[:, 1:] == padded[:, :-1]
     if twice.any():
-        _refuse(a, rows.start + some[twice.any(axis=1)], "an id is twice in a row", "distinct ids")
-    refuse(~np.isfinite(margins), "a logit is not finite", "finite logits; entries of −inf are left out")
-    _refuse(a, rows.start + some[margins[starts] != 0], "a row's first margin is not 0", "z_1 − z_1 = 0")
-    falls = np.zeros(len(margins), bool)
-    np.less(margins[1:], margins[:-1], out=falls[1:])
-    falls[starts] = False
-    refuse(falls, "a row does not descend by logit", "ascending margins")
+        _refuse(a, some[twice.any(axis=1)], "an id is twice in a row", "distinct ids")
+    return hits
+
+
+def _check_margins(a: ShardArrays, some: Array, entries: slice, margins: Array) -> None:
+    """Margins `[n, width]` of some rows with entries, +inf as padding."""
+    finite = np.isfinite(a.topk_margins[entries])
+    if not finite.all():
+        row = np.repeat(some, a.k[some])[~finite]
+        _refuse(a, row, "a logit is not finite", "finite logits; entries of −inf are left out")
+    _refuse(a, some[(margins[:, :1] != 0).any(axis=1)], "a row's first margin is not 0", "z_1 − z_1 = 0")
+    falls = margins[:, 1:] < margins[:, :-1]
+    if falls.any():
+        _refuse(a, some[falls.any(axis=1)], "a row does not descend by logit", "ascending margins")
 
 
 def _check_shapes(a: ShardArrays, num_temperatures: int) -> None:
@@ -126,37 +138,34 @@ def _check_tail(a: ShardArrays, last: Array, temperatures: Sequence[float], V: i
     rows = np.flatnonzero(~last)
     if not len(rows):
         return
-    margins = a.topk_margins[a.row_indptr()[rows + 1] - 1].astype(np.float64)
+    margins = a.topk_margins[a.row_indptr()[rows + 1] - 1].astype(np.float64)[:, None]
     with np.errstate(divide="ignore"):
-        most = np.log(V - a.k[rows])[:, None] - margins[:, None] / np.asarray(temperatures)
-        most += TAIL_TOLERANCE_NATS + (0.1 + margins[:, None] / 2048) / np.asarray(temperatures)
+        most = np.log(V - a.k[rows])[:, None] + (0.1 + margins / 2048 - margins) / np.asarray(temperatures)
     tail = a.tail_log[rows]
-    _refuse(a, rows[(np.isnan(tail) | (tail == np.inf)).any(1)], "a tail is not a number", "a finite log or −inf")
-    heavy = rows[(tail > most).any(1)]
-    _refuse(a, heavy, "a tail heavier than V − k entries below the row's last can be", "tail_log ≤ log(V−k) − m_K/T")
+    wrong = ~(tail <= most + TAIL_TOLERANCE_NATS)
+    if wrong.any():
+        _refuse(a, rows[(np.isnan(tail) | (tail == np.inf)).any(1)], "a tail is not a number", "a finite log or −inf")
+        what, expected = "a tail heavier than V − k entries below the row's last can be", "tail_log ≤ log(V−k) − m_K/T"
+        _refuse(a, rows[wrong.any(1)], what, expected)
 
 
-def _check_gold(a: ShardArrays, last: Array, unit: int) -> None:
-    """The next token's own figures must agree with its row: it catches rows that are shifted or wrongly normalised."""
-    gold = np.append(a.tokens[1:], -1)
-    found = np.zeros(len(a.k), bool)
-    margin, head = np.zeros(len(a.k)), np.ones(len(a.k))  # of the next token, and Σ exp(−m)
-    for rows, entries in row_blocks(a.k):
-        k, margins = a.k[rows], a.topk_margins[entries]
-        starts, some = indptr(k)[:-1][k > 0], rows.start + np.flatnonzero(k)
-        hits = np.flatnonzero(a.topk_ids[entries] == np.repeat(gold[rows], k))
-        hit_rows = some[np.searchsorted(starts, hits, side="right") - 1]
-        found[hit_rows], margin[hit_rows] = True, margins[hits]
-        if a.gold_logprob is not None and len(some):
-            head[some] = np.add.reduceat(np.exp(-margins), starts)  # float32 is exact enough for this tolerance
+def _check_gold(a: ShardArrays, last: Array, margins: Array, heads: Array, unit: int) -> None:
+    """The next token's own figures must agree with its row: it catches rows that are shifted or wrongly normalised.
+
+    Args:
+        margins: f64 `[S]`, the next token's, NaN where it is not in its row; heads: f64 `[S]`, Σ exp(−m) at T = 1.
+        unit: the column of T = 1.
+    """
+    found = ~np.isnan(margins)
     _refuse(a, ~last & (found != a.gold_in_topk), "gold_in_topk disagrees with the row's ids", "the next token's state")
     if a.entropy_nats is not None:
         _refuse(a, ~last & ~np.isfinite(a.entropy_nats), "an entropy is not finite", "nats, at least 0", a.entropy_nats)
     if a.gold_logprob is None:
         return
     _refuse(a, ~last & ~(a.gold_logprob <= GOLD_TOLERANCE_NATS), "gold_logprob is not a log-probability", "at most 0")
-    difference = a.gold_logprob + margin + np.logaddexp(np.log(head), a.tail_log[:, unit])
-    wrong = found & ~(np.abs(difference) <= GOLD_TOLERANCE_NATS * (1 + margin / 100))
+    with np.errstate(over="ignore"):  # nothing has checked the tails of empty rows
+        difference = a.gold_logprob + margins + np.log(heads + np.exp(a.tail_log[:, unit]))
+    wrong = found & ~(np.abs(difference) <= GOLD_TOLERANCE_NATS * (1 + margins / 100))
     _refuse(
         a, wrong, "gold_logprob disagrees with the row", "the log-probability of the next token under head and tail"
     )

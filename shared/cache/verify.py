@@ -9,8 +9,9 @@ from typing import Any
 from shared.cache.directory import check_files, is_side_file, shown, walk
 from shared.cache.format import DOC_LENGTHS, MANIFEST, shard_name
 from shared.cache.identity import label_identity
+from shared.cache.local import Store
 from shared.cache.manifest import Manifest, doc_lengths, parse_record, read_manifest
-from shared.cache.remote import THREADS, Store, local_path, url_of
+from shared.cache.remote import THREADS, local_path, url_of
 from shared.errors import CacheCorruptError, CacheFormatError
 from shared.progress import progress
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -264,9 +263,7 @@ class CacheWriter:
     def __enter__(self) -> "CacheWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _begin(self) -> None:
@@ -308,9 +305,8 @@ def check_folder(path: Path, options: Mapping[str, Any], *, partly: bool = False
         raise ResumeError("the cache's path is not a folder", where=path, fix="name another --out")
     for entry in path.iterdir():
         if not is_ours(entry):
-            raise ResumeError(
-                "the folder holds something that is no cache", where=path, got=entry.name, fix="name another --out"
-            )
+            what, fix = "the folder holds something that is no cache", "name another --out"
+            raise ResumeError(what, where=path, got=entry.name, fix=fix)
     try:
         old = json.loads((path / BUILD).read_bytes())
     except FileNotFoundError:

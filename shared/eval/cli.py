@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from shared.eval.sandbox_cli import sandbox_check, score
 from shared.options import GroupedCommand, RecordingGroup, command_line, local_cache
 
 DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -254,7 +254,26 @@ def exercises(**options: Any) -> None:
     _evaluate_benchmark(problems.exercises, **options)
 
 
-evaluate.add_command(score)
+@evaluate.command()
+@click.option("--problems", "problems_file", type=FILE, required=True, help="JSONL: task_id prompt test entry_point.")
+@click.option(
+    "--completions", "completions_file", type=FILE, required=True, help="JSONL: task_id and completion, or solution."
+)
+@click.option("--out", type=FILE, required=True, help="JSONL: a verdict for each completion's line, in order.")
+@click.option("--timeout", "timeout_seconds", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
+              help="Max wall seconds per program, not counting message time.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1), help="Programs at once.  [one per processor]")
+@click.option("--unsafe-no-sandbox", "unsafe", is_flag=True, help="Run programs without isolation if there is none.")
+def score(**options: Any) -> None:
+    """Judge completions of any tool.
+
+    Runs completions in HumanEval's form, or whole programs (`solution`, as in EvalPlus), and writes their verdicts.
+    """
+    from shared.eval.programs.score import score_file
+
+    lines = score_file(**options)
+    counts = Counter(line["verdict"] for line in lines)
+    click.echo(f"{len(lines)} completions: {', '.join(f'{n} {verdict}' for verdict, n in counts.most_common())}")
 
 
 def _evaluate_benchmark(
@@ -379,7 +398,27 @@ def compare(context: click.Context, a: Path, b: Path, fail_on: str | None, as_js
         context.exit(1)
 
 
-evaluate.add_command(sandbox_check)
+@evaluate.command("sandbox-check")
+def sandbox_check() -> None:
+    """Test this machine's sandbox.
+
+    Tries what generated programs must not do; fails where they cannot be scored.
+    """
+    from shared.errors import SandboxError
+    from shared.eval.sandbox.probe import probe_all
+    from shared.eval.sandbox.runner import FIX
+
+    best = None
+    for isolation, outcomes, reason in probe_all():
+        state = f"not here: {reason}" if not outcomes else "does not hold" if reason else "holds"
+        click.echo(f"{isolation.value}: {state}")
+        for about, outcome in outcomes.items():
+            click.echo(f"  {about}: {outcome}")
+        if not reason:
+            best = best or isolation
+    if best is None:
+        raise SandboxError("no sandbox can be had here", fix=FIX)
+    click.echo(f"programs are scored behind: {best.value}")
 
 
 @click.command()

@@ -66,15 +66,9 @@ def generate(model: str, prompts: str, split: str, limit: int | None, out: Path,
     """
     from data.decontaminate import load_index, parse_names
     from data.humaneval import problems_digest
-    from shared.checkpoints import locate_model, model_digest
+    from shared.checkpoints import locate_model, model_digest, student_record
     from shared.eval.inputs import is_up_to_date
-    from shared.eval.programs.write import (
-        Choice,
-        read_prompts,
-        refuse_benchmark_prompts,
-        require_own_folder,
-        write_documents,
-    )
+    from shared.eval.programs import write
     from shared.eval.results import Written
     from shared.lock import Lock
     from shared.process import is_main_process, log, world_size
@@ -84,16 +78,15 @@ def generate(model: str, prompts: str, split: str, limit: int | None, out: Path,
     model_dir = locate_model(model, cache_dir)
     ends = recorded_ends(cache_dir / "tokenizer") if cache_dir else None
     if options["origin"] == "auto":
-        is_student = any((model_dir / name).is_file() for name in ("run.json", "lineage.json"))
-        options["origin"] = "student" if is_student else "teacher"
+        options["origin"] = "student" if student_record(model_dir) else "teacher"
     names = options.pop("benchmark_prompts")
     allowed = parse_names(names, "benchmark_prompts") if names else []
     benchmarks = load_index(options["decontaminate"], prompts).without(allowed)
     chosen = inputs = None
     if is_main_process():
-        chosen = read_prompts(prompts, split, limit)
-        refuse_benchmark_prompts(chosen, load_index("auto", prompts).without(allowed))
-        require_own_folder(out)
+        chosen = write.read_prompts(prompts, split, limit)
+        write.refuse_benchmark_prompts(chosen, load_index("auto", prompts).without(allowed))
+        write.require_own_folder(out)
         for name, reason in benchmarks.absent.items():
             log(f"documents are not compared with {name}: {reason}")
         inputs = options | {
@@ -112,14 +105,14 @@ def generate(model: str, prompts: str, split: str, limit: int | None, out: Path,
     del options["decontaminate"]
     drawn = ("temperature", "top_p", "seed", "max_new_tokens", "batch_size")
     decoding = Decoding(num_samples=options.pop("samples"), **{name: options.pop(name) for name in drawn})
-    choice = Choice(**{name: options.pop(name) for name in ("keep", "per_prompt", "prefer")}, seed=decoding.seed)
+    choice = write.Choice(**{name: options.pop(name) for name in ("keep", "per_prompt", "prefer")}, seed=decoding.seed)
     unsafe = options.pop("unsafe_no_sandbox")
     with contextlib.ExitStack() as held:
         if inputs is not None:
             out.mkdir(parents=True, exist_ok=True)
-            held.callback(Lock(out, "writing documents to this folder").release)
-        result = write_documents(chosen, model_dir, out, inputs=inputs, decoding=decoding, choice=choice, ends=ends,
-                                 benchmarks=benchmarks, unsafe=unsafe, **options)  # fmt: skip
+            held.enter_context(Lock(out, "writing documents to this folder"))
+        result = write.write_documents(chosen, model_dir, out, inputs=inputs, decoding=decoding, choice=choice,
+                                       ends=ends, benchmarks=benchmarks, unsafe=unsafe, **options)  # fmt: skip
     if result:
         from shared import tracking
 

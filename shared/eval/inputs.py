@@ -70,12 +70,7 @@ def refuse_to_shrink(out: Path, num_samples: int) -> None:
         before = BenchmarkResult.read(out / "result.json").num_samples
     except ConfigError:  # none, or damaged
         return
-    require(
-        before <= num_samples,
-        "a smaller evaluation would replace a larger one",
-        error=ResumeError,
-        where=out,
-        expected=f"at least {before:,} completions, as in its result",
-        got=f"{num_samples:,}",
-        fix="name another --out, or remove that result.json",
-    )
+    if before > num_samples:
+        raise ResumeError("a smaller evaluation would replace a larger one", where=out,
+                          expected=f"at least {before:,} completions, as in its result", got=f"{num_samples:,}",
+                          fix="name another --out, or remove that result.json")  # fmt: skip

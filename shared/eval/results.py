@@ -15,14 +15,7 @@ BENCHMARKS = {"humaneval": "HumanEval", "mbpp": "MBPP", "exercises": "Exercises"
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What every result says of its origin.
-
-    Args:
-        command: the command line that wrote it.
-        inputs: digests and settings; see `shared.eval.inputs`.
-        machine: see `shared.machine.machine`.
-        versions: of the packages that took part.
-    """
+    """What every result says of its origin: command line, digests and settings (`shared.eval.inputs`), machine."""
 
     command: str = ""
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -259,15 +252,7 @@ class BenchmarkResult(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class Written(Result):
-    """`generate`: what was written, and how much of it was kept.
-
-    Args:
-        counts: `written`, `refused` (prompts too long), `parsed`, `passed`, `unique`, `contaminated`, `kept`.
-        verdicts: of the completions whose prompts have tests.
-        contaminated: the benchmark's problem and the rule, by id of the document left out.
-        files: those beside the result, by SHA-256.
-        reasons: why figures are missing.
-    """
+    """`generate`: what was written, and how much of it was kept."""
 
     model: str
     commit: str | None
@@ -275,14 +260,14 @@ class Written(Result):
     license: str | None
     origin: str
     settings: dict[str, Any]
-    counts: dict[str, int | None]
-    verdicts: dict[str, int]
-    contaminated: dict[str, str]
-    files: dict[str, str]
+    counts: dict[str, int | None]  # written, refused (prompts too long), parsed, passed, unique, contaminated, kept
+    verdicts: dict[str, int]  # of the completions whose prompts have tests
+    contaminated: dict[str, str]  # the benchmark's problem and the rule, by id of the document left out
+    files: dict[str, str]  # those beside the result, by SHA-256
     num_new_tokens: int
     generation_seconds: float
     scoring_seconds: float
-    reasons: dict[str, str]
+    reasons: dict[str, str]  # why figures are missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,45 +307,32 @@ class Comparison(PairedDifference):
 
 @dataclass(frozen=True, kw_only=True)
 class ProofVariant:
-    """One way to train a student, and what came of it on the test set, in nats per target.
-
-    Args:
-        k: entries of a row that it uses; None where it uses none, or all ids.
-        epochs: the best one in the search; `epochs_by_seed` that of each confirming run.
-        versus_ce: the comparison with the first variant; None for itself.
-    """
+    """One way to train a student, and what came of it on the test set, in nats per target."""
 
     name: str
     loss: str
-    k: int | None
+    k: int | None  # entries of a row that it uses; None where it uses none, or all ids
     alpha: float
     temperature: float
     label_smoothing: float
     learning_rate: float
-    epochs: float
+    epochs: float  # the best one in the search; `epochs_by_seed` has that of each confirming run
     epochs_by_seed: list[int]
     test_nll: Spread
     test_kl: Spread
-    versus_ce: Comparison | None
+    versus_ce: Comparison | None  # None for the first variant
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof(Result):
-    """`student proof`: variants of a student over paired seeds.
-
-    Args:
-        comparisons: all that the experiment asks for.
-        summary: what they show, in sentences.
-        settings: fixed settings, grid, seeds and caches.
-        search, runs: figures of the runs that settings were chosen by, and of those that confirm.
-    """
+    """`student proof`: variants of a student over paired seeds."""
 
     format: str = "codedistill-proof"
     version: int = 1
     variants: list[ProofVariant]
-    comparisons: list[Comparison]
-    summary: list[str]
-    settings: dict[str, Any]
-    search: list[dict[str, Any]]
+    comparisons: list[Comparison]  # all that the experiment asks for
+    summary: list[str]  # what they show, in sentences
+    settings: dict[str, Any]  # fixed settings, grid, seeds and caches
+    search: list[dict[str, Any]]  # figures of the runs that settings were chosen by; `runs` of those that confirm
     runs: list[dict[str, Any]]
     seconds: float

@@ -289,22 +289,24 @@ class Documents:
                 return self.attend_varlen(q_BATD, k_BGTD, v_BGTD)
         groups = q_BATD.shape[1] // k_BGTD.shape[1]
         k_BATD, v_BATD = k_BGTD.repeat_interleave(groups, dim=1), v_BGTD.repeat_interleave(groups, dim=1)
-        if self.one_per_row:
-            return F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, is_causal=True)
         if q_BATD.device.type == "cpu":
             return self.attend_in_turn(q_BATD, k_BATD, v_BATD)  # type: ignore[no-any-return]
+        if self.one_per_row:
+            return F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, is_causal=True)
         return self.attend_masked(q_BATD, k_BATD, v_BATD)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # kernels of the layers would depend on the batches compiled before
     def attend_in_turn(self, q_BATD: Tensor, k_BATD: Tensor, v_BATD: Tensor) -> Tensor:
-        """Attend in one document after another."""
+        """Attend in one document after another; the result always lies in memory as [B, T, A, D]."""
+        if self.one_per_row:
+            return F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, is_causal=True)
         B, A, T, D = q_BATD.shape
         lengths = self.bounds.diff().tolist()
         pieces = [
             tensor.transpose(0, 1).reshape(1, A, B * T, D).split(lengths, dim=2) for tensor in (q_BATD, k_BATD, v_BATD)
         ]
         attended = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in zip(*pieces, strict=True)]
-        return torch.cat(attended, dim=2).view(A, B, T, D).transpose(0, 1)
+        return torch.cat([y_1AnD.transpose(1, 2) for y_1AnD in attended], dim=1).view(B, T, A, D).transpose(1, 2)
 
     def attend_varlen(self, q_BATD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
         """Attend with the kernel for sequences of any length; only bfloat16 or float16 on CUDA."""

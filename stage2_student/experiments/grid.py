@@ -19,35 +19,21 @@ MAX_NAME_BYTES = 120  # file systems allow 255, and the names of logs and tempor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One student of an experiment.
+    """One student of an experiment."""
 
-    Attributes:
-        name: the name of its folder.
-        setting: the name without the seed. Runs of one setting differ in nothing else.
-        swept: the values that the grid, its variant or its own `[[run]]` gives it, for tables.
-        settings: every value that differs from a default.
-        config: the resolved config.
-    """
-
-    name: str
-    setting: str
-    swept: dict[str, Any]
-    settings: dict[str, Any]
-    config: StudentConfig
+    name: str  # of its folder
+    setting: str  # the name without the seed. Runs of one setting differ in nothing else
+    swept: dict[str, Any]  # the values that the grid, its variant or its own `[[run]]` gives it, for tables
+    settings: dict[str, Any]  # every value that differs from a default
+    config: StudentConfig  # resolved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One way to train the student.
+    """One way to train the student; `settings` are what it changes."""
 
-    Attributes:
-        name: in tables and folder names.
-        versus: variants that it is compared with, beside the first one.
-        settings: what it changes.
-    """
-
-    name: str = ""
-    versus: tuple[str, ...] = ()
+    name: str = ""  # in tables and folder names
+    versus: tuple[str, ...] = ()  # variants that it is compared with, beside the first one
     settings: dict
 
 
@@ -60,22 +46,13 @@ class Seeds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
-    """An experiment's file.
-
-    Attributes:
-        path: the file.
-        fixed: settings of every run.
-        grid: values by key. Every combination is trained, with every variant.
-        variant: each `[[variant]]`; the first one is the baseline.
-        run: the settings of each `[[run]]`, which stands outside the grid.
-        confirm: see `Seeds`.
-    """
+    """An experiment's file."""
 
     path: str
-    fixed: dict[str, Any]
-    grid: dict[str, list[Any]] = field(default_factory=dict)
-    variant: tuple[Variant, ...]
-    run: list[dict[str, Any]] = field(default_factory=list)
+    fixed: dict[str, Any]  # settings of every run
+    grid: dict[str, list[Any]] = field(default_factory=dict)  # every combination is trained, with every variant
+    variant: tuple[Variant, ...]  # the first one is the baseline
+    run: list[dict[str, Any]] = field(default_factory=list)  # the settings of each `[[run]]`, outside the grid
     confirm: Seeds = Seeds()
 
     def runs(self, forced: Mapping[str, Any] | None = None) -> list[Run]:

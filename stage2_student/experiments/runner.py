@@ -288,11 +288,8 @@ def locked(out: Path) -> Iterator[None]:
         ResumeError: another process works in it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lock = Lock(out, "running the experiment in this folder")
-    try:
+    with Lock(out, "running the experiment in this folder"):
         yield
-    finally:
-        lock.release()
 
 
 def job_environment(slot: int, jobs: int, *, group: str) -> dict[str, str]:

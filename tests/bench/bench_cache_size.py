@@ -22,10 +22,10 @@ from shared.cache.info import cache_info
 from shared.cache.rows import truncate
 from shared.cache.writer import CacheWriter
 from shared.machine import versions
-from stage1_teacher.build import Task, find_teacher
 from stage1_teacher.capture import capture_shard, load_teacher, to_arrays
 from stage1_teacher.config import TeacherConfig
 from stage1_teacher.documents import plan_shards
+from stage1_teacher.request import Task, find_teacher
 from stage1_teacher.store import make_store
 
 K = 128

@@ -3,6 +3,7 @@
 python tests/bench/bench_remote.py [MEGABYTES]
 """
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -12,6 +13,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from shared.cache.reader import Cache
+from shared.cache.writer import CacheWriter
+from tests.support.cache_rows import IDENTITY, build_options, random_shard
 from tests.support.file_server import FileServer
 from tests.support.loopback_hub import OWNER, TOKEN, Hub
 
@@ -20,11 +24,19 @@ ROUNDS = 3
 
 
 def make(folder):
-    """A cache of shards of about 6 MB, with random rows, which do not compress."""
-    from tests.support.student_cache import make_cache
+    """A cache of shards of about 4.3 MB, with random rows, which do not compress; they differ by their documents."""
+    from tests.support.student_cache import SOURCE, save_tokenizer  # the Hub's client reads its address when imported
 
-    each = 40_000
-    return make_cache(folder / "cache", lengths=[400] * (each // 400) * (MEGABYTES // 5), k=50, shards=MEGABYTES // 5)
+    path, num_shards, vocabulary, k, lengths = folder / "cache", round(MEGABYTES / 4.28), 257, 50, [400] * 100
+    rows = random_shard(np.random.default_rng(0), lengths=lengths, k=k, vocabulary=vocabulary)
+    options = build_options(top_k=k, head_width=vocabulary, tokenizer_size=vocabulary, num_shards=num_shards)
+    writer = CacheWriter(path, options)
+    save_tokenizer(path / "tokenizer")
+    for number in range(num_shards):
+        documents = [meta | {"id": f"doc/{number}/{i}"} for i, meta in enumerate(rows.doc_meta)]
+        writer.write_shard(number, dataclasses.replace(rows, doc_meta=documents), {})
+    writer.finish(IDENTITY, [SOURCE | {"num_documents": len(lengths) * num_shards}])
+    return Cache(path)
 
 
 def timed(action):
@@ -48,8 +60,8 @@ def main():
         os.environ["CODEDISTILL_LOCAL_CACHE"] = str(folder / "local")
         from huggingface_hub import HfApi, snapshot_download
 
-        from shared.cache.push import pull_cache, push_cache
-        from shared.cache.reader import Cache
+        from shared.cache.pull import pull_cache
+        from shared.cache.push import push_cache
 
         cache = make(folder)
         num_bytes = sum(entry.bytes for entry in cache.manifest.files.values())
@@ -83,7 +95,6 @@ def main():
 
 def wait_for_data(cache, folder, steps=400, step_seconds=0.05, rows=512):
     """The share of the time that a step of 50 ms waits for its block, from disk and from a slow server."""
-    from shared.cache.reader import Cache
     from stage2_student.dataset import PackedBlocks
 
     os.environ["CODEDISTILL_LOCAL_CACHE"] = str(folder / "waits")

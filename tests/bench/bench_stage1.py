@@ -119,8 +119,9 @@ def build(teacher: str, dataset: str, out: str) -> None:
     """Build until some shards are captured; without documents only load the teacher."""
     began = time.monotonic()
     from stage1_teacher import capture
-    from stage1_teacher.build import build_cache, find_teacher
+    from stage1_teacher.build import build_cache
     from stage1_teacher.config import TeacherConfig
+    from stage1_teacher.request import find_teacher
     from stage1_teacher.store import TokenStore, store_folder
 
     capture_shard, starts, num_tokens = capture.capture_shard, [], 0

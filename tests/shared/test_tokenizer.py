@@ -14,7 +14,7 @@ from shared.tokenizer import (
     adopt_ends,
     decode,
     document_ends,
-    encode_document,
+    encode_documents,
     encode_prompt,
     encode_text,
     load_tokenizer,
@@ -50,6 +50,10 @@ def train(*, opening="<|bos|>", **special):
         backend.post_processor = processors.TemplateProcessing(single=f"{opening} $A", special_tokens=SPECIAL)
     names = special or {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def encode_document(tokenizer, prompt, completion):
+    return encode_documents(tokenizer, [(prompt, completion)])[0]
 
 
 @pytest.fixture(scope="module")

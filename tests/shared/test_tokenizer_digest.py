@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from shared.tokenizer import encode_document, load_tokenizer, save_tokenizer, tokenizer_digest
+from shared.tokenizer import encode_documents, load_tokenizer, save_tokenizer, tokenizer_digest
 from tests.support.loopback_hub import Repository
 
 CORPUS = ["def f(x):\n    return x + 12\n", "class A:\n    x = 34\n", "for é in naïve: print(é)\n"] * 5
@@ -92,7 +92,7 @@ def test_however_it_is_loaded_or_saved(folder, digest, tmp_path):
     loaded["auto"] = AutoTokenizer.from_pretrained(tmp_path / "PreTrainedTokenizerFast")
     used = load_tokenizer(folder)
     used(CORPUS, truncation=True, max_length=3)
-    encode_document(used, CORPUS[0], CORPUS[1])
+    encode_documents(used, [(CORPUS[0], CORPUS[1])])
     loaded["used"] = used
     for name, tokenizer in list(loaded.items()):
         save_tokenizer(tokenizer, tmp_path / "saved" / name)

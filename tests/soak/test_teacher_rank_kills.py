@@ -22,10 +22,9 @@ def builds(tmp_path_factory):
 
 
 def launch(builds, path, log):
-    options = builds.command[builds.command.index("build") :]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = builds.environment | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    command = [*launcher, "--no-python", *own_command("teacher", *options, str(path))]
+    command = [*launcher, "--no-python", *own_command(*builds.command, str(path))]
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 

@@ -144,7 +144,7 @@ def test_a_second_call_finds_it_done_without_torch(teacher, rows, tmp_path):
 
 
 def test_a_finished_build_parses_no_document_again(teacher, rows, tmp_path, monkeypatch):
-    from stage1_teacher import build as module
+    from stage1_teacher import request as module
 
     first, _ = build(teacher, rows, tmp_path / "cache")
     open_documents, parsed = module.open_documents, []

@@ -2,6 +2,7 @@ import pytest
 
 from data.records import Document
 from shared.errors import ConfigError
+from shared.tokenizer import Ends
 from stage1_teacher import documents as module
 from stage1_teacher.documents import Limits, cut_documents
 
@@ -46,6 +47,15 @@ def test_a_document_that_fits_is_one_segment():
     assert segment.meta["target_bytes"] == 3
     assert (segment.meta["id"], segment.meta["origin"], "part" in segment.meta) == ("d0", "corpus", False)
     assert (document.is_long, document.is_lossy, document.lacks_targets) == (False, False, False)
+
+
+def test_a_document_that_was_cut_off_is_not_closed(monkeypatch):
+    monkeypatch.setattr(module, "document_ends", lambda tokenizer: Ends(("<",), (">",)))
+    document = Document(id="d", source="s", prompt="ab", completion="cde", is_cut=True)
+    limits = Limits(max_length=None, on_long="split", head_width=200)
+    (segment,) = cut_documents([(document, document.digest)], Letters(), limits)[0].segments
+    assert segment.ids.tolist() == [0, *b"abcde"]
+    assert segment.is_target.tolist() == [False] * 3 + [True] * 3
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 4, 5, 6, 11])

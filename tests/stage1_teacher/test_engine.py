@@ -1,6 +1,7 @@
 """`teacher build --hidden-states`: files as vLLM's connector writes them, against a plain build."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -107,27 +108,28 @@ def built(teacher, rows, folder, out, *more, **options):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("final_norm", [False, True])
-def test_labels_are_bit_for_bit_those_of_a_plain_build(tmp_path, rows, architecture, final_norm):
+def test_labels_are_bit_for_bit_those_of_a_plain_build(tmp_path, rows, architecture):
     teacher = save_teacher(tmp_path / "teacher", architecture)
     assert build(teacher, rows, tmp_path / "plain").exit_code == 0
     plain = Cache(tmp_path / "plain")
-    cache = built(teacher, rows, tmp_path / "states", tmp_path / "cache", final_norm=final_norm)
-    assert verify_cache(cache.path) == []
-    assert cache.num_shards > 1
-    assert cache.manifest.shard_digests == plain.manifest.shard_digests
-    assert cache.label_identity != plain.label_identity
-    labels = cache.manifest.identity["labels"]
-    assert labels.pop("engine") == f"vllm 0.23.0, float32, {'after' if final_norm else 'before'} the final norm"
-    assert labels == plain.manifest.identity["labels"]
+    for final_norm, side in ((False, "before"), (True, "after")):
+        cache = built(teacher, rows, tmp_path / f"states-{side}", tmp_path / side, final_norm=final_norm)
+        assert verify_cache(cache.path) == []
+        assert cache.num_shards > 1
+        assert cache.manifest.shard_digests == plain.manifest.shard_digests
+        assert cache.label_identity != plain.label_identity
+        labels = cache.manifest.identity["labels"]
+        assert labels.pop("engine") == f"vllm 0.23.0, float32, {side} the final norm"
+        assert labels == plain.manifest.identity["labels"]
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_a_bfloat16_teacher_of_several_layers(tmp_path, rows, layers):
+def test_a_bfloat16_teacher_of_several_layers(tmp_path, rows):
     teacher = save_teacher(tmp_path / "teacher", dtype=torch.bfloat16)
     assert build(teacher, rows, tmp_path / "plain", dtype="bfloat16").exit_code == 0
-    cache = built(teacher, rows, tmp_path / "states", tmp_path / "cache", dtype=torch.bfloat16, layers=layers)
-    assert cache.manifest.shard_digests == Cache(tmp_path / "plain").manifest.shard_digests
+    for layers in (1, 3):
+        out = tmp_path / f"cache-{layers}"
+        cache = built(teacher, rows, tmp_path / f"states-{layers}", out, dtype=torch.bfloat16, layers=layers)
+        assert cache.manifest.shard_digests == Cache(tmp_path / "plain").manifest.shard_digests
 
 
 def test_files_are_deleted_only_when_asked(tmp_path, teacher, rows):
@@ -180,6 +182,17 @@ def test_a_build_goes_on_only_with_the_same_engine(tmp_path, teacher, rows):
     assert isinstance(build(teacher, rows, cache.path).exception, ResumeError)
 
 
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory, teacher, rows):
+    """A build that an engine has answered, to be copied whole."""
+    folder = tmp_path_factory.mktemp("answered")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        build(teacher, rows, folder / "cache", "--hidden-states", begin(folder / "states"))
+    answer(teacher, folder / "states")
+    return folder
+
+
 def rewrite(folder, change):
     file = sorted(folder.rglob("*.safetensors"))[0]
     tensors = {"hidden_states": torch.randn(20, 32), "token_ids": torch.arange(20)}
@@ -214,12 +227,10 @@ def rewrite(folder, change):
         (lambda t: t | {"hidden_states": t["hidden_states"] * torch.nan}, "the teacher's logits cannot be used"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_file(tmp_path, teacher, rows, change, message):
-    folder = begin(tmp_path / "states")
-    build(teacher, rows, tmp_path / "cache", "--hidden-states", folder)
-    answer(teacher, folder)
+def test_what_does_not_fit_is_refused_by_file(tmp_path, teacher, rows, answered, change, message):
+    folder = shutil.copytree(answered, tmp_path / "copy") / "states"
     rewrite(folder, change)
-    done = build(teacher, rows, tmp_path / "cache", "--hidden-states", folder)
+    done = build(teacher, rows, tmp_path / "copy" / "cache", "--hidden-states", folder)
     with pytest.raises(type(done.exception), match=message):
         raise done.exception
     assert isinstance(done.exception, ValueError)

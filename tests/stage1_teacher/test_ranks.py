@@ -1,10 +1,9 @@
-"""`teacher build` in several processes under torchrun: the cache is that of one process, whoever dies on the way."""
+"""`teacher build` in several processes: the cache is that of one process, whoever dies on the way."""
 
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from shared.process import own_command
 from stage1_teacher import capture
 from stage1_teacher.cli import teacher as command
-from tests.support import hub_contents
+from tests.support import hub_contents, warm
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
@@ -52,17 +51,14 @@ def contents(out):
     return {file.relative_to(out).as_posix(): file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
-def torchrun(arguments, out, num_processes, **options):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    command = [*launcher, "--no-python", *own_command("teacher", *arguments, "--out", str(out))]
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **options)
+def run_ranks(arguments, out, num_processes):
+    return warm.run_ranks(num_processes, "teacher", *arguments, "--out", out, env=ENVIRONMENT, timeout=200)
 
 
 def test_four_processes_make_the_same_cache(arguments, whole, tmp_path):
     """Sampled ids included: their seeds follow from the documents, not from who labels them."""
-    process = torchrun(arguments, tmp_path / "cache", 4)
-    errors = process.communicate(timeout=200)[1]
-    assert process.returncode == 0, errors
+    codes, errors = run_ranks(arguments, tmp_path / "cache", 4)
+    assert codes == [0] * 4, errors
     assert contents(tmp_path / "cache") == whole
     assert "in each of 4 processes, 1 CPU threads" in errors
     assert errors.count("labelling") == 1  # rank 0 alone speaks
@@ -70,7 +66,9 @@ def test_four_processes_make_the_same_cache(arguments, whole, tmp_path):
 
 def test_a_rank_that_is_killed_ends_the_job_and_another_number_finishes(arguments, whole, tmp_path):
     out = tmp_path / "cache"
-    process = torchrun(arguments, out, 3)
+    launcher = ["--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*launcher, *own_command("teacher", *arguments, "--out", str(out))]
+    process = warm.Command(*command, program=warm.TORCHRUN, env=ENVIRONMENT)
     deadline = time.monotonic() + 120
     while not list(out.glob("shard-*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -80,9 +78,8 @@ def test_a_rank_that_is_killed_ends_the_job_and_another_number_finishes(argument
     assert process.returncode == 1
     assert not (out / "manifest.json").exists()
 
-    process = torchrun(arguments, out, 2)
-    errors = process.communicate(timeout=100)[1]
-    assert process.returncode == 0, errors
+    codes, errors = run_ranks(arguments, out, 3)
+    assert codes == [0] * 3, errors
     assert "shards are done already" in errors
     assert errors.count("60 documents are tokenised already") == 1
     assert contents(out) == whole
@@ -92,9 +89,8 @@ def test_a_rank_that_is_killed_ends_the_job_and_another_number_finishes(argument
 def test_one_error_for_all_ranks(arguments, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/diary.txt").write_text("mine")
-    process = torchrun(arguments, tmp_path / "cache", 2)
-    errors = process.communicate(timeout=100)[1]
-    assert process.returncode == 1
+    codes, errors = run_ranks(arguments, tmp_path / "cache", 2)
+    assert codes == [1, 1], errors
     assert errors.count("error: the folder holds something that is no cache") == 1
     assert "another process of this run has ended" not in errors
 

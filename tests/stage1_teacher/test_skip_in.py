@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from shared.cache.manifest import read_manifest
 from shared.cache.verify import verify_cache
 from shared.errors import CacheFormatError, CacheMismatchError, ConfigError, ResumeError
 from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
+from tests.support import warm
 
 PROGRAM = [sys.executable, "-c", "from shared.__main__ import main; main()"]
 
@@ -60,10 +60,11 @@ def test_only_new_documents_are_labelled_and_a_kill_changes_no_byte(teacher, row
     out = tmp_path / "killed"
     arguments = ["teacher", "build", "--teacher", str(teacher), "--dataset", str(grown), "--out", str(out), *skip]
     arguments += ["--dtype", "float32", "--shard-tokens", "300"]
-    with subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.DEVNULL) as process:
-        while not (out / "shard-00000.json").exists() and process.poll() is None:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
+    process = warm.Command(*arguments, env=os.environ)
+    while not (out / "shard-00000.json").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
     assert (out / "shard-00000.json").exists()
     build(teacher, grown, out, *skip)
     assert files(out) == expected

@@ -24,6 +24,7 @@ from stage1_teacher import store as module
 from stage1_teacher.documents import Limits, cut_documents
 from stage1_teacher.store import find_store, make_store
 from tests.stage1_teacher.test_build import build, no_tracking, rows, teacher, tokenizer  # noqa: F401
+from tests.support import warm
 
 LIMITS = Limits(max_length=64, on_long="split", head_width=304)
 REQUEST = {"fingerprint": "f"}
@@ -272,10 +273,8 @@ def test_a_build_beside_one_that_labels_leaves_its_tokens_alone(teacher, rows, t
 
     (tmp_path / "cache").mkdir()
     lock = Lock(tmp_path / "cache")
-    process = subprocess.run(
-        [sys.executable, "-m", "shared", "teacher", "build", "--teacher", str(teacher), "--dataset", str(rows),
-         "--out", str(tmp_path / "cache")], capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    options = ["--teacher", teacher, "--dataset", rows, "--out", tmp_path / "cache"]
+    process = warm.run("teacher", "build", *options, env=os.environ, timeout=120)
     lock.release()
     assert process.returncode == 1 and "another process is building this cache" in process.stderr
     assert not (tmp_path / ".cache.tokens").exists()

@@ -89,6 +89,34 @@ def test_sampled_targets_with_their_weights(tmp_path, drawn_from, temperature):
         assert labels.sample_weights.shape == (SIZE, 5) and not labels.sample_weights[at:].any()
 
 
+@pytest.mark.parametrize("drawn_from", ["full", "tail", None])
+def test_where_a_document_ends_the_closing_token_is_certain(tmp_path, drawn_from):
+    samples = drawn_from and {"temperature": 1.5, "num": 5, "drawn_from": drawn_from}
+    cache = make_cache(tmp_path / "cache", samples=samples)
+    closing = int(cache.tokens(3)[-1])  # random tokens: it also stands elsewhere
+    options = {"with_samples": drawn_from is not None, "temperature": 1.0}
+    data, plain = blocks_of(cache, closing_id=closing, **options), blocks_of(cache, **options)
+    num_ends = num_inside = 0
+    for index in range(len(data)):
+        labels, others = decoded(data[index], data), decoded(plain[index], plain)
+        at, is_end = 0, np.zeros(SIZE, bool)
+        for doc, start, stop in zip(*data.order.block(index)[1:], strict=True):
+            at += stop - start
+            is_end[at - 1] = stop == len(cache.tokens(doc)) - 1 and cache.tokens(doc)[-1] == closing
+            num_inside += closing in cache.tokens(doc)[start + 1 : stop]
+        num_ends += is_end.sum()
+        for field, other in zip(labels, others, strict=True):
+            assert field is other is None or torch.equal(field[~is_end], other[~is_end])
+        assert (labels.k[is_end] == 1).all() and (labels.ids[is_end, 0] == closing).all()
+        assert (labels.logp[is_end].exp().numpy() == np.eye(cache.width)[0]).all()
+        assert (labels.log_tail[is_end] == -torch.inf).all()
+        if drawn_from:
+            weights = np.eye(5)[0] if drawn_from == "full" else np.zeros(5)
+            assert (labels.sample_weights[is_end].numpy() == weights).all()
+            assert (labels.sample_ids[is_end, 0] == closing).all()
+    assert num_ends > 0 and num_inside > 0
+
+
 def test_without_a_temperature_there_are_no_soft_labels_and_the_rest_is_equal(cache):
     plain, soft = blocks_of(cache, temperature=None), blocks_of(cache)
     assert len(plain) == len(soft)

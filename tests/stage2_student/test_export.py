@@ -2,15 +2,15 @@
 
 import hashlib
 import json
+import os
 import signal
-import subprocess
-import sys
 
 import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stage2_student.cli import student
+from tests.support import warm
 from tests.support.student_cache import make_cache, save_tokenizer
 
 NEW_TOKENS = 24
@@ -34,7 +34,7 @@ def test_a_killed_export_leaves_nothing_behind_once_another_is_made(tmp_path, mo
         "shutil.copyfile = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "export(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(run), str(exports / "student")], timeout=120)
+    killed = warm.run(run, exports / "student", program=code, env=os.environ, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert len(list(exports.iterdir())) == 1
     assert CliRunner().invoke(student, ["export", str(run), "--out", str(exports / "student")]).exit_code == 0

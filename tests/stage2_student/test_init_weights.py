@@ -1,19 +1,25 @@
-"""Students of any size, and `--init-from`: what may be started from, what it gives, what is refused."""
+"""Students of any size, `--init-from`, `--init-embedding`: what may be started from, what it gives, what is refused."""
 
 import json
+import re
 import shutil
 from hashlib import sha256
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 
+from shared.cache.reader import Cache
 from shared.errors import DistillError
 from shared.files import sha256_file
+from shared.model.gpt import GPT
 from stage2_student.cli import student
-from stage2_student.init_weights import EMBEDDING, HEAD
+from stage2_student.config import StudentConfig
+from stage2_student.init_weights import EMBEDDING, HEAD, project_embedding, token_counts
+from stage2_student.train import weights_digest
 from tests.support.student_cache import VOCABULARY, make_cache, save_tokenizer
 
 SIZES = {
@@ -204,3 +210,91 @@ def test_what_holds_no_weights_is_refused(cache, copy, tmp_path):
     assert "cannot read the weights" in train(cache, tmp_path / "run", "--init-from", copy)
     (copy / "model.safetensors").unlink()
     assert "the model lacks a file" in train(cache, tmp_path / "run", "--init-from", copy)
+
+
+# --- the embedding alone ---------------------------------------------------------------------------------------------
+
+
+def save_model(directory, rows=VOCABULARY + 7, width=40, name="transformer.wte.weight"):
+    """Another architecture's embedding, with more rows than the tokenizer has ids; its tokenizer is the cache's."""
+    save_tokenizer(directory)
+    (directory / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    generator = torch.Generator().manual_seed(3)
+    tensors = {name: torch.randn(rows, width, generator=generator), "transformer.ln_f.weight": torch.ones(width)}
+    save_file(tensors, directory / "model.safetensors")
+    return tensors[name]
+
+
+def test_the_leading_directions_by_frequency_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    embedding, drawn = torch.randn(50, 12, generator=generator), torch.randn(50, 5, generator=generator)
+    counts = torch.randint(0, 9, (50,), generator=generator).double()
+    result = project_embedding(embedding, counts, drawn)
+    rows = embedding.double().repeat_interleave(counts.long(), 0)  # the corpus, token by token
+    *_, directions = torch.linalg.svd(rows, full_matrices=False)
+    expected = embedding.double() @ directions[:5].T
+    expected *= drawn.double().norm() / drawn.numel() ** 0.5 / (expected.norm() / expected.numel() ** 0.5)
+    signs = (expected * result).sum(0).sign()
+    torch.testing.assert_close(result.double(), expected * signs, rtol=1e-5, atol=1e-6)
+
+
+def test_coordinates_beyond_the_width_of_the_embedding_stay_as_drawn():
+    embedding, drawn = torch.randn(20, 4), torch.randn(20, 6)
+    result = project_embedding(embedding, torch.ones(20).double(), drawn)
+    assert torch.equal(result[:, 4:], drawn[:, 4:]) and not torch.equal(result[:, :4], drawn[:, :4])
+
+
+def test_counts_are_those_of_all_caches(tmp_path, cache):
+    caches = [Cache(cache), make_cache(tmp_path / "other", seed=5)]
+    expected = sum(np.bincount(each.tokens(d), minlength=VOCABULARY) for each in caches for d in range(8))
+    assert token_counts(caches).tolist() == expected.tolist()
+
+
+def test_a_student_starts_from_another_models_embedding(cache, first, tmp_path):
+    embedding = save_model(tmp_path / "teacher")
+    out, by_key = tmp_path / "run", tmp_path / "by-key"
+    assert train(cache, out, "--init-embedding", tmp_path / "teacher") is None
+    assert train(cache, by_key, init_embedding=str(tmp_path / "teacher")) is None
+    digest = sha256_file(tmp_path / "teacher" / "model.safetensors")
+    assert record_of(out)["init_embedding"] == {"path": str(tmp_path / "teacher"), "weights_sha256": digest}
+    assert record_of(first)["init_embedding"] is None
+    begun = record_of(out)["initial_weights_sha256"]
+    assert begun == record_of(by_key)["initial_weights_sha256"] != record_of(first)["initial_weights_sha256"]
+    set_seed(0)
+    model = GPT(StudentConfig(**OPTIONS).student_sizes(vocab_size=VOCABULARY))
+    weight = model.model.embed_tokens.weight
+    weight.data = project_embedding(embedding[:VOCABULARY], token_counts([Cache(cache)]), weight.data)
+    assert weights_digest(model.state_dict()) == begun
+    exported = tmp_path / "exported"
+    assert CliRunner().invoke(student, ["export", str(out), "--out", str(exported)]).exit_code == 0
+    assert json.loads((exported / "lineage.json").read_text())["init_embedding"] == {"weights_sha256": digest}
+    assert f"trained from the embedding in weights `{digest}`" in (exported / "README.md").read_text()
+    save_model(tmp_path / "teacher", width=41)  # another model in the same place
+    assert "another init_embedding" in train(cache, out, "--init-embedding", tmp_path / "teacher")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"rows": VOCABULARY - 1},
+            f"does not fit the vocabulary; .*expected: floating point, .{VOCABULARY} or more",
+        ),
+        ({"name": "transformer.wpe.weight"}, "the model has no embedding to start from"),
+    ],
+)
+def test_an_embedding_that_does_not_fit_is_refused(cache, tmp_path, model, message):
+    save_model(tmp_path / "teacher", **model)
+    assert re.search(message, train(cache, tmp_path / "run", "--init-embedding", tmp_path / "teacher"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_embedding_of_other_tokens_or_beside_all_weights_is_refused(cache, first, tmp_path):
+    save_model(tmp_path / "teacher")
+    options = ("--init-embedding", tmp_path / "teacher")
+    assert "have their own embedding" in train(cache, tmp_path / "run", *options, "--init-from", first)
+    path = tmp_path / "teacher" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<|endoftext|>"', '"<|end|>"'))
+    assert "take the embedding of the teacher" in train(cache, tmp_path / "run", *options)
+    assert "no such model" in train(cache, tmp_path / "run", "--init-embedding", tmp_path / "absent")
+    assert not (tmp_path / "run").exists()

@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
@@ -11,9 +9,10 @@ from huggingface_hub import constants
 
 from shared.errors import ConfigError
 from stage2_student.cli import student
-from tests.support.cache_faults import CLI
 from tests.support.loopback_hub import OWNER, TOKEN, Repository
 from tests.support.student_cache import make_cache
+from tests.support.warm import Forks
+from tests.support.warm import run as run_forked
 
 FILES = {
     "README.md", "config.json", "generation_config.json", "lineage.json", "model.safetensors", "tokenizer.json",
@@ -63,8 +62,9 @@ def test_a_pushed_student_is_loaded_back_from_the_hub(hub, run, push, tmp_path):
     """Both in processes of their own, as a user does it."""
     name, out = f"{OWNER}/student", tmp_path / "exported"
     environment = hub.environment(tmp_path / "home", HF_TOKEN=TOKEN)
-    command = [*CLI, "student", "export", str(run), "--out", str(out), "--push-to-hub", name, "--private"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    forks = Forks(environment)
+    command = ["student", "export", run, "--out", out, "--push-to-hub", name, "--private"]
+    done = run_forked(*command, env=environment, forks=forks)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(out), f"{hub.endpoint}/{name}"]
     assert TOKEN not in done.stdout + done.stderr
@@ -73,7 +73,8 @@ def test_a_pushed_student_is_loaded_back_from_the_hub(hub, run, push, tmp_path):
     pushed = repository.commits[repository.branches["main"]]
     assert pushed.keys() - {".gitattributes"} == FILES
     assert all(pushed[file] == (out / file).read_bytes() for file in FILES)
-    subprocess.run([sys.executable, "-c", LOAD, name, str(out)], env=environment, check=True)
+    assert run_forked(name, out, program=LOAD, env=environment, forks=forks).returncode == 0
+    forks.stop()
 
 
 def test_a_repository_that_is_there_takes_it_unless_it_is_public_and_must_not_be(hub, push):

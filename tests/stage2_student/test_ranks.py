@@ -1,22 +1,22 @@
-"""`student train` in two processes under torchrun: the figures of one process, and one end for both."""
+"""`student train` in two processes: the figures of one process, and one end for both."""
 
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.stage2_student.test_train import ENVIRONMENT, arguments, log_of, refused, run, run_here
+from tests.stage2_student.test_train import COMMAND, ENVIRONMENT, arguments, log_of, refused, run, run_here
+from tests.support import warm
 from tests.support.student_cache import make_cache
 
 
-def torchrun(command, num_processes=2):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    return subprocess.Popen([*launcher, "--no-python", *command], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+def torchrun(command):
+    launcher = ["--standalone", "--nproc-per-node", "2", "--no-python"]
+    return warm.Command(*launcher, *command, program=warm.TORCHRUN, env=ENVIRONMENT)
 
 
 def children(pid):
@@ -80,9 +80,9 @@ def test_two_processes_have_the_figures_of_one_and_one_continues_what_two_began(
     def command(**sizes):
         return arguments(caches / "train", out, caches / "validation", **OPTIONS, **sizes)
 
-    process = torchrun(command(per_device_train_batch_size=1, gradient_accumulation_steps=2))
-    errors = process.communicate(timeout=200)[1]
-    assert process.returncode == 0, errors
+    two = command(per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    codes, errors = warm.run_ranks(2, "student", *two[len(COMMAND) :], env=ENVIRONMENT, timeout=200)
+    assert codes == [0, 0], errors
     assert errors.count("student tiny: ") == 1  # rank 0 alone speaks
     same_figures(out, alone)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
@@ -138,7 +138,7 @@ def test_a_rank_that_is_killed_ends_the_other(caches, tmp_path):
 def test_variables_of_slurm_or_left_behind_are_no_launcher(caches, tmp_path):
     stale = ENVIRONMENT | {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "PMI_SIZE": "4", "WORLD_SIZE": "4"}
     command = arguments(caches / "train", tmp_path / "run", max_steps=1, eval_steps=0)
-    result = subprocess.run(command, env=stale, capture_output=True, text=True, timeout=100)
+    result = warm.run("student", *command[len(COMMAND) :], env=stale, timeout=100)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 1
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from shared.cache import remote
+from shared.cache.local import LOCAL_CACHE
 from shared.cache.push import push_cache
 from shared.files import read_json, sha256_file
 from shared.process import own_command
@@ -34,7 +34,7 @@ def from_disk(cache, folder):
 
 @pytest.fixture(autouse=True)
 def local(tmp_path, monkeypatch):
-    monkeypatch.setitem(ENVIRONMENT, remote.LOCAL_CACHE, str(tmp_path / "local"))
+    monkeypatch.setitem(ENVIRONMENT, LOCAL_CACHE, str(tmp_path / "local"))
 
 
 def test_a_server_that_drops_connections_gives_the_same_weights(cache, from_disk, tmp_path):

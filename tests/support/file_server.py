@@ -5,11 +5,12 @@ import re
 import threading
 import time
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.support.http_server import BackgroundServer, Handler
 
-class FileServer:
+
+class FileServer(BackgroundServer):
     """The server; `requests` lists the files that were asked for.
 
     Faults: `drop_every` n-th answer ends in the middle; `stall_first` answer sends nothing for so many seconds; `down`
@@ -23,18 +24,7 @@ class FileServer:
         self.shift = 0
         self.delay_seconds, self.bytes_per_second = delay_seconds, bytes_per_second
         self.lock, self.free_at = threading.Lock(), 0.0
-        handler = type("Handler", (_Handler,), {"server_state": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler)
 
     def wait_for_line(self, num_bytes):
         """Sleep as long as a line of `bytes_per_second` needs for these bytes after all earlier ones."""
@@ -44,11 +34,9 @@ class FileServer:
         time.sleep(max(until - time.monotonic(), 0))
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
+class _Handler(Handler):
     def do_GET(self):
-        state = self.server_state
+        state = self.state
         name = urllib.parse.unquote(self.path).lstrip("/")
         with state.lock:
             state.requests.append(name)
@@ -85,6 +73,3 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(piece)
         if drops:
             self.close_connection = True
-
-    def log_message(self, *_):
-        pass

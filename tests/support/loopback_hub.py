@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 import re
-import threading
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.support.http_server import BackgroundServer, Handler
 
 TOKEN, OWNER = "hf_loopback", "writer"
 EPOCH = "2024-01-01T00:00:00.000Z"
@@ -40,22 +40,13 @@ class Repository:
         return self.commit(files, branch)
 
 
-class Hub:
+class Hub(BackgroundServer):
     """The server; `models` and `datasets` hold the repositories by `owner/name`, `requests` what was asked for."""
 
     def __init__(self, host="127.0.0.1"):
         self.models, self.datasets, self.requests, self.lfs_objects = {}, {}, [], {}
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer((host, 0), handler)
-        self.endpoint = f"http://{host}:{self._server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler, host)
+        self.endpoint = self.url
 
     def environment(self, home, **more):
         """The environment of a client process with its own `HF_HOME`."""
@@ -70,8 +61,7 @@ class Hub:
         }
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Handler):
     API = re.compile(
         r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)(/(?P<verb>revision|tree|paths-info)/(?P<rest>.+))?"
     )
@@ -85,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = urllib.parse.urlsplit(self.path)
         body = self._body()
-        self.hub.requests.append((self.command, urllib.parse.unquote(path.path)))
+        self.state.requests.append((self.command, urllib.parse.unquote(path.path)))
         if self.command in ("POST", "PUT") and (found := self.PUSH.fullmatch(path.path)):
             self._push(found, path.path, body)
         elif found := self.API.fullmatch(path.path):
@@ -119,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         if found["oid"]:  # the storage that the batch named, which asks for no token
             if hashlib.sha256(body).hexdigest() != found["oid"]:
                 return self._fail(400, "BadObject")
-            self.hub.lfs_objects[found["oid"]] = body
+            self.state.lfs_objects[found["oid"]] = body
             return self._send(200, b"", {})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._fail(401, "Unauthorized")
@@ -131,8 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             if asked["organization"] != OWNER:
                 return self._fail(403, "Forbidden")
             is_dataset = asked.get("type") == "dataset"
-            repositories = self.hub.datasets if is_dataset else self.hub.models
-            url = {"url": f"{self.hub.endpoint}/{'datasets/' if is_dataset else ''}{name}"}
+            repositories = self.state.datasets if is_dataset else self.state.models
+            url = {"url": f"{self.state.endpoint}/{'datasets/' if is_dataset else ''}{name}"}
             if name in repositories:
                 return self._json(url, 409)
             repositories[name] = Repository()
@@ -142,8 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found["id"]:
             objects = [
                 each
-                if each["oid"] in self.hub.lfs_objects
-                else {**each, "actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{each['oid']}", "header": {}}}}
+                if each["oid"] in self.state.lfs_objects
+                else {**each, "actions": {"upload": {"href": f"{self.state.endpoint}/lfs/{each['oid']}", "header": {}}}}
                 for each in json.loads(body)["objects"]
             ]
             return self._json({"transfer": "basic", "objects": objects})
@@ -158,25 +148,30 @@ class _Handler(BaseHTTPRequestHandler):
                 for each in json.loads(body)["files"]
             ]
             return self._json({"files": files})
-        repository = (self.hub.models if found["kind"] == "models" else self.hub.datasets)[found["repo"]]
+        repository = (self.state.models if found["kind"] == "models" else self.state.datasets)[found["repo"]]
         branch = found["branch"]
         if found["verb"] == "branch":
             if branch in repository.branches:
                 return self._json({}, 409)
             repository.branches[branch] = repository.branches["main"]
             return self._json({})
-        files = dict(repository.commits[repository.branches[branch]])
+        head = repository.branches[branch]
+        files = dict(repository.commits[head])
         for line in map(json.loads, body.splitlines()):
-            if line["key"] == "file":
+            if line["key"] == "header" and line["value"].get("parentCommit", head) != head:
+                return self._fail(412, "PreconditionFailed")
+            if line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
+            elif line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             elif line["key"] == "lfsFile":
-                files[line["value"]["path"]] = self.hub.lfs_objects[line["value"]["oid"]]
+                files[line["value"]["path"]] = self.state.lfs_objects[line["value"]["oid"]]
         commit = repository.commit(files, branch)
-        self._json({"commitOid": commit, "commitUrl": f"{self.hub.endpoint}/{found['repo']}/commit/{commit}"})
+        self._json({"commitOid": commit, "commitUrl": f"{self.state.endpoint}/{found['repo']}/commit/{commit}"})
 
     def _find(self, kind, name, revision):
         """The repository, the commit's id and its files; None where the answer was an error."""
-        repository = (self.hub.datasets if kind else self.hub.models).get(name)
+        repository = (self.state.datasets if kind else self.state.models).get(name)
         if repository is None:
             return self._fail(404, "RepoNotFound")
         commit = repository.branches.get(urllib.parse.unquote(revision), revision)
@@ -248,9 +243,6 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
 
 
 def _oid(data):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import time
 
 from click.testing import CliRunner
@@ -11,7 +10,8 @@ from click.testing import CliRunner
 from shared.cache.format import SHARD_PATTERN
 from shared.cache.manifest import read_pair
 from shared.cli import codedistill
-from tests.support.cache_faults import CLI, contents
+from tests.support import warm
+from tests.support.cache_faults import contents
 from tests.support.hub_contents import mbpp_row, starcoder2
 
 
@@ -33,21 +33,21 @@ class Builds:
         self.environment = os.environ | {"WANDB_MODE": "disabled"}
         result = CliRunner(env=self.environment).invoke(codedistill, [*options, str(folder / "whole")])
         assert result.exit_code == 0, result.output
-        self.command = [*CLI, *options]
+        self.command = options
         self.expected = contents(folder / "whole")
         self.num_shards = num_shards(folder / "whole")
 
     def run(self, path, *, kill_at_shard=None, seconds=0.0, number=signal.SIGKILL):
         """One build, sent a signal so many seconds after there are so many shards; its exit status and what it said."""
-        with self.log.open("w") as log:
-            process = subprocess.Popen([*self.command, str(path)], stdout=log, stderr=log, env=self.environment)
-            while process.poll() is None and not (_locks(path, process.pid) and kill_at_shard is not None):
-                time.sleep(0.01)
-            while process.poll() is None and num_shards(path) < kill_at_shard:
-                time.sleep(0.001)
-            time.sleep(seconds)
-            process.send_signal(number)
-            return process.wait(timeout=20), self.log.read_text()
+        self.log.write_text("")
+        process = warm.Command(*self.command, path, env=self.environment, log=self.log)
+        while process.poll() is None and not (_locks(path, process.pid) and kill_at_shard is not None):
+            time.sleep(0.01)
+        while process.poll() is None and num_shards(path) < kill_at_shard:
+            time.sleep(0.001)
+        time.sleep(seconds)
+        process.send_signal(number)
+        return process.wait(timeout=20), self.log.read_text()
 
     def kill_and_finish(self, path, rng, num_kills):
         """Builds killed at random moments until one gets through; the shards that were whole stay as they are."""

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from shared.batching import plan_batches
 from shared.cache.format import Array
 from shared.cache.reader import Cache
-from shared.checkpoints import describe_model, dtype_name, load_model
+from shared.checkpoints import describe_model, dtype_name, load_model, student_record
 from shared.errors import CacheMismatchError
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
 from shared.eval.fidelity.rows import agreement, dense_rows, partition_rows, text_rows
@@ -46,14 +46,12 @@ DEFINITIONS = {
 class Sums:
     """Sums over the targets of each document, in float64.
 
-    Args:
-        columns: by name f64 `[D]`: `targets`, `nll_nats`, `kl_nats`, `reverse_kl_nats`, `top1_agreed`, `top5_overlap`;
-            `teacher_nll_nats` where the teacher is run.
-        bins: f64 `[D, bins, 3]`: targets, confidence and correct ones by the confidence in the most likely id.
+    By name there are `targets`, `nll_nats`, `kl_nats`, `reverse_kl_nats`, `top1_agreed`, `top5_overlap`; and
+    `teacher_nll_nats` where the teacher is run.
     """
 
-    columns: dict[str, Array]
-    bins: Array
+    columns: dict[str, Array]  # f64 `[D]`
+    bins: Array  # f64 `[D, bins, 3]`: targets, confidence and correct ones by the confidence in the most likely id
 
 
 def evaluate_fidelity(
@@ -64,7 +62,7 @@ def evaluate_fidelity(
     Args:
         model_dir: a transformers directory.
         cache_dir: a finished cache, usually of held-out documents.
-        dtype: one of `checkpoints.DTYPES`; the head always runs in float32.
+        dtype: see `checkpoints.load_frozen`; the head always runs in float32.
         batch_tokens: max tokens, padding included, that go through the model at once (one document at least).
         teacher_dir: a teacher to run beside the model. The KL is then over the whole vocabulary (`dense`); without it,
             over the cache's K+1 partition, whose KL is never above the dense one.
@@ -138,11 +136,8 @@ def load_for_cache(directory: Path, dtype: str, cache: Cache) -> Any:
 
 def seen_in_training(model_dir: Path, cache: Cache) -> bool:
     """Whether the model is a run or an export that was trained on any of this cache's shards or data sets."""
-    records = (model_dir / name for name in ("run.json", "lineage.json"))  # of a run, of an export
-    record = next((record for record in records if record.is_file()), None)
-    if record is None:
-        return False
-    seen = cache.shares_data(read_json(record).get("caches", []))
+    record = student_record(model_dir)
+    seen = record is not None and cache.shares_data(read_json(record).get("caches", []))
     if seen:
         log(f"warning: {model_dir} was trained on documents of {cache.path}: these are no held-out figures")
     return seen
@@ -298,12 +293,8 @@ def _compare(logits: list[Tensor], gold_N: Tensor, labels: tuple[Tensor, ...] | 
         kl_N, reverse_kl_N = partition_rows(logits_NV, k_N, ids_NK, logp_NK, log_tail_N)
         teacher_NM = ids_NK[:, :_TOP]
     top1_N, top5_N = agreement(largest(logits_NV, teacher_NM.shape[1])[1], teacher_NM, k_N)
-    return compared | {
-        "kl_nats": kl_N,
-        "reverse_kl_nats": reverse_kl_N,
-        "top1_agreed": top1_N,
-        "top5_overlap": top5_N,
-    }
+    compared |= {"kl_nats": kl_N, "reverse_kl_nats": reverse_kl_N}
+    return compared | {"top1_agreed": top1_N, "top5_overlap": top5_N}
 
 
 def cache_batches(cache: Cache, batch_tokens: int, positions: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -57,14 +57,12 @@ def evaluate_benchmark(
 
     Args:
         benchmark: on rank 0 the problems; None on other ranks.
-        model_dir: a transformers directory.
-        out: created where missing; a folder that all ranks see.
+        out: a folder that all ranks see.
         inputs: on rank 0 what the result records of its inputs, or None where the result is up to date already.
-        decoding: how completions are made.
         limit: only the first problems; None for all.
         timeout_seconds: wall seconds of one program with its test, without message time (see `run_candidates`).
-        dtype: one of `checkpoints.DTYPES`.
-        unsafe: run programs without isolation.
+        dtype: see `checkpoints.load_frozen`.
+        unsafe: run programs without isolation if there is none.
         ends: what prompts open with, where the model's tokenizer has no record of it (`tokenizer.recorded_ends`).
 
     Returns:
@@ -83,6 +81,7 @@ def evaluate_benchmark(
     if benchmark is None or inputs is None:
         return None
     start = time.monotonic()
+    settings = decoding.to_dict() | settings | {"limit": limit, "timeout_seconds": timeout_seconds}
     parses = [is_python(line) for line in completions]
     verdicts = None
     if isinstance(sandbox, Sandbox):
@@ -97,13 +96,7 @@ def evaluate_benchmark(
         commit=hub_commit(model_dir),
         problems_sha256=problems_digest(problems),
         **summarise(problems, completions, parses, verdicts, f"not run: {sandbox}"),
-        settings=decoding.to_dict()
-        | settings
-        | {
-            "limit": limit,
-            "timeout_seconds": timeout_seconds,
-            "sandbox": getattr(sandbox, "description", None),
-        },
+        settings=settings | {"sandbox": getattr(sandbox, "description", None)},
         **_generated(completions),
         files={name: hashlib.sha256(data).hexdigest() for name, data in files.items() if data is not None},
         generation_seconds=round(generation_seconds, 3),
@@ -201,9 +194,8 @@ def score_completions(
         if problem is None:
             raise ConfigError("a completion for an unknown problem", where=f"line {number}", got=line["task_id"])
         if line.get("finish_reason") == REFUSED:
-            verdicts[number] = Verdict(
-                verdict="failed", detail=line["reason"], seconds=0.0, loaded=False, asserts_passed=0
-            )
+            why = line["reason"]
+            verdicts[number] = Verdict(verdict="failed", detail=why, seconds=0.0, loaded=False, asserts_passed=0)
         else:
             candidates[number] = to_candidate(problem, line["completion"], line["prompt"])
     ran = run_candidates(list(candidates.values()), sandbox=sandbox, timeout_seconds=timeout_seconds)
@@ -226,21 +218,15 @@ def summarise(
 
     Args:
         problems: all that were asked for.
-        completions: their samples; `task_id` of each.
-        parses: of each completion, whether prompt and completion are Python.
-        verdicts: of each completion; None where programs were not run.
-        not_run: why not.
+        parses, verdicts: of each completion; no verdicts where programs were not run, and `not_run` says why.
     """
     verdicts_of: dict[str, list[Verdict]] = {problem.task_id: [] for problem in problems}
     for line, verdict in zip(completions, verdicts or (), strict=verdicts is not None):
         verdicts_of[line["task_id"]].append(verdict)
     passes = [sum(v.verdict == "passed" for v in found) for found in verdicts_of.values()]
     counts = Counter(verdict.verdict for verdict in verdicts or ())
-    not_judged = {
-        task: next(v.detail for v in found if v.verdict == "error")
-        for task, found in verdicts_of.items()
-        if any(v.verdict == "error" for v in found)
-    }
+    details = {task: [v.detail for v in found if v.verdict == "error"] for task, found in verdicts_of.items()}
+    not_judged = {task: errors[0] for task, errors in details.items() if errors}
     names = ("pass_at_1", "ci95", "pass_at_k", "pass_at_k_ci95", "share_runs", "share_some_assert")
     figures: dict[str, Any] = dict.fromkeys(names)
     bounds = None
@@ -250,8 +236,7 @@ def summarise(
     elif num_samples == 0:
         reason = f"{sum(not found for found in verdicts_of.values())} problems have no completion"
     elif not_judged:
-        unknown = [sum(v.verdict == "error" for v in found) for found in verdicts_of.values()]
-        at_most = [c + u for c, u in zip(passes, unknown, strict=True)]
+        at_most = [c + len(errors) for c, errors in zip(passes, details.values(), strict=True)]
         low, high = (_means(_estimates(verdicts_of, c, num_samples)) for c in (passes, at_most))
         bounds = {k: [low[k], high[k]] for k in low}
         reason = (

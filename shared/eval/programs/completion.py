@@ -3,8 +3,9 @@
 import ast
 import functools
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+
+from data import syntax
 
 ENDS = (
     "a body: first code in column 0; a program: assert, print, if __name__, a string, a backtick or < in column 0; "
@@ -37,11 +38,7 @@ _AFTERMATH = re.compile(r"""(?:assert|print)(?=\W) | if\s+__name__ | ["'`<]""", 
 def ending_after(prompt: str, special: Collection[str] = ()) -> Ending:
     """What finds the end of a prompt's completion: `body_end` where the prompt ends inside a function, a class or
     something else unfinished, such as a head without docstring; otherwise `program_end`. Either way a special token
-    that is spelled out ends it too (see `spelled_end`).
-
-    Args:
-        prompt: what is continued.
-        special: the texts of the tokenizer's special tokens.
+    (`special` has their texts) that is spelled out ends it too (see `spelled_end`).
     """
     tree = parse(prompt)
     unfinished = tree is None or bool(
@@ -88,10 +85,8 @@ def _first_end(end: Ending, stops: Sequence[str], text: str) -> int | None:
 def parse(program: str) -> ast.Module | None:
     """The syntax tree of a program; None where it is no Python."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes such as "\d"
-            return ast.parse(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return syntax.parse(program)
+    except syntax.NOT_PYTHON:
         return None
 
 

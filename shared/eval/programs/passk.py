@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from shared.errors import ConfigError
-
 _Z_95 = 1.959963984540054
 
 
@@ -17,15 +15,9 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     Args:
         num_samples: n, samples drawn for the problem, duplicates included.
         num_passed: c, how many of them passed.
-        k: at most n.
-
-    Raises:
-        ConfigError: k > n (no unbiased estimate exists), or counts that make no sense.
+        k: at most n; no unbiased estimate exists of others.
     """
-    if not 1 <= k <= num_samples:
-        raise ConfigError("pass@k needs at least k samples", expected=f"1 <= k <= {num_samples}", got=f"k={k}")
-    if not 0 <= num_passed <= num_samples:
-        raise ConfigError("a count of passes that is impossible", expected=f"0 to {num_samples}", got=num_passed)
+    assert 1 <= k <= num_samples and 0 <= num_passed <= num_samples
     all_choices, all_failing = math.comb(num_samples, k), math.comb(num_samples - num_passed, k)
     return (all_choices - all_failing) / all_choices  # of integers, so that a rare pass is not rounded away
 
@@ -39,14 +31,10 @@ def mean_interval(estimates: Sequence[float], num_samples: int) -> tuple[float, 
     but never more than there are samples. Unlike a percentile bootstrap it is not empty where all problems are alike.
 
     Args:
-        estimates: of each problem, within [0, 1].
+        estimates: of each problem, one or more, within [0, 1].
         num_samples: of each problem.
-
-    Raises:
-        ConfigError: there are no problems, or an estimate outside [0, 1].
     """
-    if not estimates or not all(0 <= estimate <= 1 for estimate in estimates):
-        raise ConfigError("no interval for these estimates", expected="one or more within [0, 1]", got=estimates)
+    assert estimates and all(0 <= estimate <= 1 for estimate in estimates)
     n, mean = len(estimates), math.fsum(estimates) / len(estimates)
     if mean in (0, 1):
         return _score_interval(mean, n)

@@ -16,36 +16,21 @@ from shared.errors import require
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
-    """Problems under the name that results give them.
+    """Problems under the name that results give them."""
 
-    Args:
-        name: such as `HumanEval`.
-        problems: in their published order.
-        about: what a result says of them beside their digest.
-    """
-
-    name: str
-    problems: tuple[Problem, ...]
-    about: Mapping[str, Any]
+    name: str  # such as `HumanEval`
+    problems: tuple[Problem, ...]  # in their published order
+    about: Mapping[str, Any]  # what a result says of them beside their digest
 
 
 def humaneval(problems_file: Path | None) -> Benchmark:
-    """HumanEval, from its package or the Hub, or as an earlier run of this wrote it.
-
-    Raises:
-        ConfigError: it is not to be had.
-    """
-    return Benchmark(
-        name="HumanEval", problems=read_problems(problems_file) if problems_file else load_humaneval(), about={}
-    )
+    """HumanEval, from its package or the Hub, or as an earlier run of this wrote it."""
+    problems = read_problems(problems_file) if problems_file else load_humaneval()
+    return Benchmark(name="HumanEval", problems=problems, about={})
 
 
 def from_file(path: Path) -> Benchmark:
-    """Any file of HumanEval's form, under its own name.
-
-    Raises:
-        ConfigError: a malformed file.
-    """
+    """Any file of HumanEval's form, under its own name."""
     return Benchmark(name=path.stem, problems=read_problems(path), about={"file": path.name})
 
 
@@ -55,25 +40,16 @@ def exercises() -> Benchmark:
 
 
 def mbpp(dataset: str) -> Benchmark:
-    """MBPP's test split; see `data.mbpp`.
-
-    Raises:
-        ConfigError: it is not to be had.
-    """
+    """MBPP's test split; see `data.mbpp`."""
     problems, commit = load_problems(dataset, "test")
     asserts = "test_list (all three), the same that the prompt shows; challenge_test_list takes no part"
     about = {"dataset": Path(dataset).name, "dataset_commit": commit, "split": "test"}
-    return Benchmark(
-        name="MBPP", problems=problems, about=about | {"asserts_shown": "test_list", "asserts_graded": asserts}
-    )
+    about |= {"asserts_shown": "test_list", "asserts_graded": asserts}
+    return Benchmark(name="MBPP", problems=problems, about=about)
 
 
 def read_prompts(file: Path | None, limit: int | None) -> list[tuple[str, str]]:
-    """Names and texts of prompts, as models are given them.
-
-    Args:
-        file: rows with `prompt`, `.jsonl` or `.parquet`; None for HumanEval's.
-        limit: only the first; None for all.
+    """Names and texts of prompts as models are given them: `prompt` of a data file's first rows, or HumanEval's.
 
     Raises:
         ConfigError: the file cannot be read or holds no prompt.

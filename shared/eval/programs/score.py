@@ -14,14 +14,10 @@ from shared.process import log
 
 
 def to_candidate(problem: Problem, completion: str, prompt: object = None, *, solution: str | None = None) -> Candidate:
-    """The program that a completion makes of a problem.
+    """The program that a completion makes of a problem; or `solution`, a whole program, as EvalPlus's samples have it.
 
-    Args:
-        problem: the problem.
-        completion: what follows the prompt.
-        prompt: what the completion's own line says was continued. It is taken if it is the problem's prompt without
-            the white space at its end, as `eval humaneval` gives it to models; anything else, such as a chat, is not.
-        solution: a whole program in place of prompt and completion, as EvalPlus's samples have it.
+    `prompt` is what the completion's own line says was continued. It is taken if it is the problem's prompt without the
+    white space at its end, as `eval humaneval` gives it to models; anything else, such as a chat, is not.
     """
     continued = humaneval_prompt(problem)
     return Candidate(
@@ -50,8 +46,7 @@ def score_file(
         completions_file: rows with `task_id completion`, and `prompt` where known (see `to_candidate`); or with
             `task_id solution`, a whole program, which comes before a completion in the same row, as in EvalPlus.
         out: JSONL; its folder is made where missing.
-        timeout_seconds: wall seconds of one program with its test, without message time (see `run_candidates`).
-        workers: programs at once; None for one per processor.
+        timeout_seconds, workers: see `run_candidates`.
         unsafe: go on without isolation where there is none; every line says so.
 
     Raises:
@@ -61,10 +56,8 @@ def score_file(
     by_id = {problem.task_id: problem for problem in read_problems(problems_file)}
     candidates, task_ids = [], []
     for written in read_completions(completions_file):
-        problem = by_id.get(written.task_id)
-        if problem is None:
-            expected = f"a problem of {problems_file}"
-            raise written.row.error("task_id", expected=expected, got=repr(written.task_id))
+        if (problem := by_id.get(written.task_id)) is None:
+            raise written.row.error("task_id", expected=f"a problem of {problems_file}", got=repr(written.task_id))
         task_ids.append(written.task_id)
         text, solution = ("", written.text) if written.is_program else (written.text, None)
         candidates.append(to_candidate(problem, text, written.prompt, solution=solution))
@@ -76,13 +69,9 @@ def score_file(
     log(f"isolation: {sandbox.isolation.value}")
     verdicts = run_candidates(candidates, sandbox=sandbox, timeout_seconds=timeout_seconds, workers=workers)
     lines = [
-        {
-            "task_id": task_id,
-            "verdict": verdict.verdict,
-            "detail": verdict.detail,
-            "seconds": verdict.seconds,
-            "sandbox": sandbox.description,
-        }
+        {"task_id": task_id}
+        | {key: getattr(verdict, key) for key in ("verdict", "detail", "seconds")}
+        | {"sandbox": sandbox.description}
         for task_id, verdict in zip(task_ids, verdicts, strict=True)
     ]
     out.parent.mkdir(parents=True, exist_ok=True)

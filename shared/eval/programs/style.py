@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from data.syntax import Function, body_of, functions_in
 from data.templates import normalise
 from shared.chat import chat_prompt
 from shared.eval.programs.completion import Ending, ending_after, parse, program_end
@@ -17,16 +18,10 @@ QUESTION = (
 )
 _BLOCK = re.compile(r"^[^`\n]*```[^\n]*\n(?P<code>.*?)(?P<end>^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """One way to ask.
-
-    Args:
-        name: `prompt`, or `chat` (`QUESTION`, rendered by the tokenizer's chat template).
-    """
+    """One way to ask: `prompt`, or `chat` (`QUESTION`, rendered by the tokenizer's chat template)."""
 
     name: str = "prompt"
 
@@ -69,23 +64,16 @@ def continuation(prompt: str, answer: str) -> str:
         program = "\n" + code.strip().removeprefix(prompt.strip()).lstrip("\n")
         return program[: program_end(program)].rstrip() + "\n"
     tree = parse(code)
-    functions = [node for node in ast.walk(tree) if isinstance(node, Function)] if tree else []
-    function = next((each for each in functions if each.name == name), None)
+    function = next((each for each in functions_in(tree) if each.name == name), None) if tree else None
     if tree is None or function is None:
         return "\n" + _indented(code.strip("\n"), indent) + "\n"
-    first = function.body[0]
-    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    body = function.body[1:] if is_docstring else function.body
+    body = body_of(function)
     if not body:
         return "\n"
-    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    lines = code.split("\n")
-    before = [
-        indent + line
-        for node in imports
-        if not _stands_in(node, prompt)
-        for line in lines[node.lineno - 1 : node.end_lineno]
-    ]
+    lines, before = code.split("\n"), list[str]()
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom) and not _stands_in(node, prompt):
+            before += [indent + line for line in lines[node.lineno - 1 : node.end_lineno]]
     return "\n" + "\n".join([*before, _indented(_source(body[0], lines, function.end_lineno), indent)]) + "\n"
 
 

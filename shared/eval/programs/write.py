@@ -16,17 +16,12 @@ from data.humaneval import COLUMNS, parse_problem
 from data.mbpp import NAME as MBPP
 from data.mbpp import is_mbpp, load_problems
 from data.records import Document, Problem
+from data.syntax import is_string
 from data.tabular import Row, find_data_files, open_table
 from shared.checkpoints import hub_commit
 from shared.distributed import agree, joined
 from shared.errors import ConfigError, require
-from shared.eval.programs.benchmark import (
-    PATIENCE,
-    complete_problems,
-    is_python,
-    on_all_ranks,
-    score_completions,
-)
+from shared.eval.programs.benchmark import PATIENCE, complete_problems, is_python, on_all_ranks, score_completions
 from shared.eval.programs.completion import parse
 from shared.eval.programs.sample import COMPLETIONS, REFUSED, Decoding, remove_parts, to_jsonl
 from shared.eval.results import Written
@@ -37,40 +32,25 @@ from shared.options import command_line
 from shared.process import log
 
 DOCUMENTS = "documents.jsonl"
-KEEP = ("passed", "parsed", "all")
-PREFER = ("shortest", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts to complete, with the tests of those that have any (`test` is empty for others).
+    """Prompts to complete, with the tests of those that have any (`test` is empty for others)."""
 
-    Args:
-        name: of the data set.
-        problems: in its order.
-        license: of the prompts; None where unknown.
-    """
-
-    name: str
-    problems: tuple[Problem, ...]
-    license: str | None
+    name: str  # of the data set
+    problems: tuple[Problem, ...]  # in its order
+    license: str | None  # of the prompts; None where unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which completions become documents.
+    """Which completions become documents."""
 
-    Args:
-        keep: `passed` its tests (or is Python, where there are none), `parsed` as Python, or `all`.
-        per_prompt: at most so many of a prompt; None for all.
-        prefer: which come first where there are more, `shortest` or `random`.
-        seed: of the random choice.
-    """
-
-    keep: str
-    per_prompt: int | None
-    prefer: str
-    seed: int
+    keep: str  # `passed` its tests (or is Python, where there are none), `parsed` as Python, or `all`
+    per_prompt: int | None  # at most so many of a prompt; None for all
+    prefer: str  # which come first where there are more, `shortest` or `random`
+    seed: int  # of the random choice
 
 
 def read_prompts(dataset: str, split: str, limit: int | None) -> Prompts:
@@ -80,7 +60,6 @@ def read_prompts(dataset: str, split: str, limit: int | None) -> Prompts:
         dataset: `mbpp`, MBPP's own file, `stdlib`, or data files with `prompt` and, where there are any, `test` and
             `entry_point` as in HumanEval; `task_id` or `id` names them.
         split: of MBPP and `stdlib`.
-        limit: only the first.
 
     Raises:
         ConfigError: it cannot be read, has no prompts or the same id twice.
@@ -101,14 +80,11 @@ def read_prompts(dataset: str, split: str, limit: int | None) -> Prompts:
         problems = list(load_problems(dataset, split)[0][:limit])
         return Prompts(name=f"MBPP, {split}", problems=tuple(problems), license=LICENSE)
     table = open_table(files or [], dataset)
-    seen: set[str] = set()
+    seen: dict[Any, str] = {}
     problems = []
     for number, row in enumerate(itertools.islice(table.read(("id", *COLUMNS)), limit), 1):
-        problem = _problem(row, number)
-        if problem.task_id in seen:
-            raise row.error("id", expected="each id once", got=problem.task_id)
-        seen.add(problem.task_id)
-        problems.append(problem)
+        problems.append(_problem(row, number))
+        row.require_once("id", problems[-1].task_id, seen)
     require(problems, "no prompts", where=dataset)
     return Prompts(name=Path(dataset).name, problems=tuple(problems), license=None)
 
@@ -123,11 +99,7 @@ def _problem(row: Row, number: int) -> Problem:
 
 
 def refuse_benchmark_prompts(prompts: Prompts, benchmarks: Index) -> None:
-    """Refuse prompts that are a benchmark's test problems.
-
-    Raises:
-        ConfigError: names the first.
-    """
+    """Refuse prompts that are a benchmark's test problems; the `ConfigError` names the first."""
     for problem in prompts.problems:
         if found := benchmarks.prompt_of(problem.prompt):
             raise ConfigError(
@@ -139,11 +111,7 @@ def refuse_benchmark_prompts(prompts: Prompts, benchmarks: Index) -> None:
 
 
 def require_own_folder(out: Path) -> None:
-    """Refuse a folder that holds anything that `generate` did not write.
-
-    Raises:
-        ConfigError: names it.
-    """
+    """Refuse a folder that holds anything that `generate` did not write; the `ConfigError` names it."""
     for entry in sorted(out.iterdir()) if out.is_dir() else ():
         is_ours = entry.name in (COMPLETIONS, "result.json", LOCK) or entry.match("completions.rank-*.jsonl")
         if entry.name == DOCUMENTS:
@@ -178,7 +146,6 @@ def write_documents(
 
     Args:
         prompts, inputs: on rank 0; see `evaluate_benchmark` for these and for what is not named here.
-        choice: which completions become documents.
         benchmarks: documents that share text with one of these are left out.
         origin, style: `teacher` or `student`; see `complete_problems`.
 
@@ -296,10 +263,6 @@ def _first(rows: list[dict[str, Any]], task_id: str, choice: Choice) -> list[dic
     return random.Random(f"{choice.seed}/{task_id}").sample(rows, choice.per_prompt)
 
 
-def _is_string(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
 def _tree(text: str) -> str | None:
     """A program's syntax tree without its docstrings, which differ where the code does not.
 
@@ -310,7 +273,7 @@ def _tree(text: str) -> str | None:
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            node.body = [part for part in node.body if not _is_string(part)]
+            node.body = [part for part in node.body if not is_string(part)]
     try:
         return ast.dump(tree)
     except RecursionError:

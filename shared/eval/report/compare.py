@@ -52,28 +52,19 @@ Outcomes = Mapping[str, Mapping[str, int]]  # problem → samples, and how many 
 
 @dataclass(kw_only=True)
 class Row:
-    """One figure of both results.
+    """One figure of both results; None where unknown."""
 
-    Args:
-        figure: its label; `model` where results hold several.
-        a, b: its values, None where unknown; `difference` is b − a.
-        ci95, p_value: what it was judged by, the other is None.
-        verdict: `better`, `worse`, `noise`, `changed` (a size, or newly known) or `unknown`.
-        how: the judgement in words; `method` leaves out its outcome.
-        is_share: whether it is a share of 1.
-    """
-
-    figure: str
+    figure: str  # its label
     a: float | None
     b: float | None
-    model: str | None = None
-    difference: float | None = None
-    ci95: Interval | None = None
+    model: str | None = None  # where results hold several
+    difference: float | None = None  # b − a
+    ci95: Interval | None = None  # it was judged by this or by `p_value`
     p_value: float | None = None
-    verdict: str = "unknown"
-    how: str = ""
+    verdict: str = "unknown"  # or `better`, `worse`, `noise`, `changed` (a size, or newly known)
+    how: str = ""  # the judgement in words; `method` leaves out its outcome
     method: str = ""
-    is_share: bool = False
+    is_share: bool = False  # of 1
 
     @property
     def is_open(self) -> bool:

@@ -146,7 +146,8 @@ class _Tracer:
         parts = [self.recorded_cache("cache", cache, paths) for cache in record["caches"]]
         if record["validation"]:
             parts.append(self.recorded_cache("validation cache", record["validation"], paths))
-        return [*parts, self.start(record["init_from"])] if record["init_from"] else parts
+        starts = (("starting weights", record["init_from"]), ("starting embedding", record.get("init_embedding")))
+        return [*parts, *(self.start(kind, start) for kind, start in starts if start)]
 
     def recorded_cache(self, kind: str, record: Record, paths: Sequence[Path]) -> Part:
         """A cache that a run was trained on: the first one here that has its shards, or else a damaged one."""
@@ -184,9 +185,9 @@ class _Tracer:
         place = self.find(lambda place: (place / MANIFEST).exists() and read_manifest(place).digest == digest)
         return self.cache(place, kind) if place else Part(kind=kind, name=digest[:16], digest=digest)
 
-    def start(self, record: Record) -> Part:
+    def start(self, kind: str, record: Record) -> Part:
         """The weights that a run started from, and the run that they come from where it is here."""
-        digest, kind = record["weights_sha256"], "starting weights"
+        digest = record["weights_sha256"]
         recorded = [Path(record["path"])] if "path" in record else []
 
         def holds_them(place: Path) -> bool:

@@ -45,16 +45,10 @@ Line = tuple[str, Sequence[tuple[float, float]], dict[str, Any]]  # label, point
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plot:
-    """One drawing.
+    """One drawing."""
 
-    Args:
-        draw: draws it into an empty figure.
-        alt: what it shows, in words.
-        size: width and height in inches.
-    """
-
-    draw: Callable[[Figure], None]
-    alt: str = ""
+    draw: Callable[[Figure], None]  # into an empty figure
+    alt: str = ""  # what it shows, in words
     size: tuple[float, float] = (WIDTH, HEIGHT)
 
     def svg(self, theme: str = "light", *, transparent: bool = False) -> bytes:
@@ -133,9 +127,8 @@ def training_plot(models: Sequence[Model], key: str) -> Plot | None:
             (key, model.label, {"alpha": 0.45}),
             (f"eval_{key}", f"{model.label}, held out", held_out),
         ):
-            known = {
-                r["step"]: r[name] for r in model.log if r.get(name) is not None and "step" in r
-            }  # a resume's last
+            # Of a step that a resume has done again, the last counts.
+            known = {r["step"]: r[name] for r in model.log if r.get(name) is not None and "step" in r}
             if known:
                 lines.append((text, sorted(known.items()), {"color": _colour(index), **style}))
     return _line_plot("Loss by step", lines, xlabel="optimizer step", ylabel="nats per token")

@@ -42,11 +42,7 @@ class Files:
         return result
 
     def record(self, path: Path, figures: str) -> dict[str, Any]:
-        """A JSON object that records its own `command`.
-
-        Raises:
-            ConfigError: the file is something else.
-        """
+        """A JSON object that records its own `command`; a `ConfigError` says that the file is something else."""
         if not path.is_file():
             return {}
         value = read_json(path)

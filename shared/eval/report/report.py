@@ -35,22 +35,14 @@ NUM_PROMPTS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collected:
-    """All that a report is made from.
+    """All that a report is made from."""
 
-    Args:
-        models: teacher first.
-        caches: manifests by name; None for an unfinished cache.
-        shown_cache: folder and name of the last finished cache, documents of which the report shows.
-        prompts: the first prompts, and what the models write after them.
-        files: see `Files`.
-    """
-
-    models: Sequence[Model]
-    caches: Mapping[str, Manifest | None]
-    shown_cache: tuple[Path, str] | None
+    models: Sequence[Model]  # teacher first
+    caches: Mapping[str, Manifest | None]  # by name; None for an unfinished one
+    shown_cache: tuple[Path, str] | None  # folder and name of the last finished one, whose documents are shown
     proof: Proof | None
-    prompts: Sequence[dict[str, Any]]
-    files: Mapping[str, dict[str, Any]]
+    prompts: Sequence[dict[str, Any]]  # the first ones, and what the models write after them
+    files: Mapping[str, dict[str, Any]]  # see `Files`
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -81,15 +73,13 @@ class Collected:
 def collect(
     eval_dir: Path, runs: Mapping[str, Path], caches: Sequence[Path], proof_file: Path | None, out_dir: Path
 ) -> Collected:
-    """Read everything that a report shows.
+    """Read everything that a report shows; files are named relative to the parent of `out_dir`.
 
     Args:
         eval_dir: holds `<name>/{fidelity,latency,draft}.json` and `<name>/{humaneval,mbpp}/result.json` per model, and
             a `latency.json` of several models, which wins: times of one run can be compared.
-        runs: run folders by student, in the table's order; `run.json` and `training_log.jsonl` are read.
-        caches: cache folders; `manifest.json` is read, and `teacher_eval/` where `eval_dir` has no teacher.
-        proof_file: what `student proof` wrote.
-        out_dir: where the report goes; files are named relative to its parent.
+        runs: run folders by student, in the table's order.
+        caches: where `eval_dir` has no teacher, `teacher_eval/` of the first that has one is read.
 
     Raises:
         ConfigError: there are no results; a file cannot be read as what it should be; or a student's name is not its
@@ -147,7 +137,6 @@ def _model_folders(
 
 
 def _holds_results(folder: Path) -> bool:
-    """Whether a folder holds a model's results."""
     return any((folder / name).is_file() for name in RESULT_FILES)
 
 
@@ -314,7 +303,6 @@ def _score_json(result: BenchmarkResult) -> dict[str, Any]:
 
 
 def _renderer() -> Callable[..., str]:
-    """Renders a template by name."""
     templates = environment("shared.eval.report")
     texts = (tables.count, tables.signed, tables.ratio_words, tables.difference_cells, tables.variant_cells)
     templates.globals |= {"zip": zip} | {text.__name__: text for text in texts}

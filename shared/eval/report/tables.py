@@ -33,29 +33,18 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Where a figure is found and how it is shown.
+    """Where a figure is found and how it is shown."""
 
-    Args:
-        part: of the results, see `PARTS`; or the title of a benchmark.
-        name: the figure's name there; of several in a dictionary, `key` is the one meant.
-        label: of its row.
-        form: a format specification; `show` says instead how the part is put.
-        scale: factor before it is shown.
-        less, more: what a ratio to the teacher below 1 means, and one above 1; no ratio where empty.
-        always: whether the row stands even where no model has the figure.
-        interval: the name of its interval, or of a dictionary of intervals.
-    """
-
-    part: str
-    name: str
+    part: str  # of the results, see `PARTS`; or the title of a benchmark
+    name: str  # there; of several in a dictionary, `key` is the one meant
     label: str
-    form: str = ".3f"
+    form: str = ".3f"  # `show` says instead how the part is put
     scale: float = 1
-    less: str = ""
+    less: str = ""  # what a ratio to the teacher below 1 means, `more` one above 1; no ratio where empty
     more: str = ""
-    always: bool = False
+    always: bool = False  # whether the row stands even where no model has the figure
     key: str = ""
-    interval: str = "ci95"
+    interval: str = "ci95"  # the name of its interval, or of a dictionary of intervals
     show: Callable[[Any], str] | None = None
 
     @property
@@ -70,29 +59,19 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A model's results; None or absent where not measured.
+    """A model's results; None or absent where not measured."""
 
-    Args:
-        name: of its folder of results.
-        label: for the reader.
-        fidelity, latency, draft: see `shared.eval.results`; the latency may hold other models too.
-        benchmarks: by folder, see `BENCHMARKS`; `outcomes` of each problem likewise.
-        run, log: a student's run.json and training_log.jsonl; empty where there is none. `run_digest` is the digest of
-            the model in the run's folder.
-        cached_nll: the teacher's NLL as a cache recorded it, if the teacher itself was not scored.
-    """
-
-    name: str
-    label: str
+    name: str  # of its folder of results
+    label: str  # for the reader
     fidelity: Fidelity | None = None
-    latency: Latency | None = None
+    latency: Latency | None = None  # may hold other models too
     draft: results.Draft | None = None
-    benchmarks: Mapping[str, BenchmarkResult] = field(default_factory=dict)
-    outcomes: Mapping[str, Outcomes] = field(default_factory=dict)
-    run: Mapping[str, Any] = field(default_factory=dict)
-    log: Sequence[Mapping[str, Any]] = ()
-    run_digest: str | None = None
-    cached_nll: float | None = None
+    benchmarks: Mapping[str, BenchmarkResult] = field(default_factory=dict)  # by folder, see `BENCHMARKS`
+    outcomes: Mapping[str, Outcomes] = field(default_factory=dict)  # likewise
+    run: Mapping[str, Any] = field(default_factory=dict)  # a student's run.json
+    log: Sequence[Mapping[str, Any]] = ()  # its training_log.jsonl
+    run_digest: str | None = None  # of the model in the run's folder now
+    cached_nll: float | None = None  # the teacher's as a cache recorded it, if the teacher itself was not scored
 
     @property
     def in_text(self) -> str:

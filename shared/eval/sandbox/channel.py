@@ -24,11 +24,7 @@ class Channel:
         self._descriptor = descriptor
 
     def send(self, message: bytes) -> None:
-        """Send a message.
-
-        Raises:
-            GoneError: the other end is gone.
-        """
+        """Send a message; a `GoneError` says that the other end is gone."""
         try:
             write_all(self._descriptor, struct.pack("<Q", len(message)) + message)
         except OSError as error:

@@ -30,11 +30,7 @@ MAX_BYTES = 256 << 20
 
 
 class NotPlainError(Exception):
-    """A value that cannot cross, or bytes that are none.
-
-    Attributes:
-        kind: the type that cannot cross.
-    """
+    """A value that cannot cross, or bytes that are none; `kind` is the type that cannot cross."""
 
     def __init__(self, text: str, kind: type | None = None) -> None:
         super().__init__(text)
@@ -105,11 +101,7 @@ class Encoder:
         self._unmade: set[int] = set()  # ids of objects that are made once their items are there
 
     def encode(self, value: Any) -> None:
-        """Append a value.
-
-        Raises:
-            NotPlainError: it is no plain data, or too large.
-        """
+        """Append a value; a `NotPlainError` says that it is no plain data, or too large."""
         self._work.append(value)
         self._finish()
 
@@ -264,11 +256,7 @@ class Decoder:
         self._stack: list[Any] = []
 
     def decode(self) -> list[Any]:
-        """The values, in order.
-
-        Raises:
-            NotPlainError: the bytes are no values.
-        """
+        """The values, in order; a `NotPlainError` says that the bytes are none."""
         stack = self._stack
         try:
             while self._at < len(self._data):

@@ -33,10 +33,8 @@ def rebuilt(
             error = kind.__new__(kind, *shown)
         error.args = tuple(shown)
     error.__dict__.update(attributes)
-    if isinstance(cause, BaseException):
-        error.__cause__ = cause
-    if isinstance(context, BaseException):
-        error.__context__ = context
+    error.__cause__ = cause if isinstance(cause, BaseException) else None
+    error.__context__ = context if isinstance(context, BaseException) else None
     error.__suppress_context__ = suppress is True
     return error
 

@@ -22,31 +22,19 @@ from typing import Any, NamedTuple
 
 
 class Fixed(NamedTuple):
-    """A class whose instances never change.
+    """A class whose instances never change."""
 
-    Attributes:
-        take: the items of an instance; None of one that cannot cross.
-        make: an instance from its items.
-    """
-
-    take: Callable[[Any], Sequence[Any] | None]
-    make: Callable[[list[Any]], Any]
+    take: Callable[[Any], Sequence[Any] | None]  # the items of an instance; None of one that cannot cross
+    make: Callable[[list[Any]], Any]  # an instance from its items
 
 
 class Changing(NamedTuple):
-    """A class whose instances change in place. None of these functions calls a method of a subclass.
+    """A class whose instances change in place. None of these functions calls a method of a subclass."""
 
-    Attributes:
-        take: the items that an instance holds now.
-        fill: have an instance hold these items and no others.
-        new: an empty instance of a class that is or is built on this one, made with what `made_with` gives.
-        made_with: what of an instance never changes.
-    """
-
-    take: Callable[[Any], Sequence[Any]]
-    fill: Callable[[Any, list[Any]], None]
-    new: Callable[..., Any]
-    made_with: Callable[[Any], list[Any]] = lambda value: []
+    take: Callable[[Any], Sequence[Any]]  # the items that an instance holds now
+    fill: Callable[[Any, list[Any]], None]  # have an instance hold these items and no others
+    new: Callable[..., Any]  # an empty instance of a class built on this one, made with what `made_with` gives
+    made_with: Callable[[Any], list[Any]] = lambda value: []  # what of an instance never changes
 
 
 def _of_fields(kind: Callable[..., Any], *names: str) -> Fixed:

@@ -41,23 +41,14 @@ _NAMES = {id(value): name for name, value in NAMED.items()}
 
 
 def name_of(value: Any, *, any_of_library: bool) -> str | None:
-    """The name under which the other side has this very value.
-
-    Args:
-        value: anything.
-        any_of_library: also of functions and classes that are not in `NAMED`.
-    """
+    """The name under which the other side has this very value; `any_of_library`: also what is not in `NAMED`."""
     if (name := _NAMES.get(id(value))) is not None:
         return name
     return path_of(value) if any_of_library and callable(value) else None
 
 
 def named(name: str, *, any_of_library: bool) -> Any:
-    """What the other side names.
-
-    Args:
-        name: as `name_of` gives it.
-        any_of_library: also what is not in `NAMED`.
+    """What the other side names, as `name_of` gives it.
 
     Raises:
         LookupError, AttributeError, ImportError: there is no such thing.

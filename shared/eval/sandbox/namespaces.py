@@ -94,11 +94,7 @@ def drop_privileges(*, become_nobody: bool) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies.
-
-    Args:
-        parent: its id; 0 for a parent outside this process namespace.
-    """
+    """Have the kernel kill this process when its parent dies; `parent` is 0 outside this process namespace."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it is dead already
         os._exit(1)

@@ -19,11 +19,7 @@ _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 class Needs:
-    """What a test tells of itself; read when it is asked for, for most programs need none of it.
-
-    Args:
-        test: the text.
-    """
+    """What a test's text tells of itself; read when it is asked for, for most programs need none of it."""
 
     def __init__(self, test: str) -> None:
         self._test = test

@@ -78,11 +78,7 @@ def marked(name: str, value: Any) -> str:
 
 
 def signature_outline(function: Any, *, with_defaults: bool) -> tuple[list[Any], Any]:
-    """A function's parameters, as name, kind, default and annotation, and what it returns; what is not there is `()`.
-
-    Raises:
-        TypeError, ValueError: it has none.
-    """
+    """A function's parameters, as name, kind, default and annotation, and what it returns; nothing is `()`."""
     signature = inspect.signature(function)
     parameters = [
         (p.name, int(p.kind), _given(p.default if with_defaults or p.default is p.empty else ...), _given(p.annotation))

@@ -93,12 +93,7 @@ class Peer:
         """Note that the program decides something that the test goes by."""
 
     def count_transport(self, seconds: float, *, is_own: bool) -> None:
-        """Take note of the seconds that a message took both sides to pack, pass on and unpack.
-
-        Args:
-            seconds: so many.
-            is_own: whether it belongs to a call of this side.
-        """
+        """Note the seconds that a message took both sides; `is_own`: it belongs to a call of this side."""
 
     def _send(self, how: bytes, values: list[Any]) -> None:
         """What has changed, the surroundings, and values, which become known to the other side."""

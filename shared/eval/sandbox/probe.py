@@ -60,9 +60,8 @@ def probe(isolation: Isolation) -> dict[str, str]:
         worker.wait_ready()
         verdict = worker.run(control, PROBE_SECONDS)
         if verdict.verdict != "passed":
-            raise SandboxError(
-                "a right program does not pass", where=isolation.value, got=f"{verdict.verdict}: {verdict.detail}"
-            )
+            got = f"{verdict.verdict}: {verdict.detail}"
+            raise SandboxError("a right program does not pass", where=isolation.value, got=got)
         outcomes = {}
         for about, candidate in attempts().items():
             verdict = worker.run(candidate, PROBE_SECONDS)

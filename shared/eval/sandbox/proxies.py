@@ -83,8 +83,6 @@ def give_methods(peer: "Peer", kind: type, names: Iterable[str], deciding: Conta
     """Have a class of the prompt do these things by the program's class, since the prompt leaves them open.
 
     Args:
-        peer: of the checker.
-        kind: the class.
         names: as `outlines.marked` gives them.
         deciding: those by which the class compares its instances.
     """

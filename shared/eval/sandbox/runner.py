@@ -1,6 +1,5 @@
 """Candidates to verdicts: what scoring knows of the sandbox."""
 
-import os
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from shared.errors import SandboxError
 from shared.eval.sandbox import probe
 from shared.eval.sandbox.policy import Isolation
 from shared.eval.sandbox.worker import Candidate, Verdict, Worker
+from shared.machine import num_processors
 from shared.progress import progress
 
 __all__ = ["Candidate", "Sandbox", "Verdict", "open_sandbox", "run_candidates"]
@@ -32,10 +32,7 @@ class Sandbox:
 
 
 def open_sandbox(*, unsafe: bool = False) -> Sandbox:
-    """The best isolation that this machine allows, by trying what it must refuse.
-
-    Args:
-        unsafe: go on without where none can be had.
+    """The best isolation that this machine allows, by trying what it must refuse; or none with `unsafe`.
 
     Raises:
         SandboxError: there is none, and why.
@@ -59,7 +56,6 @@ def run_candidates(
 
     Args:
         candidates: run in any order.
-        sandbox: from `open_sandbox`.
         timeout_seconds: wall seconds of one candidate, program and test together. Message time does not count: calls by
             the test extend the deadline to at most ten times the limit, calls by the program by at most one limit.
         workers: candidates at once; as many as there are processors by default.
@@ -67,7 +63,7 @@ def run_candidates(
     Raises:
         SandboxError: the isolation layers cannot be put up any more.
     """
-    num_workers = min(workers or _num_processors(), len(candidates))
+    num_workers = min(workers or num_processors(), len(candidates))
     if num_workers == 0:
         return []
     with ExitStack() as stack:
@@ -102,7 +98,3 @@ def run_candidates(
             everyone[0].run(candidate, timeout_seconds) if verdict.verdict == "timed out" else verdict
             for candidate, verdict in zip(candidates, verdicts, strict=True)
         ]
-
-
-def _num_processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,10 +24,7 @@ _HIGH = 32  # above all descriptors that children get
 def main(control_fd: int, isolation: policy.Isolation, packages: str = "") -> None:
     """Put up the isolation layers, all of them, say so, and serve until the socket ends.
 
-    Args:
-        control_fd: the socket.
-        isolation: the layers.
-        packages: the folder that numpy is in, for tests that use it; empty to do without.
+    `packages` is the folder that numpy is in, for tests that use it; empty to do without.
     """
     control = socket.socket(fileno=control_fd)
     try:

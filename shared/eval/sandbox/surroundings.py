@@ -34,11 +34,7 @@ def wanted(test: str) -> list[str]:
 
 
 class Surroundings:
-    """What crosses, by methods of one side: `_take_…` for what it tells the other, `_give_…` for what it is told.
-
-    Args:
-        names: what crosses, of `NAMES`.
-    """
+    """What crosses, of `NAMES`, by methods of one side: `_take_…` what it tells, `_give_…` what it is told."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
@@ -48,11 +44,7 @@ class Surroundings:
         return {name: getattr(self, f"_take_{name}", lambda: None)() for name in self.names} if self.names else None
 
     def give(self, state: Any) -> None:
-        """Take over the other side's state.
-
-        Raises:
-            ValueError: it has another form.
-        """
+        """Take over the other side's state; a `ValueError` says that it has another form."""
         if type(state) is not (dict if self.names else type(None)):
             raise ValueError("malformed data")
         with contextlib.suppress(TypeError, ValueError, AttributeError, OSError):

@@ -14,8 +14,7 @@ _BY_VALUE = (int, str, bytes)
 class Table:
     """Numbers for objects, and what those that can change hold on both sides.
 
-    Args:
-        permanent: the objects that both sides have from the start: the entry point, then the prompt's classes.
+    Both sides have the `permanent` objects from the start: the entry point, then the prompt's classes.
     """
 
     def __init__(self, permanent: Iterable[Any] = ()) -> None:

@@ -72,11 +72,7 @@ class Verdict:
 
 
 class Worker:
-    """An isolated fork server. A context manager; one candidate at a time.
-
-    Args:
-        isolation: its layers.
-        with_numpy: have numpy at hand for tests, where it is installed.
+    """An isolated fork server, on request with numpy for tests. A context manager; one candidate at a time.
 
     Raises:
         SandboxError: no process can be started.
@@ -113,18 +109,14 @@ class Worker:
         self._process.kill()
 
     def wait_ready(self) -> None:
-        """Wait until the layers are up.
-
-        Raises:
-            SandboxError: they are not, and why.
-        """
+        """Wait until the layers are up; a `SandboxError` says why they are not."""
         if self._ready:
             return
         self._control.settimeout(START_SECONDS)
         try:
             answer = json.loads(self._control.recv(4096) or b'{"error": "it ended"}')
         except (OSError, ValueError) as error:
-            answer = {"error": str(error)}
+            answer = {"error": error}
         if "error" in answer:
             raise SandboxError("the fork server did not start", where=self._isolation.value, got=answer["error"])
         self._ready = True
@@ -173,9 +165,8 @@ class Worker:
                 )
             except OSError as error:
                 self._control.close()
-                raise SandboxError(
-                    "the fork server cannot be started", where=self._isolation.value, got=error
-                ) from error
+                where = self._isolation.value
+                raise SandboxError("the fork server cannot be started", where=where, got=error) from error
 
     def _attempt(
         self, candidate: Candidate, deadline: float, timeout_seconds: float

@@ -25,47 +25,32 @@ LEAST_KL = 0.04
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentRow:
-    """What a student expected where the teacher's row is; probabilities at T = 1 over all ids.
+    """What a student expected where the teacher's row is; probabilities at T = 1 over all ids."""
 
-    Args:
-        p, rank: of the token that stands there; rank 1 is the most likely.
-        tail: of all ids outside the teacher's row.
-        kl_nats: KL(teacher‖student) over the teacher's K+1 partition.
-        entries: by id, the most likely ids of either model until 95 %.
-    """
-
-    p: float
-    rank: int
-    tail: float
-    kl_nats: float
-    entries: Mapping[int, float]
+    p: float  # of the token that stands there
+    rank: int  # 1 is the most likely
+    tail: float  # of all ids outside the teacher's row
+    kl_nats: float  # KL(teacher‖student) over the teacher's K+1 partition
+    entries: Mapping[int, float]  # by id, the most likely ids of either model until 95 %
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """What the teacher expected at a token; probabilities at T = 1.
 
-    Args:
-        p: of the token that stands there; where it is outside the row, the most that it can be.
-        rank: of that token, 1 is the most likely; None outside the row.
-        entries: the most likely ids in order until 95 %, at most 20, with teacher's and student's probability; then
-            those that only the student finds likely, whose teacher's probability is None outside the row. Without a
-            student, its probabilities are None.
-        k: entries of the whole row.
-        num_more, more: entries of the row that are not among `entries`, and their mass.
-        tail: of all ids outside the row.
-        entropy_nats: bounds; the tail's own entropy is not in the cache.
-        student: the student's row, if there is a student.
+    `entries` are the most likely ids in order until 95 %, at most 20, with teacher's and student's probability; then
+    those that only the student finds likely, whose teacher's probability is None outside the row. Without a student,
+    its probabilities are None.
     """
 
-    p: float
-    rank: int | None
+    p: float  # of the token that stands there; where it is outside the row, the most that it can be
+    rank: int | None  # of that token, 1 is the most likely; None outside the row
     entries: Sequence[tuple[int, float | None, float | None]]
-    k: int
-    num_more: int
-    more: float
-    tail: float
-    entropy_nats: tuple[float, float]
+    k: int  # entries of the whole row
+    num_more: int  # of them that are not among `entries`
+    more: float  # their mass
+    tail: float  # of all ids outside the row
+    entropy_nats: tuple[float, float]  # bounds; the tail's own entropy is not in the cache
     student: StudentRow | None = None
 
     @property
@@ -99,17 +84,11 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A document as it is shown.
+    """A document as it is shown."""
 
-    Args:
-        number: its place in the cache, from 0.
-        meta: its JSON object.
-        num_tokens: of the whole document; `tokens` may be fewer.
-    """
-
-    number: int
+    number: int  # its place in the cache, from 0
     meta: Mapping[str, Any]
-    num_tokens: int
+    num_tokens: int  # of the whole document; `tokens` may be fewer
     tokens: Sequence[Token]
 
     @property
@@ -185,11 +164,7 @@ def within_bounds(cache: Cache, numbers: Sequence[int]) -> dict[int, int]:
 def show_document(
     cache: Cache, tokenizer: Tokenizer, number: int, num_tokens: int, student: Sequence[StudentRow] | None = None
 ) -> Document:
-    """Read a document's first tokens; `student` are its rows, one for each token but the first.
-
-    Raises:
-        CacheCorruptError: the shard's bytes are not those of the manifest.
-    """
+    """Read a document's first tokens; `student` are its rows, one for each token but the first."""
     ids = cache.tokens(number)[:num_tokens]
     targets = cache.targets(number, 1.0, 0, len(ids) - 1)
     is_target = cache.loss_mask(number)[: len(ids) - 1].tolist()

@@ -3,7 +3,8 @@
 import base64
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,20 +32,13 @@ NAME_CHARACTERS = 120
 
 @dataclass(frozen=True)
 class Look:
-    """What is shown of a cache.
-
-    Args:
-        cache: an open cache; tokenizer: its own.
-        documents: those of the greatest KL first where there is a student, else as they were asked for.
-        student: the student's folder, if there is one.
-        left_out: numbers of documents for which there was no room.
-    """
+    """What is shown of a cache."""
 
     cache: Cache
     tokenizer: Tokenizer
-    documents: Sequence[Document]
+    documents: Sequence[Document]  # of the greatest KL first where there is a student, else as they were asked for
     student: Path | None
-    left_out: Sequence[int]
+    left_out: Sequence[int]  # numbers of documents for which there was no room
 
     @cached_property
     def left_out_text(self) -> str:
@@ -64,13 +58,7 @@ class Look:
 def look_into(
     path: Path, names: Sequence[str] = (), student: Path | None = None, *, limit: int = DEFAULT_DOCUMENTS
 ) -> Look:
-    """Read documents of a cache, and run a student over them.
-
-    Args:
-        path: a finished cache.
-        names: ids or numbers.
-        student: a run or an export.
-        limit: how many documents are shown where none is named: the first ones.
+    """Read documents of a cache by id or number, or its first `limit`, and run a student (a run or export) over them.
 
     Raises:
         ConfigError: no such document.
@@ -115,18 +103,14 @@ def render_page(look: Look) -> bytes:
 
 def _data(look: Look) -> dict[str, Any]:
     """Labels of ids, and of each document's tokens what the script shows."""
-    places: dict[int, int] = {}
-
-    def place(id: int) -> int:
-        return places.setdefault(id, len(places))
-
-    documents = [[_token(token, place) for token in document.tokens] for document in look.documents]
+    places: defaultdict[int, int] = defaultdict(lambda: len(places))
+    documents = [[_token(token, places) for token in document.tokens] for document in look.documents]
     return {"labels": [label(look.tokenizer, id) for id in places], "documents": documents}
 
 
-def _token(token: Token, place: Callable[[int], int]) -> dict[str, Any]:
+def _token(token: Token, places: Mapping[int, int]) -> dict[str, Any]:
     """One token as JSON values with short names; probabilities to four digits."""
-    shown: dict[str, Any] = {"i": token.id, "l": place(token.id), "t": int(token.is_target)}
+    shown: dict[str, Any] = {"i": token.id, "l": places[token.id], "t": int(token.is_target)}
     if token.piece.parts > 1:
         shown |= {"s": [token.piece.place, token.piece.parts]}
     if token.piece.raw:
@@ -134,7 +118,7 @@ def _token(token: Token, place: Callable[[int], int]) -> dict[str, Any]:
     if row := token.row:
         shown |= {"p": _digits(row.p), "r": row.rank, "k": row.k, "m": [row.num_more, _digits(row.more)]}
         shown |= {"o": _digits(row.tail), "h": [_digits(bound) for bound in row.entropy_nats]}
-        shown["e"] = [[place(id), _digits(p), *([_digits(q)] if row.student else [])] for id, p, q in row.entries]
+        shown["e"] = [[places[id], _digits(p), *([_digits(q)] if row.student else [])] for id, p, q in row.entries]
         if row.student:
             student = row.student
             shown["q"] = [_digits(student.p), student.rank, _digits(student.tail), _digits(student.kl_nats)]

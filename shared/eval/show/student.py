@@ -16,12 +16,7 @@ from shared.progress import progress
 
 
 def student_rows(model_dir: Path, cache: Cache, shown: Mapping[int, int]) -> dict[int, list[StudentRow]]:
-    """Run a student over documents.
-
-    Args:
-        model_dir: a transformers directory, such as a run.
-        cache: its teacher's.
-        shown: by document the number of its first tokens.
+    """Run a student over the first tokens of documents, of each as many as `shown` says.
 
     Returns:
         By document a row for each of these tokens but the first.

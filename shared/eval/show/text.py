@@ -1,5 +1,6 @@
 """Tokens as text that is safe to show: split characters joined, white space and invisible characters made visible."""
 
+import functools
 import itertools
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -16,20 +17,13 @@ _KINDS = {" ": "space", "\t": "tab", "\n": "newline"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """What one token spells.
+    """What one token spells."""
 
-    Args:
-        text: of a split character's first token the whole character, of its others nothing; at most 200 characters.
-        num_cut: characters that `text` lacks.
-        place, parts: which of how many tokens it is that together spell `text`; 1 of 1 for most.
-        raw: the token's own bytes in hexadecimal where it does not spell whole characters, else empty.
-    """
-
-    text: str
-    num_cut: int = 0
-    place: int = 1
+    text: str  # of a split character's first token the whole character, of its others nothing; at most 200 characters
+    num_cut: int = 0  # characters that `text` lacks
+    place: int = 1  # which of `parts` tokens it is that together spell `text`
     parts: int = 1
-    raw: str = ""
+    raw: str = ""  # the token's own bytes in hexadecimal where it does not spell whole characters
 
 
 def spell(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
@@ -93,18 +87,16 @@ def raw_bytes(tokenizer: Tokenizer, id: int) -> str:
     token = tokenizer.convert_ids_to_tokens(id) or ""
     if token.startswith("<0x") and token.endswith(">"):
         return str(token[3:-1])
-    known = [_BYTES.get(character) for character in token]
+    known = [_byte_alphabet().get(character) for character in token]
     return "" if None in known else " ".join(f"{byte:02X}" for byte in known[:16])
 
 
+@functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for, printable ones for themselves (GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+    """The byte that each character of a byte-level vocabulary stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-
-_BYTES = _byte_alphabet()
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

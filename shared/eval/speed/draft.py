@@ -179,7 +179,7 @@ def evaluate_draft(
         new_tokens: at most as many per prompt, fewer where an end token comes or positions run out.
         draft_tokens: drafted before each pass of the teacher.
         repeats: timed rounds; in each, every prompt goes through both ways in turn.
-        dtype: one of `checkpoints.DTYPES`. If the teacher is not in float32, a last round compares the tokens there.
+        dtype: see `checkpoints.load_frozen`. If the teacher is not in float32, a last round compares the tokens there.
 
     Returns:
         The figures of `DEFINITIONS`, None where nothing was drafted; `equality` by the teacher's dtype, without float32

@@ -93,7 +93,7 @@ def measure_latency(
     Args:
         model_dirs: transformers directories by name.
         repeats: timed rounds.
-        dtype: one of `checkpoints.DTYPES`.
+        dtype: see `checkpoints.load_frozen`.
 
     Returns:
         Per model, way and batch size `prefill_ms` and `decode_tokens_per_second` (medians over repeats, with

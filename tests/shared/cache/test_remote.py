@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from shared.cache import remote
+from shared.cache import local as local_cache
+from shared.cache import push, remote
+from shared.cache.card import PLOT
 from shared.cache.format import MANIFEST
 from shared.cache.info import cache_info
-from shared.cache.push import PLOT, pull_cache, push_cache
+from shared.cache.pull import pull_cache
+from shared.cache.push import push_cache
 from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.errors import CacheCorruptError, CacheFormatError, ConfigError, ResumeError
+from shared.lock import Lock
 from tests.support.cache_faults import CLI
 from tests.support.file_server import FileServer
 from tests.support.loopback_hub import OWNER, TOKEN, Repository
@@ -34,7 +38,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def local(tmp_path, monkeypatch):
     """The local cache; a server that is away is given up after a second."""
-    monkeypatch.setenv(remote.LOCAL_CACHE, str(tmp_path / "local"))
+    monkeypatch.setenv(local_cache.LOCAL_CACHE, str(tmp_path / "local"))
     monkeypatch.setattr(remote, "PAUSES_SECONDS", (0.05, 0.1, 0.2, 0.4))
     return tmp_path / "local"
 
@@ -163,10 +167,10 @@ def test_shards_used_longest_ago_are_evicted_and_nothing_else(cache, server, loc
     local.mkdir()
     mine.write_text("not fetched here")
     need = small + max(shards)
-    monkeypatch.setenv(remote.LOCAL_BYTES, str(need - 1))
+    monkeypatch.setenv(local_cache.LOCAL_BYTES, str(need - 1))
     with pytest.raises(ConfigError, match=f"too small.*--local-bytes {need:,}"):
         Cache(server.url)
-    monkeypatch.setenv(remote.LOCAL_BYTES, str(need + max(shards) + mine.stat().st_size))
+    monkeypatch.setenv(local_cache.LOCAL_BYTES, str(need + max(shards) + mine.stat().st_size))
     opened = Cache(server.url)
     opened.memory.limit_bytes = 0
     assert opened.tokenizer_path.is_dir()
@@ -181,7 +185,7 @@ def test_a_local_cache_that_holds_other_caches_keeps_them(cache, server, local, 
     mine = make_cache(local / "mine", shards=SHARDS)
     (local / ".unfinished.tmp-1").write_text("not fetched here")
     held = sum(file.stat().st_size for file in local.rglob("*") if file.is_file())
-    monkeypatch.setenv(remote.LOCAL_BYTES, str(held + 90_000))
+    monkeypatch.setenv(local_cache.LOCAL_BYTES, str(held + 90_000))
     opened = Cache(server.url)
     opened.memory.limit_bytes = 0
     assert_same(opened, cache)
@@ -190,7 +194,7 @@ def test_a_local_cache_that_holds_other_caches_keeps_them(cache, server, local, 
 
 def test_a_local_cache_that_cannot_be_written_is_one_error(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv(remote.LOCAL_CACHE, str(tmp_path / "file" / "local"))
+    monkeypatch.setenv(local_cache.LOCAL_CACHE, str(tmp_path / "file" / "local"))
     with pytest.raises(ResumeError, match=r"cannot be written; where: .*file"):
         Cache(server.url)
 
@@ -342,6 +346,55 @@ def test_a_cache_is_shared_on_the_hub(cache, hub_client, tmp_path):
     assert uploads == sent == SHARDS
     push_cache(cache.path, url)
     assert len([path for method, path in hub_client.requests if path.startswith("/lfs/")]) == sent
+
+
+def test_a_push_to_the_hub_removes_shards_of_an_earlier_manifest_with_the_same_commit(cache, hub_client):
+    push_cache(cache.path, f"hf://datasets/{OWNER}/stale")
+    repository = hub_client.datasets[f"{OWNER}/stale"]
+    before = repository.commits[repository.branches["main"]]
+    repository.commit(before | {"shard-00009.h5": b"of an earlier manifest", "notes.md": b"mine"})
+    num_commits = len(repository.commits)
+    push_cache(cache.path, f"hf://datasets/{OWNER}/stale")
+    files = repository.commits[repository.branches["main"]]
+    assert files == before | {"notes.md": b"mine"} and len(repository.commits) == num_commits + 1
+
+
+def test_of_two_pushes_to_one_data_set_at_once_the_second_is_refused(cache, hub_client, monkeypatch):
+    url = f"hf://datasets/{OWNER}/raced"
+    check = push._require_whole
+
+    def check_while_another_pushes(file, entry):
+        check(file, entry)
+        repository = hub_client.datasets[f"{OWNER}/raced"]
+        if len(repository.commits) == 1:
+            repository.commit({"build.json": b"of another cache"})
+
+    monkeypatch.setattr(push, "_require_whole", check_while_another_pushes)
+    with pytest.raises(ConfigError, match=r"another process has changed.*run the command again"):
+        push_cache(cache.path, url)
+    with pytest.raises(ConfigError, match="another cache is there"):
+        push_cache(cache.path, url)
+
+
+def test_of_two_pushes_to_one_folder_at_once_the_second_is_refused(cache, tmp_path):
+    (tmp_path / "there").mkdir()
+    lock = Lock(tmp_path / "there", "pushing a cache to this folder")
+    with pytest.raises(ResumeError, match="another process is pushing a cache"):
+        push_cache(cache.path, f"file://{tmp_path}/there")
+    lock.release()
+    push_cache(cache.path, f"file://{tmp_path}/there")
+    assert verify_cache(tmp_path / "there", strict=True) == []
+
+
+def test_a_push_leaves_no_shard_that_the_manifest_does_not_list(cache, tmp_path):
+    there = tmp_path / "there"
+    push_cache(cache.path, f"file://{there}")
+    (there / MANIFEST).unlink()  # as a push leaves it that was killed while it replaced this cache
+    (there / "shard-00009.h5").write_bytes(b"of an earlier manifest")
+    (there / "README.md").write_text("mine")
+    push_cache(cache.path, f"file://{there}")
+    assert not (there / "shard-00009.h5").exists() and (there / "README.md").read_text() == "mine"
+    assert verify_cache(there) == []
 
 
 def test_a_branch_of_the_hub(cache, hub_client):

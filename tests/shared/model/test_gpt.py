@@ -217,3 +217,26 @@ def test_greedy_generation_equals_transformers_with_and_without_a_kv_cache(use_c
     )
     generated = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     assert torch.equal(generated, expected)
+
+
+def test_no_batch_decides_what_another_is_compiled_to():
+    """On a processor all batches of one shape run the graphs of the first, in whatever order they come."""
+
+    def compiled_for(*batches):
+        torch.compiler.reset()
+        graphs = []
+
+        def backend(module, inputs):
+            graphs.append(module.print_readable(print_output=False))
+            return module.forward
+
+        model = torch.compile(pair()[0], backend=backend)
+        for rows in batches:
+            ids, positions = packed(rows)
+            model(ids, positions, labels=ids)["loss"].backward()
+        return graphs
+
+    several, other, one = [[7, 1, 16]] * 2, [[10, 14], [4, 20]], [[24]] * 2
+    expected = compiled_for(several)
+    assert any("addmm" in graph or "linear" in graph for graph in expected)
+    assert compiled_for(one, several, other) == compiled_for(other, one, several) == expected

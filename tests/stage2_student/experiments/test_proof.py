@@ -15,6 +15,7 @@ from stage1_teacher.cli import teacher as teacher_command
 from stage2_student.cli import student
 from stage2_student.experiments.dense import write_dense
 from stage2_student.experiments.proof import prove
+from tests.support import warm
 from tests.support.eval_models import save_model
 from tests.support.wandb_runs import wandb_runs
 
@@ -67,6 +68,7 @@ def proved(made):
     command = ["proof", "--cache", train, "--validation", validation, "--test", test, "--config", experiment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
+        warm.fork_students(patch)
         done = CliRunner().invoke(
             codedistill, ["student", *command, "--teacher", str(made / "teacher"), "--out", out, "--jobs", "2"]
         )

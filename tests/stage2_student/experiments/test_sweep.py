@@ -1,10 +1,9 @@
-"""`student sweep` as a real process on a small cache: killed, continued, with a run that fails."""
+"""`student sweep` on a small cache: killed, continued, with a run that fails."""
 
 import contextlib
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,12 +12,11 @@ from click.testing import CliRunner
 
 from shared.errors import ConfigError
 from shared.eval.fidelity.measure import evaluate_fidelity
-from shared.process import own_command
 from stage2_student.cli import student
+from tests.support import warm
 from tests.support.student_cache import make_cache
 from tests.support.wandb_runs import wandb_runs
 
-COMMAND = own_command("student", "sweep")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -81,14 +79,14 @@ def processes_naming(folder):
 
 def test_a_sweep_killed_continued_with_a_failing_run_and_run_again(caches, tmp_path):
     sweep = tmp_path / "sweep"
-    command = [*COMMAND, *arguments(caches, tmp_path, FOUR, "--jobs=2")]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    command = ["student", "sweep", *arguments(caches, tmp_path, FOUR, "--jobs=2")]
+    process = warm.Command(*command, env=ENVIRONMENT)
     wait_for((sweep / "alpha=1.0" / "checkpoint-5" / "COMPLETE").exists)
     process.kill()
     process.wait()
 
     offline = ENVIRONMENT | {"WANDB_MODE": "offline"}
-    done = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=200)
+    done = warm.run(*command, env=offline, timeout=200)
     assert processes_naming(sweep) == []
     assert done.returncode == 1, done.stderr
     error = done.stderr.splitlines()[-1]
@@ -130,6 +128,7 @@ def test_a_sweep_killed_continued_with_a_failing_run_and_run_again(caches, tmp_p
 
 def test_settings_with_several_seeds_are_compared_with_the_first(caches, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    warm.fork_students(monkeypatch)
     variants = '[[variant]]\nname = "ce"\nalpha = 0.0\n[[variant]]\nname = "ghost"\n'
     text = f"{FIXED.replace('12', '2')}\n[grid]\nseed = [1, 2]\n{variants}"
     done = CliRunner().invoke(student, ["sweep", *arguments(caches, tmp_path, text, "--jobs=2")])
@@ -147,6 +146,7 @@ def test_settings_with_several_seeds_are_compared_with_the_first(caches, tmp_pat
 
 def test_a_sweep_says_before_it_trains_that_nothing_will_be_scored(caches, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    warm.fork_students(monkeypatch)
     grid = f"{FIXED.replace('12', '1')}[grid]\nalpha = [0.0]\n"
     options = [option for option in arguments(caches, tmp_path, grid) if not option.startswith("--validation")]
     done = CliRunner().invoke(student, ["sweep", *options])
@@ -157,8 +157,8 @@ def test_a_sweep_says_before_it_trains_that_nothing_will_be_scored(caches, tmp_p
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_sweep_and_its_processes(caches, tmp_path, number, code):
     sweep = tmp_path / "sweep"
-    command = [*COMMAND, *arguments(caches, tmp_path, f"{FIXED}\n[grid]\nseed = [4, 5]\n")]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    options = arguments(caches, tmp_path, f"{FIXED}\n[grid]\nseed = [4, 5]\n")
+    process = warm.Command("student", "sweep", *options, env=ENVIRONMENT)
     wait_for((sweep / "seed=4.log").exists)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -23,7 +21,6 @@ from shared.eval.programs.completion import body_end
 from shared.eval.results import BenchmarkResult
 from shared.eval.sandbox.runner import Verdict, open_sandbox
 from shared.files import read_json
-from shared.process import own_command
 from tests.support import warm
 from tests.support.cache_faults import file_size_limit
 from tests.support.eval_models import save_model, save_recurrent
@@ -192,16 +189,14 @@ def test_more_samples_and_fewer_problems_leave_a_sample_as_it_is(model, whole, t
 
 
 def test_several_processes_make_the_same(model, whole, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    evaluation = own_command("eval", "humaneval", "--model", str(model), "--out", str(tmp_path), *DECODING)
-    command = [*launcher, "--no-python", *evaluation]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    command = ["eval", "humaneval", "--model", model, "--out", tmp_path, *DECODING]
+    codes, errors = warm.run_ranks(2, *command, env=ENVIRONMENT, timeout=200)
+    assert codes == [0, 0], errors
     assert (tmp_path / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in whole.iterdir())
     assert result_of(tmp_path)["pass_at_k"] == result_of(whole)["pass_at_k"]
-    assert done.stderr.count("problems solved") == 1
-    assert "Generating (rank 0 of 2): 8 completions" in done.stderr
+    assert errors.count("problems solved") == 1
+    assert "Generating (rank 0 of 2): 8 completions" in errors
 
 
 def test_a_batch_beyond_the_memory_is_made_in_halves(model, whole, tmp_path, monkeypatch):

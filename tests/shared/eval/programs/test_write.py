@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
 import time
 
 import pytest
@@ -14,7 +12,7 @@ from data.load import load_documents
 from shared.cli import codedistill
 from shared.eval.programs.style import answer_end, continuation
 from shared.lock import Lock
-from shared.process import own_command
+from tests.support import warm
 from tests.support.eval_models import save_model
 
 OPTIONS = ["--samples", "5", "--max-new-tokens", "4", "--temperature", "0.9", "--dtype", "float32"]
@@ -212,13 +210,12 @@ def test_a_kill_loses_no_finished_batch(model, prompts, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     slow = ["--samples", "40", "--batch-size", "2", "--max-new-tokens", "24", "--keep", "all"]
     generate(model, prompts, whole, *slow)
-    command = [*own_command(), "generate", "--model", str(model), "--prompts", str(prompts), "--out", str(killed),
-               *OPTIONS, *slow]  # fmt: skip
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    command = ["generate", "--model", model, "--prompts", prompts, "--out", killed, *OPTIONS, *slow]
+    process = warm.Command(*command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     part = killed / "completions.rank-0.jsonl"
     while process.poll() is None and not (part.exists() and part.stat().st_size > 2_000):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert part.exists() and not (killed / "documents.jsonl").exists()
     assert "completions are there already" in generate(model, prompts, killed, *slow).stderr

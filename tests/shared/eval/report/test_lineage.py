@@ -175,6 +175,8 @@ def test_a_run_that_started_from_another_leads_to_it(root):
     assert found["/run/starting weights/run/cache"] == "whole"
     edit(root / "next" / "run.json", init_from={"path": "runs/kd", "weights_sha256": "00"})
     assert states(trace(root / "next"))["/run/starting weights"] == "not at hand"
+    edit(root / "next" / "run.json", init_from=None, init_embedding={"path": "runs/kd", "weights_sha256": weights})
+    assert states(trace_lineage(root / "next", [root / "runs", root / "cache"]))["/run/starting embedding"] == "whole"
 
 
 def test_a_cut_cache_leads_to_the_one_it_was_cut_from(root):

@@ -50,6 +50,12 @@ def full(tmp_path_factory):
     return root, build_report(**arguments)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Drawings take most of a report's time, and this test is about its text."""
+    monkeypatch.setattr("shared.eval.report.plots.Plot.svg", lambda self, *_, **options: b"<svg/>")
+
+
 def test_every_figure_arrives_in_report_json(full):
     root, report = full
     assert strict((root / "report" / "report.json").read_text()) == report
@@ -141,6 +147,7 @@ def test_student_and_baseline_are_compared_on_the_same_documents_and_problems(fu
     assert "| top-1 agreement | 32.2% | 33.1% | +0.9 pp | +0.9 pp to +0.9 pp | better |" in lines
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_students_scored_on_different_documents_have_no_difference_but_a_reason(tmp_path):
     arguments = write_everything(tmp_path)
     file = tmp_path / "eval" / "student_ce" / "fidelity.json"
@@ -150,6 +157,7 @@ def test_two_students_scored_on_different_documents_have_no_difference_but_a_rea
     assert "cache.digest" in pair["reasons"][0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_draft_that_parts_in_one_precision_is_not_called_unchanged(tmp_path):
     arguments = write_everything(tmp_path)
     equality = {
@@ -181,6 +189,7 @@ def test_a_proof_of_another_form_is_refused_by_key(tmp_path, proof):
         build_report(**arguments)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_student_of_any_name_has_the_run_without_soft_labels_as_its_baseline(tmp_path):
     arguments = write_everything(tmp_path)
     for old, new in (("student_kd", "kd"), ("student_ce", "plain")):
@@ -291,6 +300,7 @@ def test_the_command_returns_at_once_where_nothing_has_changed(tmp_path, monkeyp
     assert (again.exit_code, again.output) == (0, f"{page} is up to date\n")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_baseline_that_differs_in_more_than_the_teacher_is_said(tmp_path):
     arguments = write_everything(tmp_path)
     file = arguments["runs"]["student_ce"] / "run.json"
@@ -457,6 +467,7 @@ def test_an_incomplete_humaneval_has_no_score(tmp_path):
     assert "| HumanEval solved (greedy pass@1) ↑ | – |" in (tmp_path / "report" / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_benchmark_has_the_name_that_its_result_gives_it(tmp_path):
     arguments = write_everything(tmp_path)
     for name in ("teacher", "student_kd"):
@@ -504,6 +515,7 @@ def test_programs_that_were_not_run_or_run_unsafely_are_said_so(full, tmp_path, 
         assert html.unescape((tmp_path / "report" / page).read_text()).count(sentence) == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_results_of_two_models_in_one_row_are_said(tmp_path):
     """A student that was trained again after it was measured; its own results agree."""
     arguments = write_everything(tmp_path)
@@ -524,6 +536,7 @@ def test_results_of_two_models_in_one_row_are_said(tmp_path):
     ).is_up_to_date(arguments["out_dir"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_figures_of_training_text_are_not_called_held_out(tmp_path):
     arguments = write_everything(tmp_path)
     file = tmp_path / "eval" / "student_kd" / "fidelity.json"

@@ -332,4 +332,4 @@ def wait_for(condition, seconds=30):
 
 def test_no_candidates_need_no_sandbox():
     assert run_candidates([], sandbox=Sandbox(Isolation.NONE), timeout_seconds=1) == []
-    assert runner._num_processors() >= 1
+    assert runner.num_processors() >= 1
