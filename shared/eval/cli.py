@@ -478,7 +478,7 @@ def quieten() -> None:
 
     from transformers.utils import logging
 
-    warnings.simplefilter("ignore", FutureWarning)  # every version of transformers knows the name `past_key_values`
+    warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from transformers import Cache, DynamicCache, GenerationConfig
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.masking_utils import create_masks_for_generate
 
@@ -184,7 +184,7 @@ def generate_batch(
             attention_mask=mask_BT.to(model.device),
             generation_config=config,
             custom_generate=loop.run,
-            **({"past_key_values": cache} if cache else {}),
+            **({cache_name(GenerationMixin.prepare_inputs_for_generation): cache} if cache else {}),
         )
     return [rows.done[row] for row in range(len(requests))]
 

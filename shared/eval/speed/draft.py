@@ -22,7 +22,7 @@ from shared.cache.format import Array
 from shared.checkpoints import describe_model, dtype_name, load_model, trial
 from shared.errors import ConfigError, require
 from shared.eval.bootstrap import METHOD, percentile_interval, resample_sums
-from shared.eval.programs.generate import caches_by_token, eos_ids, prepare
+from shared.eval.programs.generate import cache_name, caches_by_token, eos_ids, prepare
 from shared.eval.programs.problems import read_prompts
 from shared.eval.results import Draft, Equality, ModelFacts
 from shared.eval.speed.served import HOW, NOT_ON_CPU, Served
@@ -70,13 +70,13 @@ class Decoder:
     """
 
     def __init__(self, model: Any, num_ids: int | None = None) -> None:
-        self._model, self._num_ids = model, num_ids
+        self._model, self._cache_name, self._num_ids = model, cache_name(model.forward), num_ids
         self._cache, self._length = DynamicCache(), 0
 
     def most_likely(self, ids: list[int], rows: int) -> list[int]:
         """The most likely next id after each of the last `rows` tokens; what the cache lacks of `ids` is fed."""
         fed_BT = torch.tensor([ids[self._length :]], device=self._model.device)
-        output = self._model(fed_BT, past_key_values=self._cache, use_cache=True, logits_to_keep=rows)
+        output = self._model(fed_BT, use_cache=True, logits_to_keep=rows, **{self._cache_name: self._cache})
         self._length = len(ids)
         most_likely: list[int] = output.logits[0, :, : self._num_ids].argmax(-1).cpu().tolist()
         return most_likely

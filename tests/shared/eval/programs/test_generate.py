@@ -59,6 +59,7 @@ def by_hand(model, tokenizer, prompt, steps, choose):
     return made
 
 
+@pytest.mark.filterwarnings("error:.*past_key_values")  # a name that transformers will drop
 @pytest.mark.parametrize("batch_size", [1, 4, 8])
 def test_greedy_is_the_same_at_every_batch_size(loaded, batch_size):
     model, tokenizer = loaded
