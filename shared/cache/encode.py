@@ -96,9 +96,7 @@ def _rank_ids(ids: Array) -> tuple[Array, Array]:
     table = np.sort(present - counts[present] * len(counts)) % len(counts)  # one number for both orders
     ranks = np.zeros(len(counts), np.uint16 if len(table) <= 1 << 16 else np.uint32)
     ranks[table] = np.arange(len(table))
-    return table.astype(np.uint32), ranks.take(
-        ids, mode="clip"
-    )  # none is out of bounds: without the check it takes half the time
+    return table.astype(np.uint32), ranks.take(ids, mode="clip")  # none is out of bounds, and "clip" does not look
 
 
 def shard_options(build: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`codedistill eval`: measure teacher and students alike, by directory."""
 
+import contextlib
 import dataclasses
 import functools
 from collections import Counter
@@ -285,6 +286,7 @@ def _evaluate_benchmark(
     from shared.eval.inputs import is_up_to_date, refuse_to_shrink
     from shared.eval.programs.completion import ENDS
     from shared.eval.results import BenchmarkResult
+    from shared.lock import Lock
     from shared.machine import has_accelerator
     from shared.process import is_main_process, world_size
     from shared.tokenizer import recorded_ends
@@ -319,9 +321,13 @@ def _evaluate_benchmark(
         **{name: options.pop(name) for name in names},
     )
     unsafe = options.pop("unsafe_no_sandbox")
-    result = evaluate_benchmark(
-        benchmark, model_dir, out, decoding=decoding, unsafe=unsafe, inputs=inputs, ends=ends, **options
-    )
+    with contextlib.ExitStack() as held:
+        if inputs is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(Lock(out, "evaluating into this folder"))
+        result = evaluate_benchmark(
+            benchmark, model_dir, out, decoding=decoding, unsafe=unsafe, inputs=inputs, ends=ends, **options
+        )
     if result:
         from shared import tracking
 

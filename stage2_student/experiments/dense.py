@@ -16,6 +16,7 @@ from shared.eval.fidelity.rows import partition_rows
 from shared.files import fsync_directory
 from shared.logits import LogitSource
 from shared.progress import progress
+from shared.tokenizer import load_tokenizer, special_ids
 from stage2_student.config import StudentConfig
 from stage2_student.dataset import Block, PackedBlocks
 from stage2_student.fused import HeadLoss
@@ -23,6 +24,7 @@ from stage2_student.losses import ChunkLoss, SoftLabels, dense_distill_
 
 CHUNK_ROWS = 256  # rows that go through the teacher's head at once
 MAX_KL_NATS = 0.01  # mean KL between the cache's rows and the teacher's; other batches of a bf16 model make 1e-4
+IMPOSSIBLE = -1e4  # a log-probability whose exponential is 0, finite in float16
 
 
 class DenseLabels(SoftLabels):
@@ -33,7 +35,7 @@ class DenseLabels(SoftLabels):
 def write_dense(teacher: Path, cache: Cache, path: Path) -> None:
     """Run the teacher once over a cache's documents and write its log-probabilities, float16 [targets, V], in order.
 
-    A file that exists is kept.
+    Where a document ends, EOS has all probability, as in `PackedBlocks`. A file that exists is kept.
 
     Raises:
         CacheMismatchError: the rows are not those of the cache, so it is another teacher.
@@ -42,7 +44,7 @@ def write_dense(teacher: Path, cache: Cache, path: Path) -> None:
         return
     model, _ = load_model(teacher, cache.manifest.identity["labels"]["dtype"])
     source, V = LogitSource(model, CHUNK_ROWS), cache.tokenizer_size
-    masks = _target_masks(cache)
+    masks, closing_id = _target_masks(cache), special_ids(load_tokenizer(cache.tokenizer_path))["eos"]
     temporary = path.with_name(f".{path.name}.tmp")
     kl_nats, at, shape = 0.0, 0, (sum(int(mask.sum()) for mask in masks), V)
     rows_NV = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
@@ -57,6 +59,9 @@ def write_dense(teacher: Path, cache: Cache, path: Path) -> None:
                 kl_nats += partition_rows(logits_CV, *(part[rows] for part in cached))[0].sum().item()
                 rows_NV[at : at + len(logits_CV)] = logits_CV.log_softmax(1).numpy()
                 at += len(logits_CV)
+            if mask[-1:].any() and tokens[-1] == closing_id:
+                rows_NV[at - 1] = IMPOSSIBLE
+                rows_NV[at - 1, closing_id] = 0
             bar.advance(len(tokens))
     kl_nats /= max(at, 1)
     if not kl_nats <= MAX_KL_NATS:

@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from shared.cache.reader import Cache
@@ -139,6 +141,19 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
     with pytest.raises(CacheMismatchError, match="not those of the cache"):
         prove(experiment, train, validation, test, tmp_path / "new", teacher=tmp_path / "other")
     shutil.rmtree(tmp_path / "new")
+
+
+def test_full_distributions_are_the_teachers_but_certain_where_documents_end(made, tmp_path):
+    cache = Cache(made / "validation")
+    write_dense(made / "teacher", cache, tmp_path / "dense.npy")
+    rows = torch.from_numpy(np.load(tmp_path / "dense.npy")).double().exp()
+    assert torch.allclose(rows.sum(1), torch.ones(len(rows), dtype=torch.float64), atol=1e-2)
+    at = 0
+    for doc in range(cache.num_documents):
+        at += int(cache.loss_mask(doc)[:-1].sum())
+        row, end = rows[at - 1], int(cache.tokens(doc)[-1])
+        assert row[end] == 1 and row.sum() == 1
+        assert rows[at - 2].max() < 1
 
 
 def test_full_distributions_of_another_cache_are_refused(made, tmp_path):

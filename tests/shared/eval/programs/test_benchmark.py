@@ -21,6 +21,7 @@ from shared.eval.programs.completion import body_end
 from shared.eval.results import BenchmarkResult
 from shared.eval.sandbox.runner import Verdict, open_sandbox
 from shared.files import read_json
+from shared.lock import Lock
 from tests.support import warm
 from tests.support.cache_faults import file_size_limit
 from tests.support.eval_models import save_model, save_recurrent
@@ -213,7 +214,11 @@ def test_killed_it_continues(model, whole, tmp_path):
     lines = tmp_path / "completions.rank-0.jsonl"
     process = warm.Command("eval", "humaneval", "--model", model, "--out", tmp_path, *DECODING, env=ENVIRONMENT)
     deadline = time.monotonic() + 250  # a busy machine takes long to start one
-    while (not lines.exists() or not lines.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        (not lines.exists() or lines.read_bytes().count(b"\n") < 4)
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -296,6 +301,13 @@ def test_a_smaller_evaluation_does_not_replace_a_larger_one(model, whole, tmp_pa
         assert "a smaller evaluation would replace a larger one" in str(error) and f"where: {out}" in str(error)
         assert "at least 16 completions" in str(error) and "name another --out" in str(error)
     assert contents(out) == before
+
+
+def test_two_evaluations_do_not_share_a_folder(model, tmp_path):
+    with Lock(tmp_path):
+        error = evaluate("humaneval", model, tmp_path, *DECODING, code=1).exception
+    assert "another process is evaluating into this folder" in str(error)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_part_of_a_rank_that_died_is_taken_up(model, whole, tmp_path):
