@@ -18,11 +18,11 @@ def functions_in(tree: ast.AST) -> list[Function]:
     return [node for node in ast.walk(tree) if isinstance(node, Function)]
 
 
-def is_string(node: ast.stmt) -> bool:
+def is_constant(node: ast.stmt) -> bool:
     """Whether a statement is a mere constant, as a docstring is."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def body_of(function: Function) -> list[ast.stmt]:
     """A function's statements without its docstring."""
-    return function.body[is_string(function.body[0]) :]
+    return function.body[is_constant(function.body[0]) :]

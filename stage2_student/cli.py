@@ -70,7 +70,7 @@ def student() -> None:
 @click.option("--init-from", metavar="DIR", type=click.Path(path_type=Path),
               help="Start from the weights of a run, an export or a compatible checkpoint.")  # fmt: skip
 @click.option("--init-embedding", metavar="DIR|ID",
-              help="Start from this model's embedding, cut to the student's width; the teacher's, say.")  # fmt: skip
+              help="Start from the embedding of this model, such as the teacher, in the student's width.")  # fmt: skip
 @click.option("--config", "profile", metavar="F.toml", type=click.Path(path_type=Path), help="TOML file of settings.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Such as alpha=0.5; may be repeated.")
 @click.option("--batch-tokens", type=batch_tokens, metavar="N|auto",

@@ -1,6 +1,7 @@
 """A student's first weights, where they are not drawn from the seed: all of them from a run, an export or a compatible
 checkpoint, or the embedding from another model."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -146,10 +147,12 @@ def _tensor_names(file: Path) -> list[str]:
 
 
 def token_counts(caches: Sequence[Cache]) -> Tensor:
-    """How often each token id occurs in the caches' first shards: f64 `[V]`."""
-    size = caches[0].tokenizer_size
-    shards = [cache.load_shard(n) for cache in caches for n in range(min(cache.num_shards, MAX_COUNTED_SHARDS))]
-    return torch.from_numpy(np.sum([np.bincount(shard.tokens, minlength=size) for shard in shards], 0)).double()
+    """How often each token id occurs in some shards of each cache, evenly spaced: f64 `[V]`."""
+    counts = np.zeros(caches[0].tokenizer_size)
+    for cache in caches:
+        for number in range(0, cache.num_shards, math.ceil(cache.num_shards / MAX_COUNTED_SHARDS)):
+            counts += np.bincount(cache.load_shard(number).tokens, minlength=len(counts))
+    return torch.from_numpy(counts)
 
 
 def project_embedding(embedding_VH: Tensor, counts_V: Tensor, drawn_VD: Tensor) -> Tensor:

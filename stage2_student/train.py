@@ -166,7 +166,9 @@ def check(
             where="--init-from, init_embedding", fix="give one of them")  # fmt: skip
     start = read_start(init_from, sizes, caches[0]) if init_from else None
     record["init_from"] = start and {"path": str(init_from), "weights_sha256": start.weights_sha256}
-    embedding = read_embedding(locate_model(config.init_embedding), caches[0]) if config.init_embedding else None
+    embedding = None
+    if config.init_embedding:
+        embedding = read_embedding(locate_model(config.init_embedding, caches[0].path), caches[0])
     record["init_embedding"] = embedding and {"path": config.init_embedding, "weights_sha256": embedding.weights_sha256}
     earlier = _earlier_run(out, record)
     training_arguments(config, out, has_validation=has_validation)  # so that transformers says now what it refuses
@@ -184,22 +186,22 @@ def _train(task: Task, out: Path, batch_tokens: int | str | None, teacher_logpro
     model = GPT(sizes)
     if task.start:
         model.load_state_dict(task.start.tensors)
-    if task.embedding:
-        weight = model.model.embed_tokens.weight
-        counts = token_counts(task.caches)
-        weight.data = project_embedding(task.embedding.tensors[EMBEDDING], counts, weight.data)
     if teacher_logprobs:
         head_loss: HeadLoss = DenseLoss(config, teacher_logprobs, task.caches)
     else:
         sampling = task.caches[0].sampling if config.uses_samples else None
         head_loss = HeadLoss(config, sampling, compiles=compiles(config) and torch.cuda.is_available())
     model.head_loss = head_loss
+    blocks, held_out_blocks = _data(task, config)
+    if task.embedding:
+        weight = model.model.embed_tokens.weight
+        counts = token_counts(task.caches)
+        weight.data = project_embedding(task.embedding.tensors[EMBEDDING], counts, weight.data)
     record |= {
         "config": to_dict(config),
         "initial_weights_sha256": weights_digest(model.state_dict()),
         "parameters": num_parameters,
     }
-    blocks, held_out_blocks = _data(task, config)
     record["data"] = _describe_blocks(blocks, config, model, num_parameters)
     arguments = training_arguments(config, out, has_validation=held_out_blocks is not None)
     per_step = _blocks_per_step(config)

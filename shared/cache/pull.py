@@ -28,12 +28,11 @@ def pull_cache(source: str, out: Path) -> None:
     manifest, data = remote.manifest()
     strange = [path.name for path in out.iterdir() if not is_ours(path)] if out.is_dir() else []
     require(not strange, "the folder holds something that is no cache", where=out, got=", ".join(strange[:3]))
-    is_same = not out.is_dir() or _holds_part_of(out, manifest)
-    require(is_same, "the folder holds another cache", where=out, fix="name another folder")
     with plain_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        lock = Lock(out, "pulling a cache to this folder")
-        try:
+        with Lock(out, "pulling a cache to this folder"):
+            is_same = _holds_part_of(out, manifest)
+            require(is_same, "the folder holds another cache", where=out, fix="name another folder")
             if (out / MANIFEST).exists() and (out / MANIFEST).read_bytes() != data:
                 (out / MANIFEST).unlink()
 
@@ -47,8 +46,6 @@ def pull_cache(source: str, out: Path) -> None:
                 (out / name).unlink()
             remove_leftovers(out)
             write_bytes(out / MANIFEST, data)
-        finally:
-            lock.release()
 
 
 def _holds_part_of(directory: Path, manifest: Manifest) -> bool:

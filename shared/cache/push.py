@@ -60,10 +60,8 @@ def _locked(url: str) -> Iterator[None]:
     with plain_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder, "pushing a cache to this folder")
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def _push_to_file_system(directory: Path, manifest: Manifest, url: str) -> None:

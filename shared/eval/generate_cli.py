@@ -37,7 +37,7 @@ from shared.options import GroupedCommand
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Max tokens written.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Completions at once.")
 @click.option("--style", type=click.Choice(["auto", "prompt", "chat"]), default="auto", show_default=True,
-              help="How the model is asked; auto: by its chat template if it has one and is no student.")  # fmt: skip
+              help="How the model is asked; auto: students by the bare prompt, others by chat template.")  # fmt: skip
 @click.option("--origin", type=click.Choice(["auto", "teacher", "student"]), default="auto", show_default=True,
               help="Who the documents say wrote them; auto: student for a run or export.")  # fmt: skip
 @click.option("--keep", type=click.Choice(["passed", "parsed", "all"]), default="passed", show_default=True,

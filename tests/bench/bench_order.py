@@ -4,7 +4,7 @@
    the mean over the epoch; the mean product of block i and i + 1 over the mean square. 0 where neighbours have nothing
    in common beyond chance, 1 where they are alike. Likewise the variance of batch means, as a multiple of what
    independent draws have.
-2. With --steps: the same student, trained from the same weights on the text alone for so many steps in either order,
+2. With --steps: the same student, trained from the same weights, only on the text, for so many steps in either order,
    with paired seeds; NLL and KL on a held-out cache, and the paired differences with Student's 95 % interval.
 
 The orders: `cache` (documents as they lie), `pools` (ours), `full` (one pool of everything, so a full shuffle).

@@ -16,7 +16,7 @@ from data.humaneval import COLUMNS, parse_problem
 from data.mbpp import NAME as MBPP
 from data.mbpp import is_mbpp, load_problems
 from data.records import Document, Problem
-from data.syntax import is_string
+from data.syntax import is_constant
 from data.tabular import Row, find_data_files, open_table
 from shared.checkpoints import hub_commit
 from shared.distributed import agree, joined
@@ -273,7 +273,7 @@ def _tree(text: str) -> str | None:
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            node.body = [part for part in node.body if not is_string(part)]
+            node.body = [part for part in node.body if not is_constant(part)]
     try:
         return ast.dump(tree)
     except RecursionError:

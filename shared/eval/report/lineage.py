@@ -4,6 +4,7 @@ The records of each part (`lineage.json`, `run.json`, manifests, `report.json`) 
 looked for where the record says, and in the folders that the user names and their subfolders, never deeper.
 """
 
+import contextlib
 import dataclasses
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -186,13 +187,15 @@ class _Tracer:
         return self.cache(place, kind) if place else Part(kind=kind, name=digest[:16], digest=digest)
 
     def start(self, kind: str, record: Record) -> Part:
-        """The weights that a run started from, and the run that they come from where it is here."""
+        """The weights or the embedding that a run started from, and the run that they come from where it is here."""
         digest = record["weights_sha256"]
         recorded = [Path(record["path"])] if "path" in record else []
 
         def holds_them(place: Path) -> bool:
             is_new = (place / "config.json").is_file() and place.resolve() not in self.followed
-            return is_new and weights_sha256([sha256_file(file) for file in weight_files(place)]) == digest
+            with contextlib.suppress(DistillError):  # a folder without weights
+                return is_new and weights_sha256([sha256_file(file) for file in weight_files(place)]) == digest
+            return False
 
         if place := self.find(holds_them, *recorded):
             runs = [self.run(place)] if (place / "run.json").is_file() else []
