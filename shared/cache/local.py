@@ -207,7 +207,5 @@ def _locked(folder: Path) -> Iterator[None]:
             break
         except ResumeError:
             time.sleep(POLL_SECONDS)
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()

@@ -1,6 +1,7 @@
 """Uploading a cache: all its files to a URL; the manifest goes last."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -100,7 +101,7 @@ def _push_to_file_system(directory: Path, manifest: Manifest, url: str) -> None:
         raise ConfigError(what, where=url, fix=fix)
     if {BUILD, MANIFEST} & sizes.keys():
         for name in stale_names(sizes, manifest.files):
-            _on_target(lambda name=name: file_system.rm_file(f"{folder}/{name}"), f"{url}/{name}")  # type: ignore[misc]
+            _on_target(functools.partial(file_system.rm_file, f"{folder}/{name}"), f"{url}/{name}")
     _on_target(lambda: _publish(file_system, f"{folder}/{MANIFEST}", data), f"{url}/{MANIFEST}")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from shared.eval.cli import DTYPE, FOLDER, TEACHER_CACHE, quieten
+from shared.eval.options import DTYPE, FOLDER, TEACHER_CACHE, quieten
 from shared.options import GroupedCommand
 
 

@@ -66,20 +66,26 @@ def shuffle_fully() -> None:
     order.POOL_BLOCKS, dataset.SHARD_BYTES = 1 << 40, 8 << 30
 
 
+def train(orders: str, shard_bytes: int, arguments: list[str]) -> None:
+    """`student train` in this process, in either order."""
+    from stage2_student.cli import student
+
+    dataset.SHARD_BYTES = shard_bytes
+    if orders == "full":
+        shuffle_fully()
+    student(["train", *arguments])
+
+
 def trained(arguments: argparse.Namespace, orders: str, seed: int, out: Path) -> dict[str, float]:
     """Validation figures of one student, trained in a process of its own."""
     settings = [f"max_steps={arguments.steps}", f"seed={seed}", "num_hidden_layers=2", "hidden_size=64", "alpha=0"]
     settings += ["intermediate_size=256", "num_attention_heads=2", "num_key_value_heads=2", "learning_rate=3e-3"]
     run = out / f"{orders}-{seed}"
-    command = [sys.executable, __file__, arguments.cache, "--train", orders]
-    command += ["--shard-bytes", str(arguments.shard_bytes), "--", "train"]
-    command += ["--cache", arguments.cache, "--validation", arguments.validation, "--out", str(run), "--preset", "tiny"]
-    subprocess.run(
-        [*command, *(f"--set={setting}" for setting in settings)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"WANDB_MODE": "disabled"},
-    )
+    options = ["--cache", arguments.cache, "--validation", arguments.validation, "--out", str(run), "--preset", "tiny"]
+    options += [f"--set={setting}" for setting in settings]
+    program = f"import bench_order; bench_order.train({orders!r}, {arguments.shard_bytes}, {options!r})"
+    environment = os.environ | {"WANDB_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, env=environment)
     history = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
     last = next(entry for entry in reversed(history) if "eval_ce" in entry)
     return {"NLL": last["eval_ce"], "KL": last["eval_kd"]}
@@ -110,16 +116,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--train", help=argparse.SUPPRESS)
-    ours, _, command = " ".join(sys.argv[1:]).partition(" -- ")
-    arguments = parser.parse_args(ours.split())
-    if arguments.train:
-        from stage2_student.cli import student
-
-        dataset.SHARD_BYTES = arguments.shard_bytes
-        if arguments.train == "full":
-            shuffle_fully()
-        student(command.split())
+    arguments = parser.parse_args()
     dataset.SHARD_BYTES = arguments.shard_bytes
     cache = Cache(arguments.cache)
     pools = likeness(compositions(cache, "pools", arguments.block_size))

@@ -21,8 +21,9 @@ from shared.cache.reader import Cache
 from shared.cache.rows import exact, gold_in_rows
 from shared.cache.verify import verify_cache
 from stage1_teacher.cli import audit as command
-from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
+from tests.stage1_teacher.test_build import build
 from tests.support import warm
+from tests.support.small_teacher import save_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +32,11 @@ def no_tracking(monkeypatch):
 
 
 @pytest.fixture
-def cache(teacher, rows, tmp_path):  # noqa: F811
+def cache(teacher, rows, tmp_path):
     return build(teacher, rows, tmp_path / "cache", "--dtype", "bfloat16", "--top-k", "20", "--batch-tokens", "128")[0]
 
 
-def audit(path, teacher, *options):  # noqa: F811
+def audit(path, teacher, *options):
     """Exit code and JSON of an audit of all documents."""
     result = CliRunner().invoke(
         command, [str(path), "--teacher", str(teacher), "--documents", "99", "--json", *options]
@@ -69,7 +70,7 @@ def altered(cache, change, identity=None):
     [["--samples", "3"], ["--codec", "f16", "--samples", "3", "--samples-from", "tail"], ["--top-p", "0.9"]],
     ids=" ".join,
 )
-def test_a_true_cache_passes(teacher, rows, tmp_path, options, dtype):  # noqa: F811
+def test_a_true_cache_passes(teacher, rows, tmp_path, options, dtype):
     cache, _ = build(teacher, rows, tmp_path / "cache", "--dtype", dtype, "--top-k", "20", *options)
     code, found = audit(cache.path, teacher)
     assert (code, found["passed"], found["digests_that_differ"], found["declared"]) == (0, True, [], False)
@@ -78,7 +79,7 @@ def test_a_true_cache_passes(teacher, rows, tmp_path, options, dtype):  # noqa: 
     assert found["kl_nats"]["max"] <= 2.6e-3
 
 
-def test_the_verdict_is_one_line(cache, teacher, tmp_path, tokenizer):  # noqa: F811
+def test_the_verdict_is_one_line(cache, teacher, tmp_path, tokenizer):
     result = CliRunner().invoke(command, [str(cache.path), "--teacher", str(teacher), "--documents", "3"])
     assert result.exit_code == 0
     assert re.match(rf"{cache.path}: its rows are those of {teacher}: 3 documents, \d+ rows; .*\n$", result.stdout)
@@ -97,7 +98,7 @@ def test_the_verdict_is_one_line(cache, teacher, tmp_path, tokenizer):  # noqa: 
     assert done.stdout.count("\n") == 1
 
 
-def test_a_digest_that_differs_is_enough(cache, teacher, tmp_path):  # noqa: F811
+def test_a_digest_that_differs_is_enough(cache, teacher, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(teacher, moved)
     config = moved / "config.json"
@@ -106,7 +107,7 @@ def test_a_digest_that_differs_is_enough(cache, teacher, tmp_path):  # noqa: F81
     assert (code, found["rows_pass"], found["digests_that_differ"]) == (1, True, ["config"])
 
 
-def test_batches_that_are_not_known_stay_within_the_tolerance(cache, teacher):  # noqa: F811
+def test_batches_that_are_not_known_stay_within_the_tolerance(cache, teacher):
     for shard in range(cache.num_shards):
         write_record(cache.path, replace(cache.record(shard), capture={}))
     write_manifest(cache.path, replace(cache.manifest, files=list_files(cache.path)))
@@ -115,7 +116,7 @@ def test_batches_that_are_not_known_stay_within_the_tolerance(cache, teacher):  
     assert 0 <= found["worst"]["deviation_logits"] < found["worst"]["allowed_logits"]
 
 
-def test_one_altered_row_is_named(cache, teacher):  # noqa: F811
+def test_one_altered_row_is_named(cache, teacher):
     document, position = 2, 5
 
     def soften(arrays):
@@ -133,7 +134,7 @@ def test_one_altered_row_is_named(cache, teacher):  # noqa: F811
     assert found["worst"]["deviation_logits"] > 19
 
 
-def test_shifted_rows_are_found(cache, teacher):  # noqa: F811
+def test_shifted_rows_are_found(cache, teacher):
     def shift(arrays):
         """Each document's first row moves behind its second."""
         order = np.arange(len(arrays.tokens))
@@ -155,7 +156,7 @@ def test_shifted_rows_are_found(cache, teacher):  # noqa: F811
     assert 0 < found["rows_that_deviate"] <= 2 * documents
 
 
-def test_a_declared_teacher_is_called_so_and_its_rows_decide(cache, teacher):  # noqa: F811
+def test_a_declared_teacher_is_called_so_and_its_rows_decide(cache, teacher):
     identity = cache.manifest.identity
     teacher_told = {
         "name": "someone's",
@@ -167,14 +168,14 @@ def test_a_declared_teacher_is_called_so_and_its_rows_decide(cache, teacher):  #
     assert (code, found["declared"], found["digests_that_differ"]) == (0, True, [])
 
 
-def test_a_sample_is_chosen_by_its_seed(cache, teacher):  # noqa: F811
+def test_a_sample_is_chosen_by_its_seed(cache, teacher):
     one, two, again = (audit(cache.path, teacher, "--documents", "2", "--seed", seed)[1] for seed in ("1", "2", "1"))
     assert one == again
     assert one["documents"] == 2
     assert one["rows"] != two["rows"] or one["kl_nats"] != two["kl_nats"]
 
 
-def test_what_cannot_be_audited_is_refused(cache, tmp_path, tokenizer):  # noqa: F811
+def test_what_cannot_be_audited_is_refused(cache, tmp_path, tokenizer):
     narrow = save_teacher(tmp_path / "narrow", tokenizer, width=len(tokenizer) - 8)
     result = CliRunner().invoke(command, [str(cache.path), "--teacher", str(narrow)])
     assert "the model's head is narrower than the cache's tokenizer" in str(result.exception)

@@ -18,71 +18,7 @@ from shared.cache.verify import verify_cache
 from shared.errors import CacheFormatError, ConfigError, DistillError, ResumeError
 from stage1_teacher.cli import teacher as command
 from tests.support import warm
-
-VOCABULARY, WIDTH = 300, 304
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=special, show_progress=False
-    )
-    backend.train_from_iterator(
-        ["def add(a, b):\n    return a + b\n" * 20, "for name in names:\n    print(name)\n"], trainer
-    )
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=special[0], eos_token=special[0])
-    return made
-
-
-def save_teacher(path, tokenizer, *, width=WIDTH, change=None):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=width,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(30)
-        if change is not None:
-            change(model)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory, tokenizer):
-    return save_teacher(tmp_path_factory.mktemp("teacher"), tokenizer, width=len(tokenizer))
-
-
-@pytest.fixture
-def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    texts = [{"prompt": f"# task {i}", "completion": f"\nx = {i}\n" + "y = x\n" * (i % 5)} for i in range(20)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+from tests.support.small_teacher import WIDTH, save_teacher
 
 
 def build(teacher, rows, out, *options):

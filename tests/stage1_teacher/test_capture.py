@@ -11,7 +11,6 @@ import torch
 from shared.errors import ConfigError
 from stage1_teacher.capture import KERNEL_CACHES, device_placement
 from stage1_teacher.config import TeacherConfig
-from tests.stage1_teacher.test_build import teacher, tokenizer  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +72,7 @@ for number, shape in enumerate(shapes, start=1):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's figures of a process")
-def test_batches_of_new_shapes_leave_little_in_memory(teacher):  # noqa: F811
+def test_batches_of_new_shapes_leave_little_in_memory(teacher):
     environment = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
     command = [sys.executable, "-c", LABELS_NEW_SHAPES, str(teacher)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -15,20 +15,14 @@ from shared.logits import LogitSource
 from shared.tokenizer import document_ends, encode_prompt, encode_text, load_tokenizer, record_ends
 from stage1_teacher.cli import teacher as command
 from stage1_teacher.ends import describe_ends, weigh_ends
-from tests.stage1_teacher.test_build import (  # noqa: F401
-    build,
-    no_tracking,
-    rows,
-    save_teacher,
-    shards,
-    tokenizer,
-)
+from tests.stage1_teacher.test_build import build, shards
+from tests.support.small_teacher import save_teacher
 
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 @pytest.fixture(scope="module")
-def chatty(tmp_path_factory, tokenizer):  # noqa: F811
+def chatty(tmp_path_factory, tokenizer):
     """A teacher whose BOS and EOS are a turn's, as SmolLM2-Instruct's, and whose generation ends with either end."""
     folder = tmp_path_factory.mktemp("chatty")
     tokenizer.save_pretrained(folder)
@@ -111,7 +105,7 @@ def test_a_cheaper_end_and_one_that_generation_does_not_end_with_are_said():
     ]
 
 
-def test_the_ends_are_part_of_the_labels_and_of_the_resume(chatty, rows, tmp_path):  # noqa: F811
+def test_the_ends_are_part_of_the_labels_and_of_the_resume(chatty, rows, tmp_path):
     auto, result = build(chatty, rows, tmp_path / "auto", "--top-k", "5")
     named, _ = build(chatty, rows, tmp_path / "named", "--top-k", "5", "--open-with", END, "--close-with", END)
     turns = {cache: [int(cache.tokens(0)[at]) for at in (0, -1)] for cache in (auto, named)}
@@ -144,7 +138,7 @@ def test_the_ends_are_part_of_the_labels_and_of_the_resume(chatty, rows, tmp_pat
     assert " of documents: " not in result.stderr  # said when it began
 
 
-def test_a_plan_has_them_too(chatty, rows, tmp_path):  # noqa: F811
+def test_a_plan_has_them_too(chatty, rows, tmp_path):
     arguments = ["plan", "--teacher", chatty, "--dataset", rows, "--out", tmp_path / "out", "--dtype", "float32"]
     run = CliRunner().invoke(command, [*map(str, arguments), "--json", "--open-with", "eos"])
     assert run.exit_code == 0, run.output
@@ -153,7 +147,7 @@ def test_a_plan_has_them_too(chatty, rows, tmp_path):  # noqa: F811
     assert list(ends["opening"]["nats"]) == [TURN_END, "none", TURN, END]
 
 
-def test_the_teacher_is_evaluated_as_its_cache_was_made(chatty, rows, tmp_path):  # noqa: F811
+def test_the_teacher_is_evaluated_as_its_cache_was_made(chatty, rows, tmp_path):
     """Its own tokenizer says nothing of what the cache's documents open with."""
     cache, _ = build(chatty, rows, tmp_path / "cache", "--top-k", "5", "--open-with", END)
     problem = {"task_id": "p", "prompt": "def f():", "entry_point": "f", "test": "def check(candidate):\n    pass"}

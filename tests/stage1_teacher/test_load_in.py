@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from shared.errors import ResumeError
 from stage1_teacher import audit, capture
 from stage1_teacher.cli import audit as audit_command
-from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
+from tests.stage1_teacher.test_build import build
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def asked(monkeypatch):
     return asked
 
 
-def test_a_quantised_teacher_is_another_teacher(teacher, rows, tmp_path, asked):  # noqa: F811
+def test_a_quantised_teacher_is_another_teacher(teacher, rows, tmp_path, asked):
     """The cache's identity says so, a resume keeps to it, and an audit loads the same."""
     plain, _ = build(teacher, rows, tmp_path / "plain")
     cache, _ = build(teacher, rows, tmp_path / "cache", "--load-in", "4bit")

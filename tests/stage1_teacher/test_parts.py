@@ -12,7 +12,7 @@ from shared.cache.transform import merge_caches
 from shared.cache.verify import verify_cache
 from shared.errors import ConfigError, ResumeError
 from stage1_teacher import capture, store
-from tests.stage1_teacher.test_build import build, no_tracking, shards, teacher, tokenizer  # noqa: F401
+from tests.stage1_teacher.test_build import build, shards
 
 OPTIONS = ("--top-k", "5", "--shard-tokens", "120", "--samples", "2")
 
@@ -27,7 +27,7 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(teacher, rows, tmp_path_factory):  # noqa: F811
+def whole(teacher, rows, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")
         cache, _ = build(teacher, rows, tmp_path_factory.mktemp("whole") / "whole", *OPTIONS)
@@ -37,12 +37,12 @@ def whole(teacher, rows, tmp_path_factory):  # noqa: F811
     return cache
 
 
-def parts_of(teacher, rows, tmp_path, count):  # noqa: F811
+def parts_of(teacher, rows, tmp_path, count):
     outs = [tmp_path / f"part-{i}" for i in range(1, count + 1)]
     return [build(teacher, rows, out, *OPTIONS, "--part", f"{i}/{count}")[0] for i, out in enumerate(outs, start=1)]
 
 
-def test_the_parts_make_the_shards_of_the_whole(teacher, rows, whole, tmp_path, monkeypatch):  # noqa: F811
+def test_the_parts_make_the_shards_of_the_whole(teacher, rows, whole, tmp_path, monkeypatch):
     parts = parts_of(teacher, rows, tmp_path, 3)
     assert [verify_cache(part.path) for part in parts] == [[], [], []]
     sizes = [part.num_shards for part in parts]
@@ -65,7 +65,7 @@ def refuse(source, path):
     raise OSError("another file system")
 
 
-def test_a_part_beside_another_cache_keeps_what_both_hold_once(teacher, rows, whole, tmp_path):  # noqa: F811
+def test_a_part_beside_another_cache_keeps_what_both_hold_once(teacher, rows, whole, tmp_path):
     parts = parts_of(teacher, rows, tmp_path, 2)
     merged = [parts[1].path, whole.path]
     assert merge_caches(merged, tmp_path / "merged") > 0
@@ -76,7 +76,7 @@ def test_a_part_beside_another_cache_keeps_what_both_hold_once(teacher, rows, wh
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_a_part_takes_the_tokens_of_another(teacher, rows, whole, tmp_path, monkeypatch, capsys, damaged):  # noqa: F811
+def test_a_part_takes_the_tokens_of_another(teacher, rows, whole, tmp_path, monkeypatch, capsys, damaged):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(capture, "capture_shard", interrupt)
         build(teacher, rows, tmp_path / "part-1", *OPTIONS, "--part", "1/2")
@@ -97,7 +97,7 @@ def test_a_part_takes_the_tokens_of_another(teacher, rows, whole, tmp_path, monk
     assert not list(tmp_path.glob(".*"))
 
 
-def test_tokens_that_are_removed_while_they_are_taken_are_made_again(teacher, rows, whole, tmp_path, monkeypatch):  # noqa: F811
+def test_tokens_that_are_removed_while_they_are_taken_are_made_again(teacher, rows, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(capture, "capture_shard", interrupt)
         build(teacher, rows, tmp_path / "other", *OPTIONS)
@@ -122,7 +122,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_a_part_is_resumed_as_that_part_only(teacher, rows, tmp_path):  # noqa: F811
+def test_a_part_is_resumed_as_that_part_only(teacher, rows, tmp_path):
     first, _ = build(teacher, rows, tmp_path / "part", *OPTIONS, "--part", "1/2")
     _, result = build(teacher, rows, tmp_path / "part", *OPTIONS, "--part", "1/2")
     assert "up to date" in result.stderr
@@ -133,7 +133,7 @@ def test_a_part_is_resumed_as_that_part_only(teacher, rows, tmp_path):  # noqa: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part"]
 
 
-def test_parts_that_cannot_be_are_refused(teacher, rows, tmp_path):  # noqa: F811
+def test_parts_that_cannot_be_are_refused(teacher, rows, tmp_path):
     with pytest.raises(ConfigError, match=r"the part has no shard; where: --part 1/99; got: \d+ shards in all"):
         build(teacher, rows, tmp_path / "part", *OPTIONS, "--part", "1/99")
     for text in ("0/2", "3/2", "2", "a/b", "1/2/3", "-1/2"):

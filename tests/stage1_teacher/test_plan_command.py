@@ -13,7 +13,7 @@ from shared.cache.reader import Cache
 from shared.cache.verify import verify_cache
 from shared.errors import ConfigError
 from stage1_teacher.cli import teacher as command
-from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
+from tests.stage1_teacher.test_build import build
 from tests.support import warm
 
 OPTIONS = ["--dtype", "float32", "--shard-tokens", "300", "--top-k", "20"]
@@ -24,12 +24,12 @@ def no_tracking(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
-def plan(teacher, rows, out, *options, **environment):  # noqa: F811
+def plan(teacher, rows, out, *options, **environment):
     command = ["teacher", "plan", "--teacher", teacher, "--dataset", rows, "--out", out, *OPTIONS, *options]
     return warm.run(*command, env=os.environ | environment, timeout=200)
 
 
-def test_the_plan_is_what_the_build_then_takes(teacher, rows, tmp_path):  # noqa: F811
+def test_the_plan_is_what_the_build_then_takes(teacher, rows, tmp_path):
     out = tmp_path / "not" / "yet" / "there"
     done = plan(teacher, rows, out, "--json", "--batch-tokens", "64")
     assert done.returncode == 0, done.stderr
@@ -73,7 +73,7 @@ def test_the_plan_is_what_the_build_then_takes(teacher, rows, tmp_path):  # noqa
     assert planned["teacher"]["threads"] == int(os.environ.get("OMP_NUM_THREADS", planned["teacher"]["threads"]))
 
 
-def test_the_plan_of_a_build_that_has_begun_takes_its_tokens(teacher, rows, tmp_path, monkeypatch):  # noqa: F811
+def test_the_plan_of_a_build_that_has_begun_takes_its_tokens(teacher, rows, tmp_path, monkeypatch):
     out = tmp_path / "cache"
     arguments = ["plan", "--teacher", teacher, "--dataset", rows, "--out", out, *OPTIONS, "--json"]
     arguments = list(map(str, arguments))
@@ -93,7 +93,7 @@ def test_the_plan_of_a_build_that_has_begun_takes_its_tokens(teacher, rows, tmp_
         build(teacher, rows, out, *OPTIONS)  # which the plan has left alone
 
 
-def test_the_plan_of_the_first_documents_reads_no_more(teacher, rows, tmp_path):  # noqa: F811
+def test_the_plan_of_the_first_documents_reads_no_more(teacher, rows, tmp_path):
     with rows.open("a") as file:
         file.write("no JSON\n")
     done = plan(teacher, rows, tmp_path / "out", "--json", "--limit-docs", "20", "--pilot-docs", "2")
@@ -101,7 +101,7 @@ def test_the_plan_of_the_first_documents_reads_no_more(teacher, rows, tmp_path):
     assert json.loads(done.stdout)["data"]["documents"] == 20
 
 
-def test_the_plan_as_text(teacher, rows, tmp_path):  # noqa: F811
+def test_the_plan_as_text(teacher, rows, tmp_path):
     arguments = ["plan", "--teacher", teacher, "--dataset", rows, "--out", tmp_path / "out", *OPTIONS]
     result = CliRunner().invoke(command, list(map(str, [*arguments, "--top-p", "0.9", "--samples", "4"])))
     assert result.exit_code == 0, result.output
@@ -117,7 +117,7 @@ def test_the_plan_as_text(teacher, rows, tmp_path):  # noqa: F811
     assert shown[-1].startswith("mass: in the row, mean; KL: ")
 
 
-def test_it_says_why_it_cannot_plan(teacher, rows, tmp_path):  # noqa: F811
+def test_it_says_why_it_cannot_plan(teacher, rows, tmp_path):
     under_torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     for environment, message in ((under_torchrun, "one process"), ({}, "top_k")):
         done = plan(teacher, rows, tmp_path / "out", *([] if environment else ["--top-k", "0"]), **environment)
@@ -141,12 +141,12 @@ def on_a_small_disk(tmp_path, kilobytes, *steps):
     return subprocess.run([*namespace, script], capture_output=True, text=True, timeout=250)
 
 
-def command_line(teacher, rows):  # noqa: F811
+def command_line(teacher, rows):
     program = f"{sys.executable} -c 'from shared.__main__ import main; main()'"
     return f"{program} teacher build --teacher {teacher} --dataset {rows} --out $DISK/cache {' '.join(OPTIONS)}"
 
 
-def test_a_pilot_without_memory_is_one_line(teacher, rows, tmp_path, monkeypatch):  # noqa: F811
+def test_a_pilot_without_memory_is_one_line(teacher, rows, tmp_path, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
 
@@ -160,7 +160,7 @@ def test_a_pilot_without_memory_is_one_line(teacher, rows, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("kilobytes", "what"), [(8, "No space left on device"), (36, "the disk cannot hold the cache")]
 )
-def test_a_build_that_cannot_fit_does_not_start(teacher, rows, tmp_path, kilobytes, what):  # noqa: F811
+def test_a_build_that_cannot_fit_does_not_start(teacher, rows, tmp_path, kilobytes, what):
     """Neither where there is no room for its tokens, nor where there is none for the cache beside them."""
     done = on_a_small_disk(tmp_path, kilobytes, command_line(teacher, rows), "echo code $?", "ls -A $DISK")
     assert done.stdout == "code 1\n"  # and nothing is on the disk
@@ -169,7 +169,7 @@ def test_a_build_that_cannot_fit_does_not_start(teacher, rows, tmp_path, kilobyt
     assert "labelling" not in done.stderr
 
 
-def test_a_build_stops_once_real_shards_show_that_it_cannot_fit(teacher, rows, tmp_path):  # noqa: F811
+def test_a_build_stops_once_real_shards_show_that_it_cannot_fit(teacher, rows, tmp_path):
     whole, _ = build(teacher, rows, tmp_path / "whole", *OPTIONS)
     sizes = [(whole.path / f"shard-{i:05d}.h5").stat().st_size for i in range(whole.num_shards)]
     room = sizes[0] + sum(sizes[1:]) // 2 + 30_000  # the records take some

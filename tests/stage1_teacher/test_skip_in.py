@@ -11,8 +11,9 @@ import pytest
 from shared.cache.manifest import read_manifest
 from shared.cache.verify import verify_cache
 from shared.errors import CacheFormatError, CacheMismatchError, ConfigError, ResumeError
-from tests.stage1_teacher.test_build import build, rows, save_teacher, teacher, tokenizer  # noqa: F401
+from tests.stage1_teacher.test_build import build
 from tests.support import warm
+from tests.support.small_teacher import save_teacher
 
 PROGRAM = [sys.executable, "-c", "from shared.__main__ import main; main()"]
 
@@ -23,7 +24,7 @@ def no_tracking(monkeypatch):
 
 
 @pytest.fixture
-def grown(tmp_path, rows):  # noqa: F811
+def grown(tmp_path, rows):
     """The same rows and twelve more."""
     path = tmp_path / "grown.jsonl"
     more = [{"prompt": f"# more {i}", "completion": f"\nz = {i} * {i}\n" + "w = z\n" * (i % 4)} for i in range(12)]
@@ -35,7 +36,7 @@ def files(out):
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def test_only_new_documents_are_labelled_and_a_kill_changes_no_byte(teacher, rows, grown, tmp_path):  # noqa: F811
+def test_only_new_documents_are_labelled_and_a_kill_changes_no_byte(teacher, rows, grown, tmp_path):
     first, _ = build(teacher, rows, tmp_path / "first")
     with pytest.raises(ResumeError, match=r"other sources;.*with --skip-in .*first a new cache holds only what"):
         build(teacher, grown, first.path)
@@ -70,7 +71,7 @@ def test_only_new_documents_are_labelled_and_a_kill_changes_no_byte(teacher, row
     assert files(out) == expected
 
 
-def test_another_teacher_or_other_label_options_are_refused(teacher, rows, grown, tmp_path, tokenizer):  # noqa: F811
+def test_another_teacher_or_other_label_options_are_refused(teacher, rows, grown, tmp_path, tokenizer):
     skip = ("--skip-in", str(build(teacher, rows, tmp_path / "first")[0].path))
     with pytest.raises(CacheMismatchError, match=r"differ in labels\.top_k; expected: labels\.top_k 64; got: .* 5"):
         build(teacher, grown, tmp_path / "out", *skip, "--top-k", "5")
@@ -82,7 +83,7 @@ def test_another_teacher_or_other_label_options_are_refused(teacher, rows, grown
     assert not (tmp_path / "out").exists()
 
 
-def test_repair_names_the_documents_and_the_same_build_makes_them_again(teacher, rows, tmp_path):  # noqa: F811
+def test_repair_names_the_documents_and_the_same_build_makes_them_again(teacher, rows, tmp_path):
     out = tmp_path / "cache"
     cache, _ = build(teacher, rows, out)
     before = files(out)
@@ -100,7 +101,7 @@ def test_repair_names_the_documents_and_the_same_build_makes_them_again(teacher,
     assert files(out) == before
 
 
-def test_documents_that_share_text_with_a_benchmark_are_left_out(teacher, rows, tmp_path):  # noqa: F811
+def test_documents_that_share_text_with_a_benchmark_are_left_out(teacher, rows, tmp_path):
     from data.humaneval import load_humaneval
 
     problem, path = load_humaneval()[0], tmp_path / "planted.jsonl"
@@ -122,7 +123,7 @@ def test_documents_that_share_text_with_a_benchmark_are_left_out(teacher, rows, 
     assert whole.num_documents > cache.num_documents and "share text" not in result.stderr
 
 
-def test_documents_keep_who_wrote_them(teacher, tmp_path):  # noqa: F811
+def test_documents_keep_who_wrote_them(teacher, tmp_path):
     path = tmp_path / "written.jsonl"
     written = [None, "1999", {"origin": "teacher", "verdict": "passed"}, {"origin": "teacher", "verdict": "failed"},
                {"origin": "student", "verdict": None}, {"origin": "somebody"}]  # fmt: skip

@@ -23,7 +23,7 @@ from shared.tokenizer import load_tokenizer, record_ends
 from stage1_teacher import store as module
 from stage1_teacher.documents import Limits, cut_documents
 from stage1_teacher.store import find_store, make_store
-from tests.stage1_teacher.test_build import build, no_tracking, rows, teacher, tokenizer  # noqa: F401
+from tests.stage1_teacher.test_build import build
 from tests.support import warm
 
 LIMITS = Limits(max_length=64, on_long="split", head_width=304)
@@ -31,7 +31,7 @@ REQUEST = {"fingerprint": "f"}
 
 
 @pytest.fixture
-def made(tokenizer, tmp_path):  # noqa: F811
+def made(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     loaded = load_tokenizer(tmp_path / "tokenizer")
     record_ends(loaded)
@@ -219,7 +219,7 @@ def test_an_error_leaves_no_folder(corpus, made, tmp_path, monkeypatch):
     assert not (tmp_path / "store").exists()
 
 
-def test_a_build_uses_its_tokens_again_or_makes_damaged_ones_again(teacher, rows, tmp_path, monkeypatch):  # noqa: F811
+def test_a_build_uses_its_tokens_again_or_makes_damaged_ones_again(teacher, rows, tmp_path, monkeypatch):
     """Stopped while it labels, a build leaves its tokens; they go once the cache is finished."""
     from stage1_teacher import capture
 
@@ -249,7 +249,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_a_refused_build_leaves_no_tokens(teacher, rows, tmp_path):  # noqa: F811
+def test_a_refused_build_leaves_no_tokens(teacher, rows, tmp_path):
     build(teacher, rows, tmp_path / "cache")
     rows.write_text(rows.read_text().replace("task 3", "task three"))
     with pytest.raises(ResumeError, match="other sources"):
@@ -257,7 +257,7 @@ def test_a_refused_build_leaves_no_tokens(teacher, rows, tmp_path):  # noqa: F81
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "rows.jsonl"]
 
 
-def test_what_can_be_refused_without_the_tokens_is_refused_before_them(teacher, rows, tmp_path, monkeypatch):  # noqa: F811
+def test_what_can_be_refused_without_the_tokens_is_refused_before_them(teacher, rows, tmp_path, monkeypatch):
     build(teacher, rows, tmp_path / "cache")
     monkeypatch.setattr(module, "cut_documents", None)
     with pytest.raises(ResumeError, match="begun with another top_k"):
@@ -268,7 +268,7 @@ def test_what_can_be_refused_without_the_tokens_is_refused_before_them(teacher, 
         build(teacher, rows, tmp_path / "diary")
 
 
-def test_a_build_beside_one_that_labels_leaves_its_tokens_alone(teacher, rows, tmp_path):  # noqa: F811
+def test_a_build_beside_one_that_labels_leaves_its_tokens_alone(teacher, rows, tmp_path):
     from shared.lock import Lock
 
     (tmp_path / "cache").mkdir()

@@ -9,11 +9,11 @@ import transformers
 
 from shared.model import gpt
 from shared.model.gpt import GPT, PRESETS, Documents, document_bounds
+from stage2_student.arguments import compiles, half_precision, training_arguments
 from stage2_student.config import StudentConfig
 from stage2_student.dataset import Batch, collate
 from stage2_student.experiments.dense import DenseBlocks, DenseLoss
 from stage2_student.fused import HeadLoss
-from stage2_student.train import compiles, half_precision, training_arguments
 from tests.support.host_waits import HostWaits
 from tests.support.student_cache import VOCABULARY, make_cache
 
@@ -144,7 +144,7 @@ def test_cards_without_bfloat16_train_in_float16(monkeypatch, capability, bf16, 
 )
 def test_students_are_compiled_where_there_is_a_card(monkeypatch, settings, has_card, has_triton, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_card)
-    monkeypatch.setattr("stage2_student.train.has_triton", lambda: has_triton)
+    monkeypatch.setattr("stage2_student.arguments.has_triton", lambda: has_triton)
     assert compiles(StudentConfig(**settings)) == expected
 
 

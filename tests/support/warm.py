@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from multiprocessing import forkserver
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -50,8 +51,9 @@ class Command:
     """
 
     def __init__(self, *arguments, env, program=MAIN, forks=OURS, log=None):
-        self._printed = [] if log else [tempfile.NamedTemporaryFile("r") for _ in range(2)]  # noqa: SIM115
-        names = [file.name for file in self._printed] or 2 * [str(log)]
+        self._folder = tempfile.TemporaryDirectory()
+        names = [str(log or Path(self._folder.name, name)) for name in ("stdout", "stderr")]
+        self._printed = list(map(Path, names))
         self._process = CONTEXT.Process(target=_command, args=(program, list(map(str, arguments)), dict(env), names))
         forks.start(self._process)
         self.pid = self._process.pid
@@ -81,7 +83,7 @@ class Command:
 
     def communicate(self, timeout=None):
         self.wait(timeout)
-        return tuple(file.read() for file in self._printed)
+        return tuple(file.read_text() for file in self._printed)
 
 
 def run(*arguments, timeout=None, **options):
@@ -124,7 +126,7 @@ def _command(program, arguments, environment, printed):
     os.environ.clear()
     os.environ.update(environment)
     for number, name in enumerate(printed, start=1):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["codedistill", *arguments]
     exec(program, {"__name__": "__main__"})
