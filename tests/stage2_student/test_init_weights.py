@@ -212,7 +212,7 @@ def test_what_holds_no_weights_is_refused(cache, copy, tmp_path):
     assert "the model lacks a file" in train(cache, tmp_path / "run", "--init-from", copy)
 
 
-# --- the embedding alone ---------------------------------------------------------------------------------------------
+# --- only the embedding -----------------------------------------------------------------------------------------------
 
 
 def save_model(directory, rows=VOCABULARY + 7, width=40, name="transformer.wte.weight"):
