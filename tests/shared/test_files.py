@@ -46,7 +46,7 @@ def test_a_full_disk_leaves_the_old_files(tmp_path):
 
 
 FULL = """
-import resource, signal
+import atexit, resource, signal
 import click
 from pathlib import Path
 from shared.files import write_bytes
@@ -55,7 +55,9 @@ from shared.process import run_cli
 @click.argument("path", type=Path)
 def command(path):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    atexit.register(resource.setrlimit, resource.RLIMIT_FSIZE, before)  # coverage still writes its own file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     write_bytes(path, bytes(2000))
 run_cli(command)
 """
