@@ -40,7 +40,8 @@ def find_results(folder: Path) -> dict[str, Path]:
 
 
 def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
-    """Add files such as `teacher_eval/fidelity.json` to a finished cache, or replace them; the manifest comes last.
+    """Add files such as `teacher_eval/fidelity.json` to a finished cache, or replace them; the manifest comes last. Files
+    that are there with the same bytes are left alone.
 
     Killed at any point the cache stays readable: files that change leave the manifest first. Running the command again
     completes it.
@@ -65,8 +66,11 @@ def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
             write_manifest(directory, replace(manifest, files=kept))
         for name, data in files.items():
             target = directory / name
+            if target.is_file() and target.read_bytes() == data:
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(target, data)
             fsync_directory(directory)
         lock.check()
-        write_manifest(directory, replace(manifest, files=dict(sorted((kept | new).items()))))
+        if kept | new != manifest.files:
+            write_manifest(directory, replace(manifest, files=dict(sorted((kept | new).items()))))

@@ -533,7 +533,12 @@ def test_attach_leaves_what_wandb_recorded_beside_the_results(cache, tmp_path):
     assert done.exit_code == 0, done.exception
     attached = {name for name in Cache(cache).manifest.files if name.startswith("teacher_eval/")}
     assert attached == {"teacher_eval/fidelity.json", "teacher_eval/humaneval/result.json"}
-    before = contents(cache)
+    before, times = contents(cache), {file: file.stat().st_mtime_ns for file in cache.rglob("*") if file.is_file()}
+    done = CliRunner().invoke(cache_command, ["attach", str(cache), "--teacher-eval", str(tmp_path / "teacher")])
+    assert done.exit_code == 0 and {file: file.stat().st_mtime_ns for file in times} == times
+    (cache / "teacher_eval" / "fidelity.json").write_text("damaged")
+    CliRunner().invoke(cache_command, ["attach", str(cache), "--teacher-eval", str(tmp_path / "teacher")])
+    assert contents(cache) == before
     (tmp_path / "empty").mkdir()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
