@@ -40,8 +40,9 @@ def find_results(folder: Path) -> dict[str, Path]:
 
 
 def add_files(path: Path | str, files: Mapping[str, bytes]) -> None:
-    """Add files such as `teacher_eval/fidelity.json` to a finished cache, or replace them; the manifest comes last. Files
-    that are there with the same bytes are left alone.
+    """Add files such as `teacher_eval/fidelity.json` to a finished cache, or replace them; the manifest comes last.
+
+    Files that are there with the same bytes stay as they are.
 
     Killed at any point the cache stays readable: files that change leave the manifest first. Running the command again
     completes it.

@@ -68,6 +68,7 @@ def test_a_change_killed_at_every_operation_never_loses_the_cache(folder):
     add_files(folder / "whole", {"teacher_eval/a.json": b"old", "teacher_eval/b.json": b"same"})
     base, number = contents(folder / "whole"), Cache(folder / "whole").num_tokens
     new = {"teacher_eval/a.json": b"new", "teacher_eval/b.json": b"same", "teacher_eval/deep/c.json": b"c"}
+    new["teacher_eval/d.json"] = b"d"
     add_files(folder / "whole", new)
     expected = contents(folder / "whole")
     for boundary in itertools.count():
